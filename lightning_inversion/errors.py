@@ -1,0 +1,8 @@
+"""What is raised when the user, not the program, has to change something."""
+
+
+class InputError(ValueError):
+    """Wrong input: one sentence that names the option, says what came, and the way out.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
