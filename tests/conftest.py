@@ -1,0 +1,35 @@
+"""Fixtures shared by all tests: a tiny model in a folder, the same loaded, and the real one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.tiny import save_tiny
+
+if TYPE_CHECKING:
+    from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved Llama of 4 blocks, width 32, 300 tokens, with a tokenizer of any text."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_transformer(tiny_folder: Path) -> TruncatedTransformer:
+    """The tiny Llama cut after its second block. Frozen, so the session can share it."""
+    from lightning_inversion.transformer.loading import TransformerSpec
+
+    return TransformerSpec(model=str(tiny_folder), depth=2).load()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> TruncatedTransformer:
+    """SmolLM2-135M cut after its first block: trained, real. For tests marked integration."""
+    from lightning_inversion.transformer.loading import TransformerSpec
+
+    return TransformerSpec(depth=1).load()
