@@ -1,13 +1,47 @@
-"""``python -m lightning_inversion`` and the console script."""
+"""``python -m lightning_inversion`` and the console script.
+
+Help and version answer before torch is imported, which takes seconds.
+"""
 
 import sys
+
+from lightning_inversion import __version__
+
+HELP = """\
+lightning-inversion reads a language model's input back out of its hidden states.
+
+usage: lightning-inversion COMMAND [options]
+
+commands
+  fit         optimise an input until its features match a prompt's; shows the tokens as they emerge
+  validate    decode and score the input that a checkpoint holds
+
+examples
+  lightning-inversion fit --config configs/quickstart.yaml
+  lightning-inversion fit --data.file prompts.txt --model.transformer.depth 4
+  lightning-inversion fit --config configs/document.yaml --data.prompts '["The sky is blue."]'
+  lightning-inversion fit --config configs/quickstart.yaml --ckpt_path last       resume
+  lightning-inversion validate --config configs/quickstart.yaml --ckpt_path last
+
+options
+  lightning-inversion COMMAND --help          every option of a command
+  lightning-inversion COMMAND --print_config  every value a command would run with, as YAML
+  --help, --version
+"""
 
 
 def main() -> int:
     """Run the command line; returns the exit code (0 done, 1 failed, 2 wrong usage)."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        print(HELP, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"lightning-inversion {__version__}")
+        return 0
     from lightning_inversion.cli import run
 
-    return run(sys.argv[1:])
+    return run(arguments)
 
 
 if __name__ == "__main__":

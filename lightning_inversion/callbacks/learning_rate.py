@@ -1,0 +1,39 @@
+"""The document's schedule: the learning rate falls linearly from eta to eta / 100."""
+
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from lightning_inversion.errors import InputError
+
+
+class LinearLearningRate(Callback):
+    """Moves the learning rate linearly over the iterations of each epoch.
+
+    Args:
+        start: multiple of the optimiser's own learning rate at the first iteration.
+        end: multiple at the last iteration; the document's page ends at 1/100, Part II at 1/10.
+    """
+
+    def __init__(self, start: float = 1.0, end: float = 0.01) -> None:
+        if min(start, end) < 0:
+            raise InputError(
+                f"learning_rate.start and learning_rate.end must not be negative, and are {start} "
+                f"and {end}."
+            )
+        self.start, self.end = start, end
+
+    def factor(self, iteration: int, iterations: int) -> float:
+        """The multiple at ``iteration`` (from 0) of ``iterations``."""
+        share = iteration / max(1, iterations - 1)
+        return self.start + (self.end - self.start) * share
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Set the rate of the step that follows."""
+        factor = self.factor(pl_module.iteration, pl_module.iterations)
+        for group in optimizer.param_groups:
+            base: Any = group.setdefault("initial_lr", group["lr"])
+            group["lr"] = base * factor

@@ -1,0 +1,171 @@
+"""The tokens as they emerge: a live table on a terminal, plain lines elsewhere, TensorBoard text."""
+
+import sys
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from lightning_inversion.decoding import TopTokens
+from lightning_inversion.errors import InputError
+from lightning_inversion.metrics import token_accuracy
+from lightning_inversion.module import InputInversion
+
+
+class TokenDecoding(Callback):
+    """Decodes the input every few iterations and shows its best tokens.
+
+    Green tokens are proven, dim tokens are wrong, plain tokens are right but not proven yet. Below
+    the prompts stands the document's view of the first one: line j holds the j-th best token of
+    every position.
+
+    Args:
+        every: iterations between two decodings.
+        top_k: how many tokens of each position are shown.
+        prompts: how many prompts of a batch are shown.
+        show: the terminal display; False leaves only TensorBoard.
+    """
+
+    def __init__(
+        self, every: int = 25, top_k: int = 5, prompts: int = 8, show: bool = True
+    ) -> None:
+        if min(every, top_k, prompts) < 1:
+            raise InputError(
+                "decoding.every, decoding.top_k and decoding.prompts must be at least 1; they are "
+                f"{every}, {top_k} and {prompts}."
+            )
+        self.every, self.top_k, self.prompts, self.show = every, top_k, prompts, show
+        self.console = Console(stderr=True)
+        self._live: Live | None = None
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("iterations"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the live display where there is a terminal."""
+        if self.show and self.console.is_terminal and trainer.is_global_zero:
+            self._live = Live(self._bar, console=self.console, refresh_per_second=4)
+            self._live.start()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A bar for the epoch."""
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        batches = trainer.max_epochs or 1
+        self._bar.add_task(
+            f"batch {trainer.current_epoch + 1}/{batches}", total=trainer.num_training_batches
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Decode and show, every few iterations and at the last."""
+        assert isinstance(pl_module, InputInversion)
+        if self._live is not None and self._bar.task_ids:
+            self._bar.update(self._bar.task_ids[0], completed=batch_idx + 1)
+        ended = batch_idx + 1 == pl_module.iterations or bool(pl_module.progress.stopped.all())
+        if (batch_idx + 1) % self.every and not ended:
+            return
+        self._report(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the live display."""
+        self._close()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the terminal in order."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    @rank_zero_only
+    def _report(self, trainer: Trainer, module: InputInversion) -> None:
+        batch = module.batch
+        assert batch is not None
+        top = module.top_tokens(self.top_k)
+        accuracy = float(token_accuracy(top.best, batch.ids, batch.mask).mean())
+        proven = float((module.progress.proven & batch.mask).sum() / batch.mask.sum())
+        shown = range(min(self.prompts, len(batch.prompts)))
+        texts = [self._tokens(module, top, row) for row in shown]
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(
+                {"token_accuracy": accuracy, "proven": proven}, trainer.global_step
+            )
+        if isinstance(trainer.logger, TensorBoardLogger):
+            markdown = self._markdown(module, top, [text.plain for text in texts])
+            trainer.logger.experiment.add_text("top_k", markdown, trainer.global_step)
+        if not self.show:
+            return
+        summary = (
+            f"iteration {module.iteration + 1}: distance {float(module.distances.detach().mean()):.4g}, "
+            f"token accuracy {accuracy:.3f}, proven {proven:.3f}"
+        )
+        if self._live is not None:
+            self._live.update(Group(self._bar, summary, self._table(module, top, texts)))
+        else:
+            print(f"{summary} | {texts[0].plain!r}", file=sys.stderr, flush=True)
+
+    def _tokens(self, module: InputInversion, top: TopTokens, row: int) -> Text:
+        """The best tokens of one prompt, coloured by what is known of them."""
+        assert module.batch is not None
+        length = module.batch.lengths[row]
+        right = top.best[row] == module.batch.ids[row]
+        text = Text()
+        for position in range(length):
+            proven = bool(module.progress.proven[row, position])
+            style = "green" if proven else "" if bool(right[position]) else "bright_black"
+            text.append(_readable(module, top.best[row, position]), style)
+        return text
+
+    def _table(self, module: InputInversion, top: TopTokens, texts: list[Text]) -> Group:
+        assert module.batch is not None
+        prompts = Table(box=None, show_header=False, pad_edge=False)
+        for row, text in enumerate(texts):
+            prompts.add_row(f"{module.batch.index[row] + 1}", text)
+        ranks = Table(box=None, show_header=False, pad_edge=False)
+        for rank in range(top.ids.shape[-1]):
+            tokens = top.ids[0, : module.batch.lengths[0], rank]
+            ranks.add_row(f"top {rank + 1}", "".join(_readable(module, token) for token in tokens))
+        return Group(prompts, Text(f"prompt {module.batch.index[0] + 1}", style="bold"), ranks)
+
+    def _markdown(self, module: InputInversion, top: TopTokens, texts: list[str]) -> str:
+        assert module.batch is not None
+        lines = ["| prompt | recovered |", "|---|---|"]
+        lines += [
+            f"| {module.batch.index[row] + 1} | {_cell(text)} |" for row, text in enumerate(texts)
+        ]
+        ranks = range(top.ids.shape[-1])
+        lines += ["", f"| position | {' | '.join(f'top {rank + 1}' for rank in ranks)} |"]
+        lines += ["|---" * (len(ranks) + 1) + "|"]
+        for position in range(module.batch.lengths[0]):
+            cells = [_cell(_readable(module, token)) for token in top.ids[0, position]]
+            lines.append(f"| {position} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+
+def _readable(module: InputInversion, token: Tensor) -> str:
+    tokenizer = module.frozen.tokenizer
+    if tokenizer is None:
+        return f"[{int(token)}]"
+    return str(tokenizer.decode([int(token)])).replace("\n", "\\n").replace("\r", "\\r")
+
+
+def _cell(text: str) -> str:
+    return "`" + text.replace("|", "\\|").replace("`", "'") + "`"

@@ -1,0 +1,211 @@
+"""The command line: Lightning's ``fit`` and ``validate`` for ``InputInversion``."""
+
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from lightning_inversion.callbacks.learning_rate import LinearLearningRate
+from lightning_inversion.callbacks.results import Results
+from lightning_inversion.callbacks.stopping import StoppingCriterion
+from lightning_inversion.callbacks.token_decoding import TokenDecoding
+from lightning_inversion.errors import InputError
+from lightning_inversion.module import InputInversion
+from lightning_inversion.prompts import PromptDataModule
+
+_PACKAGE = "lightning_inversion"
+# Written out, so that --print_config shows the recommended recipe and config.yaml records it; a test
+# holds it equal to what InputInversion() builds.
+RECOMMENDED: dict[str, Any] = {
+    "model.learnable": {
+        "class_path": f"{_PACKAGE}.inputs.EmbeddingInput",
+        "init_args": {"start": {"class_path": f"{_PACKAGE}.inputs.EmbeddingStart"}},
+    },
+    "model.objective": {
+        "class_path": f"{_PACKAGE}.objectives.WeightedSum",
+        "init_args": {
+            "first": {
+                "class_path": f"{_PACKAGE}.objectives.CosineDistance",
+                "init_args": {"each_position": True},
+            },
+            "second": {
+                "class_path": f"{_PACKAGE}.objectives.L2",
+                "init_args": {"relative": True},
+            },
+        },
+    },
+    "model.optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.05}},
+}
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Keeps ``checkpoints/last.ckpt``: the input and where the run stands, to resume or validate.
+
+    Args:
+        every: iterations between two checkpoints.
+    """
+
+    def __init__(self, every: int = 50) -> None:
+        if every < 1:
+            raise InputError(f"checkpoint.every must be at least 1, and is {every}.")
+        super().__init__(
+            every_n_train_steps=every,
+            save_top_k=0,
+            save_last=True,
+            enable_version_counter=False,
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the finished input too."""
+        super().on_train_end(trainer, pl_module)
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class OneSentenceParser(LightningArgumentParser):
+    """Says what is wrong in one sentence, and exits with code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the sentence without usage and exit."""
+        sys.stderr.write(f"lightning-inversion: {one_sentence(message)}\n")
+        raise SystemExit(2)
+
+
+def one_sentence(message: str) -> str:
+    """A parser's message on one line, our own sentence alone where it holds one."""
+    text = re.sub(r"\s+", " ", message).strip()
+    return text
+
+
+class InversionCLI(LightningCLI):
+    """LightningCLI with this package's callbacks, one seed, and runs that resume in place."""
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            InputInversion,
+            PromptDataModule,
+            args=args,
+            parser_class=OneSentenceParser,
+            parser_kwargs={"prog": "lightning-inversion", "allow_abbrev": False},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "enable_progress_bar": False,  # TokenDecoding shows one beside the tokens
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,
+                "max_epochs": -1,  # an epoch for each batch of prompts
+                "log_every_n_steps": 10,
+            },
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The Lightning commands that make sense here, and the arguments that are not options."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": {"model", "dataloaders", "datamodule"},
+        }
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the given arguments, whatever the process was started with."""
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Our callbacks under keys of their own, and each value written once."""
+        parser.add_lightning_class_args(LinearLearningRate, "learning_rate")
+        parser.add_lightning_class_args(TokenDecoding, "decoding")
+        parser.add_lightning_class_args(StoppingCriterion, "stopping")
+        parser.add_lightning_class_args(Results, "results")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("model.iterations", "data.iterations")
+        parser.link_arguments("model.transformer.model", "data.tokenizer")
+        parser.link_arguments("model.transformer.revision", "data.revision")
+        parser.set_defaults(RECOMMENDED)
+
+    def before_instantiate_classes(self) -> None:
+        """Turn ``--ckpt_path last`` into the newest run that was made with the same settings."""
+        config = self.config[self.subcommand]
+        if config.get("ckpt_path") != "last":
+            return
+        root = Path(config.trainer.default_root_dir or ".") / "lightning_logs"
+        run = newest_run(root)
+        if run is None:
+            raise InputError(f"--ckpt_path last finds no run under {str(root)!r}; leave it out.")
+        self._dump_config()
+        different = differences(yaml.safe_load((run / "config.yaml").read_text()), self.config_dump)
+        if different and self.subcommand == "fit":
+            raise InputError(
+                f"--ckpt_path last continues {str(run)!r}, which was made with another "
+                f"{different[0]}; use its settings, or leave --ckpt_path out."
+            )
+        checkpoint = run / "checkpoints" / "last.ckpt"
+        config.ckpt_path = str(checkpoint) if checkpoint.exists() else None
+        config.trainer.logger = {
+            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+            "init_args": {
+                "save_dir": str(root.parent),
+                "name": root.name,
+                "version": int(run.name.removeprefix("version_")),
+            },
+        }
+        self.config = self.parser.parse_object(self.config)
+
+
+def newest_run(root: Path) -> Path | None:
+    """The ``version_N`` folder under ``root`` with the highest N that holds a config.yaml."""
+    runs = [run for run in root.glob("version_*") if (run / "config.yaml").exists()]
+    return max(runs, key=lambda run: int(run.name.removeprefix("version_")), default=None)
+
+
+def differences(
+    ours: Any, theirs: Any, key: str = "", ignored: tuple[str, ...] = ("ckpt_path", "logger")
+) -> list[str]:
+    """The keys in which two configs differ, but for those that say how to resume."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return [
+            name
+            for part in sorted({*ours, *theirs})
+            if part not in ignored
+            for name in differences(
+                ours.get(part), theirs.get(part), f"{key}.{part}" if key else part, ignored
+            )
+        ]
+    return [] if ours == theirs else [key]
+
+
+def quiet_lightning() -> None:
+    """Keep Lightning's tips and advice for training networks from the user's terminal."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for advice in (
+        ".*does not have many workers.*",  # the loader yields prepared batches
+        ".*in eval mode at the start of training.*",  # the frozen model, and it must be
+        ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of torch
+    ):
+        warnings.filterwarnings("ignore", message=advice)
+
+
+def run(args: list[str]) -> int:
+    """Run one command; returns 0 done, 1 failed, 2 wrong usage.
+
+    Args:
+        args: the command line without the program's name.
+    """
+    quiet_lightning()
+    try:
+        InversionCLI(args)
+    except InputError as error:
+        print(f"lightning-inversion: {error}", file=sys.stderr)
+        return 2
+    return 0

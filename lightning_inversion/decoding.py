@@ -1,0 +1,112 @@
+"""Reading a learnable input back as tokens: decoders, the allowed-token mask and top-k."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lightning_inversion.inputs import EmbeddingInput, LearnableInput
+from lightning_inversion.transformer.embedding import TokenEmbedding
+
+# Scores of this many positions exist at a time: 64 x 50,000 float32 are 13 MB.
+_POSITIONS_AT_A_TIME = 64
+
+
+class Decoder(ABC):
+    """Vectors ``[..., D]`` -> a score for each token ``[..., V]``, the best token highest."""
+
+    @abstractmethod
+    def __call__(self, vectors: Tensor, embedding: TokenEmbedding) -> Tensor:
+        """Score every token of the vocabulary."""
+
+
+class PinvDecoder(Decoder):
+    """W+ e, the document's decoder. It favours tokens with unusual embeddings."""
+
+    def __call__(self, vectors: Tensor, embedding: TokenEmbedding) -> Tensor:
+        return embedding.unmix(vectors)
+
+
+class CosineDecoder(Decoder):
+    """Cosine of the angle to each embedding."""
+
+    def __call__(self, vectors: Tensor, embedding: TokenEmbedding) -> Tensor:
+        scale = torch.linalg.vector_norm(embedding.matrix, dim=1).clamp_min(1e-12)
+        return normalize(vectors, dim=-1) @ embedding.matrix.T / scale
+
+
+class L2Decoder(Decoder):
+    """Minus half the squared distance to each embedding, up to a constant of the vector."""
+
+    def __call__(self, vectors: Tensor, embedding: TokenEmbedding) -> Tensor:
+        squares = embedding.matrix.square().sum(dim=1)
+        return vectors @ embedding.matrix.T - squares / 2
+
+
+@dataclass(frozen=True)
+class TopTokens:
+    """The k best tokens of every position, best first.
+
+    Attributes:
+        ids: ``[B, T, k]`` token ids.
+        scores: ``[B, T, k]`` the decoder's scores.
+    """
+
+    ids: Tensor
+    scores: Tensor
+
+    @property
+    def best(self) -> Tensor:
+        """``[B, T]``, the best token of each position."""
+        return self.ids[..., 0]
+
+
+@torch.no_grad()
+def decode(
+    learnable: LearnableInput,
+    embedding: TokenEmbedding,
+    decoder: Decoder | None,
+    k: int = 5,
+    disallowed: Tensor | None = None,
+    masked_score: float = -torch.inf,
+) -> TopTokens:
+    """The k best tokens of each position of a learnable input.
+
+    Args:
+        learnable: its ``values [B, T, C]`` are read.
+        embedding: the model's token embedding.
+        decoder: how vectors become scores; None reads vocabulary vectors as the scores they are.
+        k: how many tokens.
+        disallowed: ``[V]`` bool, True for tokens that must not be chosen.
+        masked_score: the score of a disallowed token. The document's code multiplies by 0, so that
+            a disallowed token beats an allowed one with a negative score; 0 reproduces that.
+    """
+    values = learnable.values.detach()
+    rows, length, channels = values.shape
+    ids, scores = [], []
+    for chunk in values.reshape(-1, channels).split(_POSITIONS_AT_A_TIME):
+        if decoder is None:
+            chunk_scores = chunk.clone()
+        else:
+            chunk_scores = decoder(learnable.embed(chunk, embedding), embedding)
+        if disallowed is not None:
+            chunk_scores[:, disallowed] = masked_score
+        best = chunk_scores.topk(min(k, chunk_scores.shape[-1]), dim=-1)
+        ids.append(best.indices)
+        scores.append(best.values)
+    shape = (rows, length, -1)
+    return TopTokens(torch.cat(ids).view(shape), torch.cat(scores).view(shape))
+
+
+def natural_decoder(learnable: LearnableInput) -> Decoder | None:
+    """The decoder that fits an input: nearest embedding, or a vocabulary vector's own values."""
+    return L2Decoder() if isinstance(learnable, EmbeddingInput) else None
+
+
+def disallowed_tokens(allowed: list[int], vocabulary_size: int) -> Tensor:
+    """``[V]`` bool, True for every token that is not in ``allowed``."""
+    mask = torch.ones(vocabulary_size, dtype=torch.bool)
+    mask[allowed] = False
+    return mask

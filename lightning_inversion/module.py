@@ -1,0 +1,273 @@
+"""``InputInversion``: a frozen truncated transformer, and an input that learns to match features.
+
+The constructor is the experiment: its arguments are the keys of a YAML file.
+"""
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from lightning_inversion.decoding import (
+    Decoder,
+    TopTokens,
+    decode,
+    disallowed_tokens,
+    natural_decoder,
+)
+from lightning_inversion.errors import InputError
+from lightning_inversion.inputs import EmbeddingInput, LearnableInput, row_noise
+from lightning_inversion.objectives import CosineDistance, L2, Objective, WeightedSum
+from lightning_inversion.prompts import PromptBatch
+from lightning_inversion.transformer.embedding import TokenEmbedding
+from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+
+class Progress(nn.Module):
+    """Where each row of the batch stands; travels with the checkpoint.
+
+    Attributes:
+        met_at: ``[B]`` iteration at which the stopping criterion was first met, -1 before.
+        stopped_at: ``[B]`` iteration at which the row stopped moving, -1 while it moves.
+        ratio: ``[B]`` the latest distance ratio of the stopping criterion, nan before the first.
+        proven: ``[B, T]`` True where the token was verified and fixed.
+    """
+
+    met_at: Tensor
+    stopped_at: Tensor
+    ratio: Tensor
+    proven: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocate(0, 0, torch.device("cpu"))
+
+    def allocate(self, rows: int, length: int, device: torch.device) -> None:
+        """Start afresh for a batch of ``rows`` x ``length`` tokens."""
+        self.register_buffer("met_at", torch.full((rows,), -1, device=device))
+        self.register_buffer("stopped_at", torch.full((rows,), -1, device=device))
+        self.register_buffer("ratio", torch.full((rows,), float("nan"), device=device))
+        proven = torch.zeros(rows, length, dtype=torch.bool, device=device)
+        self.register_buffer("proven", proven)
+
+    @property
+    def stopped(self) -> Tensor:
+        """``[B]`` bool, True for rows that no longer move."""
+        return self.stopped_at >= 0
+
+
+class InputInversion(LightningModule):
+    """Optimises an input until its features match a target's (the document's equation 5).
+
+    Each epoch is one batch of prompts, each step one iteration. The rows of a batch are
+    independent: the loss is a sum, the start is drawn for each prompt by itself, and a stopped row
+    is held still.
+
+    Args:
+        transformer: the frozen model whose features are matched.
+        learnable: what is optimised; default an ``EmbeddingInput``.
+        objective: the distance of features; default cosine plus relative L2 at each position.
+        optimizer: makes the optimiser of the input; default Adam.
+        decoder: how the input is read as tokens; default the nearest embedding, or the values
+            themselves of a ``VocabularyInput``.
+        allowed_tokens: only these tokens are decoded: a text whose tokens are taken, or token ids.
+        masked_score: the score of a token that is not allowed; 0 reproduces the document's code.
+        iterations: N, the most iterations of a batch.
+        seed: seed of the starts and shifts; each prompt draws its own.
+    """
+
+    features: Tensor
+    target: Tensor
+    distances: Tensor
+
+    def __init__(
+        self,
+        transformer: TransformerSpec = TransformerSpec(),  # noqa: B008 - a frozen description
+        learnable: LearnableInput | None = None,
+        objective: Objective | None = None,
+        optimizer: OptimizerCallable | None = None,
+        decoder: Decoder | None = None,
+        allowed_tokens: list[int] | str | None = None,
+        masked_score: float = float("-inf"),
+        iterations: int = 500,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if iterations < 1:
+            raise InputError(f"--model.iterations must be at least 1, and is {iterations}.")
+        self.strict_loading = False  # a checkpoint holds the input, never the frozen model
+        self.spec = transformer
+        self.transformer: TruncatedTransformer | None = None
+        self.learnable = learnable or EmbeddingInput()
+        self.objective = objective or WeightedSum(
+            first=CosineDistance(each_position=True), second=L2(relative=True)
+        )
+        self.optimizer_of = optimizer or _adam
+        self.decoder = decoder or natural_decoder(self.learnable)
+        self.allowed_tokens, self.masked_score = allowed_tokens, masked_score
+        self.disallowed: Tensor | None = None
+        self.iterations, self.seed = iterations, seed
+        self.progress = Progress()
+        self.batch: PromptBatch | None = None
+        self.focus: Tensor | None = None
+        self.iteration = 0
+
+    # -- the frozen half ---------------------------------------------------------------------
+
+    def use(self, transformer: TruncatedTransformer) -> "InputInversion":
+        """Invert a model that is in memory already, instead of loading ``transformer``."""
+        self.transformer = transformer
+        return self
+
+    def configure_model(self) -> None:
+        """Load the frozen model, once."""
+        if self.transformer is None:
+            self.transformer = self.spec.load()
+        if self.allowed_tokens is not None:
+            self.disallowed = disallowed_tokens(self._allowed_ids(), self.embedding.vocabulary_size)
+
+    @property
+    def frozen(self) -> TruncatedTransformer:
+        """The frozen transformer."""
+        assert self.transformer is not None, "configure_model has not run"
+        return self.transformer
+
+    @property
+    def embedding(self) -> TokenEmbedding:
+        """The frozen token embedding."""
+        return self.frozen.embedding
+
+    def _allowed_ids(self) -> list[int]:
+        if not isinstance(self.allowed_tokens, str):
+            ids = list(self.allowed_tokens or ())
+        elif self.frozen.tokenizer is None:
+            raise InputError("--model.allowed_tokens is a text, and the model has no tokenizer.")
+        else:
+            ids = self.frozen.tokenizer(self.allowed_tokens, add_special_tokens=False)["input_ids"]
+        vocabulary = self.embedding.vocabulary_size
+        if not ids or min(ids) < 0 or max(ids) >= vocabulary:
+            raise InputError(
+                f"--model.allowed_tokens must name tokens between 0 and {vocabulary - 1}, "
+                f"and at least one; it gives {ids[:10]}."
+            )
+        return ids
+
+    # -- one batch ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin(self, batch: PromptBatch) -> None:
+        """Take up a batch: a fresh input and, under a Trainer, a fresh optimiser."""
+        self.batch = batch
+        self.learnable.begin(self.noise("start"), self.embedding, batch.ids)
+        self.progress.allocate(*batch.ids.shape, self.device)
+        self._aim()
+        if self._trainer is not None:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+    def _aim(self) -> None:
+        """Compute the target features of the batch."""
+        assert self.batch is not None
+        self.focus = self.batch.mask
+        self.target = self.features_of(self.learnable.encode(self.batch.ids, self.embedding))
+
+    def noise(self, stream: str) -> Tensor:
+        """Standard normal ``[B, T, C]``, each row's own; ``stream`` says what it is for."""
+        assert self.batch is not None
+        channels = self.learnable.channels(self.embedding)
+        noise = row_noise(self.seed, self.batch.index, self.batch.lengths, channels, stream)
+        return noise.to(self.device)
+
+    @torch.no_grad()
+    def features_of(self, values: Tensor) -> Tensor:
+        """Features ``[B, T, F]`` of values ``[B, T, C]`` in place of the learnable input."""
+        assert self.batch is not None
+        vectors = self.learnable.embed(values, self.embedding)
+        features: Tensor = self.frozen(vectors, self.batch.mask)
+        return features.float()
+
+    def stop_rows(self, rows: Tensor) -> None:
+        """Hold ``rows`` [B] bool still from this iteration on."""
+        self.progress.stopped_at[rows & ~self.progress.stopped] = self.iteration
+        self.learnable.held |= rows[:, None]
+
+    def top_tokens(self, k: int = 5) -> TopTokens:
+        """The k best tokens of each position of the input as it stands."""
+        return decode(
+            self.learnable, self.embedding, self.decoder, k, self.disallowed, self.masked_score
+        )
+
+    # -- Lightning's hooks -------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimiser of the input: the only parameter there is."""
+        return self.optimizer_of([self.learnable.values])
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> int | None:
+        """Begin the epoch's batch; -1 ends the epoch when each of its rows has stopped."""
+        if self.batch is None or self.batch.index != batch.index:
+            self.begin(batch)
+        elif self.focus is None:  # resumed within the epoch: the input is there, its target is not
+            self.batch = batch
+            self._aim()
+        return -1 if bool(self.progress.stopped.all()) else None
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
+        """One iteration: the summed distance of the rows that still move."""
+        self.iteration = batch_idx
+        features = self.frozen(self.learnable(self.embedding), batch.mask).float()
+        self.features = features.detach()
+        assert self.focus is not None
+        self.distances = self.objective(
+            features, self.target, self.focus & ~self.progress.stopped[:, None]
+        )
+        loss = self.distances.sum()
+        if self.iteration % self.trainer.log_every_n_steps == 0 and self.logger is not None:
+            distance = float(self.distances.detach().mean())
+            self.logger.log_metrics({"distance": distance}, self.global_step)
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then put held positions back: momentum must not move them."""
+        before = self.learnable.values.detach().clone()
+        super().optimizer_step(*args, **kwargs)
+        self.learnable.restore_held(before)
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Scoring a stored input is done by the results callback, which reads it from here."""
+        if self.batch is None:
+            raise InputError("validate scores a stored input; name it with --ckpt_path.")
+        self.batch = self.batch.to(self.device)
+        self._aim()
+
+    # -- checkpoints -------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the input and its prompts; leave the frozen model out."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("transformer.")}
+        if self.batch is not None:
+            checkpoint["batch"] = {
+                "index": list(self.batch.index),
+                "prompts": list(self.batch.prompts),
+                "ids": self.batch.ids.cpu(),
+                "mask": self.batch.mask.cpu(),
+            }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make room for the stored input before it is read."""
+        if "batch" not in checkpoint:
+            return
+        stored = checkpoint["batch"]
+        self.batch = PromptBatch(
+            tuple(stored["index"]), tuple(stored["prompts"]), stored["ids"], stored["mask"]
+        )
+        self.learnable.allocate(checkpoint["state_dict"]["learnable.values"].shape)
+        self.progress.allocate(*stored["ids"].shape, self.device)
+        self.focus = None
+
+
+def _adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.05)

@@ -1,0 +1,112 @@
+"""Distances between features: one number for each row, rows independent.
+
+Every objective maps ``generated [B, T, F]``, ``target [B, T, F]`` and ``mask [B, T]`` (True where a
+position counts) to ``[B]``. The loss of a run is the sum over rows, so that a row's trajectory does
+not depend on what shares its batch.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from lightning_inversion.errors import InputError
+
+_SMALLEST_NORM = 1e-8
+
+
+class Objective(nn.Module, ABC):
+    """Distance of features: ``([B, T, F], [B, T, F], [B, T]) -> [B]``."""
+
+    @abstractmethod
+    def forward(self, generated: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        """The distance of each row."""
+
+
+class _Norm(Objective):
+    """||O(a_g) - O(a)||_p over a row, or each position's norm relative to its target's.
+
+    Args:
+        relative: False sums over the whole row (the document); True divides the distance at each
+            position by the norm of the target there and sums the quotients, so that a position
+            with massive activations weighs no more than another.
+    """
+
+    order: float
+
+    def __init__(self, relative: bool = False) -> None:
+        super().__init__()
+        self.relative = relative
+
+    def forward(self, generated: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        difference = (generated - target) * mask[..., None]
+        if not self.relative:
+            return torch.linalg.vector_norm(difference, ord=self.order, dim=(1, 2))
+        size = torch.linalg.vector_norm(target, ord=self.order, dim=2).clamp_min(_SMALLEST_NORM)
+        distance = torch.linalg.vector_norm(difference, ord=self.order, dim=2)
+        return (distance / size).sum(dim=1)
+
+
+class L1(_Norm):
+    __doc__ = f"The L1 distance, the document's metric. {_Norm.__doc__}"
+    order = 1.0
+
+
+class L2(_Norm):
+    __doc__ = f"The L2 distance (not squared). {_Norm.__doc__}"
+    order = 2.0
+
+
+class CosineDistance(Objective):
+    """1 - cos of the angle between features (section 'Indirect input representation via cosine').
+
+    Args:
+        each_position: False flattens a row to one vector (the document); True sums the distance of
+            each position.
+        absolute: take abs(cos), as the author's code does; opposite directions then count as equal.
+    """
+
+    def __init__(self, each_position: bool = False, absolute: bool = False) -> None:
+        super().__init__()
+        self.each_position, self.absolute = each_position, absolute
+
+    def forward(self, generated: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        keep = mask[..., None]
+        if not self.each_position:
+            generated, target = (generated * keep).flatten(1), (target * keep).flatten(1)
+        cosine = cosine_similarity(generated, target, dim=-1, eps=_SMALLEST_NORM)
+        distance = 1 - (cosine.abs() if self.absolute else cosine)
+        return (distance * mask).sum(dim=1) if self.each_position else distance
+
+
+class WeightedSum(Objective):
+    """alpha * first + beta * second (the document's linear combination of cosine and L1).
+
+    Args:
+        alpha: weight of the first objective.
+        beta: weight of the second objective.
+        first: the document's is the cosine distance.
+        second: the document's is the L1 distance.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        first: Objective | None = None,
+        second: Objective | None = None,
+    ) -> None:
+        super().__init__()
+        if min(alpha, beta) < 0 or max(alpha, beta) == 0:
+            raise InputError(
+                f"objective.alpha and objective.beta must not be negative nor both 0, and are "
+                f"{alpha} and {beta}."
+            )
+        self.alpha, self.beta = alpha, beta
+        self.first, self.second = first or CosineDistance(), second or L1()
+
+    def forward(self, generated: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        first: Tensor = self.first(generated, target, mask)
+        second: Tensor = self.second(generated, target, mask)
+        return self.alpha * first + self.beta * second

@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from lightning_inversion.decoding import (
+    CosineDecoder,
+    L2Decoder,
+    PinvDecoder,
+    decode,
+    disallowed_tokens,
+    natural_decoder,
+)
+from lightning_inversion.inputs import EmbeddingInput, VocabularyInput
+from lightning_inversion.transformer.embedding import TokenEmbedding
+
+
+@pytest.fixture
+def embedding() -> TokenEmbedding:
+    return TokenEmbedding(torch.randn(50, 6, generator=torch.Generator().manual_seed(0)))
+
+
+def at(learnable, values: torch.Tensor):
+    learnable.allocate(values.shape)
+    with torch.no_grad():
+        learnable.values.copy_(values)
+    return learnable
+
+
+@pytest.mark.parametrize("decoder", [L2Decoder(), CosineDecoder()], ids=["l2", "cosine"])
+def test_a_token_decodes_to_itself(decoder, embedding: TokenEmbedding) -> None:
+    ids = torch.arange(50)[None]
+    learnable = at(EmbeddingInput(), embedding(ids))
+    assert torch.equal(decode(learnable, embedding, decoder).best, ids)
+
+
+def test_scores_against_their_definitions(embedding: TokenEmbedding) -> None:
+    vectors = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    distances = torch.cdist(vectors, embedding.matrix)
+    l2 = L2Decoder()(vectors, embedding)
+    torch.testing.assert_close(
+        l2 - vectors.square().sum(-1, keepdim=True) / 2, -distances.square() / 2, atol=1e-4, rtol=0
+    )
+    reference = torch.linalg.pinv(embedding.matrix)
+    torch.testing.assert_close(
+        PinvDecoder()(vectors, embedding), vectors @ reference, atol=1e-5, rtol=1e-4
+    )
+    cosine = torch.cosine_similarity(vectors[:, None], embedding.matrix[None], dim=-1)
+    torch.testing.assert_close(CosineDecoder()(vectors, embedding), cosine)
+
+
+def test_top_k_is_best_first_and_chunks_do_not_show(embedding: TokenEmbedding) -> None:
+    values = torch.randn(3, 70, 6, generator=torch.Generator().manual_seed(2))
+    top = decode(at(EmbeddingInput(), values), embedding, L2Decoder(), k=4)
+    scores = L2Decoder()(values, embedding)
+    torch.testing.assert_close(top.scores, scores.topk(4).values)
+    assert top.ids.shape == (3, 70, 4)
+
+
+def test_a_vocabulary_vector_is_its_own_scores(embedding: TokenEmbedding) -> None:
+    learnable = at(VocabularyInput(), torch.eye(50)[None, :5])
+    assert natural_decoder(learnable) is None
+    assert decode(learnable, embedding, None).best.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_only_allowed_tokens_are_decoded(embedding: TokenEmbedding) -> None:
+    values = -torch.ones(1, 1, 50)
+    values[0, 0, 3], values[0, 0, 7] = -0.5, 5.0
+    learnable = at(VocabularyInput(), values)
+    disallowed = disallowed_tokens([3, 4], 50)
+    assert decode(learnable, embedding, None, disallowed=disallowed).best.item() == 3
+    # The document's mask multiplies by 0: a disallowed token then beats a negative score.
+    by_zero = decode(learnable, embedding, None, disallowed=disallowed, masked_score=0.0)
+    assert by_zero.best.item() not in (3, 4)

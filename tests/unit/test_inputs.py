@@ -1,0 +1,90 @@
+import pytest
+import torch
+
+from lightning_inversion.errors import InputError
+from lightning_inversion.inputs import (
+    EmbeddingInput,
+    EmbeddingStart,
+    GaussianShift,
+    NeighbourShift,
+    NormalStart,
+    VocabularyInput,
+    WarmStart,
+    row_noise,
+)
+from lightning_inversion.transformer.embedding import TokenEmbedding
+
+IDS = torch.tensor([[1, 5, 7], [2, 2, 0]])
+
+
+@pytest.fixture
+def embedding() -> TokenEmbedding:
+    generator = torch.Generator().manual_seed(0)
+    return TokenEmbedding(torch.randn(40, 8, generator=generator) * 0.1 + 0.02)
+
+
+def test_noise_of_a_prompt_does_not_depend_on_its_batch() -> None:
+    together = row_noise(3, [7, 2], [4, 2], 5, "start")
+    alone = row_noise(3, [2], [2], 5, "start")
+    assert torch.equal(together[1, :2], alone[0])
+    assert not together[1, 2:].any()
+    assert not torch.equal(row_noise(3, [2], [2], 5, "shift"), alone)
+    assert not torch.equal(row_noise(4, [2], [2], 5, "start"), alone)
+
+
+def test_starts_have_the_mean_and_spread_they_promise(embedding: TokenEmbedding) -> None:
+    noise = row_noise(0, [0], [4000], 8, "start")
+    normal = NormalStart(mean=0.5, std=0.05)(noise, embedding, None)
+    assert normal.mean().item() == pytest.approx(0.5, abs=2e-3)
+    assert normal.std().item() == pytest.approx(0.05, rel=0.03)
+    own = EmbeddingStart(spread=1.0)(noise, embedding, None)
+    torch.testing.assert_close(own.mean((0, 1)), embedding.mean, atol=6e-3, rtol=0)
+    assert own.std().item() == pytest.approx(embedding.spread, rel=0.1)
+    target = torch.ones_like(noise)
+    warm = WarmStart(noise=0.5, target=2.0)(noise, embedding, target)
+    torch.testing.assert_close(warm, 0.5 * noise + 2)
+    with pytest.raises(InputError, match="known prompts"):
+        WarmStart()(noise, embedding, None)
+
+
+@pytest.mark.parametrize(
+    "learnable",
+    [EmbeddingInput(), VocabularyInput(target="one_hot"), VocabularyInput(target="pinv")],
+    ids=["embedding", "one_hot", "pinv"],
+)
+def test_encoding_a_token_gives_its_embedding(learnable, embedding: TokenEmbedding) -> None:
+    vectors = learnable.embed(learnable.encode(IDS, embedding), embedding)
+    scale = 10 if getattr(learnable, "target", "") == "one_hot" else 1
+    torch.testing.assert_close(vectors, scale * embedding(IDS), atol=1e-5, rtol=1e-4)
+
+
+def test_held_positions_return_to_where_they_were(embedding: TokenEmbedding) -> None:
+    learnable = EmbeddingInput(NormalStart())
+    learnable.begin(row_noise(0, [0, 1], [3, 3], 8, "start"), embedding, IDS)
+    before = learnable.values.detach().clone()
+    learnable.held[0, 1] = True
+    with torch.no_grad():
+        learnable.values.add_(1.0)
+    learnable.restore_held(before)
+    moved = (learnable.values != before).any(-1)
+    assert moved.tolist() == [[True, False, True], [True, True, True]]
+
+
+def test_shifts(embedding: TokenEmbedding) -> None:
+    learnable = EmbeddingInput()
+    noise = row_noise(0, [0, 1], [3, 3], 8, "shift")
+    gaussian = GaussianShift(std=0.1)(IDS, noise, learnable, embedding)
+    torch.testing.assert_close(gaussian - embedding(IDS), 0.1 * noise)
+    neighbour = NeighbourShift()(IDS, noise, learnable, embedding)
+    changed = (neighbour != embedding(IDS)).any(-1)
+    assert changed.sum(1).tolist() == [1, 1]
+    row, position = changed.nonzero()[0].tolist()
+    others = torch.cdist(embedding(IDS)[row, position, None], embedding.matrix)[0]
+    others[IDS[row, position]] = torch.inf
+    torch.testing.assert_close(neighbour[row, position], embedding.matrix[others.argmin()])
+
+
+def test_an_embedding_start_is_refused_for_vocabulary_vectors(embedding: TokenEmbedding) -> None:
+    learnable = VocabularyInput(start=EmbeddingStart())
+    with pytest.raises(InputError, match="EmbeddingStart"):
+        learnable.begin(row_noise(0, [0], [3], 40, "start"), embedding, None)

@@ -1,0 +1,81 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_inversion.callbacks.learning_rate import LinearLearningRate
+from lightning_inversion.callbacks.results import append_rows, read_rows
+from lightning_inversion.cli import differences
+from lightning_inversion.errors import InputError
+from lightning_inversion.prompts import PromptBatch, PromptDataModule, read_prompts
+
+
+def test_rows_are_whole_or_absent_after_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    append_rows(path, [{"index": 1, "text": "é"}])
+    with path.open("ab") as file:
+        file.write(b'{"index": 2, "te')  # killed here
+    assert read_rows(path) == [{"index": 1, "text": "é"}]
+    append_rows(path, [{"index": 0}])
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [1, 0]
+    assert [row["index"] for row in read_rows(path)] == [0, 1]
+
+
+def test_learning_rate_goes_from_base_to_a_hundredth() -> None:
+    schedule = LinearLearningRate()
+    assert schedule.factor(0, 500) == 1
+    assert schedule.factor(499, 500) == pytest.approx(0.01)
+    assert schedule.factor(250, 501) == pytest.approx(0.505)
+    assert schedule.factor(0, 1) == 1
+    with pytest.raises(InputError, match=r"learning_rate\.start"):
+        LinearLearningRate(start=-1)
+
+
+def test_configs_differ_by_key() -> None:
+    ours = {"model": {"transformer": {"depth": 1}, "iterations": 5}, "ckpt_path": None}
+    theirs = {"model": {"transformer": {"depth": 2}, "iterations": 5}, "ckpt_path": "last"}
+    assert differences(ours, theirs) == ["model.transformer.depth"]
+    assert differences(ours, ours) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", "one\n\nthree\n", "line 2 is empty"),
+        ("p.txt", "", "holds no prompt"),
+        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', 'line 2 is not a JSON object with a key "p'),
+        ("p.jsonl", '{"prompt": 12}\n', "line 1: .*not a string; quote it"),
+        ("p.jsonl", "{", "line 1 is not"),
+    ],
+)
+def test_bad_prompt_files_are_named_by_line(tmp_path: Path, name, text, message) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_prompts(path)
+
+
+def test_prompt_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("  leading space\nzwei\n\n")
+    assert read_prompts(tmp_path / "p.txt") == ["  leading space", "zwei"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\\nb"}\n')
+    assert read_prompts(tmp_path / "p.jsonl") == ["a\nb"]
+    with pytest.raises(InputError, match="cannot be read: No such file"):
+        read_prompts(tmp_path / "none.txt")
+
+
+def test_prompts_come_from_one_place() -> None:
+    with pytest.raises(InputError, match="neither was given"):
+        PromptDataModule()
+    with pytest.raises(InputError, match="both were given"):
+        PromptDataModule(prompts=["a"], file="b")
+    with pytest.raises(InputError, match="prompt 2 is empty"):
+        PromptDataModule(prompts=["a", " "])
+
+
+def test_a_ragged_batch_is_padded_on_the_right() -> None:
+    batch = PromptBatch.collate([(4, "a", [1, 2, 3]), (9, "b", [7])])
+    assert batch.ids.tolist() == [[1, 2, 3], [7, 0, 0]]
+    assert batch.lengths == [3, 1]
+    assert batch.index == (4, 9)
