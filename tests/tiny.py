@@ -94,8 +94,11 @@ CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
 FAMILIES = tuple(CONFIGS)
 
 
-def tiny_model(family: str, attention: str = "sdpa", seed: int = 0) -> hf.PreTrainedModel:
-    """A random causal LM of `family` with weights large enough that attention matters."""
+def tiny_model(family: str, attention: str | None = None, seed: int = 0) -> hf.PreTrainedModel:
+    """A random causal LM of `family` with weights large enough that attention matters.
+
+    Its attention is sdpa where the family has it, unless another is named.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = hf.AutoModelForCausalLM.from_config(

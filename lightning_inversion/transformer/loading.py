@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -73,6 +74,7 @@ class TransformerSpec:
     device_map: str | None = None
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         check_source(self.model)
         check_depths(self.depth, self.layers)
         check_slice(self.features)
@@ -178,6 +180,19 @@ class TransformerSpec:
             )
         # GPT-J, GPT-Neo, BLOOM and others have eager attention alone.
         return self.attention if kind._supports_sdpa else "eager"
+
+
+def _check_choices(spec: TransformerSpec) -> None:
+    """Raise InputError for a value that a field's `Literal` does not list."""
+    for name, hint in get_type_hints(TransformerSpec).items():
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        choices = [c for kind in kinds if get_origin(kind) is Literal for c in get_args(kind)]
+        value = getattr(spec, name)
+        if choices and value not in choices and not (value is None and NoneType in kinds):
+            raise InputError(
+                f"--model.transformer.{name}: {value!r} is not known; "
+                f"choose one of {', '.join(choices)}."
+            )
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def check_source(name: str) -> None:
     elif name.endswith(".gguf"):
         if not _path(name).is_file():
             raise InputError(f"{OPTION}: there is no file {name!r}; give the path of a .gguf file.")
-    elif _path(name).is_dir():
+    elif name and _path(name).is_dir():
         if not (_path(name) / "config.json").is_file():
             raise InputError(
                 f"{OPTION}: the folder {name!r} holds no config.json; "

@@ -1,0 +1,167 @@
+"""From a spec, as a YAML file holds it, to the model."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lightning_inversion.errors import InputError
+from lightning_inversion.transformer import TransformerSpec, TruncatedTransformer
+from tests.tiny import BLOCKS, FAMILIES, save_tiny, tiny_model
+
+IDS = torch.tensor([[5, 9, 77, 120, 33], [4, 3, 2, 1, 6]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loaded_model_is_the_one_in_memory(family: str, tmp_path: Path) -> None:
+    transformer = TransformerSpec(model=str(save_tiny(tmp_path, family)), depth=2).load()
+    memory = TruncatedTransformer.from_model(tiny_model(family, "eager"), depth=2)
+    torch.testing.assert_close(transformer.features_of(IDS), memory.features_of(IDS))
+    assert transformer.fingerprint == memory.fingerprint
+
+
+def test_only_the_kept_blocks_are_in_memory(tiny_folder: Path) -> None:
+    one = TransformerSpec(model=str(tiny_folder), depth=1).load()
+    whole = TransformerSpec(model=str(tiny_folder), depth=None).load()
+    assert whole.depth == BLOCKS
+
+    def size(transformer: TruncatedTransformer) -> int:
+        return sum(parameter.numel() for parameter in transformer.parameters())
+
+    block = sum(p.numel() for p in tiny_model("llama").base_model.layers[0].parameters())
+    assert size(whole) - size(one) == (BLOCKS - 1) * block
+    norm = 32
+    assert size(one) == block + norm  # the embedding is a buffer, the head is not there
+
+
+def test_loading_is_silent(tiny_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    TransformerSpec(model=str(tiny_folder), depth=1).load()
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_the_tokenizer_round_trips(tiny_folder: Path) -> None:
+    tokenizer = TransformerSpec(model=str(tiny_folder)).load_tokenizer()
+    text = "Grüße, the sky is blue — 12 times.\n"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_the_whole_model_with_its_head(tiny_folder: Path) -> None:
+    model, tokenizer = TransformerSpec(model=str(tiny_folder), depth=1).load_causal_lm()
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, tiny_model("llama")(IDS).logits)
+    assert len(tokenizer) == model.config.vocab_size
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_config_counts_all_blocks(tiny_folder: Path) -> None:
+    assert TransformerSpec(model=str(tiny_folder)).config().num_hidden_layers == BLOCKS
+
+
+def untrained(folder: Path, depth: int, seed: int = 0) -> TruncatedTransformer:
+    return TransformerSpec(
+        model=str(folder), depth=depth, weights="untrained", weights_seed=seed
+    ).load()
+
+
+def test_untrained_weights_depend_on_their_seed_alone(tiny_folder: Path) -> None:
+    torch.manual_seed(1)
+    one = untrained(tiny_folder, 2).features_of(IDS)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    again = untrained(tiny_folder, 2).features_of(IDS)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(one, again)
+    assert not torch.equal(one, untrained(tiny_folder, 2, seed=1).features_of(IDS))
+    assert not torch.equal(
+        one, TransformerSpec(model=str(tiny_folder), depth=2).load().features_of(IDS)
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_untrained_blocks_do_not_depend_on_the_depth(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, family)
+    two = TransformerSpec(model=str(folder), layers=[1, 2], depth=None, weights="untrained").load()
+    one = untrained(folder, 1)
+    assert torch.equal(two.features_of(IDS)[..., :32], one.features_of(IDS))
+    model, _ = TransformerSpec(model=str(folder), weights="untrained").load_causal_lm()
+    with torch.no_grad():
+        hidden = model(IDS, output_hidden_states=True).hidden_states[1]
+    assert torch.equal(hidden, one.features_of(IDS))
+
+
+def test_loading_trained_weights_leaves_the_generator(tiny_folder: Path) -> None:
+    state = torch.get_rng_state()
+    TransformerSpec(model=str(tiny_folder)).load()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_attention_without_sdpa_is_eager(tmp_path: Path) -> None:
+    transformer = TransformerSpec(model=str(save_tiny(tmp_path, "gptj"))).load()
+    assert transformer.description["attention"] == "eager"
+
+
+def test_the_spec_is_plain(tiny_folder: Path) -> None:
+    spec = TransformerSpec(model=str(tiny_folder), layers=[1, 3], depth=3)
+    assert TransformerSpec(**asdict(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        ({"depth": 0}, "depth"),
+        ({"layers": [1, 2], "depth": 3}, "depth"),
+        ({"layers": [2, 2]}, "layers"),
+        ({"features": "5"}, "features"),
+        ({"quantization": "int8", "dtype": "float16"}, "quantization"),
+        ({"quantization": "nf4", "weights": "untrained"}, "quantization"),
+        ({"dtype": "float64"}, "dtype"),
+        ({"weights": "random"}, "weights"),
+    ],
+)
+def test_wrong_options_fail_before_anything_is_loaded(
+    tiny_folder: Path, options: dict[str, object], option: str
+) -> None:
+    with pytest.raises(InputError, match=rf"--model\.transformer\.{option}:"):
+        TransformerSpec(model=str(tiny_folder), **options)  # type: ignore[arg-type]
+
+
+def test_a_depth_beyond_the_model(tiny_folder: Path) -> None:
+    with pytest.raises(InputError, match=r"depth: 9 blocks were asked for and the model has 4"):
+        TransformerSpec(model=str(tiny_folder), depth=9).load()
+
+
+def test_missing_weights_are_never_drawn_at_random(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="lacks 1 weights"):
+        TransformerSpec(model=str(folder)).load()
+
+
+def test_a_damaged_file_is_one_sentence(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(InputError, match="could not be loaded"):
+        TransformerSpec(model=str(folder)).load()
+
+
+def test_a_hub_id_offline_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=r"--model\.transformer\.model: 'nobody/nothing'"):
+        TransformerSpec(model="nobody/nothing").load()
+
+
+def test_memory_models_of_a_real_class_are_accepted(tiny_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    assert TruncatedTransformer.from_model(model.base_model, depth=1).depth == 1
