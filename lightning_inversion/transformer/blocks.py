@@ -66,10 +66,12 @@ def shorten_config_(config: PretrainedConfig, kept: int) -> None:
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
     """The part of `model` that turns token vectors into hidden states: no head, no eyes."""
     base = model.base_model
-    if text_config(base.config) is not base.config:
-        base = base.get_decoder()
     assert isinstance(base, PreTrainedModel)
-    return base
+    if text_config(base.config) is base.config:
+        return base
+    decoder = base.get_decoder()  # type: ignore[no-untyped-call]
+    assert isinstance(decoder, PreTrainedModel)
+    return decoder
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:

@@ -33,7 +33,7 @@ def tree_candidates(
     P = int(lengths.max())
     parts = [
         _one_tree(transformer, prefix[:, :P], lengths, group)
-        for group in candidates.split(GROUP, dim=1)
+        for group in torch.split(candidates, GROUP, dim=1)
     ]
     return torch.cat(parts, dim=1)
 
@@ -65,14 +65,16 @@ def plain_candidates(
     place = torch.arange(P + 1, device=prefix.device)
     owner = torch.arange(B, device=prefix.device).repeat_interleave(K)  # whose candidate a row is
     features = []
-    for rows, embeds in zip(owner.split(ROWS), candidates.reshape(-1, D).split(ROWS), strict=True):
+    for rows, embeds in zip(
+        torch.split(owner, ROWS), torch.split(candidates.reshape(-1, D), ROWS), strict=True
+    ):
         sequence = prefix.new_zeros(len(rows), P + 1, D)
         sequence[:, :P] = prefix[rows, :P]
         ends = lengths[rows]
         each = torch.arange(len(rows), device=prefix.device)
         sequence[each, ends] = embeds
         features.append(transformer(sequence, place <= ends[:, None])[each, ends])
-    return torch.cat(features).unflatten(0, (B, K))
+    return torch.cat(features).reshape(B, K, -1)
 
 
 @torch.no_grad()
@@ -87,8 +89,8 @@ def tree_works(transformer: TruncatedTransformer) -> bool:
     matrix = transformer.embedding.matrix
     ids = torch.arange(12, device=matrix.device) % len(matrix)
     ids = (ids * max(1, len(matrix) // 12)) % len(matrix)
-    prefix = transformer.embedding(ids[:6]).unflatten(0, (2, 3))
-    candidates = transformer.embedding(ids[4:]).unflatten(0, (2, 4))
+    prefix = transformer.embedding(ids[:6].reshape(2, 3))
+    candidates = transformer.embedding(ids[4:].reshape(2, 4))
     lengths = torch.tensor([3, 2], device=matrix.device)
     plain = plain_candidates(transformer, prefix, lengths, candidates)
     alone = plain_candidates(transformer, prefix, torch.zeros_like(lengths), candidates)

@@ -41,7 +41,7 @@ class TokenEmbedding(nn.Module):
         if torch.equal(embedding(ids[:64]), weight[:64]):
             # The class does something, but perhaps not to the numbers: look at every row, a
             # few at a time.
-            parts = ids.split(_ROWS)
+            parts = torch.split(ids, _ROWS)
             if all(torch.equal(embedding(part), weight[part]) for part in parts):
                 return cls(weight)
         return cls(embedding(ids))
@@ -50,7 +50,8 @@ class TokenEmbedding(nn.Module):
         # What was computed from the matrix does not move with it to another device.
         for cached in ("_inverse_gram", "mean", "spread", "_duplicates"):
             self.__dict__.pop(cached, None)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's is unannotated
+        return self
 
     @property
     def vocabulary_size(self) -> int:
@@ -87,7 +88,7 @@ class TokenEmbedding(nn.Module):
     def _inverse_gram(self) -> Tensor:
         D = self.width
         gram = torch.zeros(D, D, dtype=torch.float64, device=self.matrix.device)
-        for rows in self.matrix.split(_ROWS):
+        for rows in torch.split(self.matrix, _ROWS):
             rows = rows.double()
             gram.addmm_(rows.T, rows)
         factor, failed = torch.linalg.cholesky_ex(gram)
@@ -95,7 +96,8 @@ class TokenEmbedding(nn.Module):
         # Fewer tokens than dimensions, or dimensions no token uses: not invertible, and Cholesky
         # may not notice. The pseudo-inverse of the Gram matrix gives W^+ all the same.
         if failed.any() or pivots.min() < 1e-6 * pivots.max():
-            return torch.linalg.pinv(gram, hermitian=True)
+            inverse: Tensor = torch.linalg.pinv(gram, hermitian=True)
+            return inverse
         return torch.cholesky_inverse(factor)
 
     @cached_property
@@ -108,10 +110,10 @@ class TokenEmbedding(nn.Module):
     @torch.no_grad()
     def spread(self) -> float:
         """The root mean square distance of an entry of W from its column's mean."""
-        squares = sum(
-            (rows.float() - self.mean).square().sum().item() for rows in self.matrix.split(_ROWS)
-        )
-        return float(squares / self.matrix.numel()) ** 0.5
+        squares = 0.0
+        for rows in torch.split(self.matrix, _ROWS):
+            squares += (rows.float() - self.mean).square().sum().item()
+        return float((squares / self.matrix.numel()) ** 0.5)
 
     def duplicates(self) -> tuple[tuple[int, ...], ...]:
         """Groups of token ids with identical rows: no hidden state can tell them apart."""

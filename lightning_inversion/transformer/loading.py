@@ -23,7 +23,6 @@ from transformers import (
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.blocks import language_model, shorten_config_, text_config
 from lightning_inversion.transformer.quantization import (
-    check_gradient,
     check_quantization,
     prepare_quantized_,
     quantization_config,
@@ -95,7 +94,7 @@ class TransformerSpec:
         else:
             shorten_config_(language, selection.depth)
             model = self._trained(AutoModel, files, config)
-        transformer = TruncatedTransformer(
+        return TruncatedTransformer(
             language_model(model),
             self._tokenizer_of(files),
             selection=selection,
@@ -107,9 +106,6 @@ class TransformerSpec:
                 "quantization": self.quantization,
             },
         )
-        if self.quantization is not None:
-            check_gradient(transformer)
-        return transformer
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, without the model."""
@@ -123,7 +119,9 @@ class TransformerSpec:
             model = self._untrained(AutoModelForCausalLM, config)
         else:
             model = self._trained(AutoModelForCausalLM, files, config)
-        return model.requires_grad_(False).eval(), self._tokenizer_of(files)
+        model.requires_grad_(False)
+        model.train(False)
+        return model, self._tokenizer_of(files)
 
     def config(self) -> PretrainedConfig:
         """The model's configuration, all blocks counted, without its weights."""
@@ -140,7 +138,10 @@ class TransformerSpec:
 
     def _config_of(self, files: ModelFiles) -> PretrainedConfig:
         with _readable(self.model):
-            return AutoConfig.from_pretrained(files.location, revision=files.revision)
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                files.location, revision=files.revision
+            )
+        return config
 
     def _tokenizer_of(self, files: ModelFiles) -> PreTrainedTokenizerBase:
         with _readable(self.model):
@@ -158,6 +159,7 @@ class TransformerSpec:
         }
         if self.quantization is not None:
             options["quantization_config"] = quantization_config(self.quantization, self._dtype)
+        model: PreTrainedModel
         with _readable(self.model), torch.random.fork_rng(devices=[]):
             model, report = auto.from_pretrained(files.location, **options)
         _check_complete(self.model, report)

@@ -93,7 +93,8 @@ class Selection:
         parts = [heard[depth] for depth in self.layers]
         if self.final_norm:
             parts[-1] = normed
-        together = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        # Blocks may lie on several devices.
+        together = torch.cat([part.to(parts[0].device) for part in parts], dim=-1)
         return together if self.features is None else together[..., _slice(self.features)]
 
     def description(self) -> dict[str, Any]:

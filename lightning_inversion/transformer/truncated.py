@@ -118,9 +118,8 @@ class TruncatedTransformer(nn.Module):
     @torch.no_grad()
     def feature_size(self) -> int:
         """F, found by running one token."""
-        return self(self.embedding(torch.zeros(1, 1, dtype=torch.long, device=self.device))).shape[
-            -1
-        ]
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        return self.features_of(token).shape[-1]
 
     def forward(self, inputs_embeds: Tensor, mask: Tensor | None = None) -> Tensor:
         """Vectors [B, T, D] -> features [B, T, F]; rows are independent.
@@ -140,7 +139,8 @@ class TruncatedTransformer(nn.Module):
     @torch.no_grad()
     def features_of(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Features [B, T, F] of ids [B, T], without gradients."""
-        return self(self.embedding(ids), mask)
+        features: Tensor = self(self.embedding(ids), mask)
+        return features
 
     def run(
         self,
@@ -164,7 +164,7 @@ class TruncatedTransformer(nn.Module):
             given["position_ids"] = positions
         with self.selection.listening(self._blocks) as heard:
             output = self.model(inputs_embeds=embeds.to(self.dtype), use_cache=False, **given)
-        return self.selection.features_in(heard, output.last_hidden_state).float()
+        return self.selection.features_in(heard, output.last_hidden_state).float().to(embeds.device)
 
     @cached_property
     def tree_attention(self) -> bool:
@@ -194,7 +194,8 @@ class TruncatedTransformer(nn.Module):
         digest = hashlib.sha256()
         for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(raw.numpy().data)
         return digest.hexdigest()
 
     @property

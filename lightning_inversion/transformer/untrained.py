@@ -39,7 +39,8 @@ def untrained_model(
         # Only now: GPT-2 scales its initial weights by the number of blocks of the whole model.
         shorten_config_(base.config, depth)
     model.tie_weights()
-    return model.to(dtype)  # type: ignore[arg-type]  # transformers annotates `to` too narrowly
+    model.to(dtype)  # type: ignore[arg-type]  # transformers' wrapper hides the overloads
+    return model
 
 
 @torch.no_grad()
@@ -51,7 +52,7 @@ def _initialise_(model: PreTrainedModel, base: PreTrainedModel, seed: int) -> No
         name = names.get(id(module), f"head.{path}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed_of(name, seed))
-            _owner(model, path)._init_weights(module)
+            _owner(model, path)._init_weights(module)  # type: ignore[no-untyped-call]
 
 
 def _owner(model: PreTrainedModel, path: str) -> PreTrainedModel:
