@@ -89,6 +89,8 @@ CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "olmo2": lambda: hf.Olmo2Config(**_shape(num_key_value_heads=2)),
     "stablelm": lambda: hf.StableLmConfig(**_shape(num_key_value_heads=2)),
     "granite": lambda: hf.GraniteConfig(**_shape(num_key_value_heads=2)),
+    "phi3": lambda: hf.Phi3Config(**_shape(num_key_value_heads=2)),
+    "smollm3": lambda: hf.SmolLM3Config(**_shape(num_key_value_heads=2)),
     "cohere": lambda: hf.CohereConfig(**_shape(num_key_value_heads=2)),
 }
 FAMILIES = tuple(CONFIGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +100,11 @@ def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if child is old:
                 setattr(parent, name, new)
+
+
+def takes_position_ids(model: PreTrainedModel) -> bool:
+    """Whether the model can be told the positions of its tokens."""
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def block_output(output: Tensor | tuple[Any, ...]) -> Tensor:

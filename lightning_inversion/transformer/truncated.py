@@ -17,6 +17,7 @@ from lightning_inversion.transformer.blocks import (
     language_model,
     replace_module_,
     shorten_config_,
+    takes_position_ids,
 )
 from lightning_inversion.transformer.candidates import (
     plain_candidates,
@@ -25,6 +26,7 @@ from lightning_inversion.transformer.candidates import (
 )
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.selection import Selection
+from lightning_inversion.transformer.surgery import Surgery, check_bidirectional, operate_
 
 
 class TruncatedTransformer(nn.Module):
@@ -50,26 +52,32 @@ class TruncatedTransformer(nn.Module):
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         selection: Selection,
+        surgery: Surgery | None = None,
+        embedding: TokenEmbedding | None = None,
         description: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.selection = selection
         self.depth = selection.depth
-        self.causal = True
+        self.surgery = surgery or Surgery()
+        self.causal = self.surgery.causal
         self._description = dict(description or {})
 
         own = model.get_input_embeddings()
-        self.embedding = TokenEmbedding.from_module(own)
+        self.embedding = embedding or TokenEmbedding.from_module(own)
         # The model is only ever given vectors. Without its own embedding, W is held once, even
         # where it is scaled or moved to another device.
         replace_module_(model, own, nn.Identity())
         # A tuple, so that the blocks are not registered a second time.
         self._blocks = cut_blocks_(model, self.depth)
         shorten_config_(model.config, self.depth)
+        operate_(model, self._blocks, self.surgery)
         self.model = model
         self.requires_grad_(False)
         self.eval()
+        if not self.causal:
+            check_bidirectional(self, self.embedding.matrix[None, :4].float())
 
     @classmethod
     def from_model(
@@ -81,6 +89,8 @@ class TruncatedTransformer(nn.Module):
         layers: Sequence[int] | None = None,
         features: str | None = None,
         final_norm: bool = False,
+        surgery: Surgery | None = None,
+        embedding: TokenEmbedding | None = None,
     ) -> TruncatedTransformer:
         """Of a model in memory, whose weights are shared and which itself stays as it is.
 
@@ -91,6 +101,8 @@ class TruncatedTransformer(nn.Module):
             layers: several depths, their features concatenated.
             features: a slice of the features, 'start:stop'.
             final_norm: apply the model's final norm to the (last) features.
+            surgery: parts of the blocks to switch off.
+            embedding: another token embedding in the place of the model's own.
 
         Raises:
             InputError: the depths or the slice do not fit the model.
@@ -98,7 +110,14 @@ class TruncatedTransformer(nn.Module):
         base = language_model(model)
         selection = Selection.of(base.config, depth, layers, features, final_norm)
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        return cls(frozen_copy(base), tokenizer, selection=selection, description={"model": name})
+        return cls(
+            frozen_copy(base),
+            tokenizer,
+            selection=selection,
+            surgery=surgery,
+            embedding=embedding,
+            description={"model": name},
+        )
 
     def train(self, mode: bool = True) -> TruncatedTransformer:
         """Stays in evaluation mode whatever the mode of what contains it: no dropout, ever."""
@@ -129,12 +148,14 @@ class TruncatedTransformer(nn.Module):
             mask: [B, T] bool, False for padding, which must be at the right. Features there are
                 0, and neither they nor the vectors there influence anything.
         """
+        allowed = None if self.causal else _everything(inputs_embeds, mask)
         if mask is None:
-            return self.run(inputs_embeds)
+            return self.run(inputs_embeds, allowed)
         padding = ~mask[..., None]
         # What is right of a position cannot reach it in a causal model: no attention mask is
         # needed, which keeps the faster kernels and the model's own positions.
-        return self.run(inputs_embeds.masked_fill(padding, 0.0)).masked_fill(padding, 0.0)
+        features = self.run(inputs_embeds.masked_fill(padding, 0.0), allowed)
+        return features.masked_fill(padding, 0.0)
 
     @torch.no_grad()
     def features_of(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -155,6 +176,14 @@ class TruncatedTransformer(nn.Module):
             allowed: [B, T, T] bool, which position (row) sees which; None for the model's own.
             positions: [B, T] position ids; None for the model's own.
         """
+        if self.surgery.positions != "own":
+            positions = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+            if allowed is None:
+                # transformers would take equal positions for many texts packed into one row.
+                allowed = _everything(embeds, None).tril()
+        if allowed is not None and positions is None and takes_position_ids(self.model):
+            # OPT would count positions from the mask.
+            positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
         given: dict[str, Tensor] = {}
         if allowed is not None:
             hidden = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
@@ -204,7 +233,16 @@ class TruncatedTransformer(nn.Module):
         return {
             **self._description,
             **self.selection.description(),
+            **self.surgery.description(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention": self.model.config._attn_implementation,
             "weights_sha256": self.fingerprint,
         }
+
+
+def _everything(embeds: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, T, T]: every position sees every position that is no padding."""
+    B, T, _ = embeds.shape
+    if mask is None:
+        mask = torch.ones(B, T, dtype=torch.bool, device=embeds.device)
+    return mask[:, None, :].expand(B, T, T)

@@ -43,6 +43,22 @@ def untrained_model(
     return model
 
 
+def untrained_embedding(
+    auto: Any, config: PretrainedConfig, seed: int, dtype: torch.dtype
+) -> nn.Module:
+    """The token embedding of an untrained model: the one `untrained_model` would have."""
+    with torch.device("meta"):
+        base = language_model(auto.from_config(config))
+    name, embedding = next(
+        (name, module)
+        for name, module in base.named_modules()
+        if module is base.get_input_embeddings()
+    )
+    embedding.to_empty(device="cpu")
+    _initialise_module_(base, name, name, embedding, seed)
+    return embedding.to(dtype)
+
+
 @torch.no_grad()
 def _initialise_(model: PreTrainedModel, base: PreTrainedModel, seed: int) -> None:
     # Names as the base model has them, so that a block is the same with and without a head.
@@ -50,9 +66,16 @@ def _initialise_(model: PreTrainedModel, base: PreTrainedModel, seed: int) -> No
     # From the leaves up: some models redraw a child's weights from its parent.
     for path, module in reversed(list(model.named_modules())):
         name = names.get(id(module), f"head.{path}")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed_of(name, seed))
-            _owner(model, path)._init_weights(module)  # type: ignore[no-untyped-call]
+        _initialise_module_(model, path, name, module, seed)
+
+
+@torch.no_grad()
+def _initialise_module_(
+    model: PreTrainedModel, path: str, name: str, module: nn.Module, seed: int
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_seed_of(name, seed))
+        _owner(model, path)._init_weights(module)  # type: ignore[no-untyped-call]
 
 
 def _owner(model: PreTrainedModel, path: str) -> PreTrainedModel:
