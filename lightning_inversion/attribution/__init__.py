@@ -1,0 +1,1 @@
+"""Which input tokens an output depends on, and a page that shows it."""

@@ -1,0 +1,203 @@
+"""`lightning-inversion attribute`: from a text to a page, JSON, or a coloured line."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_inversion.attribution.attribute import attribute, encode, to_stderr
+from lightning_inversion.attribution.choices import Choices, Look, with_preset
+from lightning_inversion.attribution.naming import named_token, replacement_for
+from lightning_inversion.attribution.result import AttributionResult
+from lightning_inversion.attribution.rows import RowFile, read_texts
+from lightning_inversion.errors import InputError
+from lightning_inversion.transformer.loading import TransformerSpec
+
+# Options of a truncated model; --depth is an option of ours.
+_NOT_HERE = {"depth", "layers", "features", "final_norm"}
+_IN_AND_OUT = "-"
+
+
+def add_attribute_arguments(parser: ArgumentParser) -> None:
+    """The options of the command, flat: those of the model, `Choices` and `Look`, and files."""
+    parser.add_argument(
+        "text", type=str | None, nargs="?", help="The text to attribute to; - reads it from stdin."
+    )
+    parser.add_argument(
+        "--texts",
+        type=Path | None,
+        help="A file of texts, one a line (or .jsonl, key prompt), instead of one; needs --json.",
+    )
+    parser.add_argument(
+        "--out", type=Path | None, help="Where to write the page of HTML; - for stdout."
+    )
+    parser.add_argument(
+        "--json",
+        type=Path | None,
+        help="Where to write JSON; - for stdout. With --texts JSON lines, and a run goes on.",
+    )
+    parser.add_argument(
+        "--tensorboard", type=Path | None, help="A folder of event files to add the result to."
+    )
+    parser.add_argument(
+        "--preset", type=str | None, help="document: the choices of the document, exactly."
+    )
+    parser.add_class_arguments(Choices)
+    parser.add_class_arguments(Look)
+    parser.add_class_arguments(TransformerSpec, skip=_NOT_HERE)
+
+
+def run_attribute(options: Namespace) -> int:
+    """Run the command; returns the exit code.
+
+    Args:
+        options: what a parser with `add_attribute_arguments` parsed.
+
+    Raises:
+        InputError: the options are wrong; before a model is loaded wherever that can be known.
+    """
+    given = _made(Choices, options), _made(Look, options)
+    choices, _ = with_preset(options.preset, *given)
+    texts = _texts(options)
+    _check_files(options)
+    spec = _spec(options)
+    rows = None
+    if options.texts is not None and options.json != Path(_IN_AND_OUT):
+        rows = RowFile(options.json, texts, _settings(choices, spec))
+    tokenizer = spec.load_tokenizer()
+    _check_tokens(tokenizer, texts, choices)
+    model, _ = spec.load_causal_lm()
+    for index, text in enumerate(texts):
+        if rows is not None and index in rows.finished:
+            continue
+        result = _attribute(model, tokenizer, text, *given, options.preset, spec)
+        if options.texts is None:
+            _write(result, options)
+        elif rows is not None:
+            rows.append(index, result.to_dict())
+            to_stderr(f"{index + 1} of {len(texts)}: written to {rows.path}.")
+        else:
+            print(result.to_json(indent=None), flush=True)
+    return 0
+
+
+def _attribute(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    choices: Choices,
+    look: Look,
+    preset: str | None,
+    spec: TransformerSpec,
+) -> AttributionResult:
+    return attribute(
+        model,
+        tokenizer,
+        text,
+        choices,
+        preset=preset,
+        look=look,
+        name=spec.model,
+        model_options=_said_options(spec),
+    )
+
+
+def _made(kind: type[Any], options: Namespace) -> Any:
+    return kind(**{field.name: options[field.name] for field in fields(kind)})
+
+
+def _spec(options: Namespace) -> TransformerSpec:
+    names = [field.name for field in fields(TransformerSpec) if field.name not in _NOT_HERE]
+    try:
+        return TransformerSpec(depth=None, **{name: options[name] for name in names})
+    except InputError as error:
+        raise InputError(str(error).replace("--model.transformer.", "--")) from error
+
+
+def _said_options(spec: TransformerSpec) -> dict[str, Any]:
+    """The options of the model that are not at their default, but for its name."""
+    return {
+        field.name: value
+        for field in fields(spec)
+        if field.name not in {*_NOT_HERE, "model"}
+        and (value := getattr(spec, field.name)) != field.default
+    }
+
+
+def _settings(choices: Choices, spec: TransformerSpec) -> dict[str, Any]:
+    """What decides the scores beside the text."""
+    deciding = {name: value for name, value in asdict(choices).items() if name != "batch_size"}
+    return {**deciding, "model": spec.model, **_said_options(spec)}
+
+
+def _texts(options: Namespace) -> list[str]:
+    if (options.text is None) == (options.texts is None):
+        raise InputError(
+            "Give one text to attribute to (- for stdin), or --texts with a file of them."
+            if options.text is None
+            else "A text and --texts are two inputs; leave one of them out."
+        )
+    if options.texts is not None:
+        return read_texts(options.texts)
+    text = sys.stdin.read().removesuffix("\n") if options.text == _IN_AND_OUT else options.text
+    if not text:
+        raise InputError("The text is empty: give at least one token to attribute to.")
+    return [text]
+
+
+def _check_files(options: Namespace) -> None:
+    if options.texts is not None:
+        for option in ("out", "tensorboard"):
+            if options[option] is not None:
+                raise InputError(f"--{option} shows one text; with --texts give --json alone.")
+        if options.json is None:
+            raise InputError("--texts needs --json, the file of the rows (- for stdout).")
+    if options.out == options.json == Path(_IN_AND_OUT):
+        raise InputError("--out and --json cannot both be stdout; give one of them a file.")
+    for option in ("out", "json"):
+        path = options[option]
+        if path is not None and path != Path(_IN_AND_OUT) and path.is_dir():
+            raise InputError(f"--{option} {str(path)!r} is a folder; give a file in it.")
+
+
+def _check_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], choices: Choices) -> None:
+    """What a tokenizer alone can tell, while no model is loaded."""
+    for option in ("token", "against"):
+        if (name := getattr(choices, option)) is not None:
+            named_token(tokenizer, name, option)
+    replacement_for(tokenizer, choices.replacement)
+    for text in texts:
+        encode(tokenizer, text)
+
+
+def _write(result: AttributionResult, options: Namespace) -> None:
+    """To the places that were asked for, or to the terminal."""
+    _put(options.out, result.to_html)
+    _put(options.json, result.to_json)
+    if options.tensorboard is not None:
+        # Slow to import, and seldom needed.
+        from torch.utils.tensorboard import SummaryWriter
+
+        from lightning_inversion.attribution.tensorboard import log_attribution
+
+        with SummaryWriter(str(options.tensorboard)) as writer:
+            log_attribution(result, writer)
+    stdout_taken = Path(_IN_AND_OUT) in (options.out, options.json)
+    Console(stderr=stdout_taken).print(result)
+
+
+def _put(path: Path | None, content: Any) -> None:
+    if path is None:
+        return
+    if path == Path(_IN_AND_OUT):
+        sys.stdout.write(content() + "\n")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content(), encoding="utf-8")
+    to_stderr(f"written to {path}.")

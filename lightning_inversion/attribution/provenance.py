@@ -1,0 +1,56 @@
+"""Where a result comes from: the model, the versions, the command that gives it again."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import lightning_inversion
+from lightning_inversion.attribution.choices import Choices, Look, different, with_preset
+from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+
+def describe(model: PreTrainedModel | TruncatedTransformer, name: str | None) -> dict[str, Any]:
+    """The model and the versions that made a result, as plain values."""
+    if isinstance(model, TruncatedTransformer):
+        own, kind = model.description["model"], type(model.model).__name__
+        dtype, device = model.dtype, model.device
+    else:
+        own, kind = model.config._name_or_path or type(model).__name__, type(model).__name__
+        dtype, device = model.dtype, model.device
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    return {
+        "model": name or own,
+        "class": kind,
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization": str(quantization.quant_method) if quantization is not None else None,
+        "device": device.type,
+        "version": lightning_inversion.__version__,
+        "version_torch": torch.__version__,
+        "version_transformers": transformers.__version__,
+        "version_python": platform.python_version(),
+    }
+
+
+def command_line(
+    text: str, choices: Choices, look: Look, preset: str | None, model_options: Mapping[str, Any]
+) -> str:
+    """The command line that gives the same result."""
+    base, base_look = with_preset(preset, Choices(), Look())
+    options = {
+        **model_options,
+        **({} if preset is None else {"preset": preset}),
+        **different(choices, base),
+        **different(look, base_look),
+    }
+    words = ["lightning-inversion", "attribute"]
+    for option, value in options.items():
+        # With '=' also a value that begins with a dash is one.
+        words.append(f"--{option}={str(value).lower() if isinstance(value, bool) else value}")
+    return shlex.join([*words, *(["--"] if text.startswith("-") else []), text])
