@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning_inversion.callbacks.learning_rate import LinearLearningRate
 from lightning_inversion.callbacks.results import Results
 from lightning_inversion.callbacks.stopping import StoppingCriterion
+from lightning_inversion.callbacks.token_by_token import TokenByToken
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
@@ -26,22 +28,11 @@ _PACKAGE = "lightning_inversion"
 RECOMMENDED: dict[str, Any] = {
     "model.learnable": {
         "class_path": f"{_PACKAGE}.inputs.EmbeddingInput",
-        "init_args": {"start": {"class_path": f"{_PACKAGE}.inputs.EmbeddingStart"}},
+        "init_args": {"start": {"class_path": f"{_PACKAGE}.inputs.ReadoutStart"}},
     },
-    "model.objective": {
-        "class_path": f"{_PACKAGE}.objectives.WeightedSum",
-        "init_args": {
-            "first": {
-                "class_path": f"{_PACKAGE}.objectives.CosineDistance",
-                "init_args": {"each_position": True},
-            },
-            "second": {
-                "class_path": f"{_PACKAGE}.objectives.L2",
-                "init_args": {"relative": True},
-            },
-        },
-    },
-    "model.optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.05}},
+    "model.objective": {"class_path": f"{_PACKAGE}.objectives.Standardized"},
+    "model.optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.1}},
+    "stopping.stop": False,  # a row ends when its tokens are proven
 }
 
 
@@ -69,18 +60,37 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 class OneSentenceParser(LightningArgumentParser):
-    """Says what is wrong in one sentence, and exits with code 2."""
+    """Says what is wrong in one sentence and exits with code 2; help shows our options first."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the sentence without usage and exit."""
         sys.stderr.write(f"lightning-inversion: {one_sentence(message)}\n")
         raise SystemExit(2)
 
+    def format_help(self) -> str:
+        """Lightning's four hundred lines on the Trainer stand last."""
+        self._action_groups.sort(key=lambda group: "every aspect of training" in str(group.title))
+        return super().format_help()
+
 
 def one_sentence(message: str) -> str:
-    """A parser's message on one line, our own sentence alone where it holds one."""
+    """jsonargparse's message in one line; for a wrong class name, the names there are."""
     text = re.sub(r"\s+", " ", message).strip()
-    return text
+    wanted = re.search(r'Parser key "([\w.]+)":.*<class \'(lightning_inversion[\w.]+)\'>', text)
+    given = re.search(r"Given value: (.*)$", text)
+    if wanted and given:
+        key, path = wanted.groups()
+        module, name = path.rsplit(".", 1)
+        names = ", ".join(subclass_names(getattr(import_module(module), name)))
+        return f"--{key} {given[1]} is no {name}; choose one of {names}, or give a class_path."
+    return re.sub(r'^Parser key "([\w.]+)": ', r"--\1: ", text)
+
+
+def subclass_names(base: type) -> list[str]:
+    """Short names of the classes that can be chosen where ``base`` is asked for."""
+    children = base.__subclasses__()
+    names = [child.__name__ for child in children if not child.__name__.startswith("_")]
+    return sorted({*names, *(name for child in children for name in subclass_names(child))})
 
 
 class InversionCLI(LightningCLI):
@@ -123,10 +133,12 @@ class InversionCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our callbacks under keys of their own, and each value written once."""
         parser.add_lightning_class_args(LinearLearningRate, "learning_rate")
+        parser.add_lightning_class_args(TokenByToken, "token_by_token")
         parser.add_lightning_class_args(TokenDecoding, "decoding")
         parser.add_lightning_class_args(StoppingCriterion, "stopping")
         parser.add_lightning_class_args(Results, "results")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.usage = "lightning-inversion COMMAND [--config FILE] [--key value ...]"
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("model.iterations", "data.iterations")
         parser.link_arguments("model.transformer.model", "data.tokenizer")
@@ -136,14 +148,16 @@ class InversionCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Turn ``--ckpt_path last`` into the newest run that was made with the same settings."""
         config = self.config[self.subcommand]
-        if config.get("ckpt_path") != "last":
+        if self.subcommand == "validate" and config.ckpt_path is None:
+            raise InputError("validate scores a stored input; name it with --ckpt_path.")
+        if config.ckpt_path != "last":
             return
         root = Path(config.trainer.default_root_dir or ".") / "lightning_logs"
         run = newest_run(root)
         if run is None:
             raise InputError(f"--ckpt_path last finds no run under {str(root)!r}; leave it out.")
-        self._dump_config()
-        different = differences(yaml.safe_load((run / "config.yaml").read_text()), self.config_dump)
+        asked = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
+        different = differences(yaml.safe_load((run / "config.yaml").read_text()), asked)
         if different and self.subcommand == "fit":
             raise InputError(
                 f"--ckpt_path last continues {str(run)!r}, which was made with another "
@@ -160,6 +174,12 @@ class InversionCLI(LightningCLI):
             },
         }
         self.config = self.parser.parse_object(self.config)
+
+    def after_fit(self) -> None:
+        """Show what was read, of a run that had ended before as well."""
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, Results) and self.trainer.is_global_zero:
+                callback.show(self.trainer)
 
 
 def newest_run(root: Path) -> Path | None:

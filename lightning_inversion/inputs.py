@@ -6,7 +6,8 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.embedding import TokenEmbedding
+from lightning_inversion.transformer.readout import Readout
 
 
 def row_noise(
@@ -43,18 +45,29 @@ def row_generator(seed: int, index: int, stream: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a start may look at.
+
+    Attributes:
+        embedding: the model's token embedding.
+        features: ``[B, T, F]`` the target's features.
+        readout: fits, when asked, the linear guess from features to embeddings.
+        values: ``[B, T, C]`` the values of the prompt itself, where it is known.
+    """
+
+    embedding: TokenEmbedding
+    features: Tensor
+    readout: Callable[[], Readout]
+    values: Tensor | None
+
+
 class Start(ABC):
     """Where an input begins: standard normal noise ``[B, T, C]`` -> starting values ``[B, T, C]``."""
 
     @abstractmethod
-    def __call__(self, noise: Tensor, embedding: TokenEmbedding, target: Tensor | None) -> Tensor:
-        """Turn noise into a start.
-
-        Args:
-            noise: ``[B, T, C]``, standard normal.
-            embedding: the model's token embedding.
-            target: ``[B, T, C]``, the values of the prompt itself, where it is known.
-        """
+    def __call__(self, noise: Tensor, given: Given) -> Tensor:
+        """Turn noise into a start."""
 
 
 class NormalStart(Start):
@@ -68,7 +81,7 @@ class NormalStart(Start):
     def __init__(self, mean: float = 0.5, std: float = 0.05) -> None:
         self.mean, self.std = mean, std
 
-    def __call__(self, noise: Tensor, embedding: TokenEmbedding, target: Tensor | None) -> Tensor:
+    def __call__(self, noise: Tensor, given: Given) -> Tensor:
         return self.mean + self.std * noise
 
 
@@ -84,13 +97,28 @@ class EmbeddingStart(Start):
             raise InputError(f"start.spread must not be negative, and is {spread}.")
         self.spread = spread
 
-    def __call__(self, noise: Tensor, embedding: TokenEmbedding, target: Tensor | None) -> Tensor:
-        if noise.shape[-1] != embedding.width:
-            raise InputError(
-                "EmbeddingStart starts an EmbeddingInput; choose NormalStart or WarmStart for "
-                "--model.learnable VocabularyInput."
-            )
-        return embedding.mean + self.spread * embedding.spread * noise
+    def __call__(self, noise: Tensor, given: Given) -> Tensor:
+        _check_width(self, noise, given.embedding)
+        return given.embedding.mean + self.spread * given.embedding.spread * noise
+
+
+class ReadoutStart(Start):
+    """A linear guess of the embeddings from the target's features; see ``Readout``.
+
+    Args:
+        spread: standard deviations of the embedding to add as noise.
+    """
+
+    def __init__(self, spread: float = 0.0) -> None:
+        if spread < 0:
+            raise InputError(f"start.spread must not be negative, and is {spread}.")
+        self.spread = spread
+
+    def __call__(self, noise: Tensor, given: Given) -> Tensor:
+        _check_width(self, noise, given.embedding)
+        positions = torch.arange(noise.shape[1], device=noise.device).expand(noise.shape[:2])
+        guess = given.readout()(given.features, positions)
+        return guess + self.spread * given.embedding.spread * noise
 
 
 class WarmStart(Start):
@@ -104,13 +132,21 @@ class WarmStart(Start):
     def __init__(self, noise: float = 1.0, target: float = 1.0) -> None:
         self.noise, self.target = noise, target
 
-    def __call__(self, noise: Tensor, embedding: TokenEmbedding, target: Tensor | None) -> Tensor:
-        if target is None:
+    def __call__(self, noise: Tensor, given: Given) -> Tensor:
+        if given.values is None:
             raise InputError(
                 "WarmStart needs known prompts; choose NormalStart or EmbeddingStart "
                 "for captured targets."
             )
-        return self.noise * noise + self.target * target
+        return self.noise * noise + self.target * given.values
+
+
+def _check_width(start: Start, noise: Tensor, embedding: TokenEmbedding) -> None:
+    if noise.shape[-1] != embedding.width:
+        raise InputError(
+            f"{type(start).__name__} starts an EmbeddingInput; choose NormalStart or WarmStart for "
+            "--model.learnable VocabularyInput."
+        )
 
 
 class LearnableInput(nn.Module, ABC):
@@ -135,11 +171,10 @@ class LearnableInput(nn.Module, ABC):
         self.register_buffer("held", torch.zeros(*shape[:2], dtype=torch.bool, device=device))
 
     @torch.no_grad()
-    def begin(self, noise: Tensor, embedding: TokenEmbedding, ids: Tensor | None) -> None:
-        """Start afresh from ``noise`` [B, T, C]; ``ids`` [B, T] where the prompt is known."""
-        target = None if ids is None else self.encode(ids, embedding)
+    def begin(self, noise: Tensor, given: Given) -> None:
+        """Start afresh from standard normal ``noise`` [B, T, C]."""
         self.allocate(noise.shape)
-        self.values.copy_(self.start(noise, embedding, target))
+        self.values.copy_(self.start(noise, given))
 
     @abstractmethod
     def channels(self, embedding: TokenEmbedding) -> int:
@@ -171,7 +206,7 @@ class EmbeddingInput(LearnableInput):
     """
 
     def __init__(self, start: Start | None = None) -> None:
-        super().__init__(start or EmbeddingStart())
+        super().__init__(start or ReadoutStart())
 
     def channels(self, embedding: TokenEmbedding) -> int:
         return embedding.width

@@ -3,6 +3,7 @@
 The constructor is the experiment: its arguments are the keys of a YAML file.
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from lightning_inversion.decoding import (
     natural_decoder,
 )
 from lightning_inversion.errors import InputError
-from lightning_inversion.inputs import EmbeddingInput, LearnableInput, row_noise
-from lightning_inversion.objectives import CosineDistance, L2, Objective, WeightedSum
+from lightning_inversion.inputs import EmbeddingInput, Given, LearnableInput, row_noise
+from lightning_inversion.objectives import Objective, Standardized
 from lightning_inversion.prompts import PromptBatch
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.transformer.readout import Readout
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 
@@ -69,7 +71,8 @@ class InputInversion(LightningModule):
     Args:
         transformer: the frozen model whose features are matched.
         learnable: what is optimised; default an ``EmbeddingInput``.
-        objective: the distance of features; default cosine plus relative L2 at each position.
+        objective: the distance of features; default ``Standardized``: relative L2
+            and cosine of each position, in units of each feature's spread.
         optimizer: makes the optimiser of the input; default Adam.
         decoder: how the input is read as tokens; default the nearest embedding, or the values
             themselves of a ``VocabularyInput``.
@@ -82,6 +85,7 @@ class InputInversion(LightningModule):
     features: Tensor
     target: Tensor
     distances: Tensor
+    _before_step: Tensor
 
     def __init__(
         self,
@@ -102,9 +106,7 @@ class InputInversion(LightningModule):
         self.spec = transformer
         self.transformer: TruncatedTransformer | None = None
         self.learnable = learnable or EmbeddingInput()
-        self.objective = objective or WeightedSum(
-            first=CosineDistance(each_position=True), second=L2(relative=True)
-        )
+        self.objective = objective or Standardized()
         self.optimizer_of = optimizer or _adam
         self.decoder = decoder or natural_decoder(self.learnable)
         self.allowed_tokens, self.masked_score = allowed_tokens, masked_score
@@ -126,6 +128,7 @@ class InputInversion(LightningModule):
         """Load the frozen model, once."""
         if self.transformer is None:
             self.transformer = self.spec.load()
+        self.objective.calibrate(lambda: self.readout)
         if self.allowed_tokens is not None:
             self.disallowed = disallowed_tokens(self._allowed_ids(), self.embedding.vocabulary_size)
 
@@ -139,6 +142,11 @@ class InputInversion(LightningModule):
     def embedding(self) -> TokenEmbedding:
         """The frozen token embedding."""
         return self.frozen.embedding
+
+    @cached_property
+    def readout(self) -> Readout:
+        """The linear guess from features to embeddings, fitted when it is first asked for."""
+        return Readout.fit(self.frozen)
 
     def _allowed_ids(self) -> list[int]:
         if not isinstance(self.allowed_tokens, str):
@@ -161,9 +169,11 @@ class InputInversion(LightningModule):
     def begin(self, batch: PromptBatch) -> None:
         """Take up a batch: a fresh input and, under a Trainer, a fresh optimiser."""
         self.batch = batch
-        self.learnable.begin(self.noise("start"), self.embedding, batch.ids)
-        self.progress.allocate(*batch.ids.shape, self.device)
         self._aim()
+        values = self.learnable.encode(batch.ids, self.embedding)
+        given = Given(self.embedding, self.target, lambda: self.readout, values)
+        self.learnable.begin(self.noise("start"), given)
+        self.progress.allocate(*batch.ids.shape, self.device)
         if self._trainer is not None:
             self.trainer.strategy.setup_optimizers(self.trainer)
 
@@ -229,16 +239,19 @@ class InputInversion(LightningModule):
             self.logger.log_metrics({"distance": distance}, self.global_step)
         return loss
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Remember the input as the callbacks have left it, which may have fixed tokens in it."""
+        self._before_step = self.learnable.values.detach().clone()
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then put held positions back: momentum must not move them."""
-        before = self.learnable.values.detach().clone()
         super().optimizer_step(*args, **kwargs)
-        self.learnable.restore_held(before)
+        self.learnable.restore_held(self._before_step)
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Scoring a stored input is done by the results callback, which reads it from here."""
         if self.batch is None:
-            raise InputError("validate scores a stored input; name it with --ckpt_path.")
+            raise InputError("--ckpt_path holds no input; name a checkpoint of a fit.")
         self.batch = self.batch.to(self.device)
         self._aim()
 

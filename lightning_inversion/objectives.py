@@ -6,18 +6,23 @@ not depend on what shares its batch.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.transformer.readout import Readout
 
 _SMALLEST_NORM = 1e-8
 
 
 class Objective(nn.Module, ABC):
     """Distance of features: ``([B, T, F], [B, T, F], [B, T]) -> [B]``."""
+
+    def calibrate(self, readout: Callable[[], Readout]) -> None:
+        """Learn what is needed of the frozen model; most objectives need nothing."""
 
     @abstractmethod
     def forward(self, generated: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -31,13 +36,17 @@ class _Norm(Objective):
         relative: False sums over the whole row (the document); True divides the distance at each
             position by the norm of the target there and sums the quotients, so that a position
             with massive activations weighs no more than another.
+        squared: with ``relative``, square each position's quotient: its gradient fades as the
+            distance does.
     """
 
     order: float
 
-    def __init__(self, relative: bool = False) -> None:
+    def __init__(self, relative: bool = False, squared: bool = False) -> None:
         super().__init__()
-        self.relative = relative
+        if squared and not relative:
+            raise InputError("objective.squared squares relative distances; set relative true too.")
+        self.relative, self.squared = relative, squared
 
     def forward(self, generated: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         difference = (generated - target) * mask[..., None]
@@ -45,7 +54,8 @@ class _Norm(Objective):
             return torch.linalg.vector_norm(difference, ord=self.order, dim=(1, 2))
         size = torch.linalg.vector_norm(target, ord=self.order, dim=2).clamp_min(_SMALLEST_NORM)
         distance = torch.linalg.vector_norm(difference, ord=self.order, dim=2)
-        return (distance / size).sum(dim=1)
+        quotient = distance / size
+        return (quotient.square() if self.squared else quotient).sum(dim=1)
 
 
 class L1(_Norm):
@@ -80,6 +90,38 @@ class CosineDistance(Objective):
         return (distance * mask).sum(dim=1) if self.each_position else distance
 
 
+class Standardized(Objective):
+    """Another objective on features in units of their spread over random tokens.
+
+    Trained models have massive activations: a few channels hundreds of times larger than the rest,
+    which alone decide a plain distance. In units of its own spread, every channel counts.
+
+    Args:
+        objective: the distance of the standardised features; default relative L2 plus cosine.
+    """
+
+    def __init__(self, objective: Objective | None = None) -> None:
+        super().__init__()
+        self.objective = objective or WeightedSum(
+            first=CosineDistance(each_position=True), second=L2(relative=True, squared=True)
+        )
+        self.readout: Readout | None = None
+
+    def calibrate(self, readout: Callable[[], Readout]) -> None:
+        """Take the spread of each feature from the model's readout."""
+        self.readout = readout()
+
+    def forward(self, generated: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        assert self.readout is not None, "calibrate has not run"
+        positions = torch.arange(target.shape[1], device=target.device)
+        distance: Tensor = self.objective(
+            self.readout.standardize(generated, positions),
+            self.readout.standardize(target, positions),
+            mask,
+        )
+        return distance
+
+
 class WeightedSum(Objective):
     """alpha * first + beta * second (the document's linear combination of cosine and L1).
 
@@ -105,6 +147,11 @@ class WeightedSum(Objective):
             )
         self.alpha, self.beta = alpha, beta
         self.first, self.second = first or CosineDistance(), second or L1()
+
+    def calibrate(self, readout: Callable[[], Readout]) -> None:
+        """Both objectives learn what they need."""
+        self.first.calibrate(readout)
+        self.second.calibrate(readout)
 
     def forward(self, generated: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         first: Tensor = self.first(generated, target, mask)

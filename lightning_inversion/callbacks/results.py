@@ -81,17 +81,20 @@ class Results(Callback):
         print_rows(rows)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print every row of the run, and its parameters and results for TensorBoard's HParams."""
+        """Give TensorBoard's HParams the run's settings beside what came of them."""
         assert isinstance(pl_module, InputInversion)
-        path = self.path(trainer)
-        rows = read_rows(path)
-        if not rows:
-            return
-        print_rows(rows)
-        print(f"{path}")
-        if isinstance(trainer.logger, TensorBoardLogger):
+        rows = read_rows(self.path(trainer))
+        if rows and isinstance(trainer.logger, TensorBoardLogger):
             settings = {k: v for k, v in describe(pl_module).items() if v is not None}
             trainer.logger.log_hyperparams(settings, {f"final/{k}": v for k, v in mean(rows).items()})
+
+    def show(self, trainer: Trainer) -> None:
+        """Print every row of the run, and where they are."""
+        path = self.path(trainer)
+        rows = read_rows(path)
+        if rows:
+            print_rows(rows)
+        print(path)
 
     def _rows(self, module: InputInversion) -> list[Row]:
         batch = module.batch

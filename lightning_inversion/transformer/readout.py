@@ -1,0 +1,102 @@
+"""A linear guess at the input: features -> embeddings, fitted on random tokens.
+
+The residual stream carries the embedding along, so that a ridge regression on a few thousand
+features of random token sequences already reads most tokens of real text after one block, and some
+after many (tuned lenses, arXiv 2303.08112, read the other way, towards the output). Its means and
+scales are also what makes features comparable where a few channels are massive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+_LENGTH = 16
+"""Tokens in a random sequence."""
+
+_TOKENS_AT_A_TIME = 1024
+_RIDGE = 1e-4
+_SMALLEST_SCALE = 1e-6
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Two affine maps: one for position 0, which sees no other token, one for all later ones.
+
+    Attributes:
+        mean: ``[2, F]`` mean of each feature over random tokens.
+        scale: ``[2, F]`` its standard deviation.
+        matrix: ``[2, F, D]`` from standardised features to embeddings.
+        bias: ``[2, D]``.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    matrix: Tensor
+    bias: Tensor
+
+    def standardize(self, features: Tensor, positions: Tensor) -> Tensor:
+        """Features ``[..., F]`` at ``positions`` [...] in units of their spread over random tokens."""
+        kind = positions.clamp(max=1)
+        return (features - self.mean[kind]) / self.scale[kind]
+
+    def __call__(self, features: Tensor, positions: Tensor) -> Tensor:
+        """Features ``[..., F]`` at ``positions`` [...] -> guessed embeddings ``[..., D]``."""
+        standard = self.standardize(features, positions)
+        guesses = [standard @ self.matrix[kind] + self.bias[kind] for kind in (0, 1)]
+        return torch.where((positions == 0)[..., None], *guesses)
+
+    @classmethod
+    @torch.no_grad()
+    def fit(cls, transformer: TruncatedTransformer, seed: int = 0) -> Readout:
+        """Fit on random tokens: at least 8,192 later ones and 4,096 first ones, more for wide features.
+
+        Args:
+            transformer: whose features are read.
+            seed: of the random tokens.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        enough = max(4096, 2 * transformer.feature_size)
+        vocabulary = transformer.embedding.vocabulary_size
+        singles = torch.randint(vocabulary, (enough, 1), generator=generator)
+        texts = torch.randint(vocabulary, (2 * enough // _LENGTH, _LENGTH), generator=generator)
+        first = _regression(transformer, singles, slice(0, None))
+        later = _regression(transformer, texts, slice(1, None))
+        return cls(*(torch.stack(pair) for pair in zip(first, later, strict=True)))
+
+
+def _regression(
+    transformer: TruncatedTransformer, ids: Tensor, positions: slice
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, scale, matrix and bias, from sums over chunks of random tokens."""
+    device = transformer.device
+    F, D = transformer.feature_size, transformer.embedding.width
+    count = 0
+    sums = torch.zeros(F, dtype=torch.float64, device=device)
+    squares = torch.zeros(F, F, dtype=torch.float64, device=device)
+    products = torch.zeros(F, D, dtype=torch.float64, device=device)
+    embeds = torch.zeros(D, dtype=torch.float64, device=device)
+    for chunk in ids.to(device).split(max(1, _TOKENS_AT_A_TIME // ids.shape[1])):
+        vectors = transformer.embedding(chunk)
+        x = transformer(vectors)[:, positions].reshape(-1, F).double()
+        y = vectors[:, positions].reshape(-1, D).double()
+        count += len(x)
+        sums += x.sum(0)
+        squares.addmm_(x.T, x)
+        products.addmm_(x.T, y)
+        embeds += y.sum(0)
+    mean, bias = sums / count, embeds / count
+    covariance = squares / count - torch.outer(mean, mean)
+    scale = covariance.diagonal().clamp_min(0).sqrt() + _SMALLEST_SCALE
+    correlation = covariance / torch.outer(scale, scale)
+    correlation.diagonal().add_(_RIDGE)
+    matrix = torch.linalg.solve(
+        correlation, (products / count - torch.outer(mean, bias)) / scale[:, None]
+    )
+    return mean.float(), scale.float(), matrix.float(), bias.float()
