@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_inversion.errors import InputError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,16 @@ def find_blocks(model: PreTrainedModel) -> BlockList:
 def cut_blocks_(model: PreTrainedModel, kept: int) -> tuple[nn.Module, ...]:
     """Drop all but the first `kept` blocks, in place; returns them."""
     place = find_blocks(model)
-    blocks = place.blocks[:kept]
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = nn.ModuleList(list(place.blocks)[:kept])
+    setattr(place.parent, place.name, blocks)
+    return tuple(blocks)
+
+
+def repeat_first_block_(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """Put copies of the first block, with the same weights, in the place of the others."""
+    place = find_blocks(model)
+    first = place.blocks[0]
+    blocks = nn.ModuleList([first, *(frozen_copy(first) for _ in place.blocks[1:])])
     setattr(place.parent, place.name, blocks)
     return tuple(blocks)
 
@@ -81,7 +91,7 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return nested
 
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+def frozen_copy(model: M) -> M:
     """New modules around the same weights: what is cut from them leaves `model` as it was."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
@@ -90,8 +100,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
             if parameter.requires_grad
             else parameter
         )
-    copied: PreTrainedModel = copy.deepcopy(model, memo)
-    return copied
+    return copy.deepcopy(model, memo)
 
 
 def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -26,7 +28,11 @@ def convert_gguf(file: Path, folder: Path) -> None:
     """
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        with (
+            quiet_transformers(),
+            redirect_stderr(io.StringIO()),  # a progress bar that has no switch
+            torch.random.fork_rng(devices=[]),
+        ):
             model = AutoModelForCausalLM.from_pretrained(
                 **source,
                 dtype=torch.float32,

@@ -64,6 +64,7 @@ class TransformerSpec:
         residuals: keep the residual connections; attention alone is all three of these false.
         positions: own, first (every token at the first position) or none.
         causal: keep the causal mask; without it every token sees every other.
+        repeat_first: put the first block in the place of each.
         embedding: the model's own token embedding, or an untrained model's in its place.
         embedding_seed: seed of an untrained embedding.
     """
@@ -85,6 +86,7 @@ class TransformerSpec:
     residuals: bool = True
     positions: Literal["own", "first", "none"] = "own"
     causal: bool = True
+    repeat_first: bool = False
     embedding: Literal["own", "untrained"] = "own"
     embedding_seed: int = 0
 
@@ -120,7 +122,14 @@ class TransformerSpec:
             language_model(model),
             self._tokenizer_of(files),
             selection=selection,
-            surgery=Surgery(self.mlp, self.norms, self.residuals, self.positions, self.causal),
+            surgery=Surgery(
+                mlp=self.mlp,
+                norms=self.norms,
+                residuals=self.residuals,
+                positions=self.positions,
+                causal=self.causal,
+                repeat_first=self.repeat_first,
+            ),
             embedding=embedding,
             description={
                 "model": self.model,

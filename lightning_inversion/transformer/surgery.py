@@ -37,6 +37,8 @@ class Surgery:
             code does with wpe[0]; 'none' has no positions, as its direct method.
         causal: keep the causal mask; without it every token sees every other, as in the
             document's Llama code.
+        repeat_first: put the first block in the place of each, as the document's code for
+            several layers does.
     """
 
     mlp: bool = True
@@ -44,6 +46,7 @@ class Surgery:
     residuals: bool = True
     positions: Positions = "own"
     causal: bool = True
+    repeat_first: bool = False
 
     def description(self) -> dict[str, Any]:
         """The choices as plain values."""

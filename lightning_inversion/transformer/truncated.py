@@ -15,6 +15,7 @@ from lightning_inversion.transformer.blocks import (
     cut_blocks_,
     frozen_copy,
     language_model,
+    repeat_first_block_,
     replace_module_,
     shorten_config_,
     takes_position_ids,
@@ -72,6 +73,8 @@ class TruncatedTransformer(nn.Module):
         # A tuple, so that the blocks are not registered a second time.
         self._blocks = cut_blocks_(model, self.depth)
         shorten_config_(model.config, self.depth)
+        if self.surgery.repeat_first:
+            self._blocks = repeat_first_block_(model)
         operate_(model, self._blocks, self.surgery)
         self.model = model
         self.requires_grad_(False)

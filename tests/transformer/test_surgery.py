@@ -174,6 +174,16 @@ def test_without_causality_every_token_sees_every_other(family: str) -> None:
     assert close(found[:, 0], features[:, -1])
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_first_block_in_the_place_of_each(family: str) -> None:
+    model = tiny_model(family)
+    found = cut(model, 3, repeat_first=True)
+    blocks = blocks_of(model)
+    for block in blocks[1:3]:
+        block.load_state_dict(blocks[0].state_dict())
+    assert close(found, hidden(model, 3))
+
+
 @pytest.mark.parametrize("parts", [{"mlp": False, "residuals": False}, {"positions": "none"}])
 def test_candidates_after_surgery(parts: dict[str, Any]) -> None:
     transformer = TruncatedTransformer.from_model(
