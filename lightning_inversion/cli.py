@@ -31,7 +31,8 @@ RECOMMENDED: dict[str, Any] = {
         "init_args": {"start": {"class_path": f"{_PACKAGE}.inputs.ReadoutStart"}},
     },
     "model.objective": {"class_path": f"{_PACKAGE}.objectives.Standardized"},
-    "model.optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.1}},
+    "model.optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 1.0}},
+    "learning_rate.in_spreads": True,
     "stopping.stop": False,  # a row ends when its tokens are proven
 }
 

@@ -6,6 +6,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.module import InputInversion
 
 
 class LinearLearningRate(Callback):
@@ -14,15 +15,17 @@ class LinearLearningRate(Callback):
     Args:
         start: multiple of the optimiser's own learning rate at the first iteration.
         end: multiple at the last iteration; the document's page ends at 1/100, Part II at 1/10.
+        in_spreads: the optimiser's learning rate is in units of the embedding's standard deviation,
+            so that one value suits models whose embeddings differ in size.
     """
 
-    def __init__(self, start: float = 1.0, end: float = 0.01) -> None:
+    def __init__(self, start: float = 1.0, end: float = 0.01, in_spreads: bool = False) -> None:
         if min(start, end) < 0:
             raise InputError(
                 f"learning_rate.start and learning_rate.end must not be negative, and are {start} "
                 f"and {end}."
             )
-        self.start, self.end = start, end
+        self.start, self.end, self.in_spreads = start, end, in_spreads
 
     def factor(self, iteration: int, iterations: int) -> float:
         """The multiple at ``iteration`` (from 0) of ``iterations``."""
@@ -33,7 +36,10 @@ class LinearLearningRate(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Set the rate of the step that follows."""
+        assert isinstance(pl_module, InputInversion)
         factor = self.factor(pl_module.iteration, pl_module.iterations)
+        if self.in_spreads:
+            factor *= pl_module.embedding.spread
         for group in optimizer.param_groups:
             base: Any = group.setdefault("initial_lr", group["lr"])
             group["lr"] = base * factor
