@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from lightning_inversion.attribution.choices import Choices, different
+from lightning_inversion.attribution.provenance import TEXT_FILE
 from lightning_inversion.attribution.result import AttributionResult, Query
 from lightning_inversion.attribution.shading import (
     BLACK,
@@ -90,8 +91,6 @@ def _template(name: str) -> Template:
 
 def _content(result: AttributionResult) -> dict[str, Any]:
     shown = strengths(result.token_scores, result.look).tolist()
-    finite = result.token_scores[result.token_scores.isfinite()]
-    from_lowest = result.signed or result.look.normalise == "minmax"
     return {
         "result": result,
         "tiles": _tiles(result, shown),
@@ -100,19 +99,9 @@ def _content(result: AttributionResult) -> dict[str, Any]:
         "most_map_tokens": MOST_MAP_TOKENS,
         "legend_light": _legend(result, LIGHT_PAGE),
         "legend_dark": _legend(result, DARK_PAGE),
-        "lowest": _lowest(result, from_lowest),
-        "highest": f"{float(finite.abs().max() if result.signed else finite.max()):.4g}",
+        "text_in_file": result.command.endswith(f" - < {TEXT_FILE}"),
         "facts": _facts(result),
     }
-
-
-def _lowest(result: AttributionResult, from_lowest: bool) -> str:
-    finite = result.token_scores[result.token_scores.isfinite()]
-    if not from_lowest:
-        return "0"
-    if result.look.normalise == "minmax":
-        return f"{float(finite.min()):.4g}"
-    return f"-{float(finite.abs().max()):.4g}"
 
 
 def _tiles(result: AttributionResult, shown: list[float]) -> list[Tile]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shlex
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,12 @@ from transformers import PreTrainedModel
 import lightning_inversion
 from lightning_inversion.attribution.choices import Choices, Look, different, with_preset
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+LONGEST_IN_COMMAND = 500
+"""Characters of a text that a command still holds."""
+TEXT_FILE = "text.txt"
+"""What the file of a longer one is called."""
+_HIDDEN = ("Cc", "Cf", "Zl", "Zp")
 
 
 def describe(model: PreTrainedModel | TruncatedTransformer, name: str | None) -> dict[str, Any]:
@@ -41,7 +48,7 @@ def describe(model: PreTrainedModel | TruncatedTransformer, name: str | None) ->
 def command_line(
     text: str, choices: Choices, look: Look, preset: str | None, model_options: Mapping[str, Any]
 ) -> str:
-    """The command line that gives the same result."""
+    """The command line that gives the same result; a text that is long is read from a file."""
     base, base_look = with_preset(preset, Choices(), Look())
     options = {
         **model_options,
@@ -53,4 +60,26 @@ def command_line(
     for option, value in options.items():
         # With '=' also a value that begins with a dash is one.
         words.append(f"--{option}={str(value).lower() if isinstance(value, bool) else value}")
-    return shlex.join([*words, *(["--"] if text.startswith("-") else []), text])
+    command = " ".join(_quoted(word) for word in words)
+    if len(text) > LONGEST_IN_COMMAND or "\0" in text:
+        return f"{command} - < {TEXT_FILE}"
+    return f"{command} {'-- ' if text.startswith('-') else ''}{_quoted(text)}"
+
+
+def _quoted(word: str) -> str:
+    """`word` for a shell; one with characters that cannot be seen as $'...', with their numbers."""
+    hidden = [character for character in word if unicodedata.category(character) in _HIDDEN]
+    if not hidden:
+        return shlex.quote(word)
+    inside = "".join(_escaped(character) for character in word)
+    return f"$'{inside}'"
+
+
+def _escaped(character: str) -> str:
+    if character in "\\'":
+        return f"\\{character}"
+    if character == "\n":
+        return "\\n"
+    if unicodedata.category(character) in _HIDDEN:
+        return f"\\U{ord(character):08X}"
+    return character

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.attribution.choices import Choices, Look, Method
+from lightning_inversion.attribution.shading import strengths
 from lightning_inversion.attribution.tokens import Piece
 
 if TYPE_CHECKING:
@@ -139,6 +140,20 @@ class AttributionResult:
             weight = f"{chosen.weight:g} and {1 - chosen.weight:g}"
             return f"{' and '.join(reversed(parts))}, each by its largest, weighed {weight}"
         return parts[0]
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """What the ends of the legend stand for: raw scores, where they are the same for all."""
+        low = "-" if self.signed and self.look.palette != "document" else ""
+        if self.look.scale == "rank" or len(self.queries) > 1:
+            largest = "highest rank" if self.look.scale == "rank" else "largest"
+            return (f"{low}{largest}" if low else "0"), largest
+        shown = self.token_scores
+        coloured = shown[strengths(shown, self.look).isfinite()]
+        largest = f"{float(coloured.abs().max()):.4g}"
+        if self.look.normalise == "minmax":
+            return f"{float(coloured.min()):.4g}", f"{float(coloured.max()):.4g}"
+        return (f"-{largest}" if low else "0"), largest
 
     def looking(self, **look: Any) -> AttributionResult:
         """The same result, shown otherwise: fields of `Look`."""

@@ -53,9 +53,8 @@ def _style(strength: float, result: AttributionResult) -> Style:
 
 
 def _legend(result: AttributionResult) -> Text:
-    finite = result.token_scores[result.token_scores.isfinite()]
-    low, high = float(finite.min()), float(finite.max())
-    text = Text(f"{low:.3g} " if result.signed or result.look.normalise == "minmax" else "0 ")
+    lowest, highest = result.ends
+    text = Text(f"{lowest} ")
     for colour in legend_stops(result.look, result.signed, DARK_PAGE):
         text.append("  ", style=Style(bgcolor=hexadecimal(colour)))
-    return text.append(f" {high:.3g}")
+    return text.append(f" {highest}")
