@@ -7,11 +7,12 @@ features it would have alone (Miao et al. 2023, 'SpecInfer', arXiv 2305.09781, s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 if TYPE_CHECKING:
     from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 GROUP = 256
 # Rows of one plain forward: bounds the memory.
 ROWS = 256
-
-Features = Callable[["TruncatedTransformer", Tensor, Tensor, Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -75,6 +74,17 @@ def plain_candidates(
         sequence[each, ends] = embeds
         features.append(transformer(sequence, place <= ends[:, None])[each, ends])
     return torch.cat(features).reshape(B, K, -1)
+
+
+def tree_fits(config: PretrainedConfig, length: int, candidates: int) -> bool:
+    """Whether a tree after a prefix of this length stays clear of the model's limits."""
+    # A sliding window is not in our mask: it must not matter yet.
+    if length >= (getattr(config, "sliding_window", None) or math.inf):
+        return False
+    # Local attention (GPT-Neo) and masks of a fixed size go by the place in the tree itself.
+    limits = (getattr(config, name, None) for name in ("window_size", "max_position_embeddings"))
+    size = length + min(candidates, GROUP)
+    return all(limit is None or size <= limit for limit in limits)
 
 
 @torch.no_grad()

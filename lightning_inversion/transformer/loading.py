@@ -92,7 +92,7 @@ class TransformerSpec:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        check_source(self.model)
+        check_source(self.model, self.revision)
         check_depths(self.depth, self.layers)
         check_slice(self.features)
         check_quantization(self.quantization, self.dtype, self.weights)

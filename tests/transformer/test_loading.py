@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer import TransformerSpec, TruncatedTransformer
-from tests.tiny import BLOCKS, FAMILIES, save_tiny, tiny_model
+from tests.tiny import BLOCKS, CONFIGS, FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[5, 9, 77, 120, 33], [4, 3, 2, 1, 6]])
 
@@ -103,6 +103,30 @@ def test_loading_trained_weights_leaves_the_generator(tiny_folder: Path) -> None
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_language_part_of_a_model_that_sees(tmp_path: Path) -> None:
+    text = CONFIGS["gemma3_text"]().to_dict()
+    vision = {"hidden_size": 32, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}
+    config = Gemma3Config(
+        text_config=text,
+        vision_config={**vision, "intermediate_size": 64, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(IDS, output_hidden_states=True).hidden_states[2]
+    transformer = TransformerSpec(model=str(tmp_path), depth=2).load()
+    assert torch.equal(transformer.features_of(IDS), expected)
+
+
+def test_a_device_map(tiny_folder: Path) -> None:
+    mapped = TransformerSpec(model=str(tiny_folder), device_map="cpu").load()
+    assert torch.equal(
+        mapped.features_of(IDS), TransformerSpec(model=str(tiny_folder)).load().features_of(IDS)
+    )
+
+
 def test_attention_without_sdpa_is_eager(tmp_path: Path) -> None:
     transformer = TransformerSpec(model=str(save_tiny(tmp_path, "gptj"))).load()
     assert transformer.description["attention"] == "eager"
@@ -120,6 +144,8 @@ def test_the_spec_is_plain(tiny_folder: Path) -> None:
         ({"layers": [1, 2], "depth": 3}, "depth"),
         ({"layers": [2, 2]}, "layers"),
         ({"features": "5"}, "features"),
+        ({"revision": "main"}, "revision"),
+        ({"weights": "untrained", "device_map": "auto"}, "device_map"),
         ({"quantization": "int8", "dtype": "float16"}, "quantization"),
         ({"quantization": "nf4", "weights": "untrained"}, "quantization"),
         ({"dtype": "float64"}, "dtype"),

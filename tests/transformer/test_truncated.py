@@ -7,11 +7,12 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer import TruncatedTransformer
 from lightning_inversion.transformer.candidates import plain_candidates, tree_candidates
-from tests.tiny import BLOCKS, FAMILIES, VOCABULARY, WIDTH, tiny_model
+from tests.tiny import BLOCKS, CONFIGS, FAMILIES, VOCABULARY, WIDTH, tiny_model
 
 IDS = torch.tensor([[5, 9, 77, 120, 33]])
 
@@ -81,21 +82,24 @@ def test_candidates_in_several_groups(tiny_transformer: TruncatedTransformer) ->
     torch.testing.assert_close(tree, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_candidates_beyond_a_sliding_window() -> None:
-    from transformers import AutoModelForCausalLM
-
-    from tests.tiny import CONFIGS
-
-    config = CONFIGS["mistral"]()
-    config.sliding_window = 4
+@pytest.mark.parametrize(
+    ("family", "window"), [("mistral", "sliding_window"), ("gpt_neo", "window_size")]
+)
+def test_candidates_beyond_a_window(family: str, window: str) -> None:
+    config = CONFIGS[family]()
+    setattr(config, window, 4)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     transformer = TruncatedTransformer.from_model(model, depth=2)
-    ids = torch.arange(1, 11)[None]
-    found = transformer.candidates(
-        transformer.embedding(ids[:, :9]), torch.tensor([9]), transformer.embedding(ids[:, 9:])
-    )
-    torch.testing.assert_close(found[0, 0], transformer.features_of(ids)[0, -1])
+    assert transformer.tree_attention or family == "gpt_neo"
+    for length in (2, 9):
+        ids = torch.arange(1, length + 1)[None]
+        tried = torch.arange(20, 26)[None]
+        found = transformer.candidates(
+            transformer.embedding(ids), torch.tensor([length]), transformer.embedding(tried)
+        )
+        rows = torch.cat([ids.expand(6, -1), tried.T], dim=1)
+        torch.testing.assert_close(found[0], transformer.features_of(rows)[:, -1])
 
 
 def test_candidates_keep_no_gradient(tiny_transformer: TruncatedTransformer) -> None:
