@@ -1,6 +1,7 @@
 """The command line: Lightning's ``fit`` and ``validate`` for ``InputInversion``."""
 
 import logging
+import os
 import re
 import sys
 import warnings
@@ -176,6 +177,13 @@ class InversionCLI(LightningCLI):
         }
         self.config = self.parser.parse_object(self.config)
 
+    def after_instantiate_classes(self) -> None:
+        """Find what does not fit together before a folder is made or a model loaded."""
+        self.model.spec.check()
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, TokenByToken):
+                callback.check(self.model)
+
     def after_fit(self) -> None:
         """Show what was read, of a run that had ended before as well."""
         for callback in self.trainer.callbacks:
@@ -207,10 +215,14 @@ def differences(
 
 def quiet_lightning() -> None:
     """Keep Lightning's tips and advice for training networks from the user's terminal."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning calls
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for advice in (
         ".*does not have many workers.*",  # the loader yields prepared batches
+        ".*Total length of `Iterations` across ranks is zero.*",  # a fit validates nothing
+        ".*smaller than the logging interval.*",
+        ".*The dirpath has changed from.*",  # validate scores another run's checkpoint
         ".*in eval mode at the start of training.*",  # the frozen model, and it must be
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of torch
     ):

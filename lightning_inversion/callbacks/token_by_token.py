@@ -43,14 +43,25 @@ class TokenByToken(Callback):
         self._index: tuple[int, ...] | None = None
         self._stored: dict[str, Tensor] | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def check(self, module: InputInversion) -> None:
         """Refuse what cannot be proven token by token, before the model is loaded."""
-        assert isinstance(pl_module, InputInversion)
-        if self.every and not isinstance(pl_module.learnable, EmbeddingInput):
+        if not self.every:
+            return
+        if not isinstance(module.learnable, EmbeddingInput):
             raise InputError(
                 "token_by_token fixes embeddings; set --token_by_token.every 0 for "
-                f"--model.learnable {type(pl_module.learnable).__name__}."
+                f"--model.learnable {type(module.learnable).__name__}."
             )
+        if not module.spec.causal:
+            raise InputError(
+                "token_by_token proves tokens from left to right; set --token_by_token.every 0 for "
+                "--model.transformer.causal false."
+            )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check again where no command line did."""
+        assert isinstance(pl_module, InputInversion)
+        self.check(pl_module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -67,8 +78,6 @@ class TokenByToken(Callback):
     def _search_of(self, module: InputInversion) -> TokenSearch:
         assert module.batch is not None
         if self._search is None or self._index != module.batch.index:
-            if not module.frozen.causal:
-                raise InputError("token_by_token needs a causal model; set token_by_token.every 0.")
             self._index = module.batch.index
             self._search = TokenSearch(
                 module.frozen, module.readout, module.target, self.candidates, self.most

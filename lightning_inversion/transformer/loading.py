@@ -102,6 +102,11 @@ class TransformerSpec:
                 "leave it out, the trainer puts the model where it runs."
             )
 
+    def check(self) -> None:
+        """Raise InputError if the options do not fit the model; reads its configuration alone."""
+        language = text_config(self.config())
+        Selection.of(language, self.depth, self.layers, self.features, self.final_norm)
+
     def load(self) -> TruncatedTransformer:
         """The truncated transformer, with its tokenizer.
 

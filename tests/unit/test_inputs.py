@@ -6,6 +6,7 @@ from lightning_inversion.inputs import (
     EmbeddingInput,
     EmbeddingStart,
     GaussianShift,
+    Given,
     NeighbourShift,
     NormalStart,
     VocabularyInput,
@@ -23,6 +24,13 @@ def embedding() -> TokenEmbedding:
     return TokenEmbedding(torch.randn(40, 8, generator=generator) * 0.1 + 0.02)
 
 
+def given(embedding: TokenEmbedding, values: torch.Tensor | None = None) -> Given:
+    def unused() -> None:
+        pytest.fail("no readout is needed")
+
+    return Given(embedding, torch.zeros(2, 3, 8), unused, values)
+
+
 def test_noise_of_a_prompt_does_not_depend_on_its_batch() -> None:
     together = row_noise(3, [7, 2], [4, 2], 5, "start")
     alone = row_noise(3, [2], [2], 5, "start")
@@ -34,17 +42,17 @@ def test_noise_of_a_prompt_does_not_depend_on_its_batch() -> None:
 
 def test_starts_have_the_mean_and_spread_they_promise(embedding: TokenEmbedding) -> None:
     noise = row_noise(0, [0], [4000], 8, "start")
-    normal = NormalStart(mean=0.5, std=0.05)(noise, embedding, None)
+    normal = NormalStart(mean=0.5, std=0.05)(noise, given(embedding))
     assert normal.mean().item() == pytest.approx(0.5, abs=2e-3)
     assert normal.std().item() == pytest.approx(0.05, rel=0.03)
-    own = EmbeddingStart(spread=1.0)(noise, embedding, None)
+    own = EmbeddingStart(spread=1.0)(noise, given(embedding))
     torch.testing.assert_close(own.mean((0, 1)), embedding.mean, atol=6e-3, rtol=0)
     assert own.std().item() == pytest.approx(embedding.spread, rel=0.1)
     target = torch.ones_like(noise)
-    warm = WarmStart(noise=0.5, target=2.0)(noise, embedding, target)
+    warm = WarmStart(noise=0.5, target=2.0)(noise, given(embedding, target))
     torch.testing.assert_close(warm, 0.5 * noise + 2)
     with pytest.raises(InputError, match="known prompts"):
-        WarmStart()(noise, embedding, None)
+        WarmStart()(noise, given(embedding))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +68,7 @@ def test_encoding_a_token_gives_its_embedding(learnable, embedding: TokenEmbeddi
 
 def test_held_positions_return_to_where_they_were(embedding: TokenEmbedding) -> None:
     learnable = EmbeddingInput(NormalStart())
-    learnable.begin(row_noise(0, [0, 1], [3, 3], 8, "start"), embedding, IDS)
+    learnable.begin(row_noise(0, [0, 1], [3, 3], 8, "start"), given(embedding))
     before = learnable.values.detach().clone()
     learnable.held[0, 1] = True
     with torch.no_grad():
@@ -87,4 +95,4 @@ def test_shifts(embedding: TokenEmbedding) -> None:
 def test_an_embedding_start_is_refused_for_vocabulary_vectors(embedding: TokenEmbedding) -> None:
     learnable = VocabularyInput(start=EmbeddingStart())
     with pytest.raises(InputError, match="EmbeddingStart"):
-        learnable.begin(row_noise(0, [0], [3], 40, "start"), embedding, None)
+        learnable.begin(row_noise(0, [0], [3], 40, "start"), given(embedding))

@@ -1,0 +1,162 @@
+"""The real entry point in process: wrong use, configs, a run, a resumed run, a stored input."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_inversion import __main__ as entry
+from lightning_inversion.cli import run
+from lightning_inversion.module import InputInversion
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+
+
+def fit(folder: Path, root: Path, *more: str) -> list[str]:
+    return [
+        "fit",
+        f"--model.transformer.model={folder}",
+        "--model.transformer.depth=2",
+        '--data.prompts=["The sky is blue.", "A quick brown fox"]',
+        f"--trainer.default_root_dir={root}",
+        "--trainer.accelerator=cpu",
+        *more,
+    ]
+
+
+def rows_of(root: Path, version: int = 0) -> list[dict]:
+    lines = (root / "lightning_logs" / f"version_{version}" / "results.jsonl").read_text()
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model.transformer.dept=3"], "unrecognized arguments: --model.transformer.dept"),
+        (["--model.iteration=3"], "unrecognized arguments"),  # no abbreviations
+        (["--model.iterations=0"], "--model.iterations must be at least 1"),
+        (["--model.iterations=x"], "--model.iterations: Expected a <class 'int'>"),
+        (["--model.transformer.depth=0"], "--model.transformer.depth"),
+        (["--model.transformer.depth=99"], "99 blocks were asked for and the model has 4"),
+        (["--model.objective=L3"], "L3 is no Objective; choose one of CosineDistance, L1, L2"),
+        (["--model.decoder=Pin"], "Pin is no Decoder; choose one of CosineDecoder, L2Decoder"),
+        (["--model.learnable=VocabularyInput"], "set --token_by_token.every 0"),
+        (["--data.prompts=[' ']"], "--data.prompts, prompt 1 is empty"),
+        (["--data.batch_size=0"], "--data.batch_size must be at least 1"),
+        (["--data.file=none.txt"], "both were given"),
+        (["--learning_rate.start=-1"], "learning_rate.start"),
+        (["--token_by_token.window=0"], "token_by_token"),
+        (["--ckpt_path=last"], "--ckpt_path last finds no run"),
+        (["--config=none.yaml"], "--config: File does not exist"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_wrong_use_ends_in_one_sentence_and_code_2(
+    arguments, sentence, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(InputInversion, "begin", lambda *_: pytest.fail("a batch was begun"))
+    try:
+        code = run(fit(tiny_folder, tmp_path, *arguments))
+    except SystemExit as stop:
+        code = stop.code
+    message = capsys.readouterr().err
+    assert code == 2
+    assert sentence in message
+    assert message.count("\n") == 1, message
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+def test_a_missing_prompt_and_a_missing_checkpoint(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["fit", f"--model.transformer.model={tiny_folder}"]) == 2
+    assert "Give either --data.prompts or --data.file" in capsys.readouterr().err
+    assert run(["validate", "--data.prompts=['a']"]) == 2
+    assert "name it with --ckpt_path" in capsys.readouterr().err
+
+
+def test_help_and_version_need_no_torch(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["lightning-inversion", "--version"])
+    assert entry.main() == 0
+    monkeypatch.setattr("sys.argv", ["lightning-inversion", "--help"])
+    assert entry.main() == 0
+    output = capsys.readouterr().out
+    assert output.startswith("lightning-inversion 0.")
+    assert "usage: lightning-inversion COMMAND" in output
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(path.parents[1])))
+def test_every_config_runs_on_a_stand_in(config: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    settings = yaml.safe_load(config.read_text())
+    prompts = [] if "data" in settings else ['--data.prompts=["The sky is blue."]']
+    code = run(
+        [
+            "fit",
+            f"--config={config}",
+            *prompts,
+            f"--model.transformer.model={tiny_folder}",
+            "--model.iterations=3",
+            f"--trainer.default_root_dir={tmp_path}",
+            "--trainer.accelerator=cpu",
+        ]
+    )
+    assert code == 0
+    for row in rows_of(tmp_path):
+        assert len(row["recovered_ids"]) == len(row["ids"])
+        assert row["iterations"] <= 3
+
+
+def test_a_run_leaves_all_that_is_promised(tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    assert run(fit(tiny_folder, tmp_path, "--model.iterations=40", "--seed_everything=3")) == 0
+    folder = tmp_path / "lightning_logs" / "version_0"
+    names = {path.name.split(".")[0] for path in folder.iterdir()}
+    assert {"config", "results", "checkpoints", "events"} <= names
+    rows = rows_of(tmp_path)
+    assert [row["prompt"] for row in rows] == ["The sky is blue.", "A quick brown fox"]
+    assert {row["seed"] for row in rows} == {3}
+    assert all(row["schema"] == 1 and row["depth"] == 2 for row in rows)
+    for row in rows:
+        right = sum(a == b for a, b in zip(row["ids"], row["recovered_ids"], strict=True))
+        assert row["token_accuracy"] == pytest.approx(right / len(row["ids"]))
+        assert row["verified"] == (not row["unresolved"])
+        assert not (row["verified"] and not row["exact"] and not row["indistinguishable"])
+    output = capsys.readouterr().out
+    assert str(folder / "results.jsonl") in output.replace("\n", "")
+
+
+def test_hparams_hold_real_values(tiny_folder: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run(fit(tiny_folder, tmp_path, "--model.iterations=12")) == 0
+    events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"distance", "distance_ratio", "token_accuracy", "final/TokenAccuracy"} <= set(tags)
+    assert "hp_metric" not in tags
+    accuracy = events.Scalars("final/TokenAccuracy")[-1].value
+    rows = rows_of(tmp_path)
+    assert accuracy == pytest.approx(sum(row["token_accuracy"] for row in rows) / len(rows))
+
+
+def test_a_finished_run_resumes_to_itself_and_is_scored(
+    tiny_folder: Path, tmp_path: Path, capsys
+) -> None:
+    arguments = fit(tiny_folder, tmp_path, "--model.iterations=20")
+    assert run(arguments) == 0
+    before = rows_of(tmp_path)
+    assert run([*arguments, "--ckpt_path=last"]) == 0
+    assert rows_of(tmp_path) == before
+    capsys.readouterr()
+    checkpoint = tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+    assert run(["validate", *arguments[1:], f"--ckpt_path={checkpoint}"]) == 0
+    accuracy = sum(row["token_accuracy"] for row in before) / len(before)
+    assert f"token accuracy {accuracy:.3f}" in capsys.readouterr().out
+
+
+def test_resuming_with_other_settings_is_refused(tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    assert run(fit(tiny_folder, tmp_path, "--model.iterations=3")) == 0
+    changed = fit(tiny_folder, tmp_path, "--model.iterations=4", "--ckpt_path=last")
+    assert run(changed) == 2
+    assert "made with another model.iterations" in capsys.readouterr().err
