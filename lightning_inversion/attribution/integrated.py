@@ -25,7 +25,8 @@ def integrated_gradients(
 
     Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365, by the Gauss-Legendre rule. The
     signed scores of a query add up to what the text measures more than the baseline; what is
-    missing of that is returned, and falls with `steps`.
+    missing of that is returned, and falls with `steps`; not from a zero vector to a model that
+    begins with a norm, where all of it happens in an instant.
 
     Args:
         reader: the model.

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 
-def logprob_of(model: PreTrainedModel, target: int) -> Callable[[Tensor], Tensor]:
+def logprob_of(model: PreTrainedModel, target: int, **options: int) -> Callable[[Tensor], Tensor]:
     """Ids [B, T] -> the log-probability [B] of the target after the last one."""
 
     def forward(ids: Tensor) -> Tensor:
-        logits = model(input_ids=ids, use_cache=False).logits[:, -1]
+        logits = model(input_ids=ids, use_cache=False, **options).logits[:, -1]
         return torch.log_softmax(logits, -1)[:, target]
 
     return forward
@@ -28,10 +28,15 @@ def gradient_times_embedding(model: PreTrainedModel, ids: Tensor, target: int) -
 
 
 def ablation(
-    model: PreTrainedModel, ids: Tensor, target: int, replacement: int, rows: int = 8
+    model: PreTrainedModel,
+    ids: Tensor,
+    target: int,
+    replacement: int,
+    rows: int = 8,
+    **options: int,
 ) -> Tensor:
     """[T], in batches of `rows`."""
-    method = FeatureAblation(logprob_of(model, target))
+    method = FeatureAblation(logprob_of(model, target, **options))
     scores = _quiet(
         lambda: method.attribute(ids[None], baselines=replacement, perturbations_per_eval=rows)
     )

@@ -1,0 +1,84 @@
+"""SmolLM2: the numbers of a trained model, in float32 and with 8-bit weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_inversion.attribution.attribute import attribute
+from lightning_inversion.attribution.choices import Choices, Reduce
+from lightning_inversion.transformer.loading import TransformerSpec
+from tests.attribution import captum_reference as captum
+from tests.attribution.conftest import SENTENCE
+from tests.benchmarks import occlusion as benchmark
+
+pytestmark = pytest.mark.integration
+
+
+def silent(sentence: str) -> None:
+    """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return TransformerSpec(depth=None).load_causal_lm()
+
+
+@pytest.mark.parametrize("reduce", ["sum", "l1", "l2"])
+def test_gradient_times_input_is_captums(trained, reduce: Reduce) -> None:
+    model, tokenizer = trained
+    ours = attribute(
+        model, tokenizer, SENTENCE, Choices(method="gradient", reduce=reduce), say=silent
+    )
+    products = captum.gradient_times_embedding(model, torch.tensor(ours.ids), ours.queries[0].token)
+    theirs = {"sum": products.sum(-1), "l1": products.abs().sum(-1), "l2": products.norm(dim=-1)}
+    torch.testing.assert_close(ours.scores[0], theirs[reduce], rtol=1e-5, atol=1e-5)
+
+
+def test_occlusion_is_captums_whatever_the_batch(trained) -> None:
+    model, tokenizer = trained
+    results = [
+        attribute(
+            model, tokenizer, SENTENCE, Choices(method="occlusion", batch_size=rows), say=silent
+        )
+        for rows in (None, 1, 4)
+    ]
+    ids, target = torch.tensor(results[0].ids), results[0].queries[0].token
+    theirs = captum.ablation(model, ids, target, tokenizer.pad_token_id)
+    for result in results:
+        torch.testing.assert_close(result.scores[0], theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_occlusion_takes_less_than_half_of_captums_arithmetic() -> None:
+    runs = benchmark.methods(*benchmark.load(TransformerSpec.model, 64))
+    flops = {}
+    for method in (benchmark.OURS, benchmark.CAPTUM):
+        with FlopCounterMode(display=False) as counter:
+            runs[method]()
+        flops[method] = counter.get_total_flops()
+    assert flops[benchmark.CAPTUM] > 2 * flops[benchmark.OURS]
+
+
+def test_a_fact_depends_on_what_it_is_about(trained) -> None:
+    model, tokenizer = trained
+    text = "The capital of France is Paris, and the capital of Germany is"
+    choices = Choices(method="occlusion", against=" Paris")
+    result = attribute(model, tokenizer, text, choices, say=silent)
+    assert result.queries[0].text == " Berlin"
+    assert result.token_texts[int(result.token_scores.argmax())] == " Germany"
+
+
+def test_8_bit_weights_give_nearly_the_same_and_stay_as_they_are(trained) -> None:
+    full, tokenizer = trained
+    quantised, _ = TransformerSpec(depth=None, quantization="int8").load_causal_lm()
+    weight = quantised.model.layers[0].mlp.up_proj.weight
+    before = weight.clone()
+    scores = []
+    for model in (full, quantised):
+        result = attribute(model, tokenizer, SENTENCE, Choices(token="id:30"), say=silent)
+        scores.append(result.scores[0])
+    assert result.model["quantization"] == "bitsandbytes"
+    assert float(torch.cosine_similarity(*scores, dim=0)) > 0.95
+    assert torch.equal(weight, before)
