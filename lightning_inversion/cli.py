@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_inversion.callbacks.learning_rate import LinearLearningRate
+from lightning_inversion.callbacks.position_by_position import PositionByPosition
 from lightning_inversion.callbacks.results import Results
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_by_token import TokenByToken
@@ -136,6 +137,7 @@ class InversionCLI(LightningCLI):
         """Our callbacks under keys of their own, and each value written once."""
         parser.add_lightning_class_args(LinearLearningRate, "learning_rate")
         parser.add_lightning_class_args(TokenByToken, "token_by_token")
+        parser.add_lightning_class_args(PositionByPosition, "position_by_position")
         parser.add_lightning_class_args(TokenDecoding, "decoding")
         parser.add_lightning_class_args(StoppingCriterion, "stopping")
         parser.add_lightning_class_args(Results, "results")

@@ -79,20 +79,27 @@ def decode(
         embedding: the model's token embedding.
         decoder: how vectors become scores; None reads vocabulary vectors as the scores they are.
         k: how many tokens.
-        disallowed: ``[V]`` bool, True for tokens that must not be chosen.
+        disallowed: ``[V]`` or ``[B, V]`` bool, True for tokens that must not be chosen.
         masked_score: the score of a disallowed token. The document's code multiplies by 0, so that
             a disallowed token beats an allowed one with a negative score; 0 reproduces that.
     """
     values = learnable.values.detach()
     rows, length, channels = values.shape
     ids, scores = [], []
-    for chunk in values.reshape(-1, channels).split(_POSITIONS_AT_A_TIME):
+    row_of = torch.arange(rows, device=values.device).repeat_interleave(length)
+    for chunk, owners in zip(
+        values.reshape(-1, channels).split(_POSITIONS_AT_A_TIME),
+        row_of.split(_POSITIONS_AT_A_TIME),
+        strict=True,
+    ):
         if decoder is None:
             chunk_scores = chunk.clone()
         else:
             chunk_scores = decoder(learnable.embed(chunk, embedding), embedding)
         if disallowed is not None:
-            chunk_scores[:, disallowed] = masked_score
+            mask = disallowed.to(values.device)
+            hidden = mask if mask.dim() == 1 else mask[owners]
+            chunk_scores.masked_fill_(hidden, masked_score)
         best = chunk_scores.topk(min(k, chunk_scores.shape[-1]), dim=-1)
         ids.append(best.indices)
         scores.append(best.values)

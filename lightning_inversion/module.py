@@ -77,7 +77,11 @@ class InputInversion(LightningModule):
         decoder: how the input is read as tokens; default the nearest embedding, or the values
             themselves of a ``VocabularyInput``.
         allowed_tokens: only these tokens are decoded: a text whose tokens are taken, or token ids.
+        own_tokens: only the tokens of a row's own prompt are decoded, beside ``allowed_tokens``.
         masked_score: the score of a token that is not allowed; 0 reproduces the document's code.
+        alone: run each position by itself, as a text of one token, against the prompt's features
+            there: the document's sequential experiment, which gives a token no prefix and always
+            position 0. Its positions are independent, so they run side by side.
         iterations: N, the most iterations of a batch.
         seed: seed of the starts and shifts; each prompt draws its own.
     """
@@ -95,7 +99,9 @@ class InputInversion(LightningModule):
         optimizer: OptimizerCallable | None = None,
         decoder: Decoder | None = None,
         allowed_tokens: list[int] | str | None = None,
+        own_tokens: bool = False,
         masked_score: float = float("-inf"),
+        alone: bool = False,
         iterations: int = 500,
         seed: int = 0,
     ) -> None:
@@ -110,8 +116,10 @@ class InputInversion(LightningModule):
         self.optimizer_of = optimizer or _adam
         self.decoder = decoder or natural_decoder(self.learnable)
         self.allowed_tokens, self.masked_score = allowed_tokens, masked_score
+        self.own_tokens, self.alone = own_tokens, alone
         self.disallowed: Tensor | None = None
         self.iterations, self.seed = iterations, seed
+        self.period = iterations  # iterations after which the learning rate starts again
         self.progress = Progress()
         self.batch: PromptBatch | None = None
         self.focus: Tensor | None = None
@@ -131,6 +139,8 @@ class InputInversion(LightningModule):
         self.objective.calibrate(lambda: self.readout)
         if self.allowed_tokens is not None:
             self.disallowed = disallowed_tokens(self._allowed_ids(), self.embedding.vocabulary_size)
+        elif self.own_tokens:
+            self.disallowed = disallowed_tokens([], self.embedding.vocabulary_size)
 
     @property
     def frozen(self) -> TruncatedTransformer:
@@ -198,6 +208,15 @@ class InputInversion(LightningModule):
         features: Tensor = self.frozen(vectors, self.batch.mask)
         return features.float()
 
+    def generated(self) -> Tensor:
+        """Features ``[B, T, F]`` of the learnable input, which are matched with the target."""
+        assert self.batch is not None
+        vectors, mask = self.learnable(self.embedding), self.batch.mask
+        if not self.alone:
+            return self.frozen(vectors, mask).float()  # type: ignore[no-any-return]
+        singles = self.frozen(vectors.flatten(0, 1)[:, None], mask.flatten()[:, None])
+        return singles.float().view(*mask.shape, -1)  # type: ignore[no-any-return]
+
     def stop_rows(self, rows: Tensor) -> None:
         """Hold ``rows`` [B] bool still from this iteration on."""
         self.progress.stopped_at[rows & ~self.progress.stopped] = self.iteration
@@ -205,8 +224,13 @@ class InputInversion(LightningModule):
 
     def top_tokens(self, k: int = 5) -> TopTokens:
         """The k best tokens of each position of the input as it stands."""
+        disallowed = self.disallowed
+        if disallowed is not None and self.own_tokens:
+            assert self.batch is not None
+            own = torch.where(self.batch.mask, self.batch.ids, self.batch.ids[:, :1])
+            disallowed = disallowed.to(own.device).repeat(len(own), 1).scatter(1, own, False)
         return decode(
-            self.learnable, self.embedding, self.decoder, k, self.disallowed, self.masked_score
+            self.learnable, self.embedding, self.decoder, k, disallowed, self.masked_score
         )
 
     # -- Lightning's hooks -------------------------------------------------------------------
@@ -227,7 +251,7 @@ class InputInversion(LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """One iteration: the summed distance of the rows that still move."""
         self.iteration = batch_idx
-        features = self.frozen(self.learnable(self.embedding), batch.mask).float()
+        features = self.generated()
         self.features = features.detach()
         assert self.focus is not None
         self.distances = self.objective(

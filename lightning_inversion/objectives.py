@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.readout import Readout
+from lightning_inversion.transformer.selection import check_slice, slice_of
 
 _SMALLEST_NORM = 1e-8
 
@@ -157,3 +158,51 @@ class WeightedSum(Objective):
         first: Tensor = self.first(generated, target, mask)
         second: Tensor = self.second(generated, target, mask)
         return self.alpha * first + self.beta * second
+
+
+class Narrowed(Objective):
+    """Another objective on a range of the features, each row its own.
+
+    Section 'Noise on a Discreet Channel': widths of one prompt run as rows of one batch.
+
+    Rows take the ranges in turn; with ``data.repeat`` as large as their number, every prompt is
+    run at every range. Features outside are 0 on both sides, which no distance here counts.
+
+    Args:
+        ranges: slices of the features, as ['0:64', '0:128'].
+        objective: the distance of what is left; default ``L1``.
+    """
+
+    def __init__(self, ranges: list[str], objective: Objective | None = None) -> None:
+        super().__init__()
+        if not ranges:
+            raise InputError("objective.ranges must name at least one slice, as ['0:64'].")
+        for text in ranges:
+            check_slice(text, "objective.ranges")
+        self.ranges, self.objective = list(ranges), objective or L1()
+        if isinstance(self.objective, Standardized):
+            raise InputError(
+                "Narrowed.objective Standardized would move the zeros outside a range; put "
+                "Narrowed into Standardized.objective instead."
+            )
+
+    def calibrate(self, readout: Callable[[], Readout]) -> None:
+        """The inner objective learns what it needs."""
+        self.objective.calibrate(readout)
+
+    def forward(self, generated: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        """The distance of each row within its range."""
+        rows, _, features = target.shape
+        if rows % len(self.ranges):
+            raise InputError(
+                f"objective.ranges holds {len(self.ranges)} slices and the batch {rows} rows; set "
+                f"--data.repeat {len(self.ranges)}, and --data.batch_size to a multiple of it."
+            )
+        inside = torch.zeros(len(self.ranges), 1, features, dtype=torch.bool, device=target.device)
+        for row, text in enumerate(self.ranges):
+            inside[row, :, slice_of(text)] = True
+        outside = ~inside.repeat(rows // len(self.ranges), 1, 1)
+        distance: Tensor = self.objective(
+            generated.masked_fill(outside, 0.0), target.masked_fill(outside, 0.0), mask
+        )
+        return distance

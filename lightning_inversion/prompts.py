@@ -91,7 +91,8 @@ class PromptDataModule(LightningDataModule):
         tokenizer: the model whose tokenizer is used; the command line takes model.transformer's.
         revision: revision of that model on the hub.
         special_tokens: let the tokenizer add its special tokens (a BOS, say).
-        batch_size: prompts in one batch, hence in one epoch; null takes them all together.
+        repeat: rows of each prompt, one after another; each row starts from noise of its own.
+        batch_size: rows in one batch, hence in one epoch; null takes them all together.
         iterations: iterations of an epoch; the command line takes model.iterations.
     """
 
@@ -104,6 +105,7 @@ class PromptDataModule(LightningDataModule):
         special_tokens: bool = False,
         batch_size: int | None = None,
         iterations: int = 500,
+        repeat: int = 1,
     ) -> None:
         super().__init__()
         if (prompts is None) == (file is None):
@@ -111,10 +113,13 @@ class PromptDataModule(LightningDataModule):
             raise InputError(f"Give either --data.prompts or --data.file; {given} given.")
         if batch_size is not None and batch_size < 1:
             raise InputError(f"--data.batch_size must be at least 1, and is {batch_size}.")
+        if repeat < 1:
+            raise InputError(f"--data.repeat must be at least 1, and is {repeat}.")
         if file is not None:
-            self.texts = read_prompts(Path(file))
+            texts = read_prompts(Path(file))
         else:
-            self.texts = _checked(enumerate(prompts or (), start=1), "--data.prompts, prompt")
+            texts = _checked(enumerate(prompts or (), start=1), "--data.prompts, prompt")
+        self.texts = [text for text in texts for _ in range(repeat)]
         self.tokenizer, self.revision, self.special_tokens = tokenizer, revision, special_tokens
         self.batch_size, self.iterations = batch_size, iterations
         self.batches: list[PromptBatch] = []

@@ -37,7 +37,7 @@ class LinearLearningRate(Callback):
     ) -> None:
         """Set the rate of the step that follows."""
         assert isinstance(pl_module, InputInversion)
-        factor = self.factor(pl_module.iteration, pl_module.iterations)
+        factor = self.factor(pl_module.iteration % pl_module.period, pl_module.period)
         if self.in_spreads:
             factor *= pl_module.embedding.spread
         for group in optimizer.param_groups:

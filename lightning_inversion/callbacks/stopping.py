@@ -91,4 +91,5 @@ class StoppingCriterion(Callback):
 
     def _judge_values(self, module: LightningModule) -> None:
         assert isinstance(module, InputInversion)
-        self.judge(module, module.features_of(module.learnable.values))
+        with torch.no_grad():
+            self.judge(module, module.generated())

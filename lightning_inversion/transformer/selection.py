@@ -58,7 +58,7 @@ class Selection:
                 f"were asked for and the model has {total}; choose {total} or fewer."
             )
         size = config.hidden_size * len(chosen)
-        if features is not None and not range(size)[_slice(features)]:
+        if features is not None and not range(size)[slice_of(features)]:
             raise InputError(
                 f"--model.transformer.features: {features!r} selects nothing of {size} "
                 f"features; choose a slice within 0:{size}."
@@ -95,7 +95,7 @@ class Selection:
             parts[-1] = normed
         # Blocks may lie on several devices.
         together = torch.cat([part.to(parts[0].device) for part in parts], dim=-1)
-        return together if self.features is None else together[..., _slice(self.features)]
+        return together if self.features is None else together[..., slice_of(self.features)]
 
     def description(self) -> dict[str, Any]:
         """The selection as plain values."""
@@ -131,15 +131,15 @@ def check_depths(depth: int | None, layers: Sequence[int] | None) -> None:
         )
 
 
-def check_slice(features: str | None) -> None:
-    """Raise InputError if `features` is not written 'start:stop'."""
+def check_slice(features: str | None, option: str = "--model.transformer.features") -> None:
+    """Raise InputError, which names `option`, if `features` is not written 'start:stop'."""
     if features is not None and not _SLICE.fullmatch(features):
         raise InputError(
-            f"--model.transformer.features: {features!r} is not a slice; "
-            "write it as 'start:stop', for example '0:64'."
+            f"{option}: {features!r} is not a slice; write it as 'start:stop', for example '0:64'."
         )
 
 
-def _slice(features: str) -> slice:
+def slice_of(features: str) -> slice:
+    """The slice that 'start:stop' names."""
     start, stop = features.split(":")
     return slice(int(start) if start else None, int(stop) if stop else None)
