@@ -36,12 +36,14 @@ class Progress(nn.Module):
         stopped_at: ``[B]`` iteration at which the row stopped moving, -1 while it moves.
         ratio: ``[B]`` the latest distance ratio of the stopping criterion, nan before the first.
         proven: ``[B, T]`` True where the token was verified and fixed.
+        focus: ``[B, T]`` True where the objective looks; callbacks narrow it.
     """
 
     met_at: Tensor
     stopped_at: Tensor
     ratio: Tensor
     proven: Tensor
+    focus: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,6 +56,7 @@ class Progress(nn.Module):
         self.register_buffer("ratio", torch.full((rows,), float("nan"), device=device))
         proven = torch.zeros(rows, length, dtype=torch.bool, device=device)
         self.register_buffer("proven", proven)
+        self.register_buffer("focus", torch.ones_like(proven))
 
     @property
     def stopped(self) -> Tensor:
@@ -122,7 +125,7 @@ class InputInversion(LightningModule):
         self.period = iterations  # iterations after which the learning rate starts again
         self.progress = Progress()
         self.batch: PromptBatch | None = None
-        self.focus: Tensor | None = None
+        self._aimed = False
         self.iteration = 0
 
     # -- the frozen half ---------------------------------------------------------------------
@@ -190,7 +193,7 @@ class InputInversion(LightningModule):
     def _aim(self) -> None:
         """Compute the target features of the batch."""
         assert self.batch is not None
-        self.focus = self.batch.mask
+        self._aimed = True
         self.target = self.features_of(self.learnable.encode(self.batch.ids, self.embedding))
 
     def noise(self, stream: str) -> Tensor:
@@ -243,7 +246,7 @@ class InputInversion(LightningModule):
         """Begin the epoch's batch; -1 ends the epoch when each of its rows has stopped."""
         if self.batch is None or self.batch.index != batch.index:
             self.begin(batch)
-        elif self.focus is None:  # resumed within the epoch: the input is there, its target is not
+        elif not self._aimed:  # resumed within the epoch: the input is there, its target is not
             self.batch = batch
             self._aim()
         return -1 if bool(self.progress.stopped.all()) else None
@@ -253,10 +256,8 @@ class InputInversion(LightningModule):
         self.iteration = batch_idx
         features = self.generated()
         self.features = features.detach()
-        assert self.focus is not None
-        self.distances = self.objective(
-            features, self.target, self.focus & ~self.progress.stopped[:, None]
-        )
+        looked_at = batch.mask & self.progress.focus & ~self.progress.stopped[:, None]
+        self.distances = self.objective(features, self.target, looked_at)
         loss = self.distances.sum()
         if self.iteration % self.trainer.log_every_n_steps == 0 and self.logger is not None:
             distance = float(self.distances.detach().mean())
@@ -303,7 +304,7 @@ class InputInversion(LightningModule):
         )
         self.learnable.allocate(checkpoint["state_dict"]["learnable.values"].shape)
         self.progress.allocate(*stored["ids"].shape, self.device)
-        self.focus = None
+        self._aimed = False
 
 
 def _adam(parameters: Any) -> torch.optim.Optimizer:

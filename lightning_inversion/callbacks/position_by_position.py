@@ -75,4 +75,4 @@ class PositionByPosition(Callback):
             module.stop_rows(batch.mask.sum(1) <= position)
             optimizer.state.clear()
         here = torch.arange(batch.mask.shape[1], device=batch.mask.device) == position
-        module.focus = batch.mask & here
+        module.progress.focus = here.expand_as(batch.mask)

@@ -171,7 +171,7 @@ def result_rows(
                 "verified": all(verified),
                 "verified_tokens": sum(verified),
                 "unresolved": [t for t, proven in enumerate(verified) if not proven],
-                "residuals": [float(r) for r in verdict.residuals[row, :length]],
+                "relative_residuals": [float(r) for r in verdict.residuals[row, :length]],
                 "tolerance": verdict.tolerance,
                 "indistinguishable": [t for t, token in enumerate(ids) if token in twins],
                 "distance_ratio": None if ratio != ratio else ratio,  # nan is no JSON

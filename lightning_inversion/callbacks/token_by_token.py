@@ -94,6 +94,7 @@ class TokenByToken(Callback):
         assert batch is not None
         totals = batch.mask.sum(1)
         rows = self._unfinished(module, totals)
+        rows = rows[~search.tested[rows].all(1)]  # where every token was tried, the gradient is left
         while len(rows):
             lengths = module.progress.proven[rows].sum(1)
             proposal = search.propose(rows, lengths, values[rows], values[rows, lengths])
@@ -129,11 +130,9 @@ class TokenByToken(Callback):
 
     def _focus(self, module: InputInversion) -> None:
         """The next iteration's objective looks at the window behind each prefix."""
-        assert module.batch is not None
         proven = module.progress.proven.sum(1, keepdim=True)
-        positions = torch.arange(module.batch.mask.shape[1], device=proven.device)
-        window = (positions >= proven) & (positions < proven + self.window)
-        module.focus = module.batch.mask & window
+        positions = torch.arange(module.progress.proven.shape[1], device=proven.device)
+        module.progress.focus = (positions >= proven) & (positions < proven + self.window)
 
     def state_dict(self) -> dict[str, Any]:
         """The candidates tried so far."""

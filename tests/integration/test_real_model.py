@@ -1,0 +1,56 @@
+"""The main job on the real trained model, through the real entry point."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_inversion.cli import run
+
+pytestmark = pytest.mark.integration
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+
+def rows_of(root: Path) -> list[dict]:
+    path = root / "lightning_logs" / "version_0" / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_quickstart_recovers_and_proves_every_token(tmp_path: Path, capsys) -> None:
+    assert run(["fit", f"--config={QUICKSTART}", f"--trainer.default_root_dir={tmp_path}"]) == 0
+    (row,) = rows_of(tmp_path)
+    assert row["recovered"] == "The sky is blue or red depending on the time of day."
+    assert row["exact"]
+    assert row["verified"]
+    assert row["unresolved"] == []
+    assert max(row["relative_residuals"]) < row["tolerance"]
+    assert "The sky is blue or red" in capsys.readouterr().out
+
+
+def test_gradient_steps_find_what_the_linear_guess_does_not(tmp_path: Path) -> None:
+    arguments = [
+        "fit",
+        '--data.prompts=["Boba Fett was a bounty hunter", "x = [3, 14];"]',
+        "--model.transformer.depth=4",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    assert run(arguments) == 0
+    rows = rows_of(tmp_path)
+    assert all(row["exact"] and row["verified"] for row in rows)
+    assert max(row["iterations"] for row in rows) > 0
+
+
+def test_the_documents_recipe_meets_its_criterion_without_reading_the_text(tmp_path: Path) -> None:
+    config = QUICKSTART.with_name("document.yaml")
+    arguments = [
+        "fit",
+        f"--config={config}",
+        '--data.prompts=["The sky is blue."]',
+        "--model.iterations=60",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    assert run(arguments) == 0
+    (row,) = rows_of(tmp_path)
+    assert row["token_accuracy"] < 1
+    assert not row["verified"]
+    assert row["distance_ratio"] is not None
