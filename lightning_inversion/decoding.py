@@ -33,16 +33,15 @@ class CosineDecoder(Decoder):
     """Cosine of the angle to each embedding."""
 
     def __call__(self, vectors: Tensor, embedding: TokenEmbedding) -> Tensor:
-        scale = torch.linalg.vector_norm(embedding.matrix, dim=1).clamp_min(1e-12)
-        return normalize(vectors, dim=-1) @ embedding.matrix.T / scale
+        scores = embedding.dot(normalize(vectors, dim=-1))
+        return scores / embedding.norms.clamp_min(1e-12)
 
 
 class L2Decoder(Decoder):
     """Minus half the squared distance to each embedding, up to a constant of the vector."""
 
     def __call__(self, vectors: Tensor, embedding: TokenEmbedding) -> Tensor:
-        squares = embedding.matrix.square().sum(dim=1)
-        return vectors @ embedding.matrix.T - squares / 2
+        return embedding.dot(vectors) - embedding.norms.square() / 2
 
 
 @dataclass(frozen=True)

@@ -290,6 +290,6 @@ class NeighbourShift(Shift):
     ) -> Tensor:
         position = noise[..., 0].abs().argmax(dim=1, keepdim=True)
         token = ids.gather(1, position)
-        distance = torch.cdist(embedding(token).flatten(0, 1), embedding.matrix)
+        distance = torch.cdist(embedding(token).flatten(0, 1), embedding.matrix.float())
         distance[distance <= distance.amin(dim=1, keepdim=True) + 1e-6] = torch.inf
         return learnable.encode(ids.scatter(1, position, distance.argmin(1, True)), embedding)

@@ -9,7 +9,7 @@ _OUTPUT_BYTES = 256 * 2**20
 
 def tokens_at_a_time(device: torch.device) -> int:
     """Tokens in one forward that keep the device busy; more only take memory."""
-    return 512 if device.type == "cpu" else 16384
+    return 256 if device.type == "cpu" else 16384
 
 
 def rows_at_a_time(length: int, output_size: int, device: torch.device) -> int:

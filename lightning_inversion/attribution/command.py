@@ -19,8 +19,17 @@ from lightning_inversion.attribution.rows import RowFile, read_texts
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.loading import TransformerSpec
 
-# Options of a truncated model; --depth is an option of ours.
-_NOT_HERE = {"depth", "layers", "features", "final_norm"}
+# What a whole model has; the other fields cut or change one, and --depth is an option of ours.
+_OF_THE_MODEL = (
+    "model",
+    "revision",
+    "weights",
+    "weights_seed",
+    "dtype",
+    "quantization",
+    "attention",
+    "device_map",
+)
 _IN_AND_OUT = "-"
 
 
@@ -50,7 +59,8 @@ def add_attribute_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_class_arguments(Choices)
     parser.add_class_arguments(Look)
-    parser.add_class_arguments(TransformerSpec, skip=_NOT_HERE)
+    others = {field.name for field in fields(TransformerSpec)} - set(_OF_THE_MODEL)
+    parser.add_class_arguments(TransformerSpec, skip=others)
 
 
 def run_attribute(options: Namespace) -> int:
@@ -113,9 +123,8 @@ def _made(kind: type[Any], options: Namespace) -> Any:
 
 
 def _spec(options: Namespace) -> TransformerSpec:
-    names = [field.name for field in fields(TransformerSpec) if field.name not in _NOT_HERE]
     try:
-        return TransformerSpec(depth=None, **{name: options[name] for name in names})
+        return TransformerSpec(depth=None, **{name: options[name] for name in _OF_THE_MODEL})
     except InputError as error:
         raise InputError(str(error).replace("--model.transformer.", "--")) from error
 
@@ -125,8 +134,7 @@ def _said_options(spec: TransformerSpec) -> dict[str, Any]:
     return {
         field.name: value
         for field in fields(spec)
-        if field.name not in {*_NOT_HERE, "model"}
-        and (value := getattr(spec, field.name)) != field.default
+        if field.name in _OF_THE_MODEL[1:] and (value := getattr(spec, field.name)) != field.default
     }
 
 

@@ -16,6 +16,8 @@ from lightning_inversion.attribution.scores import Measure
 # How far logits of a continued pass may be from those of a whole one, relative to their size.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION_TOLERANCE = 0.1
+# Enough to see wrong positions, a forgotten prefix, or attention to what is later.
+_TRIED_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,8 @@ def _occlude(
 def clean_pass(reader: Reader, embeds: Tensor, at: Tensor, share: bool = True) -> CleanPass:
     """Run the text, and find out whether rows may continue it from the middle.
 
-    No table of models says so: the second half is run on the keys and values of the first, and has
-    to give the logits of the whole pass.
+    No table of models says so: the last tokens are run on the keys and values of those before, and
+    have to give the logits of the whole pass.
 
     Args:
         reader: the model.
@@ -128,16 +130,15 @@ def clean_pass(reader: Reader, embeds: Tensor, at: Tensor, share: bool = True) -
         return CleanPass(reader.read(embeds[None], at)[0], None, "it was asked for")
     try:
         outputs, prefix = reader.clean(embeds, at)
-        middle = (int(at[-1]) + 1) // 2
-        late = at[at >= middle]
-        continued = reader.read(
-            embeds[None, middle : int(at[-1]) + 1], late - middle, (prefix, middle)
-        )[0]
+        length = int(at[-1]) + 1
+        begin = max(length // 2, length - _TRIED_TOKENS)
+        late = at >= begin
+        continued = reader.read(embeds[None, begin:length], at[late] - begin, (prefix, begin))[0]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model does with a cache it did not make
         return CleanPass(reader.read(embeds[None], at)[0], None, str(error).splitlines()[0])
-    expected = outputs[at >= middle]
+    expected = outputs[late]
     off = float((continued - expected).abs().max() / expected.abs().max().clamp_min(1.0))
     if off > _TOLERANCE.get(embeds.dtype, _LOW_PRECISION_TOLERANCE):
         plain = reader.read(embeds[None], at)[0]

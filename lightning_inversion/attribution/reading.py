@@ -94,11 +94,10 @@ class LogitReader:
         if not self._few:
             logits = self.model(inputs_embeds=embeds, **how).logits
             return logits[:, at].float()
-        last = at.numel() == 1 and int(at) == embeds.shape[1] - 1
-        # A number is understood by every model that has the option, a tensor by most.
-        kept = 1 if last else embeds.shape[1] - int(at.min())
-        logits = self.model(inputs_embeds=embeds, logits_to_keep=kept, **how).logits
-        return logits[:, at - embeds.shape[1]].float()
+        # Positions, not a number of them: the states are then picked out contiguously, and the head
+        # is read once for all rows instead of once for each.
+        logits = self.model(inputs_embeds=embeds, logits_to_keep=at, **how).logits
+        return logits.float()
 
 
 class FeatureReader:

@@ -73,7 +73,7 @@ class TokenSearch:
         embedding, device = transformer.embedding, target.device
         positions = torch.arange(length, device=device).expand(rows, length)
         self.guess = readout(target, positions)
-        self.squares = embedding.matrix.float().square().sum(dim=1) / 2
+        self.half_squares = embedding.norms.square() / 2
         self.tested = torch.zeros(rows, embedding.vocabulary_size, dtype=torch.bool, device=device)
         self.rounds = torch.zeros(rows, dtype=torch.long, device=device)
         self.errors = torch.full((rows, kept), torch.inf, device=device)
@@ -154,7 +154,7 @@ class TokenSearch:
         return torch.where(known[:, None], mixed, ours)
 
     def _nearness(self, vectors: Tensor, blocked: Tensor) -> Tensor:
-        scores = vectors @ self.transformer.embedding.matrix.float().T - self.squares
+        scores = self.transformer.embedding.dot(vectors) - self.half_squares
         return scores.masked_fill_(blocked, -torch.inf)
 
     def _learn(

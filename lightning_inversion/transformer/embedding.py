@@ -81,7 +81,14 @@ class TokenEmbedding(nn.Module):
         W'W is built and inverted once, in float64 (relative error 3e-6 against 3e-5 in float32).
         """
         whitened = embeds.double() @ self._inverse_gram.to(embeds.device)
-        return nn.functional.linear(whitened.float(), self.matrix.float())
+        return self.dot(whitened.float())
+
+    def dot(self, vectors: Tensor) -> Tensor:
+        """Vectors [..., D] -> their products with every token's vector [..., V], in float32."""
+        if self.matrix.dtype == torch.float32:
+            return vectors @ self.matrix.T
+        parts = [vectors @ rows.float().T for rows in torch.split(self.matrix, _ROWS)]
+        return torch.cat(parts, dim=-1)
 
     @cached_property
     @torch.no_grad()
@@ -114,6 +121,12 @@ class TokenEmbedding(nn.Module):
         for rows in torch.split(self.matrix, _ROWS):
             squares += (rows.float() - self.mean).square().sum().item()
         return float((squares / self.matrix.numel()) ** 0.5)
+
+    @cached_property
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """The Euclidean norm of each token's vector [V], float32."""
+        return torch.linalg.vector_norm(self.matrix, dim=1, dtype=torch.float32)
 
     def duplicates(self) -> tuple[tuple[int, ...], ...]:
         """Groups of token ids with identical rows: no hidden state can tell them apart."""

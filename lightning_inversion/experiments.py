@@ -1,0 +1,144 @@
+"""``python -m lightning_inversion.experiments``: run the table of the document's experiments.
+
+Each experiment of ``configs/claims.yaml`` is a ``fit`` for each of its seeds, whose trimmed rows go
+to ``configs/results``. What is there already is not run again, so that a stopped run goes on where
+it stopped. ``python -m lightning_inversion.report.experiments`` then writes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_inversion.report.claims import Experiment, read_claims, results_path
+
+KEPT = (
+    "seed", "index", "prompt", "recovered", "token_accuracy", "exact", "top_k_accuracy",
+    "distance_ratio", "criterion_met", "criterion_met_at", "verified", "iterations",
+    "model", "weights", "depth", "decoder", "version", "version_torch", "version_transformers",
+)  # fmt: skip
+"""What the table needs of a row of results.jsonl, and what made it."""
+
+
+def run_experiment(experiment: Experiment, configs: Path, runs: Path) -> None:
+    """Run the seeds of an experiment whose rows are not there yet.
+
+    Raises:
+        RuntimeError: a fit ended with another exit code than 0.
+    """
+    there = experiment.results(configs)
+    for seed in experiment.seeds:
+        if any(row["seed"] == seed for row in there):
+            continue
+        root = runs / experiment.name / f"seed_{seed}"
+        began = time.monotonic()
+        rows = fit(experiment, configs, seed, root)
+        kept = [trimmed(row, experiment, configs) for row in rows]
+        _keep(experiment, configs, kept)
+        accuracy = sum(row["token_accuracy"] for row in kept) / len(kept)
+        seconds = time.monotonic() - began
+        print(f"{experiment.name} seed {seed}: {accuracy:.3f} in {seconds:.0f} s", flush=True)
+        shutil.rmtree(root)
+
+
+def fit(experiment: Experiment, configs: Path, seed: int, root: Path) -> list[dict[str, Any]]:
+    """The rows of one ``fit``; a run that was stopped in ``root`` is taken up."""
+    from lightning_inversion.cli import newest_run, run
+
+    arguments = [
+        "fit",
+        *experiment.arguments(configs),
+        f"--seed_everything={seed}",
+        f"--trainer.default_root_dir={root}",
+        "--trainer.accelerator=cpu",
+        "--decoding.show=false",
+        "--decoding.every=1000000",  # only at the end
+    ]
+    if newest_run(root / "lightning_logs") is not None:
+        arguments.append("--ckpt_path=last")
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = run(arguments)
+    if code:
+        raise RuntimeError(f"{experiment.name} seed {seed} ended with exit code {code}")
+    folder = newest_run(root / "lightning_logs")
+    assert folder is not None
+    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def trimmed(row: dict[str, Any], experiment: Experiment, configs: Path) -> dict[str, Any]:
+    """A result row without what the table does not need.
+
+    Adds `present`, the share of the prompt's tokens that were decoded at any position (the
+    document finds permutations), and the row's range of features where it has one.
+    """
+    kept = {key: _rounded(row[key]) for key in KEPT}
+    found = sum(token in row["recovered_ids"] for token in row["ids"])
+    kept["present"] = _rounded(found / len(row["ids"]))
+    ranges = ranges_of(yaml.safe_load((configs / experiment.config).read_text()))
+    if ranges:
+        kept["range"] = ranges[row["index"] % len(ranges)]
+    elif row["features"] is not None:
+        kept["range"] = row["features"]
+    kept["settings"] = experiment.fingerprint(configs)
+    return kept
+
+
+def ranges_of(settings: Any) -> list[str]:
+    """The ranges of a ``Narrowed`` objective, wherever it stands in the settings."""
+    if not isinstance(settings, dict):
+        return []
+    if "ranges" in settings:
+        return list(settings["ranges"])
+    return next((found for value in settings.values() if (found := ranges_of(value))), [])
+
+
+def _keep(experiment: Experiment, configs: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the rows beside those of other seeds; rows of other settings go."""
+    path = results_path(experiment, configs)
+    path.parent.mkdir(exist_ok=True)
+    together = [*experiment.results(configs), *rows]
+    lines = [json.dumps(row, ensure_ascii=False) for row in together]
+    whole = path.with_suffix(".writing")
+    whole.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    whole.replace(path)
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is asked for; returns the exit code, 1 if an experiment failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_inversion.experiments",
+        description="Run the experiments of configs/claims.yaml that have no results yet.",
+    )
+    parser.add_argument("names", nargs="*", help="experiments whose names begin so; default all")
+    parser.add_argument("--configs", type=Path, default=Path("configs"))
+    parser.add_argument("--runs", type=Path, default=Path("lightning_logs/experiments"))
+    options = parser.parse_args(arguments)
+    failed = 0
+    for experiment in read_claims(options.configs):
+        wanted = not options.names or experiment.name.startswith(tuple(options.names))
+        if not wanted or not experiment.run:
+            continue
+        try:
+            run_experiment(experiment, options.configs, options.runs)
+        except RuntimeError as error:
+            failed = 1
+            print(error, file=sys.stderr, flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
