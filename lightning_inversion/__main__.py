@@ -15,6 +15,7 @@ usage: lightning-inversion COMMAND [options]
 commands
   fit         optimise an input until its features match a prompt's; shows the tokens as they emerge
   validate    decode and score the input that a checkpoint holds
+  attribute   paint each token of a text by its share in the prediction; HTML, JSON, terminal
 
 examples
   lightning-inversion fit --config configs/quickstart.yaml
@@ -22,6 +23,7 @@ examples
   lightning-inversion fit --config configs/document.yaml --data.prompts '["The sky is blue."]'
   lightning-inversion fit --config configs/quickstart.yaml --ckpt_path last       resume
   lightning-inversion validate --config configs/quickstart.yaml --ckpt_path last
+  lightning-inversion attribute "The wipers on the bus go swish swish" --out page.html
 
 options
   lightning-inversion COMMAND --help          every option of a command

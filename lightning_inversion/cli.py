@@ -1,4 +1,4 @@
-"""The command line: Lightning's ``fit`` and ``validate`` for ``InputInversion``."""
+"""The command line: Lightning's ``fit`` and ``validate`` for ``InputInversion``; ``attribute``."""
 
 import logging
 import os
@@ -14,6 +14,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from lightning_inversion.attribution.command import add_attribute_arguments, run_attribute
 from lightning_inversion.callbacks.learning_rate import LinearLearningRate
 from lightning_inversion.callbacks.position_by_position import PositionByPosition
 from lightning_inversion.callbacks.results import Results
@@ -239,8 +240,21 @@ def run(args: list[str]) -> int:
     """
     quiet_lightning()
     try:
+        if args[:1] == ["attribute"]:
+            return attribute(args[1:])
         InversionCLI(args)
     except InputError as error:
         print(f"lightning-inversion: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def attribute(args: list[str]) -> int:
+    """The ``attribute`` command, which needs no Trainer; returns its exit code."""
+    parser = OneSentenceParser(
+        prog="lightning-inversion attribute",
+        description="Paint each token of a text by its share in the model's prediction.",
+        allow_abbrev=False,
+    )
+    add_attribute_arguments(parser)
+    return run_attribute(parser.parse_args(args))
