@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import warnings
+from argparse import HelpFormatter
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,8 +27,8 @@ from lightning_inversion.module import InputInversion
 from lightning_inversion.prompts import PromptDataModule
 
 _PACKAGE = "lightning_inversion"
-# Written out, so that --print_config shows the recommended recipe and config.yaml records it; a test
-# holds it equal to what InputInversion() builds.
+# Written out, so that --print_config shows the recommended recipe and config.yaml records it; a
+# test holds its parts equal to those that InputInversion() builds.
 RECOMMENDED: dict[str, Any] = {
     "model.learnable": {
         "class_path": f"{_PACKAGE}.inputs.EmbeddingInput",
@@ -71,10 +72,12 @@ class OneSentenceParser(LightningArgumentParser):
         sys.stderr.write(f"lightning-inversion: {one_sentence(message)}\n")
         raise SystemExit(2)
 
-    def format_help(self) -> str:
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
         """Lightning's four hundred lines on the Trainer stand last."""
-        self._action_groups.sort(key=lambda group: "every aspect of training" in str(group.title))
-        return super().format_help()
+        self._action_groups = sorted(
+            self._action_groups, key=lambda group: "every aspect of training" in str(group.title)
+        )
+        return super().format_help(formatter)
 
 
 def one_sentence(message: str) -> str:
@@ -92,7 +95,7 @@ def one_sentence(message: str) -> str:
 
 def subclass_names(base: type) -> list[str]:
     """Short names of the classes that can be chosen where ``base`` is asked for."""
-    children = base.__subclasses__()
+    children: list[type] = base.__subclasses__()
     names = [child.__name__ for child in children if not child.__name__.startswith("_")]
     return sorted({*names, *(name for child in children for name in subclass_names(child))})
 
@@ -183,13 +186,13 @@ class InversionCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Find what does not fit together before a folder is made or a model loaded."""
         self.model.spec.check()
-        for callback in self.trainer.callbacks:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TokenByToken):
                 callback.check(self.model)
 
     def after_fit(self) -> None:
         """Show what was read, of a run that had ended before as well."""
-        for callback in self.trainer.callbacks:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Results) and self.trainer.is_global_zero:
                 callback.show(self.trainer)
 

@@ -87,8 +87,8 @@ def decode(
     ids, scores = [], []
     row_of = torch.arange(rows, device=values.device).repeat_interleave(length)
     for chunk, owners in zip(
-        values.reshape(-1, channels).split(_POSITIONS_AT_A_TIME),
-        row_of.split(_POSITIONS_AT_A_TIME),
+        torch.split(values.reshape(-1, channels), _POSITIONS_AT_A_TIME),
+        torch.split(row_of, _POSITIONS_AT_A_TIME),
         strict=True,
     ):
         if decoder is None:

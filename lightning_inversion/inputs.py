@@ -35,7 +35,9 @@ def row_noise(
     """
     noise = torch.zeros(len(lengths), max(lengths), width)
     for row, (index, length) in enumerate(zip(indices, lengths, strict=True)):
-        noise[row, :length] = torch.randn(length, width, generator=row_generator(seed, index, stream))
+        noise[row, :length] = torch.randn(
+            length, width, generator=row_generator(seed, index, stream)
+        )
     return noise
 
 
@@ -63,7 +65,7 @@ class Given:
 
 
 class Start(ABC):
-    """Where an input begins: standard normal noise ``[B, T, C]`` -> starting values ``[B, T, C]``."""
+    """Where an input begins: standard normal noise -> starting values, both ``[B, T, C]``."""
 
     @abstractmethod
     def __call__(self, noise: Tensor, given: Given) -> Tensor:
@@ -212,7 +214,8 @@ class EmbeddingInput(LearnableInput):
         return embedding.width
 
     def encode(self, ids: Tensor, embedding: TokenEmbedding) -> Tensor:
-        return embedding(ids)
+        vectors: Tensor = embedding(ids)
+        return vectors
 
     def embed(self, values: Tensor, embedding: TokenEmbedding) -> Tensor:
         return values

@@ -3,6 +3,7 @@
 The constructor is the experiment: its arguments are the keys of a YAML file.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -47,10 +48,11 @@ class Progress(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.allocate(0, 0, torch.device("cpu"))
+        self.allocate((0, 0), torch.device("cpu"))
 
-    def allocate(self, rows: int, length: int, device: torch.device) -> None:
-        """Start afresh for a batch of ``rows`` x ``length`` tokens."""
+    def allocate(self, shape: Sequence[int], device: torch.device) -> None:
+        """Start afresh for a batch of ``shape`` [B, T]."""
+        rows, length = shape
         self.register_buffer("met_at", torch.full((rows,), -1, device=device))
         self.register_buffer("stopped_at", torch.full((rows,), -1, device=device))
         self.register_buffer("ratio", torch.full((rows,), float("nan"), device=device))
@@ -76,7 +78,8 @@ class InputInversion(LightningModule):
         learnable: what is optimised; default an ``EmbeddingInput``.
         objective: the distance of features; default ``Standardized``: relative L2
             and cosine of each position, in units of each feature's spread.
-        optimizer: makes the optimiser of the input; default Adam.
+        optimizer: makes the optimiser of the input; default Adam at 0.1, about the spread of a
+            trained embedding (the command line has it in units of that spread).
         decoder: how the input is read as tokens; default the nearest embedding, or the values
             themselves of a ``VocabularyInput``.
         allowed_tokens: only these tokens are decoded: a text whose tokens are taken, or token ids.
@@ -186,7 +189,7 @@ class InputInversion(LightningModule):
         values = self.learnable.encode(batch.ids, self.embedding)
         given = Given(self.embedding, self.target, lambda: self.readout, values)
         self.learnable.begin(self.noise("start"), given)
-        self.progress.allocate(*batch.ids.shape, self.device)
+        self.progress.allocate(batch.ids.shape, self.device)
         if self._trainer is not None:
             self.trainer.strategy.setup_optimizers(self.trainer)
 
@@ -259,7 +262,8 @@ class InputInversion(LightningModule):
         looked_at = batch.mask & self.progress.focus & ~self.progress.stopped[:, None]
         self.distances = self.objective(features, self.target, looked_at)
         loss = self.distances.sum()
-        if self.iteration % self.trainer.log_every_n_steps == 0 and self.logger is not None:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.iteration % every == 0 and self.logger is not None:
             distance = float(self.distances.detach().mean())
             self.logger.log_metrics({"distance": distance}, self.global_step)
         return loss
@@ -285,7 +289,9 @@ class InputInversion(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the input and its prompts; leave the frozen model out."""
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("transformer.")}
+        checkpoint["state_dict"] = {
+            k: v for k, v in state.items() if not k.startswith("transformer.")
+        }
         if self.batch is not None:
             checkpoint["batch"] = {
                 "index": list(self.batch.index),
@@ -303,9 +309,9 @@ class InputInversion(LightningModule):
             tuple(stored["index"]), tuple(stored["prompts"]), stored["ids"], stored["mask"]
         )
         self.learnable.allocate(checkpoint["state_dict"]["learnable.values"].shape)
-        self.progress.allocate(*stored["ids"].shape, self.device)
+        self.progress.allocate(stored["ids"].shape, self.device)
         self._aimed = False
 
 
 def _adam(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=0.05)
+    return torch.optim.Adam(parameters, lr=0.1)

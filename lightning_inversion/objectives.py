@@ -31,15 +31,7 @@ class Objective(nn.Module, ABC):
 
 
 class _Norm(Objective):
-    """||O(a_g) - O(a)||_p over a row, or each position's norm relative to its target's.
-
-    Args:
-        relative: False sums over the whole row (the document); True divides the distance at each
-            position by the norm of the target there and sums the quotients, so that a position
-            with massive activations weighs no more than another.
-        squared: with ``relative``, square each position's quotient: its gradient fades as the
-            distance does.
-    """
+    """What L1 and L2 share: a norm of the whole row, or of each position beside its target's."""
 
     order: float
 
@@ -51,21 +43,41 @@ class _Norm(Objective):
 
     def forward(self, generated: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         difference = (generated - target) * mask[..., None]
+        distance: Tensor
         if not self.relative:
-            return torch.linalg.vector_norm(difference, ord=self.order, dim=(1, 2))
+            distance = torch.linalg.vector_norm(difference, ord=self.order, dim=(1, 2))
+            return distance
         size = torch.linalg.vector_norm(target, ord=self.order, dim=2).clamp_min(_SMALLEST_NORM)
         distance = torch.linalg.vector_norm(difference, ord=self.order, dim=2)
-        quotient = distance / size
+        quotient: Tensor = distance / size
         return (quotient.square() if self.squared else quotient).sum(dim=1)
 
 
 class L1(_Norm):
-    __doc__ = f"The L1 distance, the document's metric. {_Norm.__doc__}"
+    """||O(a_g) - O(a)||_1, the document's metric.
+
+    Args:
+        relative: False sums over the whole row (the document); True divides the distance at each
+            position by the norm of the target there and sums the quotients, so that a position
+            with massive activations weighs no more than another.
+        squared: with ``relative``, square each position's quotient: its gradient fades as the
+            distance does.
+    """
+
     order = 1.0
 
 
 class L2(_Norm):
-    __doc__ = f"The L2 distance (not squared). {_Norm.__doc__}"
+    """||O(a_g) - O(a)||_2, not squared.
+
+    Args:
+        relative: False sums over the whole row (the document); True divides the distance at each
+            position by the norm of the target there and sums the quotients, so that a position
+            with massive activations weighs no more than another.
+        squared: with ``relative``, square each position's quotient: its gradient fades as the
+            distance does.
+    """
+
     order = 2.0
 
 

@@ -181,7 +181,9 @@ def read_prompts(path: Path) -> list[str]:
         raise InputError(f"--data.file {str(path)!r} cannot be read: {reason}.") from error
     where = f"--data.file {str(path)!r}, line"
     if path.suffix == ".jsonl":
-        return _checked(((n, _prompt_of(line, f"{where} {n}")) for n, line in _numbered(lines)), where)
+        return _checked(
+            ((n, _prompt_of(line, f"{where} {n}")) for n, line in _numbered(lines)), where
+        )
     return _checked(_numbered(lines), where)
 
 

@@ -35,7 +35,7 @@ class PositionByPosition(Callback):
         """Refuse what contradicts, or would end before its last position, before a model loads."""
         assert isinstance(pl_module, InputInversion)
         sequential = bool(self.iterations) or pl_module.alone
-        if sequential and any(isinstance(c, TokenByToken) and c.every for c in trainer.callbacks):
+        if sequential and any(isinstance(c, TokenByToken) and c.every for c in trainer.callbacks):  # type: ignore[attr-defined]
             raise InputError(
                 "token_by_token chooses the positions itself; set --token_by_token.every 0 for "
                 "--position_by_position.iterations or --model.alone."

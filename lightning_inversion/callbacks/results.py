@@ -86,7 +86,9 @@ class Results(Callback):
         rows = read_rows(self.path(trainer))
         if rows and isinstance(trainer.logger, TensorBoardLogger):
             settings = {k: v for k, v in describe(pl_module).items() if v is not None}
-            trainer.logger.log_hyperparams(settings, {f"final/{k}": v for k, v in mean(rows).items()})
+            trainer.logger.log_hyperparams(
+                settings, {f"final/{k}": v for k, v in mean(rows).items()}
+            )
 
     def show(self, trainer: Trainer) -> None:
         """Print every row of the run, and where they are."""

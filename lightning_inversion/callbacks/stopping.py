@@ -47,7 +47,9 @@ class StoppingCriterion(Callback):
         batch = module.batch
         assert batch is not None
         if self._shifted is None or self._shifted[0] != batch.index:
-            values = self.shift(batch.ids, module.noise("shift"), module.learnable, module.embedding)
+            values = self.shift(
+                batch.ids, module.noise("shift"), module.learnable, module.embedding
+            )
             distance = row_distance(module.features_of(values), module.target, batch.mask)
             self._shifted = (batch.index, distance)
         return self._shifted[1]

@@ -94,7 +94,9 @@ class TokenByToken(Callback):
         assert batch is not None
         totals = batch.mask.sum(1)
         rows = self._unfinished(module, totals)
-        rows = rows[~search.tested[rows].all(1)]  # where every token was tried, the gradient is left
+        rows = rows[
+            ~search.tested[rows].all(1)
+        ]  # where every token was tried, the gradient is left
         while len(rows):
             lengths = module.progress.proven[rows].sum(1)
             proposal = search.propose(rows, lengths, values[rows], values[rows, lengths])

@@ -1,11 +1,11 @@
-"""The tokens as they emerge: a live table on a terminal, plain lines elsewhere, TensorBoard text."""
+"""The tokens as they emerge: a live table on a terminal, plain lines elsewhere, TensorBoard."""
 
 import sys
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -113,8 +113,9 @@ class TokenDecoding(Callback):
             trainer.logger.experiment.add_text("top_k", markdown, trainer.global_step)
         if not self.show:
             return
+        distance = float(module.distances.detach().mean())
         summary = (
-            f"iteration {module.iteration + 1}: distance {float(module.distances.detach().mean()):.4g}, "
+            f"iteration {module.iteration + 1}: distance {distance:.4g}, "
             f"token accuracy {accuracy:.3f}, proven {proven:.3f}"
         )
         if self._live is not None:

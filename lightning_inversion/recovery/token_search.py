@@ -89,7 +89,7 @@ class TokenSearch:
             setattr(self, name, value.to(self.target.device))
 
     def secant(self, rows: Tensor) -> Tensor:
-        """The guess ``[R, D]`` corrected by the best wrong candidates; call with rows that have some.
+        """The guess ``[R, D]`` corrected by the best wrong candidates; zero where there is none.
 
         Each wrong candidate shows by how much the readout misses in this context; its embedding
         plus the readout's difference to the target is a guess without that miss.
@@ -98,9 +98,7 @@ class TokenSearch:
         return (self.corrected[rows] * weights).sum(1) / weights.sum(1).clamp_min(1)
 
     @torch.no_grad()
-    def propose(
-        self, rows: Tensor, lengths: Tensor, prefix: Tensor, guesses: Tensor
-    ) -> Proposal:
+    def propose(self, rows: Tensor, lengths: Tensor, prefix: Tensor, guesses: Tensor) -> Proposal:
         """Run each row's most likely untried tokens and prove one where it can be.
 
         Args:
@@ -115,7 +113,7 @@ class TokenSearch:
         sizes = (self.start * 4 ** (self.rounds[rows] // self.GROWS_EVERY).clamp(max=8)).clamp(
             max=self.most
         )
-        for size in sizes.unique().tolist():
+        for size in torch.unique(sizes).tolist():
             members = (sizes == size).nonzero()[:, 0]
             for part in members.split(max(1, _CANDIDATES_AT_A_TIME // size)):
                 found = self._round(
@@ -140,7 +138,7 @@ class TokenSearch:
         return Proposal(proven, ids, best.values)
 
     def _nearest_untried(self, rows: Tensor, guesses: Tensor, size: int) -> Tensor:
-        """``[R, size]`` tokens: half near the guess, half near the secant guess where there is one."""
+        """``[R, size]`` tokens: half near the guess, half near the secant guess if there is one."""
         size = min(size, self.tested.shape[1])
         near = self._nearness(guesses, self.tested[rows])
         ours = near.topk(size, dim=1).indices

@@ -36,7 +36,8 @@ def tolerance_of(transformer: TruncatedTransformer) -> float:
 def relative_residual(features: Tensor, target: Tensor) -> Tensor:
     """||features - target||_2 / ||target||_2 over the last axis."""
     size = torch.linalg.vector_norm(target, dim=-1).clamp_min(1e-12)
-    return torch.linalg.vector_norm(features - target, dim=-1) / size
+    residual: Tensor = torch.linalg.vector_norm(features - target, dim=-1) / size
+    return residual
 
 
 def verify_text(

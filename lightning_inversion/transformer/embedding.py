@@ -126,7 +126,8 @@ class TokenEmbedding(nn.Module):
     @torch.no_grad()
     def norms(self) -> Tensor:
         """The Euclidean norm of each token's vector [V], float32."""
-        return torch.linalg.vector_norm(self.matrix, dim=1, dtype=torch.float32)
+        norms: Tensor = torch.linalg.vector_norm(self.matrix, dim=1, dtype=torch.float32)
+        return norms
 
     def duplicates(self) -> tuple[tuple[int, ...], ...]:
         """Groups of token ids with identical rows: no hidden state can tell them apart."""

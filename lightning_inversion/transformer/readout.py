@@ -42,20 +42,20 @@ class Readout:
     bias: Tensor
 
     def standardize(self, features: Tensor, positions: Tensor) -> Tensor:
-        """Features ``[..., F]`` at ``positions`` [...] in units of their spread over random tokens."""
+        """Features ``[..., F]`` at ``positions`` [...] in units of their spread."""
         kind = positions.clamp(max=1)
         return (features - self.mean[kind]) / self.scale[kind]
 
     def __call__(self, features: Tensor, positions: Tensor) -> Tensor:
         """Features ``[..., F]`` at ``positions`` [...] -> guessed embeddings ``[..., D]``."""
         standard = self.standardize(features, positions)
-        guesses = [standard @ self.matrix[kind] + self.bias[kind] for kind in (0, 1)]
-        return torch.where((positions == 0)[..., None], *guesses)
+        first, later = (standard @ self.matrix[kind] + self.bias[kind] for kind in (0, 1))
+        return torch.where((positions == 0)[..., None], first, later)
 
     @classmethod
     @torch.no_grad()
     def fit(cls, transformer: TruncatedTransformer, seed: int = 0) -> Readout:
-        """Fit on random tokens: at least 8,192 later ones and 4,096 first ones, more for wide features.
+        """Fit on random tokens: 8,192 later ones and 4,096 first ones, more for wide features.
 
         Args:
             transformer: whose features are read.
@@ -82,7 +82,7 @@ def _regression(
     squares = torch.zeros(F, F, dtype=torch.float64, device=device)
     products = torch.zeros(F, D, dtype=torch.float64, device=device)
     embeds = torch.zeros(D, dtype=torch.float64, device=device)
-    for chunk in ids.to(device).split(max(1, _TOKENS_AT_A_TIME // ids.shape[1])):
+    for chunk in torch.split(ids.to(device), max(1, _TOKENS_AT_A_TIME // ids.shape[1])):
         vectors = transformer.embedding(chunk)
         x = transformer(vectors)[:, positions].reshape(-1, F).double()
         y = vectors[:, positions].reshape(-1, D).double()

@@ -4,13 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from lightning_inversion import __main__ as entry
-from lightning_inversion.cli import run
+from lightning_inversion.cli import RECOMMENDED, run
 from lightning_inversion.module import InputInversion
-
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+from lightning_inversion.transformer.loading import TransformerSpec
 
 
 def fit(folder: Path, root: Path, *more: str) -> list[str]:
@@ -87,27 +85,6 @@ def test_help_and_version_need_no_torch(monkeypatch, capsys) -> None:
     assert "usage: lightning-inversion COMMAND" in output
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(path.parents[1])))
-def test_every_config_runs_on_a_stand_in(config: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    settings = yaml.safe_load(config.read_text())
-    prompts = [] if "data" in settings else ['--data.prompts=["The sky is blue."]']
-    code = run(
-        [
-            "fit",
-            f"--config={config}",
-            *prompts,
-            f"--model.transformer.model={tiny_folder}",
-            "--model.iterations=3",
-            f"--trainer.default_root_dir={tmp_path}",
-            "--trainer.accelerator=cpu",
-        ]
-    )
-    assert code == 0
-    for row in rows_of(tmp_path):
-        assert len(row["recovered_ids"]) == len(row["ids"])
-        assert row["iterations"] <= 3
-
-
 def test_a_run_leaves_all_that_is_promised(tiny_folder: Path, tmp_path: Path, capsys) -> None:
     assert run(fit(tiny_folder, tmp_path, "--model.iterations=40", "--seed_everything=3")) == 0
     folder = tmp_path / "lightning_logs" / "version_0"
@@ -160,3 +137,12 @@ def test_resuming_with_other_settings_is_refused(tiny_folder: Path, tmp_path: Pa
     changed = fit(tiny_folder, tmp_path, "--model.iterations=4", "--ckpt_path=last")
     assert run(changed) == 2
     assert "made with another model.iterations" in capsys.readouterr().err
+
+
+def test_the_defaults_of_fit_are_those_of_the_constructor(tiny_folder: Path) -> None:
+    parts = {key: RECOMMENDED[f"model.{key}"] for key in ("learnable", "objective")}
+    module = InputInversion(TransformerSpec(model=str(tiny_folder)))
+    assert parts["learnable"]["class_path"].endswith(f".{type(module.learnable).__name__}")
+    start = parts["learnable"]["init_args"]["start"]["class_path"]
+    assert start.endswith(f".{type(module.learnable.start).__name__}")
+    assert parts["objective"]["class_path"].endswith(f".{type(module.objective).__name__}")

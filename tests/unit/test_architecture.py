@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[2] / "lightning_inversion"
 LEVELS = {
     "__main__": 5,
     "cli": 5,
+    "experiments": 5,
     "module": 4,
     "prompts": 4,
     "callbacks": 4,
@@ -19,7 +20,9 @@ LEVELS = {
     "metrics": 3,
     "inputs": 2,
     "objectives": 2,
+    "stand_ins": 2,
     "transformer": 1,
+    "report": 1,
     "errors": 0,
     "__init__": 0,
 }

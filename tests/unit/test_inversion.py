@@ -166,7 +166,9 @@ def test_tokens_are_proven_and_fixed_one_by_one(
         optimizer=lambda p: torch.optim.Adam(p, lr=0.02),
     )  # fmt: skip
     assert torch.equal(module.progress.proven, module.batch.mask)
-    assert torch.equal(module.top_tokens(1).best[module.batch.mask], module.batch.ids[module.batch.mask])
+    assert torch.equal(
+        module.top_tokens(1).best[module.batch.mask], module.batch.ids[module.batch.mask]
+    )
     assert 0 < trainer.global_step < 400
     rows = read_rows(tmp_path / "results.jsonl")
     assert all(row["verified"] and row["exact"] for row in rows)

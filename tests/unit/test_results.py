@@ -44,7 +44,11 @@ def test_configs_differ_by_key() -> None:
     [
         ("p.txt", "one\n\nthree\n", "line 2 is empty"),
         ("p.txt", "", "holds no prompt"),
-        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', 'line 2 is not a JSON object with a key "p'),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n{"text": "b"}\n',
+            'line 2 is not a JSON object with a key "p',
+        ),
         ("p.jsonl", '{"prompt": 12}\n', "line 1: .*not a string; quote it"),
         ("p.jsonl", "{", "line 1 is not"),
     ],
