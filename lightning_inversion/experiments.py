@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from lightning_inversion.report.claims import Experiment, read_claims, results_path
+from lightning_inversion.stand_ins import make_stand_in
 
 KEPT = (
     "seed", "index", "prompt", "recovered", "token_accuracy", "exact", "top_k_accuracy",
@@ -29,25 +30,26 @@ KEPT = (
 """What the table needs of a row of results.jsonl, and what made it."""
 
 
-def run_experiment(experiment: Experiment, configs: Path, runs: Path) -> None:
-    """Run the seeds of an experiment whose rows are not there yet.
+def run_cell(experiment: Experiment, seed: int, configs: Path, runs: Path) -> None:
+    """Run one seed of an experiment, unless its rows are there.
 
     Raises:
-        RuntimeError: a fit ended with another exit code than 0.
+        RuntimeError: the fit ended with another exit code than 0.
     """
-    there = experiment.results(configs)
-    for seed in experiment.seeds:
-        if any(row["seed"] == seed for row in there):
-            continue
-        root = runs / experiment.name / f"seed_{seed}"
-        began = time.monotonic()
-        rows = fit(experiment, configs, seed, root)
-        kept = [trimmed(row, experiment, configs) for row in rows]
-        _keep(experiment, configs, kept)
-        accuracy = sum(row["token_accuracy"] for row in kept) / len(kept)
-        seconds = time.monotonic() - began
-        print(f"{experiment.name} seed {seed}: {accuracy:.3f} in {seconds:.0f} s", flush=True)
-        shutil.rmtree(root)
+    if any(row["seed"] == seed for row in experiment.results(configs)):
+        return
+    began = time.monotonic()
+    model = Path(str(experiment.options.get("model.transformer.model", "")))
+    if model.parent.name == "stand_ins":
+        make_stand_in(model.name, configs, model.parent)
+    root = runs / f"{experiment.name}-{experiment.fingerprint(configs)}-{seed}"
+    rows = fit(experiment, configs, seed, root)
+    kept = [trimmed(row, experiment, configs) for row in rows]
+    _keep(experiment, configs, kept)
+    accuracy = sum(row["token_accuracy"] for row in kept) / len(kept)
+    seconds = time.monotonic() - began
+    print(f"{experiment.name} seed {seed}: {accuracy:.3f} in {seconds:.0f} s", flush=True)
+    shutil.rmtree(root)
 
 
 def fit(experiment: Experiment, configs: Path, seed: int, root: Path) -> list[dict[str, Any]]:
@@ -127,13 +129,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--configs", type=Path, default=Path("configs"))
     parser.add_argument("--runs", type=Path, default=Path("lightning_logs/experiments"))
     options = parser.parse_args(arguments)
+    wanted = [
+        experiment
+        for experiment in read_claims(options.configs)
+        if experiment.run and experiment.name.startswith(tuple(options.names) or "")
+    ]
+    # The first seed of each before the second of any: a stopped table lacks seeds, not rows.
+    cells = sorted(
+        ((seed, experiment) for experiment in wanted for seed in experiment.seeds),
+        key=lambda cell: cell[0],
+    )
     failed = 0
-    for experiment in read_claims(options.configs):
-        wanted = not options.names or experiment.name.startswith(tuple(options.names))
-        if not wanted or not experiment.run:
-            continue
+    for seed, experiment in cells:
         try:
-            run_experiment(experiment, options.configs, options.runs)
+            run_cell(experiment, seed, options.configs, options.runs)
         except RuntimeError as error:
             failed = 1
             print(error, file=sys.stderr, flush=True)

@@ -1,1 +1,1 @@
-"""Result files -> tables. Reads files only, never live objects: needs neither torch nor Lightning."""
+"""Result files -> tables. Reads files only, never live objects: no torch, no Lightning."""
