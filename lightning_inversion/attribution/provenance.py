@@ -36,7 +36,7 @@ def describe(model: PreTrainedModel | TruncatedTransformer, name: str | None) ->
         "model": name or own,
         "class": kind,
         "dtype": str(dtype).removeprefix("torch."),
-        "quantization": str(quantization.quant_method) if quantization is not None else None,
+        "quantization": quantization.quant_method.value if quantization is not None else None,
         "device": device.type,
         "version": lightning_inversion.__version__,
         "version_torch": torch.__version__,

@@ -11,12 +11,12 @@ here, and is also measured with `logits_to_keep=1`, which its user would have to
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -101,11 +101,21 @@ def measure_time(name: str, length: int, rounds: int) -> None:
 def measure_memory(name: str, length: int) -> None:
     """Print the peak memory of a process that runs one method once."""
     for method in (OURS, CAPTUM, CAPTUM_KEPT):
-        command = [sys.executable, "-m", __spec__.name, "--model", name, "--peak", method]
+        command = [sys.executable, "-m", "tests.benchmarks.occlusion", "--model", name]
         answer = subprocess.run(
-            [*command, "--lengths", str(length)], check=True, capture_output=True, text=True
+            [*command, "--lengths", str(length), "--peak", method],
+            check=True,
+            capture_output=True,
+            text=True,
         )
-        print(f"{length} tokens, {method}: peak {answer.stdout.strip()} MiB", flush=True)
+        print(f"{length} tokens, {method}: peak {answer.stdout.strip()}", flush=True)
+
+
+def memory(field: str) -> int:
+    """A field of Linux' account of this process, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(field)]
+    return int(line.split()[1]) // 1024
 
 
 def main() -> None:
@@ -114,12 +124,18 @@ def main() -> None:
     parser.add_argument("--model", default=TransformerSpec.model)
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 192])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peak", help="run this method alone, and print its peak memory in MiB")
+    parser.add_argument("--threads", type=int, help="the default is as many as cores")
+    parser.add_argument("--peak", help="run this method alone, and print its peak memory (Linux)")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     for length in options.lengths:
         if options.peak:
-            methods(*load(options.model, length))[options.peak]()
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+            run = methods(*load(options.model, length))[options.peak]
+            Path("/proc/self/clear_refs").write_text("5")  # the peak from here on, without loading
+            before = memory("VmRSS")
+            run()
+            print(f"{memory('VmHWM')} MiB, {memory('VmHWM') - before} MiB of it its own")
         else:
             measure_time(options.model, length, options.rounds)
             measure_memory(options.model, length)
