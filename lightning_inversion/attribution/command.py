@@ -11,9 +11,9 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_inversion.attribution.attribute import attribute, encode, to_stderr
 from lightning_inversion.attribution.choices import Choices, Look, with_preset
 from lightning_inversion.attribution.naming import named_token, replacement_for
+from lightning_inversion.attribution.one_call import attribute, encode, to_stderr
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.attribution.rows import RowFile, read_texts
 from lightning_inversion.errors import InputError

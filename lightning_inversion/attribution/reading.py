@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from lightning_inversion.attribution.prefix import CleanPrefix
+from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 # The gradient of a head is a sum over the vocabulary. For fewer rows than this it is done by a
@@ -133,6 +134,20 @@ class FeatureReader:
     def clean(self, embeds: Tensor, at: Tensor) -> tuple[Tensor, CleanPrefix]:
         """Features are read without a cache."""
         raise ValueError("features are read without one")
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Raise InputError for 4-bit layers that give wrong gradients, silently, once they have run.
+
+    On a CPU with the instructions for it, bitsandbytes repacks their weights for a faster forward.
+    """
+    for module in model.modules():
+        repacks = getattr(module, "support_avx512bf16_for_cpu", False)
+        if repacks and next(module.parameters()).device.type == "cpu":
+            raise InputError(
+                "The 4-bit layers of this model give wrong gradients on a CPU: load it with "
+                "TransformerSpec, or choose --method occlusion."
+            )
 
 
 @contextmanager

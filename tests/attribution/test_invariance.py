@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, PreTra
 
 from lightning_inversion.attribution.gradient import gradient_times_input
 from lightning_inversion.attribution.occlusion import clean_pass, occlusion
-from lightning_inversion.attribution.reading import LogitReader, undisturbed
+from lightning_inversion.attribution.reading import LogitReader, check_gradients, undisturbed
 from lightning_inversion.attribution.scores import TokenMeasure
+from lightning_inversion.errors import InputError
 from tests.tiny import FAMILIES, tiny_model
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -170,3 +171,11 @@ def test_memory_that_runs_out_makes_batches_smaller(
     torch.testing.assert_close(scores, expected, **CLOSE)
     assert sum(batches) == len(ids)
     assert max(batches) <= 2
+
+
+def test_4_bit_layers_that_repack_their_weights_are_refused() -> None:
+    layer = nn.Linear(2, 2)
+    check_gradients(layer)
+    layer.support_avx512bf16_for_cpu = True  # as bitsandbytes marks its Linear4bit
+    with pytest.raises(InputError, match="--method occlusion"):
+        check_gradients(nn.Sequential(layer))

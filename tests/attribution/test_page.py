@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lightning_inversion.attribution.attribute import attribute
 from lightning_inversion.attribution.choices import Choices, Look
+from lightning_inversion.attribution.one_call import attribute
 from lightning_inversion.attribution.provenance import command_line
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.attribution.shading import (

@@ -1,8 +1,8 @@
 """SmolLM2: the numbers of a trained model, in float32 and with 8-bit weights.
 
-Equal means to 1e-5 of the largest score. The model's activations reach 22,500, and Captum's gradient
-in float32 is off by 2e-5 of it, on two threads by 6e-5 to 1e-4, where ours is off by 2e-6 to 4e-6. So
-ours in float32 is compared with Captum's in float64.
+Equal means to 1e-5 of the largest score. The model's activations reach 22,500, and Captum's
+gradient in float32 is off by 2e-5 of it, on two threads by 6e-5 to 1e-4, where ours is off by 2e-6
+to 4e-6. So ours in float32 is compared with Captum's in float64.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_inversion.attribution.attribute import attribute
 from lightning_inversion.attribution.choices import Choices, Reduce
+from lightning_inversion.attribution.one_call import attribute
 from lightning_inversion.attribution.scores import reduce_embedding
 from lightning_inversion.transformer.loading import TransformerSpec
 from tests.attribution import captum_reference as captum

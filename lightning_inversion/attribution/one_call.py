@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +23,7 @@ from lightning_inversion.attribution.reading import (
     FeatureReader,
     LogitReader,
     Reader,
+    check_gradients,
     undisturbed,
 )
 from lightning_inversion.attribution.result import AttributionResult, Prediction, Query
@@ -87,6 +91,8 @@ def attribute(
         raise InputError(
             f"The text has {len(ids)} tokens, and the model takes {limit}; shorten it."
         )
+    if choices.method_for(len(ids)) != "occlusion":
+        check_gradients(model)
     with undisturbed(model):
         work = _Attribution(model, tokenizer, text, ids, choices, say)
         scores, parts = work.run()
@@ -252,15 +258,26 @@ class _Attribution:
         self._say(f"occlusion: {count} forwards, in batches, each {how}.")
         if self._clean.prefix is None and self.choices.depth is None:
             self.note(f"No keys and values are shared between forwards: {self._clean.why_plain}.")
-        return occlusion(
-            self.reader,
-            self.embeds,
-            self.at,
-            self.measure,
-            self.replacement.vector(self.reader),
-            self.choices.batch_size,
-            self._clean,
-        )
+        with self._progress(count) as advance:
+            return occlusion(
+                self.reader,
+                self.embeds,
+                self.at,
+                self.measure,
+                self.replacement.vector(self.reader),
+                self.choices.batch_size,
+                self._clean,
+                advance,
+            )
+
+    @contextmanager
+    def _progress(self, count: int) -> Iterator[Callable[[int], None]]:
+        """A bar beside what is said on stderr; none where somebody else is told."""
+        quiet = self._say is not to_stderr
+        columns = ("occlusion", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+            task = bar.add_task("occlusion", total=count)
+            yield lambda rows: bar.advance(task, rows)
 
     def _integrated(self) -> Tensor:
         count = len(self.at) * self.choices.steps
