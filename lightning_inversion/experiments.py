@@ -43,7 +43,7 @@ def run_cell(experiment: Experiment, seed: int, configs: Path, runs: Path) -> No
     if model.parent.name == "stand_ins":
         make_stand_in(model.name, configs, model.parent)
     root = runs / f"{experiment.name}-{experiment.fingerprint(configs)}-{seed}"
-    rows = fit(experiment, configs, seed, root)
+    rows = fit([*experiment.arguments(configs), f"--seed_everything={seed}"], root)
     kept = [trimmed(row, experiment, configs) for row in rows]
     _keep(experiment, configs, kept)
     accuracy = sum(row["token_accuracy"] for row in kept) / len(kept)
@@ -52,26 +52,23 @@ def run_cell(experiment: Experiment, seed: int, configs: Path, runs: Path) -> No
     shutil.rmtree(root)
 
 
-def fit(experiment: Experiment, configs: Path, seed: int, root: Path) -> list[dict[str, Any]]:
-    """The rows of one ``fit``; a run that was stopped in ``root`` is taken up."""
+def fit(arguments: list[str], root: Path) -> list[dict[str, Any]]:
+    """The rows of one quiet ``fit`` on the CPU; a run that was stopped in ``root`` is taken up.
+
+    Raises:
+        RuntimeError: it ended with another exit code than 0.
+    """
     from lightning_inversion.cli import newest_run, run
 
-    arguments = [
-        "fit",
-        *experiment.arguments(configs),
-        f"--seed_everything={seed}",
-        f"--trainer.default_root_dir={root}",
-        "--trainer.accelerator=cpu",
-        "--decoding.show=false",
-        "--decoding.every=1000000",  # only at the end
-    ]
-    if newest_run(root / "lightning_logs") is not None:
-        arguments.append("--ckpt_path=last")
+    logs = root / "lightning_logs"
+    quiet = ["--decoding.show=false", "--decoding.every=1000000"]  # decoded at the end alone
+    again = ["--ckpt_path=last"] if newest_run(logs) is not None else []
+    where = [f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu"]
     with contextlib.redirect_stdout(io.StringIO()):
-        code = run(arguments)
+        code = run(["fit", *arguments, *where, *quiet, *again])
     if code:
-        raise RuntimeError(f"{experiment.name} seed {seed} ended with exit code {code}")
-    folder = newest_run(root / "lightning_logs")
+        raise RuntimeError(f"fit {' '.join(arguments)} ended with exit code {code}.")
+    folder = newest_run(logs)
     assert folder is not None
     lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
@@ -134,10 +131,10 @@ def main(arguments: list[str] | None = None) -> int:
         for experiment in read_claims(options.configs)
         if experiment.run and experiment.name.startswith(tuple(options.names) or "")
     ]
-    # The first seed of each before the second of any: a stopped table lacks seeds, not rows.
+    # The shallow before the deep, the first seeds before the second: what is quick is there soon.
     cells = sorted(
         ((seed, experiment) for experiment in wanted for seed in experiment.seeds),
-        key=lambda cell: cell[0],
+        key=lambda cell: (cell[1].options.get("model.transformer.depth", 1) > 4, cell[0]),
     )
     failed = 0
     for seed, experiment in cells:

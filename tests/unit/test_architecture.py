@@ -11,6 +11,7 @@ LEVELS = {
     "__main__": 5,
     "cli": 5,
     "experiments": 5,
+    "bandwidth": 5,
     "module": 4,
     "prompts": 4,
     "callbacks": 4,
