@@ -70,6 +70,7 @@ def decode(
     k: int = 5,
     disallowed: Tensor | None = None,
     masked_score: float = -torch.inf,
+    first: int | None = None,
 ) -> TopTokens:
     """The k best tokens of each position of a learnable input.
 
@@ -81,8 +82,9 @@ def decode(
         disallowed: ``[V]`` or ``[B, V]`` bool, True for tokens that must not be chosen.
         masked_score: the score of a disallowed token. The document's code multiplies by 0, so that
             a disallowed token beats an allowed one with a negative score; 0 reproduces that.
+        first: decode only this many rows; scoring a whole vocabulary costs as much as iterations.
     """
-    values = learnable.values.detach()
+    values = learnable.values.detach()[:first]
     rows, length, channels = values.shape
     ids, scores = [], []
     row_of = torch.arange(rows, device=values.device).repeat_interleave(length)

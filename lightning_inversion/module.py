@@ -228,15 +228,15 @@ class InputInversion(LightningModule):
         self.progress.stopped_at[rows & ~self.progress.stopped] = self.iteration
         self.learnable.held |= rows[:, None]
 
-    def top_tokens(self, k: int = 5) -> TopTokens:
-        """The k best tokens of each position of the input as it stands."""
+    def top_tokens(self, k: int = 5, first: int | None = None) -> TopTokens:
+        """The k best tokens of each position of the input as it stands, of the first rows or all."""
         disallowed = self.disallowed
         if disallowed is not None and self.own_tokens:
             assert self.batch is not None
             own = torch.where(self.batch.mask, self.batch.ids, self.batch.ids[:, :1])
             disallowed = disallowed.to(own.device).repeat(len(own), 1).scatter(1, own, False)
         return decode(
-            self.learnable, self.embedding, self.decoder, k, disallowed, self.masked_score
+            self.learnable, self.embedding, self.decoder, k, disallowed, self.masked_score, first
         )
 
     # -- Lightning's hooks -------------------------------------------------------------------

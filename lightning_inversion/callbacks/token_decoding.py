@@ -29,12 +29,13 @@ class TokenDecoding(Callback):
     Args:
         every: iterations between two decodings.
         top_k: how many tokens of each position are shown.
-        prompts: how many prompts of a batch are shown.
+        prompts: how many prompts of a batch are decoded and shown; the accuracy is theirs. Scoring
+            a vocabulary for every position of many prompts would cost more than iterations do.
         show: the terminal display; False leaves only TensorBoard.
     """
 
     def __init__(
-        self, every: int = 25, top_k: int = 5, prompts: int = 8, show: bool = True
+        self, every: int = 50, top_k: int = 5, prompts: int = 8, show: bool = True
     ) -> None:
         if min(every, top_k, prompts) < 1:
             raise InputError(
@@ -99,11 +100,11 @@ class TokenDecoding(Callback):
     def _report(self, trainer: Trainer, module: InputInversion) -> None:
         batch = module.batch
         assert batch is not None
-        top = module.top_tokens(self.top_k)
-        accuracy = float(token_accuracy(top.best, batch.ids, batch.mask).mean())
+        shown = min(self.prompts, len(batch.prompts))
+        top = module.top_tokens(self.top_k, first=shown)
+        accuracy = float(token_accuracy(top.best, batch.ids[:shown], batch.mask[:shown]).mean())
         proven = float((module.progress.proven & batch.mask).sum() / batch.mask.sum())
-        shown = range(min(self.prompts, len(batch.prompts)))
-        texts = [self._tokens(module, top, row) for row in shown]
+        texts = [self._tokens(module, top, row) for row in range(shown)]
         if trainer.logger is not None:
             trainer.logger.log_metrics(
                 {"token_accuracy": accuracy, "proven": proven}, trainer.global_step
