@@ -120,6 +120,7 @@ class InversionCLI(LightningCLI):
                 "enable_model_summary": False,
                 "num_sanity_val_steps": 0,
                 "use_distributed_sampler": False,
+                "devices": 1,  # one process; several would average their inputs
                 "max_epochs": -1,  # an epoch for each batch of prompts
                 "log_every_n_steps": 10,
             },
@@ -185,6 +186,7 @@ class InversionCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Find what does not fit together before a folder is made or a model loaded."""
+        self.model.check(self.trainer)
         self.model.spec.check()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TokenByToken):

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
@@ -129,6 +129,7 @@ class InputInversion(LightningModule):
         self.progress = Progress()
         self.batch: PromptBatch | None = None
         self._aimed = False
+        self._calibrated = False
         self.iteration = 0
 
     # -- the frozen half ---------------------------------------------------------------------
@@ -138,11 +139,23 @@ class InputInversion(LightningModule):
         self.transformer = transformer
         return self
 
+    def check(self, trainer: Trainer) -> None:
+        """Refuse, before a model loads, several processes: they would average their inputs."""
+        processes = trainer.num_devices * trainer.num_nodes
+        if processes > 1:
+            raise InputError(
+                f"--trainer.devices and --trainer.num_nodes ask for {processes} processes, and a "
+                "fit runs in one; set both to 1 and share the prompts out over several fits."
+            )
+
+    def setup(self, stage: str) -> None:
+        """Check again where no command line did."""
+        self.check(self.trainer)
+
     def configure_model(self) -> None:
         """Load the frozen model, once."""
         if self.transformer is None:
             self.transformer = self.spec.load()
-        self.objective.calibrate(lambda: self.readout)
         if self.allowed_tokens is not None:
             self.disallowed = disallowed_tokens(self._allowed_ids(), self.embedding.vocabulary_size)
         elif self.own_tokens:
@@ -249,9 +262,12 @@ class InputInversion(LightningModule):
         """Begin the epoch's batch; -1 ends the epoch when each of its rows has stopped."""
         if self.batch is None or self.batch.index != batch.index:
             self.begin(batch)
-        elif not self._aimed:  # resumed within the epoch: the input is there, its target is not
+        elif not self._aimed:  # resumed within the epoch, with the input but without its target
             self.batch = batch
             self._aim()
+        if not self._calibrated:
+            self.objective.calibrate(lambda: self.readout)  # here, the model is on its device
+            self._calibrated = True
         return -1 if bool(self.progress.stopped.all()) else None
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:

@@ -45,6 +45,7 @@ def rows_of(root: Path, version: int = 0) -> list[dict]:
         (["--data.file=none.txt"], "both were given"),
         (["--learning_rate.start=-1"], "learning_rate.start"),
         (["--token_by_token.window=0"], "token_by_token"),
+        (["--trainer.devices=2"], "ask for 2 processes, and a fit runs in one"),
         (["--ckpt_path=last"], "--ckpt_path last finds no run"),
         (["--config=none.yaml"], "--config: File does not exist"),
     ],

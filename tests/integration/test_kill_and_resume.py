@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.integration
 PROMPTS = ["The sky is blue.", "A quick brown fox", "on the bus", "This is a prompt", "time of day"]
 CHANGING = {"seconds"}
 
