@@ -242,7 +242,7 @@ class InputInversion(LightningModule):
         self.learnable.held |= rows[:, None]
 
     def top_tokens(self, k: int = 5, first: int | None = None) -> TopTokens:
-        """The k best tokens of each position of the input as it stands, of the first rows or all."""
+        """The k best tokens of each position as the input stands, of the first rows or all."""
         disallowed = self.disallowed
         if disallowed is not None and self.own_tokens:
             assert self.batch is not None
