@@ -125,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="experiments whose names begin so; default all")
     parser.add_argument("--configs", type=Path, default=Path("configs"))
     parser.add_argument("--runs", type=Path, default=Path("lightning_logs/experiments"))
+    parser.add_argument("--seeds", type=int, nargs="+", help="these alone; default all")
     options = parser.parse_args(arguments)
     wanted = [
         experiment
@@ -133,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     # The shallow before the deep, the first seeds before the second: what is quick is there soon.
     cells = sorted(
-        ((seed, experiment) for experiment in wanted for seed in experiment.seeds),
+        ((seed, experiment) for experiment in wanted for seed in options.seeds or experiment.seeds),
         key=lambda cell: (cell[1].options.get("model.transformer.depth", 1) > 4, cell[0]),
     )
     failed = 0
