@@ -155,30 +155,39 @@ class InversionCLI(LightningCLI):
         parser.set_defaults(RECOMMENDED)
 
     def before_instantiate_classes(self) -> None:
-        """Turn ``--ckpt_path last`` into the newest run that was made with the same settings."""
+        """Turn ``--ckpt_path last`` into the newest fit; ``fit`` goes on in its folder."""
         config = self.config[self.subcommand]
-        if self.subcommand == "validate" and config.ckpt_path is None:
-            raise InputError("validate scores a stored input; name it with --ckpt_path.")
+        if self.subcommand == "validate":
+            self.save_config_callback = None  # only a fit is a run that can be resumed
+            if config.ckpt_path is None:
+                raise InputError("validate scores a stored input; name it with --ckpt_path.")
         if config.ckpt_path != "last":
             return
         root = Path(config.trainer.default_root_dir or ".") / "lightning_logs"
         run = newest_run(root)
         if run is None:
             raise InputError(f"--ckpt_path last finds no run under {str(root)!r}; leave it out.")
-        asked = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
+        checkpoint = run / "checkpoints" / "last.ckpt"
+        config.ckpt_path = str(checkpoint) if checkpoint.exists() else None
+        if self.subcommand == "fit":
+            self._continue(run)
+        elif config.ckpt_path is None:
+            raise InputError(f"--ckpt_path last finds no checkpoint in {str(run)!r}; name one.")
+
+    def _continue(self, run: Path) -> None:
+        """Let this fit go on in the folder of an earlier one with the same settings."""
+        asked = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["fit"]
         different = differences(yaml.safe_load((run / "config.yaml").read_text()), asked)
-        if different and self.subcommand == "fit":
+        if different:
             raise InputError(
                 f"--ckpt_path last continues {str(run)!r}, which was made with another "
                 f"{different[0]}; use its settings, or leave --ckpt_path out."
             )
-        checkpoint = run / "checkpoints" / "last.ckpt"
-        config.ckpt_path = str(checkpoint) if checkpoint.exists() else None
-        config.trainer.logger = {
+        self.config.fit.trainer.logger = {
             "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
             "init_args": {
-                "save_dir": str(root.parent),
-                "name": root.name,
+                "save_dir": str(run.parent.parent),
+                "name": run.parent.name,
                 "version": int(run.name.removeprefix("version_")),
             },
         }

@@ -128,9 +128,13 @@ def test_a_finished_run_resumes_to_itself_and_is_scored(
     assert rows_of(tmp_path) == before
     capsys.readouterr()
     checkpoint = tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
-    assert run(["validate", *arguments[1:], f"--ckpt_path={checkpoint}"]) == 0
     accuracy = sum(row["token_accuracy"] for row in before) / len(before)
-    assert f"token accuracy {accuracy:.3f}" in capsys.readouterr().out
+    for name in (checkpoint, "last"):
+        assert run(["validate", *arguments[1:], f"--ckpt_path={name}"]) == 0
+        assert f"token accuracy {accuracy:.3f}" in capsys.readouterr().out
+    # Scoring is no run of its own: the fit can still be resumed.
+    assert run([*arguments, "--ckpt_path=last"]) == 0
+    assert rows_of(tmp_path) == before
 
 
 def test_resuming_with_other_settings_is_refused(tiny_folder: Path, tmp_path: Path, capsys) -> None:
