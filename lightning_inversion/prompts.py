@@ -1,6 +1,5 @@
 """Prompts -> batches. An epoch is one batch of prompts, a step is one iteration on it."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.prompt_files import read_prompts
 from lightning_inversion.transformer.loading import TransformerSpec
 
 
@@ -115,10 +115,12 @@ class PromptDataModule(LightningDataModule):
             raise InputError(f"--data.batch_size must be at least 1, and is {batch_size}.")
         if repeat < 1:
             raise InputError(f"--data.repeat must be at least 1, and is {repeat}.")
-        if file is not None:
-            texts = read_prompts(Path(file))
-        else:
-            texts = _checked(enumerate(prompts or (), start=1), "--data.prompts, prompt")
+        texts = read_prompts(Path(file), "--data.file") if file else list(prompts or ())
+        for number, text in enumerate(texts, start=1):
+            if not text.strip():
+                raise InputError(f"--data.prompts, prompt {number} is empty; give it a text.")
+        if not texts:
+            raise InputError("--data.prompts holds no prompt; give one or more.")
         self.texts = [text for text in texts for _ in range(repeat)]
         self.tokenizer, self.revision, self.special_tokens = tokenizer, revision, special_tokens
         self.batch_size, self.iterations = batch_size, iterations
@@ -166,51 +168,3 @@ class PromptDataModule(LightningDataModule):
         """One step for ``validate``, which reads its rows from the checkpoint; none for ``fit``."""
         validating = self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING
         return Iterations(self.batches, int(validating), lambda: 0)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file (one a line) or a .jsonl file (key "prompt").
-
-    Raises:
-        InputError: names the file, and the line where one is at fault.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"--data.file {str(path)!r} cannot be read: {reason}.") from error
-    where = f"--data.file {str(path)!r}, line"
-    if path.suffix == ".jsonl":
-        return _checked(
-            ((n, _prompt_of(line, f"{where} {n}")) for n, line in _numbered(lines)), where
-        )
-    return _checked(_numbered(lines), where)
-
-
-def _numbered(lines: Sequence[str]) -> list[tuple[int, str]]:
-    """Lines with their numbers from 1, without blank lines at the end."""
-    numbered = list(enumerate(lines, start=1))
-    while numbered and not numbered[-1][1].strip():
-        numbered.pop()
-    return numbered
-
-
-def _prompt_of(line: str, where: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f'{where} is not a JSON object with a key "prompt".') from error
-    if not isinstance(prompt, str):
-        raise InputError(f'{where}: "prompt" is {prompt!r}, not a string; quote it.')
-    return prompt
-
-
-def _checked(prompts: Any, where: str) -> list[str]:
-    texts = []
-    for number, prompt in prompts:
-        if not prompt.strip():
-            raise InputError(f"{where} {number} is empty; every prompt needs text.")
-        texts.append(prompt)
-    if not texts:
-        raise InputError(f"{where.split(',')[0]} holds no prompt.")
-    return texts

@@ -15,8 +15,9 @@ from lightning_inversion.attribution.choices import Choices, Look, with_preset
 from lightning_inversion.attribution.naming import named_token, replacement_for
 from lightning_inversion.attribution.one_call import attribute, encode, to_stderr
 from lightning_inversion.attribution.result import AttributionResult
-from lightning_inversion.attribution.rows import RowFile, read_texts
+from lightning_inversion.attribution.rows import RowFile
 from lightning_inversion.errors import InputError
+from lightning_inversion.prompt_files import read_prompts
 from lightning_inversion.transformer.loading import TransformerSpec
 
 # What a whole model has; the other fields cut or change one, and --depth is an option of ours.
@@ -152,7 +153,7 @@ def _texts(options: Namespace) -> list[str]:
             else "A text and --texts are two inputs; leave one of them out."
         )
     if options.texts is not None:
-        return read_texts(options.texts)
+        return read_prompts(options.texts, "--texts")
     text = sys.stdin.read().removesuffix("\n") if options.text == _IN_AND_OUT else options.text
     if not text:
         raise InputError("The text is empty: give at least one token to attribute to.")

@@ -1,7 +1,5 @@
 """What a run leaves: one whole row a prompt in ``results.jsonl``, a table, metrics, HParams."""
 
-import json
-import os
 import platform
 import sys
 import time
@@ -32,11 +30,10 @@ from lightning_inversion.metrics import (
 from lightning_inversion.module import InputInversion
 from lightning_inversion.prompts import PromptBatch
 from lightning_inversion.recovery.verification import Verdict, verify_text
+from lightning_inversion.result_files import Row, append_rows, read_rows
 
 SCHEMA = 1
 """Version of a row's keys."""
-
-Row = dict[str, Any]
 
 
 class Results(Callback):
@@ -210,32 +207,6 @@ def mean(rows: list[Row]) -> dict[str, float]:
         "Iterations": sum(row["iterations"] for row in rows) / len(rows),
         **({"DistanceRatio": sum(ratios) / len(ratios)} if ratios else {}),
     }
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The whole rows of a results file in the order of their prompts; [] where there is none."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # the line a killed process was writing; append_rows removes it
-    return sorted(rows, key=lambda row: row["index"])
-
-
-def append_rows(path: Path, rows: list[Row]) -> None:
-    """Append rows, each whole or not at all: a torn last line is cut off first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def print_rows(rows: list[Row]) -> None:

@@ -24,6 +24,8 @@ LEVELS = {
     "stand_ins": 2,
     "transformer": 1,
     "report": 1,
+    "prompt_files": 0,
+    "result_files": 0,
     "errors": 0,
     "__init__": 0,
 }

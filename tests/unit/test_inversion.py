@@ -7,13 +7,14 @@ import torch
 from lightning import Trainer
 
 from lightning_inversion.callbacks.learning_rate import LinearLearningRate
-from lightning_inversion.callbacks.results import Results, read_rows
+from lightning_inversion.callbacks.results import Results
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_by_token import TokenByToken
 from lightning_inversion.inputs import EmbeddingInput, NormalStart, VocabularyInput
 from lightning_inversion.module import InputInversion
 from lightning_inversion.objectives import L1, L2, CosineDistance, Objective, Standardized
 from lightning_inversion.prompts import PromptDataModule
+from lightning_inversion.result_files import read_rows
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 

@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 
 from lightning_inversion.callbacks.learning_rate import LinearLearningRate
-from lightning_inversion.callbacks.results import append_rows, read_rows
 from lightning_inversion.cli import differences
 from lightning_inversion.errors import InputError
-from lightning_inversion.prompts import PromptBatch, PromptDataModule, read_prompts
+from lightning_inversion.prompt_files import read_prompts
+from lightning_inversion.prompts import PromptBatch, PromptDataModule
+from lightning_inversion.result_files import append_rows, read_rows
 
 
 def test_rows_are_whole_or_absent_after_a_kill(tmp_path: Path) -> None:
@@ -43,7 +44,7 @@ def test_configs_differ_by_key() -> None:
     ("name", "text", "message"),
     [
         ("p.txt", "one\n\nthree\n", "line 2 is empty"),
-        ("p.txt", "", "holds no prompt"),
+        ("p.txt", "", "holds no text"),
         (
             "p.jsonl",
             '{"prompt": "a"}\n{"text": "b"}\n',
@@ -57,16 +58,16 @@ def test_bad_prompt_files_are_named_by_line(tmp_path: Path, name, text, message)
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(InputError, match=message):
-        read_prompts(path)
+        read_prompts(path, "--data.file")
 
 
 def test_prompt_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("  leading space\nzwei\n\n")
-    assert read_prompts(tmp_path / "p.txt") == ["  leading space", "zwei"]
+    assert read_prompts(tmp_path / "p.txt", "--data.file") == ["  leading space", "zwei"]
     (tmp_path / "p.jsonl").write_text('{"prompt": "a\\nb"}\n')
-    assert read_prompts(tmp_path / "p.jsonl") == ["a\nb"]
+    assert read_prompts(tmp_path / "p.jsonl", "--data.file") == ["a\nb"]
     with pytest.raises(InputError, match="cannot be read: No such file"):
-        read_prompts(tmp_path / "none.txt")
+        read_prompts(tmp_path / "none.txt", "--data.file")
 
 
 def test_prompts_come_from_one_place() -> None:
