@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -24,7 +25,7 @@ from lightning_inversion.attribution.shading import (
     strip,
 )
 from lightning_inversion.attribution.tensorboard import image_strip, markdown_table
-from lightning_inversion.attribution.tokens import one_line, pieces, visible
+from lightning_inversion.attribution.tokens import Piece, one_line, pieces, visible
 
 HARD = '<script>alert(1)</script> & "q"\n\tשלום مرحبا 👩‍👧 \u202eend\x00'
 
@@ -149,6 +150,19 @@ def test_a_map_is_a_table_of_its_lower_half(
     T = len(result.ids)
     cells = [a for name, a in _elements(result.to_html()) if name == "td" and "title" in a]
     assert len(cells) == T * (T + 1) // 2
+
+
+def test_a_page_of_2000_tokens(hard: AttributionResult) -> None:
+    count = 2000
+    texts = tuple(Piece(f" w{token}", (token,)) for token in range(count))
+    scores = torch.linspace(0, 1, count)[None]
+    long = replace(hard, ids=(1,) * count, pieces=texts, scores=scores, parts={"gradient": scores})
+    html = long.to_html()
+    assert len([a for _, a in _elements(html) if a.get("class") == "t" and "title" in a]) == count
+    assert len(html) < 1_000_000
+    queries, every = hard.queries * count, Choices(every_token=True)
+    a_map = replace(long, choices=every, queries=queries, scores=scores.expand(count, -1))
+    assert "is in the JSON" in a_map.to_html()
 
 
 @pytest.mark.parametrize("palette", ["heat", "document"])
