@@ -29,7 +29,7 @@ from lightning_inversion.metrics import (
 )
 from lightning_inversion.module import InputInversion
 from lightning_inversion.prompts import PromptBatch
-from lightning_inversion.recovery.verification import Verdict, verify_text
+from lightning_inversion.recovery.verification import TOLERANCE, Verdict, verify_text
 from lightning_inversion.result_files import Row, append_rows, read_rows
 
 SCHEMA = 1
@@ -171,7 +171,7 @@ def result_rows(
                 "verified_tokens": sum(verified),
                 "unresolved": [t for t, proven in enumerate(verified) if not proven],
                 "relative_residuals": [float(r) for r in verdict.residuals[row, :length]],
-                "tolerance": verdict.tolerance,
+                "tolerance": TOLERANCE,
                 "indistinguishable": [t for t, token in enumerate(ids) if token in twins],
                 "distance_ratio": None if ratio != ratio else ratio,  # nan is no JSON
                 "criterion_met": met_at >= 0,

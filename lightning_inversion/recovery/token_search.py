@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.verification import relative_residual, tolerance_of
+from lightning_inversion.recovery.verification import TOLERANCE, relative_residual
 from lightning_inversion.transformer.readout import Readout
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
@@ -68,7 +68,6 @@ class TokenSearch:
     ) -> None:
         self.transformer, self.readout, self.target = transformer, readout, target
         self.start, self.most = start, most
-        self.tolerance = tolerance_of(transformer)
         rows, length, _ = target.shape
         embedding, device = transformer.embedding, target.device
         positions = torch.arange(length, device=device).expand(rows, length)
@@ -131,7 +130,7 @@ class TokenSearch:
         target = self.target[rows, lengths]
         residuals = relative_residual(features, target[:, None])
         best = residuals.min(dim=1)
-        proven = best.values <= self.tolerance
+        proven = best.values <= TOLERANCE
         ids = candidates.gather(1, best.indices[:, None])[:, 0]
         self._learn(rows, lengths, candidates, vectors, features, target)
         self._forget(rows[proven])

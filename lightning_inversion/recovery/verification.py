@@ -7,9 +7,13 @@ from torch import Tensor
 
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
-# The relative residual of the right token is rounding (1e-6 in float32, measured at every depth of
-# a 30-block model); a wrong token's is a hundred times larger or more.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+TOLERANCE = 1e-4
+"""The relative residual up to which a position counts as reproduced.
+
+Measured in float32 down to block 20 of a 30-block model: right tokens stay below 2e-6, the nearest
+wrong candidate above 2e-3, where a massive activation hides the rest. Coarser arithmetic gets the
+same tolerance: it may leave a right token unresolved, and never lets a wrong one through.
+"""
 
 
 @dataclass(frozen=True)
@@ -20,17 +24,10 @@ class Verdict:
         verified: ``[B, T]`` bool; True where the token and, in a causal model, all before it
             reproduce the target.
         residuals: ``[B, T]`` relative residual ||O(ids) - O(a)|| / ||O(a)|| of each position.
-        tolerance: the residual up to which a position counts as reproduced.
     """
 
     verified: Tensor
     residuals: Tensor
-    tolerance: float
-
-
-def tolerance_of(transformer: TruncatedTransformer) -> float:
-    """The relative residual that rounding may leave, by the dtype of the model."""
-    return _TOLERANCE[transformer.dtype]
 
 
 def relative_residual(features: Tensor, target: Tensor) -> Tensor:
@@ -51,11 +48,10 @@ def verify_text(
         mask: ``[B, T]`` True at a token.
         transformer: that made both.
     """
-    tolerance = tolerance_of(transformer)
     residuals = relative_residual(features, target)
-    reproduced = (residuals <= tolerance) | ~mask
+    reproduced = (residuals <= TOLERANCE) | ~mask
     if transformer.causal:
         reproduced = reproduced.cummin(dim=1).values
     else:
         reproduced = reproduced.all(dim=1, keepdim=True).expand_as(mask)
-    return Verdict(reproduced & mask, residuals, tolerance)
+    return Verdict(reproduced & mask, residuals)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lightning_inversion.recovery.token_search import TokenSearch
-from lightning_inversion.recovery.verification import relative_residual, verify_text
+from lightning_inversion.recovery.verification import TOLERANCE, relative_residual, verify_text
 from lightning_inversion.transformer.readout import Readout
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
@@ -63,7 +63,7 @@ def test_no_wrong_token_is_ever_proven(
     found = search.propose(rows, torch.tensor([1, 1]), prefix, prefix[:, 0])
     assert found.proven.tolist() == [False, True]
     assert found.ids[1] == 8
-    assert found.residuals[0] > search.tolerance
+    assert found.residuals[0] > TOLERANCE
 
 
 def test_candidates_are_never_repeated_and_end_with_the_vocabulary(
