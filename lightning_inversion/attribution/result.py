@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,14 +91,14 @@ class AttributionResult:
     forwards: int
     notes: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def token_scores(self) -> Tensor:
         """[T], one raw score a token: of the one query, or the mean size over those of a map."""
         if len(self.queries) == 1:
             return self.scores[0]
         return self.scores.abs().nanmean(0)
 
-    @property
+    @cached_property
     def token_texts(self) -> tuple[str, ...]:
         """[T]. A token that only begins a character is '', the one that ends it has it."""
         texts = [""] * len(self.ids)
