@@ -4,8 +4,10 @@ Help and version answer before torch is imported, which takes seconds.
 """
 
 import sys
+from importlib import import_module
 
 from lightning_inversion import __version__
+from lightning_inversion.errors import InputError
 
 HELP = """\
 lightning-inversion reads a language model's input back out of its hidden states.
@@ -16,6 +18,8 @@ commands
   fit         optimise an input until its features match a prompt's; shows the tokens as they emerge
   validate    decode and score the input that a checkpoint holds
   attribute   paint each token of a text by its share in the prediction; HTML, JSON, terminal
+  sweep       run a command over a grid of its options; resumes, shares cells over processes
+  report      result files -> a table, figures, and one page of HTML
 
 examples
   lightning-inversion fit --config configs/quickstart.yaml
@@ -24,12 +28,20 @@ examples
   lightning-inversion fit --config configs/quickstart.yaml --ckpt_path last       resume
   lightning-inversion validate --config configs/quickstart.yaml --ckpt_path last
   lightning-inversion attribute "The wipers on the bus go swish swish" --out page.html
+  lightning-inversion sweep --data.file prompts.txt --over transformer.depth=1,2,4,8 --seeds 3
+  lightning-inversion report lightning_logs
 
 options
   lightning-inversion COMMAND --help          every option of a command
   lightning-inversion COMMAND --print_config  every value a command would run with, as YAML
   --help, --version
 """
+
+BESIDE_LIGHTNING = {
+    "sweep": "lightning_inversion.sweep.command",
+    "report": "lightning_inversion.report.command",
+}
+"""Commands with options of their own; what they need of torch and Lightning they import later."""
 
 
 def main() -> int:
@@ -41,9 +53,13 @@ def main() -> int:
     if arguments[0] == "--version":
         print(f"lightning-inversion {__version__}")
         return 0
-    from lightning_inversion.cli import run
-
-    return run(arguments)
+    try:
+        if arguments[0] in BESIDE_LIGHTNING:
+            return int(import_module(BESIDE_LIGHTNING[arguments[0]]).run(arguments[1:]))
+        return int(import_module("lightning_inversion.cli").run(arguments))
+    except InputError as error:
+        print(f"lightning-inversion: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

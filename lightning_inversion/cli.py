@@ -25,6 +25,7 @@ from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.prompts import PromptDataModule
+from lightning_inversion.transformer.shared import SharedModels
 
 _PACKAGE = "lightning_inversion"
 # Written out, so that --print_config shows the recommended recipe and config.yaml records it; a
@@ -101,9 +102,15 @@ def subclass_names(base: type) -> list[str]:
 
 
 class InversionCLI(LightningCLI):
-    """LightningCLI with this package's callbacks, one seed, and runs that resume in place."""
+    """LightningCLI with this package's callbacks, one seed, and runs that resume in place.
 
-    def __init__(self, args: list[str]) -> None:
+    Args:
+        args: the command line without the program's name.
+        models: what is in memory already; each run loads its own model without.
+    """
+
+    def __init__(self, args: list[str], models: SharedModels | None = None) -> None:
+        self.models = models
         super().__init__(
             InputInversion,
             PromptDataModule,
@@ -200,6 +207,8 @@ class InversionCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TokenByToken):
                 callback.check(self.model)
+        if self.models is not None:
+            self.model.use(self.models.load(self.model.spec))
 
     def after_fit(self) -> None:
         """Show what was read, of a run that had ended before as well."""

@@ -104,8 +104,7 @@ class TransformerSpec:
 
     def check(self) -> None:
         """Raise InputError if the options do not fit the model; reads its configuration alone."""
-        language = text_config(self.config())
-        Selection.of(language, self.depth, self.layers, self.features, self.final_norm)
+        self.blocks_needed()
 
     def load(self) -> TruncatedTransformer:
         """The truncated transformer, with its tokenizer.
@@ -113,20 +112,38 @@ class TransformerSpec:
         Raises:
             InputError: the model cannot be had, or the options do not fit it.
         """
+        return self.cut(self.load_blocks(self.blocks_needed()), self.load_tokenizer())
+
+    def blocks_needed(self) -> int:
+        """The number of blocks that the features need; reads the configuration alone.
+
+        Raises:
+            InputError: the options do not fit the model.
+        """
+        return self._selection(text_config(self.config())).depth
+
+    def load_blocks(self, depth: int) -> PreTrainedModel:
+        """The language model's first `depth` blocks as they are: no head, nothing switched off."""
         files = self._files()
         config = self._config_of(files)
-        language = text_config(config)
-        selection = Selection.of(language, self.depth, self.layers, self.features, self.final_norm)
-        embedding = self._other_embedding(config)
         if self.weights == "untrained":
-            model = self._untrained(AutoModel, config, selection.depth)
-        else:
-            shorten_config_(language, selection.depth)
-            model = self._trained(AutoModel, files, config)
+            return language_model(self._untrained(AutoModel, config, depth))
+        shorten_config_(text_config(config), depth)
+        return language_model(self._trained(AutoModel, files, config))
+
+    def cut(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> TruncatedTransformer:
+        """The truncated transformer made of a language model, which it takes over.
+
+        Args:
+            model: from `load_blocks`; it may have more blocks than are needed.
+            tokenizer: from `load_tokenizer`.
+        """
         return TruncatedTransformer(
-            language_model(model),
-            self._tokenizer_of(files),
-            selection=selection,
+            model,
+            tokenizer,
+            selection=self._selection(model.config),
             surgery=Surgery(
                 mlp=self.mlp,
                 norms=self.norms,
@@ -135,7 +152,7 @@ class TransformerSpec:
                 causal=self.causal,
                 repeat_first=self.repeat_first,
             ),
-            embedding=embedding,
+            embedding=self._other_embedding(),
             description={
                 "model": self.model,
                 "revision": self.revision,
@@ -213,10 +230,13 @@ class TransformerSpec:
         attention = self._attention_of(auto, config)
         return untrained_model(auto, config, self.weights_seed, self._dtype, attention, depth)
 
-    def _other_embedding(self, config: PretrainedConfig) -> TokenEmbedding | None:
+    def _selection(self, language: PretrainedConfig) -> Selection:
+        return Selection.of(language, self.depth, self.layers, self.features, self.final_norm)
+
+    def _other_embedding(self) -> TokenEmbedding | None:
         if self.embedding == "own":
             return None
-        module = untrained_embedding(AutoModel, config, self.embedding_seed, self._dtype)
+        module = untrained_embedding(AutoModel, self.config(), self.embedding_seed, self._dtype)
         return TokenEmbedding.from_module(module)
 
     def _attention_of(self, auto: Any, config: PretrainedConfig) -> str:

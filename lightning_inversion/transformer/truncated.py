@@ -224,7 +224,9 @@ class TruncatedTransformer(nn.Module):
     def fingerprint(self) -> str:
         """sha256 of the kept weights, with their names and types."""
         digest = hashlib.sha256()
-        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+        # A block that repeats another counts as a block, whether its tensors are the same objects.
+        weights = self.named_parameters(remove_duplicate=False)
+        for name, tensor in [*weights, *self.named_buffers()]:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(raw.numpy().data)

@@ -1,0 +1,63 @@
+"""One model in memory for many experiments that only cut it, or switch parts of it off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_inversion.transformer.blocks import frozen_copy
+from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+# What decides the weights that are read; every other field cuts or operates on them.
+_LOADED = (
+    "model",
+    "revision",
+    "weights",
+    "weights_seed",
+    "dtype",
+    "quantization",
+    "attention",
+    "device_map",
+)
+
+
+class SharedModels:
+    """Loads the deepest blocks that are expected once, and gives each experiment its cut of them.
+
+    The weights are shared; what is cut from or switched off in one cut leaves the others as they
+    are. One model is in memory at a time: another one takes its place. Quantised layers and
+    devices given by hand are not shared out: such a model is loaded for each spec.
+
+    Args:
+        expected: the specs that will be asked for; a deeper one than expected is loaded anew.
+    """
+
+    def __init__(self, expected: Iterable[TransformerSpec] = ()) -> None:
+        self._depths: dict[str, int] = {}
+        for spec in expected:
+            key = weights_of(spec)
+            self._depths[key] = max(self._depths.get(key, 0), spec.blocks_needed())
+        self._key: str | None = None
+        self._model: PreTrainedModel | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def load(self, spec: TransformerSpec) -> TruncatedTransformer:
+        """What ``spec.load()`` gives, from the blocks in memory where they are enough."""
+        if spec.quantization is not None or spec.device_map is not None:
+            return spec.load()
+        key, needed = weights_of(spec), spec.blocks_needed()
+        if self._model is None or key != self._key or needed > self._depths[key]:
+            self._model = None  # before the next one, so that two never lie in memory
+            self._depths[key] = max(self._depths.get(key, 0), needed)
+            self._model = spec.load_blocks(self._depths[key])
+            self._tokenizer = spec.load_tokenizer()
+            self._key = key
+        assert self._tokenizer is not None
+        return spec.cut(frozen_copy(self._model), self._tokenizer)
+
+
+def weights_of(spec: TransformerSpec) -> str:
+    """Names the weights that a spec reads: equal where one model serves both."""
+    return repr([getattr(spec, name) for name in _LOADED])

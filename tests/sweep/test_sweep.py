@@ -1,0 +1,202 @@
+"""The command in process: cells are normal runs, the model loads once, a stopped sweep goes on."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_inversion import __main__ as entry
+from lightning_inversion import cli
+from lightning_inversion.errors import InputError
+from lightning_inversion.module import InputInversion
+from lightning_inversion.sweep.command import run
+from lightning_inversion.transformer.loading import TransformerSpec
+
+OF_A_PLACE = {"seconds"}
+
+
+@pytest.fixture
+def options(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    return [
+        f"--model.transformer.model={tiny_folder}",
+        '--data.prompts=["The sky is blue.", "A quick brown fox"]',
+        "--model.iterations=12",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.accelerator=cpu",
+    ]
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The depths that are loaded while a test runs."""
+    seen: list[int] = []
+    load_blocks = TransformerSpec.load_blocks
+
+    def counted(spec: TransformerSpec, depth: int) -> Any:
+        seen.append(depth)
+        return load_blocks(spec, depth)
+
+    monkeypatch.setattr(TransformerSpec, "load_blocks", counted)
+    return seen
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in OF_A_PLACE} for row in rows]
+
+
+def test_a_depth_sweep_loads_once_and_its_cells_are_the_runs_they_name(
+    options: list[str], tmp_path: Path, loads: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*options, "--over", "transformer.depth=1,2,3,4", "--name=depths"]) == 0
+    assert loads == [4]
+    sweep = tmp_path / "lightning_logs" / "depths"
+    out = capsys.readouterr()
+    assert str(sweep) in out.out.replace("\n", "")
+    assert "4/4 depth=4: done" in out.err
+    for depth in (1, 2, 3, 4):
+        cell = sweep / f"depth={depth}"
+        assert {"config.yaml", "checkpoints", "results.jsonl"} <= {p.name for p in cell.iterdir()}
+        alone = tmp_path / f"alone-{depth}"
+        assert cli.run(["fit", *options, f"--model.transformer.depth={depth}",
+                        f"--trainer.default_root_dir={alone}"]) == 0  # fmt: skip
+        assert rows_of(cell) == rows_of(alone / "lightning_logs" / "version_0")
+    assert loads == [4, 1, 2, 3, 4]
+
+
+def test_only_what_is_not_done_runs_again(
+    options: list[str], tmp_path: Path, loads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int | None] = []
+    begin = InputInversion.begin
+    monkeypatch.setattr(
+        InputInversion, "begin", lambda s, b: (begun.append(s.spec.depth), begin(s, b))[1]
+    )
+    sweep = [*options, "--over=transformer.depth=1,2", "--over=objective=L1,L2"]
+    assert run(sweep) == 0
+    (folder,) = (tmp_path / "lightning_logs").iterdir()
+    assert folder.name.startswith("fit-depth-objective-")
+    assert begun == [1, 1, 2, 2]
+    before = {cell.name: rows_of(cell) for cell in folder.iterdir() if cell.is_dir()}
+    (folder / "depth=2,objective=L1" / "cell.json").unlink()  # killed behind its last row
+    shutil.rmtree(folder / "depth=2,objective=L2")
+    assert run(sweep) == 0
+    assert begun == [1, 1, 2, 2, 2]
+    assert {name: rows_of(folder / name) for name in before} == before
+    assert loads == [2, 2]
+
+
+def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    begin = InputInversion.begin
+
+    def failing(module: InputInversion, batch: Any) -> None:
+        if module.spec.depth == 2:
+            raise RuntimeError("out of memory")
+        begin(module, batch)
+
+    sweep = [*options, "--over=transformer.depth=1,2,3", "--name=broken"]
+    with monkeypatch.context() as patched:
+        patched.setattr(InputInversion, "begin", failing)
+        assert run(sweep) == 1
+    assert "depth=2 failed, RuntimeError: out of memory" in capsys.readouterr().err
+    folder = tmp_path / "lightning_logs" / "broken"
+    assert "Traceback" in (folder / "depth=2" / "messages.txt").read_text()
+    assert not (folder / "depth=2" / "results.jsonl").exists()
+    assert len(rows_of(folder / "depth=3")) == 2
+    assert run(sweep) == 0
+    assert len(rows_of(folder / "depth=2")) == 2
+
+
+def test_a_plan_has_a_time_and_leaves_nothing(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = [*options, "--over=transformer.depth=1,2", "--seeds=2", "--name=planned"]
+    assert run([*sweep, "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "depth=2,seed=1: about" in plan
+    assert "4 of 4 cells to run: about" in plan
+    assert "at most" in plan
+    assert not (tmp_path / "lightning_logs").exists()
+    assert run(sweep) == 0
+    capsys.readouterr()
+    assert run([*sweep, "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "depth=2,seed=1: done" in plan
+    assert "0 of 4 cells to run" in plan
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "A sweep needs --over"),
+        (["--over=transformer.dept=1,2"], "unrecognized arguments: --model.transformer.dept=1"),
+        (["--over=transformer.depth=1,99"], "99 blocks were asked for and the model has 4"),
+        (["--over=objective=L1,L3"], "L3 is no Objective"),
+        (["--over=iterations=5,0"], "--model.iterations must be at least 1"),
+        (["--over=transformer.depth"], "is not key=value,value"),
+        (["--seeds=0"], "--seeds must be at least 1"),
+        (["--seeds=x"], "argument --seeds: invalid int value"),
+        (["--seeds=2", "--processes=0"], "--processes must be at least 1"),
+        (["--seeds=2", "--name=a/b"], "--name 'a/b' is a path"),
+        (["--join=nowhere"], "holds no sweep.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_use_ends_before_a_cell_runs(
+    arguments: list[str], sentence: str, options: list[str], tmp_path: Path, capsys,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(InputInversion, "begin", lambda *_: pytest.fail("a batch was begun"))
+    monkeypatch.setattr("sys.argv", ["lightning-inversion", "sweep", *options, *arguments])
+    try:
+        code = entry.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    message = capsys.readouterr().err
+    assert code == 2
+    assert sentence in message
+    assert message.count("\n") == 1, message
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+def test_a_folder_of_other_options_is_not_gone_on_with(options: list[str]) -> None:
+    assert run([*options, "--over=transformer.depth=1", "--name=mine"]) == 0
+    with pytest.raises(InputError, match="holds a sweep with other options"):
+        run([*options, "--over=transformer.depth=1,2", "--name=mine"])
+
+
+def test_a_changed_config_file_is_not_gone_on_with(options: list[str], tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("token_by_token: {window: 1}\n")
+    sweep = [f"--config={config}", *options, "--over=transformer.depth=1", "--name=changed"]
+    assert run(sweep) == 0
+    config.write_text("token_by_token: {window: 3}\n")
+    with pytest.raises(InputError, match=r"made with another token_by_token\.window"):
+        run(sweep)
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys\nfrom lightning_inversion.sweep.command import run\n"
+        "try: run(['--help'])\nexcept SystemExit: pass\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'lightning', 'transformers')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--over" in done.stdout
+
+
+@pytest.mark.integration
+def test_cells_are_shared_over_processes(options: list[str], tmp_path: Path) -> None:
+    over = ["--over=transformer.depth=1,2", "--seeds=2"]
+    assert run([*options, *over, "--name=two", "--processes=2"]) == 0
+    assert run([*options, *over, "--name=one"]) == 0
+    logs = tmp_path / "lightning_logs"
+    for cell in ("depth=1,seed=0", "depth=2,seed=0", "depth=1,seed=1", "depth=2,seed=1"):
+        assert rows_of(logs / "two" / cell) == rows_of(logs / "one" / cell)
