@@ -190,9 +190,10 @@ def result_rows(
 
 def mean(rows: list[Row]) -> dict[str, float]:
     """The run's metrics over its rows, by torchmetrics."""
+    # A collection's groups join metrics that agree on the first row, for good: none of these may.
     metrics = {
-        "top_1": MetricCollection([TokenAccuracy(), ExactMatch()]),
-        "top_k": MetricCollection([TopKAccuracy(), Hamming()]),
+        "top_1": MetricCollection([TokenAccuracy(), ExactMatch()], compute_groups=False),
+        "top_k": MetricCollection([TopKAccuracy(), Hamming()], compute_groups=False),
     }
     for row in rows:
         ids = torch.tensor([row["ids"]])

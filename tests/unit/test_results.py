@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from lightning_inversion.callbacks.learning_rate import LinearLearningRate
+from lightning_inversion.callbacks.results import mean
 from lightning_inversion.cli import differences
 from lightning_inversion.errors import InputError
 from lightning_inversion.prompt_files import read_prompts
@@ -84,3 +85,16 @@ def test_a_ragged_batch_is_padded_on_the_right() -> None:
     assert batch.ids.tolist() == [[1, 2, 3], [7, 0, 0]]
     assert batch.lengths == [3, 1]
     assert batch.index == (4, 9)
+
+
+def test_a_runs_mean_is_the_mean_of_its_rows() -> None:
+    rows = [
+        {"ids": [1, 2], "recovered_ids": recovered, "top_k_ids": [[1, 9], [9, 2]],
+         "distance_ratio": None, "verified": exact, "iterations": 3, "exact": exact}
+        for recovered, exact in (([1, 2], True), ([1, 9], False), ([9, 9], False))
+    ]  # fmt: skip
+    means = mean(rows)
+    assert means["TokenAccuracy"] == pytest.approx(0.5)
+    assert means["ExactMatch"] == pytest.approx(1 / 3)
+    assert means["TopKAccuracy"] == pytest.approx(1)
+    assert means["Hamming"] == pytest.approx(0)
