@@ -281,7 +281,7 @@ class InputInversion(LightningModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.iteration % every == 0 and self.logger is not None:
             distance = float(self.distances.detach().mean())
-            self.logger.log_metrics({"distance": distance}, self.global_step)
+            self.logger.log_metrics({"match/distance": distance}, self.global_step)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -22,7 +22,7 @@ from lightning_inversion.attribution.shading import (
     legend_stops,
     strengths,
 )
-from lightning_inversion.attribution.tokens import one_line, visible
+from lightning_inversion.visible_text import one_line, visible
 
 # Above this a map of every token has more cells than a browser scrolls smoothly.
 MOST_MAP_TOKENS = 160

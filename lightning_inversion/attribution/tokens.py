@@ -1,8 +1,7 @@
-"""Tokens as text: each its own piece, whole characters together, and nothing invisible."""
+"""Tokens as text: each its own piece, whole characters together."""
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,6 +43,14 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[Piece
     return found
 
 
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text of each token where it stands; the first token of a character has all of it."""
+    texts = [""] * len(ids)
+    for piece in pieces(tokenizer, ids):
+        texts[piece.tokens[0]] = piece.text
+    return texts
+
+
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     text = tokenizer.decode(
         list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -55,33 +62,3 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """One token alone."""
     return _decode(tokenizer, [token])
-
-
-def visible(text: str) -> str:
-    """`text` with a mark for each character that has no shape or would rearrange the rest.
-
-    A line break is marked and kept; joiners and variation selectors, which belong to an emoji or a
-    script, stay.
-    """
-    return "".join(_visible(character) for character in text)
-
-
-def one_line(text: str) -> str:
-    """As `visible`, in one line, spaces marked too: for tables and lists of tokens."""
-    return visible(text).replace("\n", "").replace(" ", "·")
-
-
-def _visible(character: str) -> str:
-    if character == "\n":
-        return "↵\n"
-    if character == "\t":
-        return "⇥\t"
-    if character in "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}":
-        return character
-    if ord(character) < 32:
-        return chr(0x2400 + ord(character))
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and not (
-        0xE0020 <= ord(character) <= 0xE007F  # the tags of flags
-    ):
-        return f"⟨U+{ord(character):04X}⟩"
-    return character

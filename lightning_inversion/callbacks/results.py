@@ -17,6 +17,7 @@ from rich.text import Text
 from torchmetrics import MetricCollection
 
 import lightning_inversion
+from lightning_inversion.attribution.tokens import token_texts
 from lightning_inversion.decoding import TopTokens
 from lightning_inversion.metrics import (
     ExactMatch,
@@ -162,6 +163,7 @@ def result_rows(
                 "index": batch.index[row],
                 "prompt": batch.prompts[row],
                 "recovered": tokenizer.decode(ids) if tokenizer else None,
+                "recovered_tokens": token_texts(tokenizer, ids) if tokenizer else None,
                 "exact": bool(exact[row]),
                 "token_accuracy": float(accuracy[row]),
                 "top_k": top.ids.shape[-1],

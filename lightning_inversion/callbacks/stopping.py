@@ -79,7 +79,7 @@ class StoppingCriterion(Callback):
         self.judge(pl_module, pl_module.features)
         if pl_module.iteration % self.log_every == 0 and trainer.logger is not None:
             ratio = float(pl_module.progress.ratio.mean())
-            trainer.logger.log_metrics({"distance_ratio": ratio}, trainer.global_step)
+            trainer.logger.log_metrics({"match/distance_ratio": ratio}, trainer.global_step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge where the last step has left the input."""

@@ -107,11 +107,11 @@ class TokenDecoding(Callback):
         texts = [self._tokens(module, top, row) for row in range(shown)]
         if trainer.logger is not None:
             trainer.logger.log_metrics(
-                {"token_accuracy": accuracy, "proven": proven}, trainer.global_step
+                {"tokens/accuracy": accuracy, "tokens/proven": proven}, trainer.global_step
             )
         if isinstance(trainer.logger, TensorBoardLogger):
             markdown = self._markdown(module, top, [text.plain for text in texts])
-            trainer.logger.experiment.add_text("top_k", markdown, trainer.global_step)
+            trainer.logger.experiment.add_text("tokens/top_k", markdown, trainer.global_step)
         if not self.show:
             return
         distance = float(module.distances.detach().mean())

@@ -25,7 +25,8 @@ from lightning_inversion.attribution.shading import (
     strip,
 )
 from lightning_inversion.attribution.tensorboard import image_strip, markdown_table
-from lightning_inversion.attribution.tokens import Piece, one_line, pieces, visible
+from lightning_inversion.attribution.tokens import Piece, pieces
+from lightning_inversion.visible_text import one_line, visible
 
 HARD = '<script>alert(1)</script> & "q"\n\tשלום مرحبا 👩‍👧 \u202eend\x00'
 

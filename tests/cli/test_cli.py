@@ -111,7 +111,12 @@ def test_hparams_hold_real_values(tiny_folder: Path, tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"))
     events.Reload()
     tags = events.Tags()["scalars"]
-    assert {"distance", "distance_ratio", "token_accuracy", "final/TokenAccuracy"} <= set(tags)
+    assert {
+        "match/distance",
+        "match/distance_ratio",
+        "tokens/accuracy",
+        "final/TokenAccuracy",
+    } <= set(tags)
     assert "hp_metric" not in tags
     accuracy = events.Scalars("final/TokenAccuracy")[-1].value
     rows = rows_of(tmp_path)
