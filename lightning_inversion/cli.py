@@ -1,5 +1,6 @@
 """The command line: Lightning's ``fit`` and ``validate`` for ``InputInversion``; ``attribute``."""
 
+import errno
 import logging
 import os
 import re
@@ -8,13 +9,16 @@ import warnings
 from argparse import HelpFormatter
 from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from lightning_inversion import strategy
 from lightning_inversion.attribution.command import add_attribute_arguments, run_attribute
 from lightning_inversion.callbacks.learning_rate import LinearLearningRate
 from lightning_inversion.callbacks.position_by_position import PositionByPosition
@@ -22,9 +26,10 @@ from lightning_inversion.callbacks.results import Results
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_by_token import TokenByToken
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
-from lightning_inversion.errors import InputError
+from lightning_inversion.errors import InputError, ProcessLostError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.prompts import PromptDataModule
+from lightning_inversion.result_files import read_rows
 from lightning_inversion.transformer.shared import SharedModels
 
 _PACKAGE = "lightning_inversion"
@@ -40,6 +45,10 @@ RECOMMENDED: dict[str, Any] = {
     "learning_rate.in_spreads": True,
     "stopping.stop": False,  # a row ends when its tokens are proven
 }
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+RESUMING = ("ckpt_path", "logger", "devices", "num_nodes", "strategy")
+"""Keys in which a run may differ from the one that it continues: they change no row."""
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -58,6 +67,13 @@ class RunCheckpoint(ModelCheckpoint):
             save_last=True,
             enable_version_counter=False,
         )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Not after the last iteration, from which Lightning would not resume, nor of no batch."""
+        if not trainer.is_last_batch and getattr(pl_module, "batch", None) is not None:
+            super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the finished input too."""
@@ -110,7 +126,7 @@ class InversionCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str], models: SharedModels | None = None) -> None:
-        self.models = models
+        self._args, self.models = args, models
         super().__init__(
             InputInversion,
             PromptDataModule,
@@ -127,7 +143,7 @@ class InversionCLI(LightningCLI):
                 "enable_model_summary": False,
                 "num_sanity_val_steps": 0,
                 "use_distributed_sampler": False,
-                "devices": 1,  # one process; several would average their inputs
+                "devices": 1,
                 "max_epochs": -1,  # an epoch for each batch of prompts
                 "log_every_n_steps": 10,
             },
@@ -164,6 +180,8 @@ class InversionCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Turn ``--ckpt_path last`` into the newest fit; ``fit`` goes on in its folder."""
         config = self.config[self.subcommand]
+        if config.trainer.strategy == "auto" and processes(config.trainer) > 1:
+            config.trainer.strategy = strategy.NAME
         if self.subcommand == "validate":
             self.save_config_callback = None  # only a fit is a run that can be resumed
             if config.ckpt_path is None:
@@ -175,10 +193,10 @@ class InversionCLI(LightningCLI):
         if run is None:
             raise InputError(f"--ckpt_path last finds no run under {str(root)!r}; leave it out.")
         checkpoint = run / "checkpoints" / "last.ckpt"
-        config.ckpt_path = str(checkpoint) if checkpoint.exists() else None
+        config.ckpt_path = str(checkpoint)
         if self.subcommand == "fit":
             self._continue(run)
-        elif config.ckpt_path is None:
+        elif not checkpoint.exists():
             raise InputError(f"--ckpt_path last finds no checkpoint in {str(run)!r}; name one.")
 
     def _continue(self, run: Path) -> None:
@@ -203,18 +221,65 @@ class InversionCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Find what does not fit together before a folder is made or a model loaded."""
         self.model.check(self.trainer)
+        if isinstance(self.trainer.strategy, strategy.IndependentPrompts):
+            self.trainer.strategy.run_by([sys.executable, "-m", _PACKAGE, *self._args])
+        if self.subcommand == "validate" and self.trainer.world_size > 1:
+            raise InputError(
+                "validate scores one checkpoint in one process; set --trainer.devices 1."
+            )
         self.model.spec.check()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TokenByToken):
                 callback.check(self.model)
         if self.models is not None:
             self.model.use(self.models.load(self.model.spec))
+        config = self.config_init[self.subcommand]
+        if self.subcommand == "fit" and config.ckpt_path is not None:
+            config.ckpt_path = unfinished_checkpoint(Path(config.ckpt_path), self.trainer)
 
     def after_fit(self) -> None:
         """Show what was read, of a run that had ended before as well."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Results) and self.trainer.is_global_zero:
                 callback.show(self.trainer)
+
+
+def processes(trainer: Any) -> int:
+    """How many processes a trainer's settings ask for, by Lightning's own reading of them."""
+    probe = Trainer(
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        num_nodes=trainer.num_nodes,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return probe.num_devices * probe.num_nodes
+
+
+def unfinished_checkpoint(path: Path, trainer: Trainer) -> str | None:
+    """This process's checkpoint of a run, unless its rows are on disk: then there is none.
+
+    Checkpoints of processes that are no more are removed, and their batches begin again.
+    """
+    mine = strategy.checkpoint_of(str(path), strategy.rank_of(trainer))
+    if strategy.rank_of(trainer) == 0:
+        for rank in range(trainer.world_size, len(list(path.parent.glob("*"))) + 1):
+            Path(strategy.checkpoint_of(str(path), rank)).unlink(missing_ok=True)
+    if not Path(mine).exists():
+        if mine == str(path) and not path.parent.parent.joinpath("config.yaml").exists():
+            raise InputError(f"--ckpt_path {mine!r} does not exist; name a checkpoint, or last.")
+        return None
+    try:
+        checkpoint = torch.load(mine, map_location="cpu", weights_only=True)
+        running = set(checkpoint.get("batch", {}).get("index", ()))
+    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+        print(f"{mine} cannot be read ({one_sentence(str(error))[:60]}); "
+              "its batch begins again.", file=sys.stderr)  # fmt: skip
+        return None
+    rows = {row["index"] for row in read_rows(path.parent.parent / "results.jsonl")}
+    return None if running <= rows else mine
 
 
 def newest_run(root: Path) -> Path | None:
@@ -224,7 +289,7 @@ def newest_run(root: Path) -> Path | None:
 
 
 def differences(
-    ours: Any, theirs: Any, key: str = "", ignored: tuple[str, ...] = ("ckpt_path", "logger")
+    ours: Any, theirs: Any, key: str = "", ignored: tuple[str, ...] = RESUMING
 ) -> list[str]:
     """The keys in which two configs differ, but for those that say how to resume."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
@@ -250,6 +315,7 @@ def quiet_lightning() -> None:
         ".*smaller than the logging interval.*",
         ".*The dirpath has changed from.*",  # validate scores another run's checkpoint
         ".*in eval mode at the start of training.*",  # the frozen model, and it must be
+        ".*`training_step` returned `None`.*",  # a batch that did not fit the memory
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of torch
     ):
         warnings.filterwarnings("ignore", message=advice)
@@ -269,6 +335,15 @@ def run(args: list[str]) -> int:
     except InputError as error:
         print(f"lightning-inversion: {error}", file=sys.stderr)
         return 2
+    except ProcessLostError as error:
+        print(f"lightning-inversion: {error}; the run has ended.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        print(f"lightning-inversion: nothing more can be written ({error.strerror}); make room and "
+              "go on.", file=sys.stderr)  # fmt: skip
+        return 1
     return 0
 
 

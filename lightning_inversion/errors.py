@@ -6,3 +6,10 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class ProcessLostError(RuntimeError):
+    """Another process of the run is gone; what it had finished is on disk.
+
+    The command line prints it without a traceback and exits with code 1.
+    """

@@ -3,6 +3,7 @@
 The constructor is the experiment: its arguments are the keys of a YAML file.
 """
 
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor, nn
 
 from lightning_inversion.decoding import (
@@ -22,7 +24,8 @@ from lightning_inversion.decoding import (
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput, Given, LearnableInput, row_noise
 from lightning_inversion.objectives import Objective, Standardized
-from lightning_inversion.prompts import PromptBatch
+from lightning_inversion.prompts import PromptBatch, PromptDataModule
+from lightning_inversion.strategy import check_strategy
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.readout import Readout
@@ -140,13 +143,8 @@ class InputInversion(LightningModule):
         return self
 
     def check(self, trainer: Trainer) -> None:
-        """Refuse, before a model loads, several processes: they would average their inputs."""
-        processes = trainer.num_devices * trainer.num_nodes
-        if processes > 1:
-            raise InputError(
-                f"--trainer.devices and --trainer.num_nodes ask for {processes} processes, and a "
-                "fit runs in one; set both to 1 and share the prompts out over several fits."
-            )
+        """Refuse, before a model loads, processes that would average their inputs."""
+        check_strategy(trainer)
 
     def setup(self, stage: str) -> None:
         """Check again where no command line did."""
@@ -260,8 +258,14 @@ class InputInversion(LightningModule):
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> int | None:
         """Begin the epoch's batch; -1 ends the epoch when each of its rows has stopped."""
+        if batch_idx and self.batch is None:
+            return -1  # it was too large
         if self.batch is None or self.batch.index != batch.index:
-            self.begin(batch)
+            try:
+                self.begin(batch)
+            except (RuntimeError, MemoryError) as error:
+                self._give_up(error)
+                return -1
         elif not self._aimed:  # resumed within the epoch, with the input but without its target
             self.batch = batch
             self._aim()
@@ -270,8 +274,10 @@ class InputInversion(LightningModule):
             self._calibrated = True
         return -1 if bool(self.progress.stopped.all()) else None
 
-    def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor | None:
         """One iteration: the summed distance of the rows that still move."""
+        if self.batch is None:
+            return None
         self.iteration = batch_idx
         features = self.generated()
         self.features = features.detach()
@@ -288,10 +294,42 @@ class InputInversion(LightningModule):
         """Remember the input as the callbacks have left it, which may have fixed tokens in it."""
         self._before_step = self.learnable.values.detach().clone()
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
         """Step, then put held positions back: momentum must not move them."""
-        super().optimizer_step(*args, **kwargs)
+        try:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        except (RuntimeError, MemoryError) as error:
+            self._give_up(error)
+            optimizer_closure()  # Lightning wants the outcome of a step: there is none
+            return
         self.learnable.restore_held(self._before_step)
+
+    def _give_up(self, error: BaseException) -> None:
+        """End the epoch of a batch that does not fit the memory: it comes again as two halves.
+
+        Raises:
+            BaseException: the error, where it is another than that.
+        """
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        too_large = isinstance(error, MemoryError) or is_oom_error(error)
+        if not too_large or not isinstance(data, PromptDataModule) or self.batch is None:
+            raise error
+        rows, size = len(self.batch.index), self.batch.size
+        if data.halve():
+            print(f"{rows} prompts ({size} tokens) are too many for the memory; "
+                  "they are run as two batches.", file=sys.stderr)  # fmt: skip
+        self.batch = None
+        self.learnable.allocate((0, 0, 0))
+        self.trainer.strategy.setup_optimizers(self.trainer)
+        error.__traceback__ = None  # its frames hold the tensors
+        garbage_collection_cuda()
+
+    def on_train_epoch_end(self) -> None:
+        """Take the next batch."""
+        if isinstance(data := self.trainer.datamodule, PromptDataModule):  # type: ignore[attr-defined]
+            data.advance()
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Scoring a stored input is done by the results callback, which reads it from here."""

@@ -10,7 +10,7 @@ def read_prompts(path: Path, option: str) -> list[str]:
     """The prompts of a text file (one a line) or a .jsonl file (key "prompt").
 
     Args:
-        path: of the file; blank lines at its end do not count.
+        path: of the file; blank lines at its end do not count, others are empty prompts.
         option: of the command line that named it, for messages.
 
     Raises:
@@ -28,10 +28,7 @@ def read_prompts(path: Path, option: str) -> list[str]:
     prompts = []
     for number, line in enumerate(lines, start=1):
         where = f"{option} {str(path)!r}, line {number}"
-        prompt = _prompt_of(line, where) if path.suffix == ".jsonl" else line
-        if not prompt.strip():
-            raise InputError(f"{where} is empty; every line needs a text.")
-        prompts.append(prompt)
+        prompts.append(_prompt_of(line, where) if path.suffix == ".jsonl" else line)
     return prompts
 
 

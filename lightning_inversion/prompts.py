@@ -1,17 +1,20 @@
 """Prompts -> batches. An epoch is one batch of prompts, a step is one iteration on it."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lightning_inversion.batching import pack
 from lightning_inversion.errors import InputError
 from lightning_inversion.prompt_files import read_prompts
+from lightning_inversion.strategy import take
 from lightning_inversion.transformer.loading import TransformerSpec
 
 
@@ -35,6 +38,27 @@ class PromptBatch:
     def lengths(self) -> list[int]:
         """Tokens in each row."""
         return [int(n) for n in self.mask.sum(1)]
+
+    @property
+    def size(self) -> int:
+        """Tokens, the padding counted."""
+        return self.ids.numel()
+
+    def rows(self, part: Sequence[int]) -> "PromptBatch":
+        """Some of its rows, without the padding that they do not need."""
+        mask = self.mask[list(part)]
+        longest = int(mask.sum(1).max())
+        return PromptBatch(
+            tuple(self.index[row] for row in part),
+            tuple(self.prompts[row] for row in part),
+            self.ids[list(part), :longest],
+            mask[:, :longest],
+        )
+
+    def halves(self) -> list["PromptBatch"]:
+        """Two batches of half the rows."""
+        middle = len(self.index) // 2
+        return [self.rows(range(middle)), self.rows(range(middle, len(self.index)))]
 
     def to(self, device: torch.device, **_: Any) -> "PromptBatch":
         """This batch on ``device``; itself if it is there already."""
@@ -61,17 +85,16 @@ class Iterations:
     the place itself is kept by Lightning's own loop.
     """
 
-    def __init__(
-        self, batches: Sequence[PromptBatch], iterations: int, epoch: Callable[[], int]
-    ) -> None:
-        self.batches, self.iterations, self.epoch = batches, iterations, epoch
+    def __init__(self, batch: Callable[[], PromptBatch | None], iterations: int) -> None:
+        self.batch, self.iterations = batch, iterations
 
     def __len__(self) -> int:
         return self.iterations
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        batch = self.batches[self.epoch()]
-        for _ in range(self.iterations):
+        batch = self.batch()
+        for _ in range(self.iterations if batch is not None else 0):
+            assert batch is not None
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,8 +105,23 @@ class Iterations:
         """Nothing to remember."""
 
 
+class Batches:
+    """A loader that gives each batch once, to whichever process asks first."""
+
+    def __init__(self, take: Callable[[], PromptBatch | None]) -> None:
+        self.take = take
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        while (batch := self.take()) is not None:
+            yield batch
+
+
 class PromptDataModule(LightningDataModule):
     """Prompts to be recovered, from the command line, a text file or JSONL.
+
+    Prompts of like length share a batch. All processes form the same batches, in the same order,
+    the longest prompts first, and each takes the next that nobody has taken and whose rows are
+    not finished yet.
 
     Args:
         prompts: texts; quote them in YAML, where a bare yes or 12 is not a string.
@@ -92,8 +130,16 @@ class PromptDataModule(LightningDataModule):
         revision: revision of that model on the hub.
         special_tokens: let the tokenizer add its special tokens (a BOS, say).
         repeat: rows of each prompt, one after another; each row starts from noise of its own.
-        batch_size: rows in one batch, hence in one epoch; null takes them all together.
+        tokens_per_batch: tokens of one batch, hence of one epoch, with their padding; auto takes
+            as many as make it efficient and fit the memory.
+        batch_size: rows of one batch at most.
         iterations: iterations of an epoch; the command line takes model.iterations.
+
+    Attributes:
+        batches: all of them, the same in every process.
+        bad: why a prompt cannot be run, by its number; the others are.
+        finished: numbers of the prompts whose rows are on disk.
+        current: the batch of this epoch; None when there is no more.
     """
 
     def __init__(
@@ -103,6 +149,7 @@ class PromptDataModule(LightningDataModule):
         tokenizer: str = TransformerSpec.model,
         revision: str | None = None,
         special_tokens: bool = False,
+        tokens_per_batch: int | Literal["auto"] = "auto",
         batch_size: int | None = None,
         iterations: int = 500,
         repeat: int = 1,
@@ -113,30 +160,50 @@ class PromptDataModule(LightningDataModule):
             raise InputError(f"Give either --data.prompts or --data.file; {given} given.")
         if batch_size is not None and batch_size < 1:
             raise InputError(f"--data.batch_size must be at least 1, and is {batch_size}.")
+        if tokens_per_batch != "auto" and tokens_per_batch < 1:
+            raise InputError(
+                f"--data.tokens_per_batch must be at least 1, or auto, and is {tokens_per_batch}."
+            )
         if repeat < 1:
             raise InputError(f"--data.repeat must be at least 1, and is {repeat}.")
         texts = read_prompts(Path(file), "--data.file") if file else list(prompts or ())
-        for number, text in enumerate(texts, start=1):
-            if not text.strip():
-                raise InputError(f"--data.prompts, prompt {number} is empty; give it a text.")
         if not texts:
             raise InputError("--data.prompts holds no prompt; give one or more.")
+        if not any(text.strip() for text in texts):
+            raise InputError("--data.prompts, prompt 1 is empty; give it a text.")
         self.texts = [text for text in texts for _ in range(repeat)]
+        self.repeat = repeat
         self.tokenizer, self.revision, self.special_tokens = tokenizer, revision, special_tokens
-        self.batch_size, self.iterations = batch_size, iterations
+        self.tokens_per_batch, self.batch_size = tokens_per_batch, batch_size
+        self.iterations = iterations
         self.batches: list[PromptBatch] = []
+        self.bad: dict[int, str] = {}
+        self.finished: set[int] = set()
+        self.current: PromptBatch | None = None
+        self._next = 0
+        self._mine: list[PromptBatch] = []
+        self._most: int | None = None
+        self._taken: set[int] = set()
+        self._epochs: int | None = None
+        self._round = 0
+
+    # -- all batches -------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
-        """Tokenise every prompt, before the model is loaded; an epoch for each batch."""
+        """Tokenise every prompt, before the model is loaded, and form the batches."""
         if not self.batches:
             rows = self._tokenized()
-            size = self.batch_size or len(rows)
-            starts = range(0, len(rows), size)
-            self.batches = [PromptBatch.collate(rows[start : start + size]) for start in starts]
+            if not rows:
+                number, reason = next(iter(self.bad.items()))
+                raise InputError(f"--data.prompts, prompt {number + 1} {reason}")
+            groups = pack(
+                [len(ids) for _, _, ids in rows], self._budget(), self.batch_size, self.repeat
+            )
+            self.batches = [PromptBatch.collate([rows[row] for row in group]) for group in groups]
+        self._next, self._mine, self._taken = 0, [], set()
+        self._round += 1
         if self.trainer is not None:
-            limit = self.trainer.max_epochs
-            epochs = len(self.batches) if limit in (None, -1) else min(limit, len(self.batches))
-            self.trainer.fit_loop.max_epochs = epochs
+            self._epochs = self.trainer.max_epochs
 
     def _tokenized(self) -> list[tuple[int, str, list[int]]]:
         spec = TransformerSpec(model=self.tokenizer, revision=self.revision)
@@ -145,26 +212,104 @@ class PromptDataModule(LightningDataModule):
         rows = []
         for index, text in enumerate(self.texts):
             ids = tokenizer(text, add_special_tokens=self.special_tokens)["input_ids"]
-            if not ids:
-                raise InputError(f"Prompt {index + 1} ({text!r}) has no tokens; remove it.")
-            if longest is not None and len(ids) > longest:
-                raise InputError(
-                    f"Prompt {index + 1} ({text[:30]!r}...) has {len(ids)} tokens, and the model "
-                    f"reads at most {longest}; shorten it."
+            if not text.strip():
+                self.bad[index] = "is empty; give it a text."
+            elif not ids:
+                self.bad[index] = "has no tokens; remove it."
+            elif longest is not None and len(ids) > longest:
+                self.bad[index] = (
+                    f"has {len(ids)} tokens, and the model reads at most {longest}; shorten it."
                 )
-            rows.append((index, text, list(ids)))
+            else:
+                rows.append((index, text, list(ids)))
+        if rows and (self.trainer is None or self.trainer.is_global_zero):
+            for index, reason in self.bad.items():
+                print(f"prompt {index + 1} {reason} The others go on.", file=sys.stderr)
         return rows
+
+    def _budget(self) -> int:
+        """Tokens of a batch."""
+        return 2048 if self.tokens_per_batch == "auto" else self.tokens_per_batch
+
+    # -- the batches of this process ---------------------------------------------------------
+
+    def take(self) -> PromptBatch | None:
+        """The next batch for this process; None when all are taken or finished."""
+        while not self._mine:
+            if self._next == len(self.batches):
+                return None
+            number, batch = self._next, self.batches[self._next]
+            self._next += 1
+            if not self.finished.issuperset(batch.index) and self._take(number):
+                self._mine.append(batch)
+        while self._most is not None and self._mine[0].size > self._most:
+            if len(self._mine[0].index) == 1:
+                break
+            self._mine[:1] = self._mine[0].halves()
+        return self._mine.pop(0)
+
+    def _take(self, number: int) -> bool:
+        if number in self._taken:
+            return False
+        self._taken.add(number)
+        return self.trainer is None or take(self.trainer.strategy, f"{self._round}/{number}")
+
+    def advance(self) -> None:
+        """Take the batch of the next epoch; the fit ends when there is none."""
+        assert self.trainer is not None
+        self.current = self.take()
+        loop = self.trainer.fit_loop
+        ended: Any = loop.epoch_progress.current
+        epochs = ended.processed + (self.current is not None)
+        loop.max_epochs = epochs if self._epochs in (None, -1) else min(epochs, self._epochs)
+
+    def halve(self) -> bool:
+        """Put the current batch back as two halves; False, and it is bad, if it is one prompt."""
+        assert self.current is not None
+        batch, self.current = self.current, None
+        if len(batch.index) == 1:
+            self.bad[batch.index[0]] = (
+                "does not fit the memory alone; shorten it, or keep fewer blocks."
+            )
+            return False
+        halves = batch.halves()
+        self._mine[:0] = halves
+        self._most = halves[1].size
+        return True
 
     def train_dataloader(self) -> Iterations:
         """The batch of the current epoch, once for each iteration."""
-        return Iterations(self.batches, self.iterations, lambda: self._current_epoch)
+        self.advance()
+        return Iterations(lambda: self.current, self.iterations)
 
-    @property
-    def _current_epoch(self) -> int:
-        assert self.trainer is not None
-        return self.trainer.current_epoch
+    def predict_dataloader(self) -> Batches:
+        """Every batch that no other process takes and whose rows are not finished, once."""
+        return Batches(self.take)
 
     def val_dataloader(self) -> Iterations:
         """One step for ``validate``, which reads its rows from the checkpoint; none for ``fit``."""
         validating = self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING
-        return Iterations(self.batches, int(validating), lambda: 0)
+        return Iterations(lambda: self.batches[0], int(validating))
+
+    # -- checkpoints -------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which rows are being run."""
+        return {} if self.current is None else {"index": list(self.current.index)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take their batch again, before another process can."""
+        assert self.trainer is not None
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        rows = set(state["index"])
+        for number, batch in enumerate(self.batches):
+            if rows <= set(batch.index) and self._take(number):
+                inside = [row for row, index in enumerate(batch.index) if index in rows]
+                others = [row for row, index in enumerate(batch.index) if index not in rows]
+                parts = (inside, others) if others else (inside,)  # it had been halved
+                self._mine = [batch.rows(part) for part in parts]
+                return
+        raise InputError(
+            "--ckpt_path is of a run with other batches; use its --data options, or leave it out."
+        )

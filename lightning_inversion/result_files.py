@@ -2,9 +2,12 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from filelock import FileLock
 
 Row = dict[str, Any]
 
@@ -14,24 +17,68 @@ _BLOCK = 1 << 16
 def read_rows(path: Path) -> list[Row]:
     """The whole rows of a file in the order of their ``index``; [] where there is no file.
 
-    What a killed process was writing, a last line without its end, is left out.
+    What a killed process was writing, a last line without its end, is left out, and so is a row
+    that was written twice.
     """
     if not path.exists():
         return []
+    rows: dict[int, Row] = {}
     with path.open("rb") as file:
-        rows = [json.loads(line) for line in file if line.endswith(b"\n")]
-    return sorted(rows, key=lambda row: int(row["index"]))
+        for line in file:
+            if line.endswith(b"\n"):
+                row = json.loads(line)
+                rows.setdefault(int(row["index"]), row)
+    return [rows[index] for index in sorted(rows)]
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Append rows with one write; a torn last line is cut off first."""
+    """Append rows with one write, one process at a time; a torn last line is cut off first.
+
+    Raises:
+        OSError: the disk is full; what was there is whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    text = _lines(rows)
+    with _alone(path), path.open("ab+", buffering=0) as file:
+        end = _end_of_whole_lines(file)
+        file.truncate(end)
+        try:
+            _write(file, text)
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def settle_rows(path: Path) -> list[Row]:
+    """Put the rows of a finished run in the order of their ``index``; a kill leaves old or new."""
+    with _alone(path):
+        rows = read_rows(path)
+        if rows:
+            ordered = path.with_name(f"{path.name}.writing")
+            with ordered.open("wb", buffering=0) as file:
+                _write(file, _lines(rows))
+            ordered.replace(path)
+    return rows
+
+
+def _lines(rows: Sequence[Row]) -> bytes:
     lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    with path.open("ab+") as file:
-        file.truncate(_end_of_whole_lines(file))
-        file.write("".join(lines).encode())
-        file.flush()
-        os.fsync(file.fileno())
+    return "".join(lines).encode()
+
+
+def _write(file: BinaryIO, text: bytes) -> None:
+    left = memoryview(text)
+    while left:
+        left = left[file.write(left) :]
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """No other process of the run writes meanwhile; a killed one holds nothing up."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    with lock:
+        yield
 
 
 def _end_of_whole_lines(file: BinaryIO) -> int:

@@ -153,7 +153,14 @@ def _texts(options: Namespace) -> list[str]:
             else "A text and --texts are two inputs; leave one of them out."
         )
     if options.texts is not None:
-        return read_prompts(options.texts, "--texts")
+        texts = read_prompts(options.texts, "--texts")
+        for number, text in enumerate(texts, start=1):
+            if not text.strip():
+                raise InputError(
+                    f"--texts {str(options.texts)!r}, line {number} is empty; every line needs a "
+                    "text."
+                )
+        return texts
     text = sys.stdin.read().removesuffix("\n") if options.text == _IN_AND_OUT else options.text
     if not text:
         raise InputError("The text is empty: give at least one token to attribute to.")

@@ -1,8 +1,10 @@
 """What a run leaves: one whole row a prompt in ``results.jsonl``, a table, metrics, HParams."""
 
+import math
 import platform
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +31,25 @@ from lightning_inversion.metrics import (
     top_k_accuracy,
 )
 from lightning_inversion.module import InputInversion
-from lightning_inversion.prompts import PromptBatch
+from lightning_inversion.prompts import PromptBatch, PromptDataModule
 from lightning_inversion.recovery.verification import TOLERANCE, Verdict, verify_text
-from lightning_inversion.result_files import Row, append_rows, read_rows
+from lightning_inversion.result_files import Row, append_rows, read_rows, settle_rows
+from lightning_inversion.strategy import IndependentPrompts
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of a row's keys."""
+
+_NOT_FINITE = (
+    "has features that are not finite numbers; set --model.transformer.dtype to float32 or bfloat16"
+)
 
 
 class Results(Callback):
     """Writes ``results.jsonl`` in the run's folder when a batch ends, and prints what was read.
 
     A row is appended whole or not at all, and rows that are there already (of a run that was
-    killed and resumed) are not written again.
+    killed and resumed) are not written again. A prompt that could not be run has a row too, which
+    says why. When the run ends the rows of all processes are put in the order of the prompts.
 
     Args:
         top_k: how many tokens of each position are kept and counted in top-k accuracy.
@@ -50,11 +58,27 @@ class Results(Callback):
 
     def __init__(self, top_k: int = 5, file: str = "results.jsonl") -> None:
         self.top_k, self.file = top_k, file
-        self._began = time.monotonic()
+        self._path = Path(file)
+        self._finished: set[int] = set()
+        self._counts: Counter[str] = Counter()
+        self._began = self._began_run = time.monotonic()
 
     def path(self, trainer: Trainer) -> Path:
-        """Where the rows of this run go."""
+        """Where the rows of this run go. Every process must ask, or none."""
         return Path(trainer.log_dir or trainer.default_root_dir) / self.file
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tell the data which rows are there already."""
+        self._path = self.path(trainer)
+        if stage != "validate":
+            self._finished = {row["index"] for row in read_rows(self._path)}
+            _data(trainer).finished |= self._finished
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock; write the rows of prompts that cannot be run."""
+        assert isinstance(pl_module, InputInversion)
+        self._began_run = time.monotonic()
+        self._write(trainer, pl_module, [], own=trainer.is_global_zero)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of a batch."""
@@ -63,11 +87,13 @@ class Results(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the rows of the batch that ended."""
         assert isinstance(pl_module, InputInversion)
+        if pl_module.batch is None:  # it was too large, and comes again
+            self._write(trainer, pl_module, [])
+            return
         rows = self._rows(pl_module)
-        path = self.path(trainer)
-        finished = {row["index"] for row in read_rows(path)}
-        append_rows(path, [row for row in rows if row["index"] not in finished])
+        self._write(trainer, pl_module, rows)
         self._log(trainer, rows)
+        self._say_how_far(trainer, pl_module.batch)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
@@ -78,23 +104,76 @@ class Results(Callback):
         self._log(trainer, rows)
         print_rows(rows)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give TensorBoard's HParams the run's settings beside what came of them."""
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gather the rows; give TensorBoard's HParams the settings beside what came of them."""
         assert isinstance(pl_module, InputInversion)
-        rows = read_rows(self.path(trainer))
-        if rows and isinstance(trainer.logger, TensorBoardLogger):
+        if stage == "validate":
+            return
+        trainer.strategy.barrier("rows are written")
+        if not trainer.is_global_zero:
+            return
+        rows = settle_rows(self._path)
+        values = mean(rows)
+        if values and isinstance(trainer.logger, TensorBoardLogger):
             settings = {k: v for k, v in describe(pl_module).items() if v is not None}
-            trainer.logger.log_hyperparams(
-                settings, {f"final/{k}": v for k, v in mean(rows).items()}
+            trainer.logger.log_hyperparams(settings, {f"final/{k}": v for k, v in values.items()})
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Say what is finished, and how to go on."""
+        texts = len(trainer.datamodule.texts) if _has_data(trainer) else 0  # type: ignore[attr-defined]
+        rows = len(read_rows(self._path))
+        if trainer.is_global_zero and rows:
+            print(
+                f"{rows} of {texts} prompts are finished, in {self._path}; the same command with "
+                "--ckpt_path last goes on.",
+                file=sys.stderr,
             )
 
     def show(self, trainer: Trainer) -> None:
         """Print every row of the run, and where they are."""
-        path = self.path(trainer)
-        rows = read_rows(path)
+        rows = read_rows(self._path)
         if rows:
             print_rows(rows)
-        print(path)
+        print(self._path)
+
+    def _write(
+        self, trainer: Trainer, module: InputInversion, rows: list[Row], own: bool = True
+    ) -> None:
+        """Append what is not there yet, and what has been found impossible meanwhile."""
+        data = _data(trainer)
+        rows = [row for row in rows if row["index"] not in self._finished]
+        bad = [index for index in data.bad if index not in self._finished]
+        rows += [bad_row(module, index, data.texts[index], data.bad[index]) for index in bad]
+        self._finished |= {row["index"] for row in rows}
+        if rows and own:
+            append_rows(self._path, rows)
+
+    def _say_how_far(self, trainer: Trainer, batch: PromptBatch) -> None:
+        """How many prompts all processes have finished, and how long the others will take."""
+        data = _data(trainer)
+        todo = [b for b in data.batches if not data.finished.issuperset(b.index)]
+        if len(todo) < 2:
+            return
+        rows = self._count(trainer, "rows", len(batch.index))
+        tokens = self._count(trainer, "tokens", batch.size)
+        most = sum(b.size for b in todo)
+        elapsed = time.monotonic() - self._began_run
+        left = elapsed * max(0, most - tokens) / tokens
+        print(
+            f"{len(data.finished) + rows} of {len(data.texts)} prompts, "
+            f"about {readable_time(left)} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _count(self, trainer: Trainer, key: str, more: int) -> int:
+        """What all processes have counted."""
+        self._counts[key] += more
+        if isinstance(trainer.strategy, IndependentPrompts):
+            return trainer.strategy.count(key, more)
+        return self._counts[key]
 
     def _rows(self, module: InputInversion) -> list[Row]:
         batch = module.batch
@@ -113,6 +192,23 @@ class Results(Callback):
         if trainer.logger is not None:
             metrics = {f"final/{name}": value for name, value in mean(rows).items()}
             trainer.logger.log_metrics(metrics, trainer.global_step)
+
+
+def _has_data(trainer: Trainer) -> bool:
+    return isinstance(trainer.datamodule, PromptDataModule)  # type: ignore[attr-defined]
+
+
+def _data(trainer: Trainer) -> PromptDataModule:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, PromptDataModule), "Results needs a PromptDataModule"
+    return data
+
+
+def readable_time(seconds: float) -> str:
+    """``40 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def describe(module: InputInversion) -> Row:
@@ -155,13 +251,14 @@ def result_rows(
     for row, length in enumerate(batch.lengths):
         ids = top.best[row, :length].tolist()
         met_at, stopped_at = int(module.progress.met_at[row]), int(module.progress.stopped_at[row])
-        ratio = float(module.progress.ratio[row])
+        residuals = [finite(r) for r in verdict.residuals[row, :length].tolist()]
         verified = verdict.verified[row, :length].tolist()
         rows.append(
             {
                 "schema": SCHEMA,
                 "index": batch.index[row],
                 "prompt": batch.prompts[row],
+                "error": _NOT_FINITE if None in residuals else None,
                 "recovered": tokenizer.decode(ids) if tokenizer else None,
                 "recovered_tokens": token_texts(tokenizer, ids) if tokenizer else None,
                 "exact": bool(exact[row]),
@@ -172,17 +269,17 @@ def result_rows(
                 "verified": all(verified),
                 "verified_tokens": sum(verified),
                 "unresolved": [t for t, proven in enumerate(verified) if not proven],
-                "relative_residuals": [float(r) for r in verdict.residuals[row, :length]],
+                "relative_residuals": residuals,
                 "tolerance": TOLERANCE,
                 "indistinguishable": [t for t, token in enumerate(ids) if token in twins],
-                "distance_ratio": None if ratio != ratio else ratio,  # nan is no JSON
+                "distance_ratio": finite(float(module.progress.ratio[row])),
                 "criterion_met": met_at >= 0,
                 "criterion_met_at": met_at if met_at >= 0 else None,
                 "iterations": stopped_at if stopped_at >= 0 else module.iteration + 1,
                 "seconds": round(seconds, 3),
                 "ids": batch.ids[row, :length].tolist(),
                 "recovered_ids": ids,
-                "recovered_scores": top.scores[row, :length, 0].tolist(),
+                "recovered_scores": [finite(s) for s in top.scores[row, :length, 0].tolist()],
                 "top_k_ids": top.ids[row, :length].tolist(),
                 **shared,
             }
@@ -190,8 +287,26 @@ def result_rows(
     return rows
 
 
+def bad_row(module: InputInversion, index: int, prompt: str, reason: str) -> Row:
+    """The row of a prompt that could not be run: why, and nothing recovered."""
+    nothing = {"exact": False, "token_accuracy": 0.0, "verified": False, "verified_tokens": 0}
+    empty: Row = {key: [] for key in ("ids", "recovered_ids", "recovered_scores", "top_k_ids")}
+    return {
+        "schema": SCHEMA, "index": index, "prompt": prompt, "error": reason, "recovered": None,
+        **nothing, "iterations": 0, "seconds": 0.0, **empty, **describe(module),
+    }  # fmt: skip
+
+
+def finite(number: float) -> float | None:
+    """The number, or None for what JSON has no number for."""
+    return number if math.isfinite(number) else None
+
+
 def mean(rows: list[Row]) -> dict[str, float]:
-    """The run's metrics over its rows, by torchmetrics."""
+    """The run's metrics over the rows that could be run, by torchmetrics; {} where none could."""
+    rows = [row for row in rows if row["ids"]]
+    if not rows:
+        return {}
     # A collection's groups join metrics that agree on the first row, for good: none of these may.
     metrics = {
         "top_1": MetricCollection([TokenAccuracy(), ExactMatch()], compute_groups=False),
@@ -219,6 +334,9 @@ def print_rows(rows: list[Row]) -> None:
         table.add_column(column, justify="left" if column == "recovered" else "right")
     for row in rows:
         count = len(row["recovered_ids"])
+        if row["error"]:
+            table.add_row(str(row["index"] + 1), Text(row["error"], style="red"))
+            continue
         ratio = row["distance_ratio"]
         table.add_row(
             str(row["index"] + 1),
@@ -231,6 +349,8 @@ def print_rows(rows: list[Row]) -> None:
     console = Console(file=sys.stdout)
     console.print(table)
     averages = mean(rows)
+    if not averages:
+        return
     console.print(
         f"token accuracy {averages['TokenAccuracy']:.3f}, exact {averages['ExactMatch']:.3f}, "
         f"verified {averages['Verified']:.3f} of {len(rows)} prompts"

@@ -82,8 +82,10 @@ class StoppingCriterion(Callback):
             trainer.logger.log_metrics({"match/distance_ratio": ratio}, trainer.global_step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge where the last step has left the input."""
-        self._judge_values(pl_module)
+        """Judge where the last step has left the input; a batch that was given up has none."""
+        assert isinstance(pl_module, InputInversion)
+        if pl_module.batch is not None:
+            self._judge_values(pl_module)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any

@@ -64,9 +64,10 @@ class TokenDecoding(Callback):
         """A bar for the epoch."""
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
-        batches = trainer.max_epochs or 1
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        batches = f" of {len(data.batches)}" if trainer.world_size == 1 else ""
         self._bar.add_task(
-            f"batch {trainer.current_epoch + 1}/{batches}", total=trainer.num_training_batches
+            f"batch {trainer.current_epoch + 1}{batches}", total=trainer.num_training_batches
         )
 
     def on_train_batch_end(
@@ -76,6 +77,8 @@ class TokenDecoding(Callback):
         assert isinstance(pl_module, InputInversion)
         if self._live is not None and self._bar.task_ids:
             self._bar.update(self._bar.task_ids[0], completed=batch_idx + 1)
+        if pl_module.batch is None:
+            return
         ended = batch_idx + 1 == pl_module.iterations or bool(pl_module.progress.stopped.all())
         if (batch_idx + 1) % self.every and not ended:
             return

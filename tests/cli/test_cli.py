@@ -45,7 +45,7 @@ def rows_of(root: Path, version: int = 0) -> list[dict]:
         (["--data.file=none.txt"], "both were given"),
         (["--learning_rate.start=-1"], "learning_rate.start"),
         (["--token_by_token.window=0"], "token_by_token"),
-        (["--trainer.devices=2"], "ask for 2 processes, and a fit runs in one"),
+        (["--trainer.strategy=ddp", "--trainer.devices=2"], "DDPStrategy would average the inputs"),
         (["--ckpt_path=last"], "--ckpt_path last finds no run"),
         (["--config=none.yaml"], "--config: File does not exist"),
     ],
@@ -94,7 +94,7 @@ def test_a_run_leaves_all_that_is_promised(tiny_folder: Path, tmp_path: Path, ca
     rows = rows_of(tmp_path)
     assert [row["prompt"] for row in rows] == ["The sky is blue.", "A quick brown fox"]
     assert {row["seed"] for row in rows} == {3}
-    assert all(row["schema"] == 1 and row["depth"] == 2 for row in rows)
+    assert all(row["schema"] == 2 and row["depth"] == 2 for row in rows)
     for row in rows:
         right = sum(a == b for a, b in zip(row["ids"], row["recovered_ids"], strict=True))
         assert row["token_accuracy"] == pytest.approx(right / len(row["ids"]))

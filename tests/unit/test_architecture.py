@@ -15,6 +15,7 @@ LEVELS = {
     "bandwidth": 5,
     "module": 4,
     "prompts": 4,
+    "strategy": 4,
     "callbacks": 4,
     "recovery": 3,
     "attribution": 3,
@@ -25,13 +26,14 @@ LEVELS = {
     "stand_ins": 2,
     "transformer": 1,
     "report": 1,
+    "batching": 0,
     "prompt_files": 0,
     "result_files": 0,
     "errors": 0,
     "visible_text": 0,
     "__init__": 0,
 }
-KNOWS_LIGHTNING = {"cli", "module", "prompts", "callbacks"}
+KNOWS_LIGHTNING = {"cli", "module", "prompts", "strategy", "callbacks"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
