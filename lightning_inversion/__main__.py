@@ -3,7 +3,9 @@
 Help and version answer before torch is imported, which takes seconds.
 """
 
+import os
 import sys
+import threading
 from importlib import import_module
 
 from lightning_inversion import __version__
@@ -56,7 +58,10 @@ def main() -> int:
     try:
         if arguments[0] in BESIDE_LIGHTNING:
             return int(import_module(BESIDE_LIGHTNING[arguments[0]]).run(arguments[1:]))
-        return int(import_module("lightning_inversion.cli").run(arguments))
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stack traces of lost connections
+        cli = import_module("lightning_inversion.cli")
+        threading.excepthook = cli.say_once_that_the_disk_is_full
+        return int(cli.run(arguments))
     except InputError as error:
         print(f"lightning-inversion: {error}", file=sys.stderr)
         return 2

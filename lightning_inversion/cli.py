@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
 from argparse import HelpFormatter
 from importlib import import_module
@@ -319,6 +320,12 @@ def quiet_lightning() -> None:
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of torch
     ):
         warnings.filterwarnings("ignore", message=advice)
+
+
+def say_once_that_the_disk_is_full(thread: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writing thread meets it too; the main thread says it in a sentence."""
+    if not isinstance(thread.exc_value, OSError) or thread.exc_value.errno not in _FULL:
+        threading.__excepthook__(thread)
 
 
 def run(args: list[str]) -> int:

@@ -35,6 +35,8 @@ from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
 from lightning_inversion.errors import InputError, ProcessLostError
 
 NAME = "independent_prompts"
+ROWS_ARE_WRITTEN = "rows are written"
+_BEFORE_BATCHES = "run-stage"  # Lightning's name for the barrier before its loop
 _T = TypeVar("_T")
 _SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -128,6 +130,7 @@ class IndependentPrompts(ParallelStrategy):
         assert environment is not None
         started_by_us = isinstance(environment, LightningEnvironment) and self.local_rank > 0
         self._parent = os.getppid() if started_by_us else None
+        self._apart = False
         if self._store is None:
             place = f"tcp://{environment.main_address}:{environment.main_port}"
             self._store, _, _ = next(rendezvous(place, self.global_rank, self.world_size))
@@ -156,20 +159,21 @@ class IndependentPrompts(ParallelStrategy):
     # -- what Lightning asks of a strategy ---------------------------------------------------
 
     def barrier(self, name: str | None = None) -> None:
-        """Wait for the others; not while each runs its own batches.
+        """Meet before the first batch and after the last; Lightning's other barriers are none.
 
         Raises:
             ProcessLostError: one of them ended, or has been silent for ``timeout`` seconds.
         """
-        if self._apart or self._store is None:
+        if name not in (_BEFORE_BATCHES, ROWS_ARE_WRITTEN) or self._store is None:
             return
         key = self._key(f"barrier/{name}")
         if self._store.add(key, 1) == self.world_size:
             self._store.set(f"{key}/open", "")
         self._wait(f"{key}/open")
+        self._apart = True
 
     def broadcast(self, obj: _T, src: int = 0) -> _T:
-        """What process ``src`` has; while each runs its own batches, what it has itself."""
+        """What process ``src`` has; from the first batch on, what each has itself."""
         if self._apart or self._store is None:
             return obj
         key = self._key("broadcast")
@@ -198,18 +202,6 @@ class IndependentPrompts(ParallelStrategy):
         """Each process keeps its own, beside the first one's."""
         path = checkpoint_of(str(filepath), self.global_rank)
         self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
-
-    def on_train_start(self) -> None:
-        self._apart = True
-
-    def on_train_end(self) -> None:
-        self._apart = False
-
-    def on_predict_start(self) -> None:
-        self._apart = True
-
-    def on_predict_end(self) -> None:
-        self._apart = False
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.look_around()

@@ -34,7 +34,7 @@ from lightning_inversion.module import InputInversion
 from lightning_inversion.prompts import PromptBatch, PromptDataModule
 from lightning_inversion.recovery.verification import TOLERANCE, Verdict, verify_text
 from lightning_inversion.result_files import Row, append_rows, read_rows, settle_rows
-from lightning_inversion.strategy import IndependentPrompts
+from lightning_inversion.strategy import ROWS_ARE_WRITTEN, IndependentPrompts
 
 SCHEMA = 2
 """Version of a row's keys."""
@@ -109,7 +109,7 @@ class Results(Callback):
         assert isinstance(pl_module, InputInversion)
         if stage == "validate":
             return
-        trainer.strategy.barrier("rows are written")
+        trainer.strategy.barrier(ROWS_ARE_WRITTEN)
         if not trainer.is_global_zero:
             return
         rows = settle_rows(self._path)
@@ -162,7 +162,7 @@ class Results(Callback):
         elapsed = time.monotonic() - self._began_run
         left = elapsed * max(0, most - tokens) / tokens
         print(
-            f"{len(data.finished) + rows} of {len(data.texts)} prompts, "
+            f"{len(data.finished | set(data.bad)) + rows} of {len(data.texts)} prompts, "
             f"about {readable_time(left)} left",
             file=sys.stderr,
             flush=True,

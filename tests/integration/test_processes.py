@@ -1,0 +1,174 @@
+"""Several processes: the rows of one, bit for bit, whatever is killed, lost or full."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.integration
+WORDS = ("the", "sky", "is", "blue", "or", "red", "depending", "on", "time", "of", "day", "bus")
+CHANGING = {"seconds"}
+
+
+class Run:
+    """A fit of the tiny model in a folder of its own, started as a user would."""
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        rng = random.Random(0)
+        self.prompts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 10))) for _ in range(12)]
+        self.prompts.insert(3, "")  # a bad one, which must not stop the others
+        self.root = root
+        self.folder = root / "lightning_logs" / "version_0"
+        self.results = self.folder / "results.jsonl"
+        self.messages = root / "messages.txt"
+        self.command = [
+            sys.executable, "-m", "lightning_inversion", "fit",
+            f"--model.transformer.model={folder}", "--model.transformer.depth=3",
+            f"--data.prompts={json.dumps(self.prompts)}", "--data.tokens_per_batch=60",
+            "--model.learnable.start=NormalStart", "--model.iterations=250",
+            "--token_by_token.candidates=2", "--token_by_token.most=2", "--checkpoint.every=10",
+            f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu",
+        ]  # fmt: skip
+        root.mkdir(exist_ok=True)
+
+    def start(
+        self, processes: int, *more: str, limit: Callable[[], None] | None = None
+    ) -> subprocess.Popen[bytes]:
+        with self.messages.open("ab") as messages:
+            return subprocess.Popen(
+                [*self.command, f"--trainer.devices={processes}", *more],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=messages,
+                preexec_fn=limit,
+            )
+
+    def finish(self, process: subprocess.Popen[bytes]) -> list[dict]:
+        assert process.wait(300) == 0, self.messages.read_text()
+        rows = [json.loads(line) for line in self.results.read_text().splitlines()]
+        assert [row["index"] for row in rows] == list(range(len(self.prompts)))
+        return [{key: value for key, value in row.items() if key not in CHANGING} for row in rows]
+
+    def lines(self) -> list[bytes]:
+        """What is in the results now; every line of it whole."""
+        whole = self.results.read_bytes().split(b"\n") if self.results.exists() else []
+        return [line for line in whole[:-1] if json.loads(line)]
+
+    def wait_for(self, lines: int, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + 120
+        while len(self.lines()) < lines:
+            assert process.poll() is None, self.messages.read_text()
+            assert time.monotonic() < deadline, self.messages.read_text()
+            time.sleep(0.05)
+
+
+def children_of(process: subprocess.Popen[bytes]) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(child) for child in children.split()]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The rows of one process that nothing disturbed."""
+    run = Run(tiny_folder, tmp_path_factory.mktemp("alone"))
+    return run.finish(run.start(1))
+
+
+def test_two_processes_leave_the_rows_of_one(
+    alone: list[dict], tiny_folder: Path, tmp_path: Path
+) -> None:
+    run = Run(tiny_folder, tmp_path)
+    rows = run.finish(run.start(2))
+    assert rows == alone
+    assert [row["index"] for row in rows if row["error"]] == [3]
+    assert "prompt 4 is empty" in run.messages.read_text()
+    assert " left" in run.messages.read_text()
+
+
+def test_killed_three_times_and_resumed_by_other_numbers_of_processes(
+    alone: list[dict], tiny_folder: Path, tmp_path: Path
+) -> None:
+    run = Run(tiny_folder, tmp_path)
+    moments = random.Random(1)
+    kept: list[bytes] = []
+    for attempt, processes in enumerate((4, 2, 3)):
+        killed = run.start(processes, *(["--ckpt_path=last"] if attempt else []))
+        run.wait_for(len(kept) + 1, killed)
+        time.sleep(moments.uniform(0, 1.5))
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        time.sleep(2)  # the others notice
+        lines = run.lines()
+        assert lines[: len(kept)] == kept
+        kept = lines
+    assert len(kept) < len(run.prompts)
+    assert run.finish(run.start(1, "--ckpt_path=last")) == alone
+
+
+def test_more_processes_than_batches(alone: list[dict], tiny_folder: Path, tmp_path: Path) -> None:
+    run = Run(tiny_folder, tmp_path)
+    rows = run.finish(run.start(2, "--data.tokens_per_batch=100000", "--model.iterations=3"))
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in alone]
+
+
+def test_a_process_that_dies_ends_the_run(tiny_folder: Path, tmp_path: Path) -> None:
+    run = Run(tiny_folder, tmp_path)
+    process = run.start(2)
+    run.wait_for(2, process)
+    (child,) = children_of(process)
+    os.kill(child, signal.SIGKILL)
+    assert process.wait(30) == 1
+    messages = run.messages.read_text()
+    assert "process 1 ended with exit code -9; the run has ended." in messages
+    assert "prompts are finished, in" in messages
+    assert "Traceback" not in messages
+    assert run.lines()
+
+
+def test_interrupted_by_the_keyboard(tiny_folder: Path, tmp_path: Path) -> None:
+    run = Run(tiny_folder, tmp_path)
+    process = run.start(2)
+    run.wait_for(2, process)
+    (child,) = children_of(process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 1
+    messages = run.messages.read_text()
+    assert "the same command with --ckpt_path last goes on" in messages
+    assert "Traceback" not in messages
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_full_disk(alone: list[dict], tiny_folder: Path, tmp_path: Path) -> None:
+    mounted = tmp_path / "small"
+    mounted.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mounted)]
+    is_small = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+
+    def limit() -> None:
+        if not is_small:  # no right to mount: files may not grow instead
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
+
+    run = Run(tiny_folder, mounted if is_small else tmp_path)
+    run.messages = tmp_path / "messages.txt"
+    try:
+        assert run.start(1, limit=limit).wait(120) == 1
+        messages = run.messages.read_text()
+        assert "nothing more can be written" in messages
+        assert "Traceback" not in messages
+        finished = run.lines()
+        if is_small:
+            subprocess.run(["mount", "-o", "remount,size=64m", str(mounted)], check=True)
+        rows = run.finish(run.start(1, "--ckpt_path=last"))
+        assert rows == alone
+        assert all(json.loads(line)["index"] in range(len(rows)) for line in finished)
+    finally:
+        if is_small:
+            subprocess.run(["umount", "-l", str(mounted)], check=True)
