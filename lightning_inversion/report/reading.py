@@ -16,7 +16,7 @@ import yaml
 
 from lightning_inversion.errors import InputError
 
-SCHEMA = 1
+SCHEMA = 2
 """The newest version of a row's keys that is understood."""
 NEEDED = {"index", "recovered", "model", "depth"}
 """Keys without which a row is not a row of ours."""
@@ -26,7 +26,7 @@ OUTCOMES = {
     "verified", "verified_tokens", "unresolved", "certified", "relative_residuals", "residuals",
     "margins", "candidates", "orders", "token_seconds", "alternatives", "indistinguishable",
     "tolerance", "distance_ratio", "criterion_met", "criterion_met_at", "iterations", "seconds",
-    "present", "range", "settings", "seed", "weights_sha256",
+    "present", "range", "error", "settings", "seed", "weights_sha256",
 }  # fmt: skip
 """Keys that say what came of a prompt; the others say what was set."""
 _PARTS_OF_A_CONFIG = (
@@ -155,7 +155,9 @@ def _rows(path: Path, reading: Reading) -> Iterator[dict[str, Any]]:
                 reason = "is not a row of results"
             elif int(row.get("schema", SCHEMA)) > SCHEMA:
                 reason = f"has schema {row['schema']}, newer than {SCHEMA}"
-        if reason is None:
+        if reason is None and row.get("error"):
+            reading.skipped.append((path, f"prompt {int(row['index']) + 1} {row['error']}"))
+        elif reason is None:
             yield row
         elif number == 1:
             reading.skipped.append((path, f"line 1 {reason}"))
