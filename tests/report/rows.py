@@ -27,7 +27,7 @@ def row(
     best = [[token, (token + 2) % len(WORDS)] for token in read]
     accuracy = sum(hits) / length
     made: dict[str, Any] = {
-        "schema": 1,
+        "schema": 2,
         "index": index,
         "prompt": " ".join(words),
         "recovered": " ".join(WORDS[token] for token in read),

@@ -33,14 +33,19 @@ def test_rows_are_found_at_any_depth_and_once(tmp_path: Path) -> None:
         (b"\xff\xfe\x00\n", "line 1 is not JSON", 0),
         (b"%(row)s\n%(row)s\n{broken\n%(row)s\n", "line 3 is not JSON; the others are used", 3),
         (b'%(row)s\n{"index": 1, "reco', "the last line is not whole; the others are used", 1),
-        (b"%(new)s\n", "line 1 has schema 99, newer than 1", 0),
+        (b"%(new)s\n", "line 1 has schema 99, newer than 2", 0),
+        (b"%(bad)s\n%(row)s\n", "prompt 2 is empty", 1),
     ],
 )
 def test_what_is_partial_or_foreign_is_named(tmp_path: Path, content, reason, kept) -> None:
     write_run(tmp_path / "good", [row(0)])
     file = tmp_path / "bad" / "results.jsonl"
     file.parent.mkdir()
-    for key, made in ((b"%(row)s", row(1)), (b"%(new)s", row(1, schema=99))):
+    for key, made in (
+        (b"%(row)s", row(1)),
+        (b"%(new)s", row(1, schema=99)),
+        (b"%(bad)s", row(1, error="is empty")),
+    ):
         content = content.replace(key, json.dumps(made).encode())
     file.write_bytes(content)
     reading = read([tmp_path])
