@@ -48,7 +48,7 @@ class TokenEmbedding(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TokenEmbedding:
         # What was computed from the matrix does not move with it to another device.
-        for cached in ("_inverse_gram", "mean", "spread", "_duplicates"):
+        for cached in ("_inverse_gram", "mean", "spread", "norms", "_duplicates", "twins"):
             self.__dict__.pop(cached, None)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's is unannotated
         return self
@@ -132,6 +132,14 @@ class TokenEmbedding(nn.Module):
     def duplicates(self) -> tuple[tuple[int, ...], ...]:
         """Groups of token ids with identical rows: no hidden state can tell them apart."""
         return self._duplicates
+
+    @cached_property
+    def twins(self) -> Tensor:
+        """The first token ``[V]`` with the same row as each token: itself, for nearly all."""
+        first = torch.arange(self.vocabulary_size, device=self.matrix.device)
+        for group in self._duplicates:
+            first[list(group)] = group[0]
+        return first
 
     @cached_property
     def _duplicates(self) -> tuple[tuple[int, ...], ...]:

@@ -1,9 +1,11 @@
-"""A linear guess at the input: features -> embeddings, fitted on random tokens.
+"""A linear guess at the input: features -> embeddings, fitted on random tokens and on text.
 
 The residual stream carries the embedding along, so that a ridge regression on a few thousand
 features of random token sequences already reads most tokens of real text after one block, and some
-after many (tuned lenses, arXiv 2303.08112, read the other way, towards the output). Its means and
-scales are also what makes features comparable where a few channels are massive.
+after many (tuned lenses, arXiv 2303.08112, read the other way, towards the output). Text that the
+model wrote itself, where there is some, makes it read far more: features of real text are not those
+of random tokens. Its means and scales are also what makes features comparable where a few channels
+are massive, and how it errs says how likely each token is.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ _LENGTH = 16
 _TOKENS_AT_A_TIME = 1024
 _RIDGE = 1e-4
 _SMALLEST_SCALE = 1e-6
+_SMALLEST_ERROR = 1e-3
+"""Variance of the error in any direction at least, as a share of the mean: a guess that looks
+perfect on what it was fitted on is not so elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,14 @@ class Readout:
         scale: ``[2, F]`` its standard deviation.
         matrix: ``[2, F, D]`` from standardised features to embeddings.
         bias: ``[2, D]``.
+        whitening: ``[2, D, D]``; an error of the guess times this has unit covariance.
     """
 
     mean: Tensor
     scale: Tensor
     matrix: Tensor
     bias: Tensor
+    whitening: Tensor
 
     def standardize(self, features: Tensor, positions: Tensor) -> Tensor:
         """Features ``[..., F]`` at ``positions`` [...] in units of their spread."""
@@ -54,27 +61,31 @@ class Readout:
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, transformer: TruncatedTransformer, seed: int = 0) -> Readout:
+    def fit(
+        cls, transformer: TruncatedTransformer, seed: int = 0, text: Tensor | None = None
+    ) -> Readout:
         """Fit on random tokens: 8,192 later ones and 4,096 first ones, more for wide features.
 
         Args:
             transformer: whose features are read.
             seed: of the random tokens.
+            text: ``[N, T]`` ids of text to fit on beside them.
         """
         generator = torch.Generator().manual_seed(seed)
         enough = max(4096, 2 * transformer.feature_size)
         vocabulary = transformer.embedding.vocabulary_size
         singles = torch.randint(vocabulary, (enough, 1), generator=generator)
         texts = torch.randint(vocabulary, (2 * enough // _LENGTH, _LENGTH), generator=generator)
-        first = _regression(transformer, singles, slice(0, None))
-        later = _regression(transformer, texts, slice(1, None))
+        first = _regression(transformer, [singles], slice(0, None))
+        both = [texts] if text is None else [texts, text]
+        later = _regression(transformer, both, slice(1, None))
         return cls(*(torch.stack(pair) for pair in zip(first, later, strict=True)))
 
 
 def _regression(
-    transformer: TruncatedTransformer, ids: Tensor, positions: slice
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, scale, matrix and bias, from sums over chunks of random tokens."""
+    transformer: TruncatedTransformer, texts: list[Tensor], positions: slice
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Mean, scale, matrix, bias and whitening, from sums over chunks of tokens."""
     device = transformer.device
     F, D = transformer.feature_size, transformer.embedding.width
     count = 0
@@ -82,7 +93,13 @@ def _regression(
     squares = torch.zeros(F, F, dtype=torch.float64, device=device)
     products = torch.zeros(F, D, dtype=torch.float64, device=device)
     embeds = torch.zeros(D, dtype=torch.float64, device=device)
-    for chunk in torch.split(ids.to(device), max(1, _TOKENS_AT_A_TIME // ids.shape[1])):
+    spread = torch.zeros(D, D, dtype=torch.float64, device=device)
+    chunks = (
+        chunk
+        for ids in texts
+        for chunk in torch.split(ids.to(device), max(1, _TOKENS_AT_A_TIME // ids.shape[1]))
+    )
+    for chunk in chunks:
         vectors = transformer.embedding(chunk)
         x = transformer(vectors)[:, positions].reshape(-1, F).double()
         y = vectors[:, positions].reshape(-1, D).double()
@@ -91,12 +108,20 @@ def _regression(
         squares.addmm_(x.T, x)
         products.addmm_(x.T, y)
         embeds += y.sum(0)
+        spread.addmm_(y.T, y)
     mean, bias = sums / count, embeds / count
     covariance = squares / count - torch.outer(mean, mean)
     scale = covariance.diagonal().clamp_min(0).sqrt() + _SMALLEST_SCALE
     correlation = covariance / torch.outer(scale, scale)
     correlation.diagonal().add_(_RIDGE)
-    matrix = torch.linalg.solve(
-        correlation, (products / count - torch.outer(mean, bias)) / scale[:, None]
-    )
-    return mean.float(), scale.float(), matrix.float(), bias.float()
+    shared = (products / count - torch.outer(mean, bias)) / scale[:, None]
+    matrix = torch.linalg.solve(correlation, shared)
+    errors = spread / count - torch.outer(bias, bias) - shared.T @ matrix
+    return *(t.float() for t in (mean, scale, matrix, bias)), _whitening(errors).float()
+
+
+def _whitening(covariance: Tensor) -> Tensor:
+    """W with W W' = covariance^-1; directions that hardly err count as erring a little."""
+    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    floor = _SMALLEST_ERROR * values.mean().clamp_min(1e-30)
+    return vectors / values.clamp_min(floor).sqrt()

@@ -1,0 +1,71 @@
+"""The evidence of a recovered token, and of a recovered text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class TokenCertificate:
+    """What is known of one recovered token.
+
+    Attributes:
+        id: the token.
+        certified: True where it reproduces the target behind the tokens before it, and no other
+            candidate near it does.
+        residual: its distance to the target, see ``Calibration``.
+        tolerance: the residual up to which a token is certified here.
+        runner_up: the residual of the nearest other candidate that was tried, None where there was
+            none.
+        candidates: how many tokens were run for this place.
+        order: which candidate order named it.
+        seconds: wall time spent on this place; texts of one batch share their rounds.
+        indistinguishable: other tokens with the same embedding: no hidden state can tell them
+            apart.
+        alternatives: the best candidates of an uncertified token, itself first.
+    """
+
+    id: int
+    certified: bool
+    residual: float
+    tolerance: float
+    runner_up: float | None
+    candidates: int
+    order: str
+    seconds: float
+    indistinguishable: tuple[int, ...] = ()
+    alternatives: tuple[int, ...] = ()
+
+    @property
+    def margin(self) -> float | None:
+        """How many times the tolerance the runner-up is away; None without either."""
+        if self.runner_up is None or not self.tolerance:
+            return None
+        return self.runner_up / self.tolerance
+
+
+@dataclass
+class RecoveredText:
+    """One text, left to right.
+
+    Attributes:
+        tokens: one certificate a token, but for those known beforehand.
+        known: tokens that were known beforehand.
+        forwards: forwards of the truncated model that this text took part in.
+        seconds: wall time until its last token.
+    """
+
+    tokens: list[TokenCertificate] = field(default_factory=list)
+    known: tuple[int, ...] = ()
+    forwards: int = 0
+    seconds: float = 0.0
+
+    @property
+    def ids(self) -> list[int]:
+        """The whole text's tokens."""
+        return [*self.known, *(token.id for token in self.tokens)]
+
+    @property
+    def certified(self) -> bool:
+        """Whether every token is."""
+        return all(token.certified for token in self.tokens)

@@ -1,0 +1,77 @@
+"""Position 0: one scan of the vocabulary, reused for every text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lightning_inversion.recovery.frontier import Frontier
+from lightning_inversion.recovery.orders import CandidateOrder
+from lightning_inversion.transformer.cache import cached_folder
+from lightning_inversion.transformer.readout import Readout
+from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+_DIMENSIONS = 64
+"""Random directions onto which features are projected: enough to tell tokens apart, and small."""
+
+_AT_A_TIME = 1024
+_FILE = "first_tokens.safetensors"
+
+
+class FirstToken(CandidateOrder):
+    """Tokens whose features as the first token of a text are close to the target's.
+
+    A first token sees no other, so that its features are a function of the token alone: all are
+    computed once for a model and a depth, and kept in the cache folder, projected onto random
+    directions. The language model expects nothing at this place, and its activations are massive.
+    """
+
+    def begin(self, frontier: Frontier) -> None:
+        """Read the scan from the cache, or make it."""
+        self._directions = directions(frontier.transformer.feature_size).to(frontier.target.device)
+        self._scan = scan(frontier.transformer, frontier.readout).to(frontier.target.device)
+
+    def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
+        """The nearest tokens first."""
+        target = frontier.readout.standardize(frontier.target_at(rows), frontier.positions(rows))
+        return -torch.cdist(target @ self._directions, self._scan)
+
+
+def directions(features: int) -> Tensor:
+    """``[F, 64]`` the same random directions for every run."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(features, min(_DIMENSIONS, features), generator=generator) / features**0.5
+
+
+def scan(transformer: TruncatedTransformer, readout: Readout) -> Tensor:
+    """``[V, 64]`` projected, standardised features of each token as a text of its own."""
+    described = json.dumps(transformer.description, sort_keys=True)
+    scale = readout.scale[0].cpu().numpy().tobytes()
+    key = hashlib.sha256(described.encode() + scale).hexdigest()[:24]
+
+    def build(folder: Path) -> None:
+        save_file({"scan": _scanned(transformer, readout)}, folder / _FILE)
+
+    folder = cached_folder(f"first-tokens-{key}", build, lambda f: (f / _FILE).exists())
+    return load_file(folder / _FILE)["scan"]
+
+
+@torch.no_grad()
+def _scanned(transformer: TruncatedTransformer, readout: Readout) -> Tensor:
+    ids = torch.arange(transformer.embedding.vocabulary_size, device=transformer.device)
+    onto = directions(transformer.feature_size).to(transformer.device)
+    parts = []
+    chunks = ids.split(_AT_A_TIME)
+    console = Console(stderr=True)
+    for chunk in track(chunks, "scanning first tokens", console=console, transient=True):
+        features = transformer.features_of(chunk[:, None])
+        first = torch.zeros(len(chunk), 1, dtype=torch.long, device=chunk.device)
+        parts.append((readout.standardize(features, first)[:, 0] @ onto).cpu())
+    return torch.cat(parts)

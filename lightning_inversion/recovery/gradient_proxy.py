@@ -1,0 +1,105 @@
+"""Continuous stand-ins for the next token, moved by the gradient, as a candidate order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from lightning_inversion.recovery.frontier import Frontier
+from lightning_inversion.recovery.orders import CandidateOrder
+
+
+class GradientProxy(CandidateOrder):
+    """Tokens near an embedding that descends towards the target's features.
+
+    When a first round of candidates has failed, one proxy starts at the corrected linear guess and
+    moves a few steps of Adam in each round, on the cosine distance of standardised features. If it
+    stalls, many start again together, at the embeddings of random tokens: from most starts a hard
+    token is not found, from some it nearly always is. Prefixes are kept and proxies lie side by
+    side, so a step runs one token for each.
+
+    Args:
+        steps: steps in each round.
+        learning_rate: in units of the embedding's spread.
+        restart: rounds after which proxies that found nothing start again.
+        proxies: how many start again together.
+        sharpness: weight of the squared distance to the nearest proxy, in units of the embedding's
+            spread, in the log-likelihood.
+    """
+
+    def __init__(
+        self,
+        steps: int = 5,
+        learning_rate: float = 0.3,
+        restart: int = 5,
+        proxies: int = 24,
+        sharpness: float = 0.15,
+    ) -> None:
+        self.steps, self.learning_rate, self.restart = steps, learning_rate, restart
+        self.proxies, self.sharpness = proxies, sharpness
+
+    def begin(self, frontier: Frontier) -> None:
+        """Room for the proxies of each text."""
+        shape = (frontier.rows, self.proxies, frontier.transformer.embedding.width)
+        device = frontier.target.device
+        self._proxy, self._mean, self._square = (torch.zeros(shape, device=device) for _ in "pms")
+        self._taken = torch.zeros(frontier.rows, dtype=torch.long, device=device)
+        self._random = torch.Generator().manual_seed(0)
+
+    def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
+        """Of the proxies after this round's steps."""
+        rounds = frontier.rounds[rows]
+        alone = rounds <= self.restart
+        scores = torch.empty(len(rows), frontier.tried.shape[1], device=rows.device)
+        for members, count in ((alone, 1), (~alone, self.proxies)):
+            if members.any():
+                scores[members] = self._scores(frontier, rows[members], count)
+        return scores
+
+    def _scores(self, frontier: Frontier, rows: Tensor, count: int) -> Tensor:
+        rounds = frontier.rounds[rows]
+        self._start(frontier, rows[(rounds == 0) | ((rounds - 1) % self.restart == 0)])
+        moving = rows[rounds > 0]
+        if len(moving):
+            for _ in range(self.steps):
+                self._step(frontier, moving, count)
+        embedding = frontier.transformer.embedding
+        near = [
+            embedding.dot(proxy) - embedding.norms.square() / 2 - proxy.square().sum(-1)[:, None] / 2
+            for proxy in self._proxy[rows, :count].unbind(1)
+        ]
+        nearest = torch.stack(near).amax(0)
+        return nearest * (2 * self.sharpness / embedding.spread**2)
+
+    def _start(self, frontier: Frontier, rows: Tensor) -> None:
+        """The first proxy starts at the guess, the others anywhere in the vocabulary."""
+        if not len(rows):
+            return
+        embedding = frontier.transformer.embedding
+        size = (len(rows), self.proxies)
+        anywhere = torch.randint(embedding.vocabulary_size, size, generator=self._random)
+        self._proxy[rows] = embedding(anywhere.to(rows.device))
+        self._proxy[rows, 0] = frontier.guess(rows)
+        self._mean[rows] = self._square[rows] = 0.0
+        self._taken[rows] = 0
+
+    def _step(self, frontier: Frontier, rows: Tensor, count: int) -> None:
+        """One step of Adam for the first ``count`` proxies of each row."""
+        positions = frontier.positions(rows)
+        target = frontier.readout.standardize(frontier.target_at(rows), positions)[:, None]
+        with torch.enable_grad():
+            leaf = self._proxy[rows, :count].requires_grad_()
+            features = frontier.prefix.candidates(rows, leaf)
+            standard = frontier.readout.standardize(features, positions[:, None].expand(-1, count))
+            distance = 1 - cosine_similarity(standard, target, dim=-1)
+            (gradient,) = torch.autograd.grad(distance.sum(), leaf)
+        self._taken[rows] += 1
+        taken = self._taken[rows][:, None, None]
+        mean = self._mean[rows, :count].lerp(gradient, 0.1)
+        square = self._square[rows, :count].lerp(gradient.square(), 0.001)
+        self._mean[rows, :count], self._square[rows, :count] = mean, square
+        direction = (mean / (1 - 0.9**taken)) / ((square / (1 - 0.999**taken)).sqrt() + 1e-12)
+        falling = (1 - taken / (2 * self.restart * self.steps)).clamp_min(0.1)
+        rate = self.learning_rate * frontier.transformer.embedding.spread * falling
+        self._proxy[rows, :count] -= rate * direction

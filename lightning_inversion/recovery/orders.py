@@ -1,0 +1,115 @@
+"""Which token to try next: candidate orders, and what they know."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_inversion.recovery.frontier import Frontier
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Tokens to try.
+
+    Attributes:
+        ids: ``[R, K]``, the most likely first.
+        orders: the name of the order that each column comes from.
+    """
+
+    ids: Tensor
+    orders: tuple[str, ...]
+
+
+class CandidateOrder(ABC):
+    """Ranks the whole vocabulary for the next token of each text.
+
+    A subclass gives `scores`, and what it needs: state of its own begins with `begin`, and hears
+    of each token that is settled by `advance`. Your own class, given by its ``class_path``, is as
+    good as ours.
+    """
+
+    needs_language_model: bool = False
+
+    def begin(self, frontier: Frontier) -> None:
+        """A batch of texts begins."""
+
+    def advance(self, rows: Tensor, ids: Tensor) -> None:
+        """Each of ``rows`` [R] goes on with its token of ``ids`` [R]."""
+
+    @abstractmethod
+    def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
+        """``[R, V]`` log-likelihood of each token, up to a constant a row."""
+
+    def propose(self, frontier: Frontier, rows: Tensor, count: int) -> Candidates:
+        """The ``count`` best tokens that were not tried yet."""
+        ids = best_untried(self.scores(frontier, rows), frontier.tried[rows], count)
+        return Candidates(ids, (type(self).__name__,) * ids.shape[1])
+
+
+def best_untried(scores: Tensor, tried: Tensor, count: int) -> Tensor:
+    """``[R, count]`` the untried tokens with the best of scores ``[R, V]``.
+
+    A row with fewer left repeats tried ones at its end.
+    """
+    scores = scores.masked_fill(tried, -torch.inf)
+    ids: Tensor = scores.topk(min(count, scores.shape[1]), dim=1).indices
+    return ids
+
+
+class Exhaustive(CandidateOrder):
+    """Every token in the order of its id: brute force."""
+
+    def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
+        """The lower the id, the sooner."""
+        V = frontier.tried.shape[1]
+        return -torch.arange(V, device=rows.device, dtype=torch.float32).expand(len(rows), V)
+
+
+class Mixture(CandidateOrder):
+    """Several orders together: the sum of what they know, and each one's own favourites.
+
+    Orders fail on different tokens. Their log-likelihoods are added (a product of experts, Hinton
+    2002), which ranks highest what all find likely; from the second round at a position on, a share
+    of the places goes to each order's own best, so that none can hide what another sees.
+
+    Args:
+        orders: the parts.
+        alone: the share of a round's candidates, between 0 and 1, that the orders name alone.
+    """
+
+    def __init__(self, orders: list[CandidateOrder], alone: float = 0.5) -> None:
+        self.orders, self.alone = orders, alone
+        self.needs_language_model = any(order.needs_language_model for order in orders)
+
+    def begin(self, frontier: Frontier) -> None:
+        """Every part begins."""
+        for order in self.orders:
+            order.begin(frontier)
+
+    def advance(self, rows: Tensor, ids: Tensor) -> None:
+        """Every part hears of it."""
+        for order in self.orders:
+            order.advance(rows, ids)
+
+    def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
+        """The sum of the parts'."""
+        return torch.stack([order.scores(frontier, rows) for order in self.orders]).sum(0)
+
+    def propose(self, frontier: Frontier, rows: Tensor, count: int) -> Candidates:
+        """Most by the sum, the rest by each part alone."""
+        parts = [order.scores(frontier, rows) for order in self.orders]
+        tried = frontier.tried[rows]
+        later = bool((frontier.rounds[rows] > 0).all())
+        each = int(self.alone * count / len(parts)) if later else 0
+        chosen = [best_untried(torch.stack(parts).sum(0), tried, count - each * len(parts))]
+        names = ["+".join(type(order).__name__ for order in self.orders)] * chosen[0].shape[1]
+        for order, scores in zip(self.orders, parts, strict=True):
+            if each:
+                tried = tried.scatter(1, chosen[-1], True)
+                chosen.append(best_untried(scores, tried, each))
+                names += [type(order).__name__] * chosen[-1].shape[1]
+        return Candidates(torch.cat(chosen, dim=1), tuple(names))

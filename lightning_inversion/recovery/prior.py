@@ -1,0 +1,50 @@
+"""The language model's own expectation as a candidate order."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_inversion.recovery.frontier import Frontier
+from lightning_inversion.recovery.orders import CandidateOrder
+from lightning_inversion.transformer.language_model import Continuations
+
+
+class LanguageModelPrior(CandidateOrder):
+    """Tokens in the order of their probability after the known prefix.
+
+    Before a first token nothing is expected: all are alike.
+
+    Args:
+        surprise: the share of the probability that is spread evenly over the vocabulary, so that a
+            text which the model finds absurd can be read too.
+    """
+
+    needs_language_model = True
+
+    def __init__(self, surprise: float = 0.05) -> None:
+        self.surprise = surprise
+
+    def begin(self, frontier: Frontier) -> None:
+        """Nothing is known of any text."""
+        assert frontier.language_model is not None
+        self._continuations = Continuations(frontier.language_model, frontier.rows)
+        self._begun = torch.zeros(frontier.rows, dtype=torch.bool, device=frontier.target.device)
+
+    def advance(self, rows: Tensor, ids: Tensor) -> None:
+        """The texts go on."""
+        self._continuations.append(rows, ids)
+        self._begun[rows] = True
+
+    def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
+        """log of (1 - surprise) p + surprise / V."""
+        V = frontier.tried.shape[1]
+        scores = torch.zeros(len(rows), V, device=rows.device)
+        begun = self._begun[rows]
+        if begun.any():
+            chances = self._continuations.log_probabilities(rows[begun]).to(rows.device)
+            floor = torch.tensor(math.log(self.surprise / V), device=rows.device)
+            scores[begun] = torch.logaddexp(chances + math.log1p(-self.surprise), floor)
+        return scores

@@ -1,0 +1,128 @@
+"""The whole model with its head: what token comes next, and what text it writes itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from lightning_inversion.transformer.candidates import tree_fits
+from lightning_inversion.transformer.ragged_cache import RaggedCache
+
+
+class LanguageModel:
+    """A causal language model as a source of next tokens.
+
+    Args:
+        model: with its head, frozen.
+        caches: whether it obeys masks behind kept keys and values (`TruncatedTransformer.caches`).
+    """
+
+    def __init__(self, model: PreTrainedModel, caches: bool) -> None:
+        self.model, self.caches = model, caches
+        self.layers: int = model.config.get_text_config(decoder=True).num_hidden_layers
+        self.device = model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def log_probabilities(self, ids: Tensor) -> Tensor:
+        """log p ``[B, T, V]`` of the token after each of ids ``[B, T]``."""
+        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits.float().log_softmax(-1)
+
+    @torch.no_grad()
+    def own_text(self, rows: int, length: int, seed: int = 0) -> Tensor:
+        """Text ``[rows, length]`` that the model writes after a random token each.
+
+        Sampled at temperature 1, end-of-text included, so that it is as varied as the model.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        ids = torch.randint(vocabulary, (rows, 1), generator=generator)
+        cache: Cache = DynamicCache(config=self.model.config)
+        for _ in range(length - 1):
+            output = self.model(
+                input_ids=ids[:, -1:].to(self.device), past_key_values=cache, use_cache=True
+            )
+            cache = output.past_key_values
+            chances = output.logits[:, -1].float().softmax(-1).cpu()
+            ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
+        return ids
+
+
+class Continuations:
+    """log p of the next token of B growing texts, run token by token behind kept keys.
+
+    Tokens are only run when somebody asks, several at once where several came in between.
+
+    Args:
+        language_model: whose view it is.
+        rows: B.
+    """
+
+    def __init__(self, language_model: LanguageModel, rows: int) -> None:
+        self.language_model = language_model
+        device = language_model.device
+        self._texts: list[list[int]] = [[] for _ in range(rows)]
+        self._done = [0] * rows
+        self._latest: list[Tensor | None] = [None] * rows
+        self._cache = (
+            RaggedCache(rows, language_model.layers, device) if language_model.caches else None
+        )
+
+    def append(self, rows: Tensor, ids: Tensor) -> None:
+        """Each of ``rows`` [R] goes on with its token of ``ids`` [R]."""
+        for row, token in zip(rows.tolist(), ids.tolist(), strict=True):
+            self._texts[row].append(token)
+
+    @torch.no_grad()
+    def log_probabilities(self, rows: Tensor) -> Tensor:
+        """log p ``[R, V]`` of the next token; each row must hold at least one."""
+        waiting = [row for row in rows.tolist() if self._done[row] < len(self._texts[row])]
+        if waiting:
+            self._catch_up(waiting)
+        latest = [self._latest[row] for row in rows.tolist()]
+        return torch.stack([one for one in latest if one is not None])
+
+    def _catch_up(self, waiting: list[int]) -> None:
+        longest = max(len(self._texts[row]) for row in waiting)
+        if not tree_fits(self.language_model.model.config, longest, 1):
+            self._cache = None
+        if self._cache is None:
+            self._done = [0] * len(self._done)
+        new = [self._texts[row][self._done[row] :] for row in waiting]
+        width = max(map(len, new))
+        device = self.language_model.device
+        ids = torch.tensor([one + [0] * (width - len(one)) for one in new], device=device)
+        ends = torch.tensor([len(one) - 1 for one in new], device=device)
+        logits = self._logits(torch.tensor(waiting, device=device), ids, ends)
+        for row, scores in zip(waiting, logits.float().log_softmax(-1), strict=True):
+            self._latest[row] = scores
+            self._done[row] = len(self._texts[row])
+
+    def _logits(self, rows: Tensor, ids: Tensor, ends: Tensor) -> Tensor:
+        model, each = self.language_model.model, torch.arange(len(rows), device=ids.device)
+        if self._cache is None:
+            plain: Tensor = model(input_ids=ids, use_cache=False).logits
+            return plain[each, ends]
+
+        def forward(mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+            dtype: torch.dtype = model.dtype
+            hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            hidden.masked_fill_(~mask, torch.finfo(dtype).min)
+            output = model(
+                input_ids=ids,
+                attention_mask=hidden[:, None],
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits: Tensor = output.logits
+            return logits
+
+        width = ids.shape[1]
+        causal = torch.ones(width, width, dtype=torch.bool, device=ids.device).tril()
+        logits = self._cache.run(forward, rows, causal)
+        place = torch.arange(width, device=ids.device).expand(ids.shape)
+        self._cache.keep(place.masked_fill(place > ends[:, None], -1))
+        return logits[each, ends]
