@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.calibration import Calibration
+from lightning_inversion.recovery.calibration import Calibration, Channel
 from lightning_inversion.recovery.certificate import RecoveredText
-from lightning_inversion.transformer.language_model import LanguageModel
+from lightning_inversion.transformer.language_model import LanguageModel, own_text
 from lightning_inversion.transformer.readout import Readout
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
@@ -33,6 +33,25 @@ class Instruments:
     calibration: Calibration
     language_model: LanguageModel | None = None
     text: Tensor | None = None
+
+    @classmethod
+    def measure(
+        cls,
+        transformer: TruncatedTransformer,
+        language_model: LanguageModel | None = None,
+        channel: Channel | None = None,
+    ) -> Instruments:
+        """Everything for a model; the text it writes is kept in the cache folder.
+
+        Args:
+            transformer: the frozen model.
+            language_model: the whole model, of the same weights.
+            channel: what has happened to the targets.
+        """
+        text = None if language_model is None else own_text(language_model)
+        readout = Readout.fit(transformer, text=text)
+        calibration = Calibration.measure(transformer, readout, channel, text)
+        return cls(transformer, readout, calibration, language_model, text)
 
 
 class RecoveryPolicy(ABC):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from lightning_inversion.transformer.cache import cached_folder
 from lightning_inversion.transformer.candidates import tree_fits
 from lightning_inversion.transformer.ragged_cache import RaggedCache
+
+_TEXT = "text.safetensors"
 
 
 class LanguageModel:
@@ -48,6 +55,21 @@ class LanguageModel:
             chances = output.logits[:, -1].float().softmax(-1).cpu()
             ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
         return ids
+
+
+def own_text(language_model: LanguageModel, rows: int = 64, length: int = 96) -> Tensor:
+    """Text ``[rows, length]`` of the model's own, sampled once and kept in the cache folder."""
+    model = language_model.model
+    digest = hashlib.sha256(f"{model.config.to_json_string()} {rows} {length}".encode())
+    weight = model.get_input_embeddings().weight  # type: ignore[union-attr]
+    digest.update(weight[:256].detach().float().cpu().numpy().tobytes())
+
+    def build(folder: Path) -> None:
+        save_file({"ids": language_model.own_text(rows, length)}, folder / _TEXT)
+
+    key = f"own-text-{digest.hexdigest()[:24]}"
+    folder = cached_folder(key, build, lambda f: (f / _TEXT).exists())
+    return load_file(folder / _TEXT)["ids"]
 
 
 class Continuations:
