@@ -23,6 +23,7 @@ from lightning_inversion import strategy
 from lightning_inversion.attribution.command import add_attribute_arguments, run_attribute
 from lightning_inversion.callbacks.learning_rate import LinearLearningRate
 from lightning_inversion.callbacks.position_by_position import PositionByPosition
+from lightning_inversion.callbacks.recovery_display import RecoveryDisplay
 from lightning_inversion.callbacks.results import Results
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_by_token import TokenByToken
@@ -34,6 +35,8 @@ from lightning_inversion.result_files import read_rows
 from lightning_inversion.transformer.shared import SharedModels
 
 _PACKAGE = "lightning_inversion"
+FITTED, PREDICTED = "config.yaml", "predict.yaml"
+"""The settings of a run in its folder, by what it was."""
 # Written out, so that --print_config shows the recommended recipe and config.yaml records it; a
 # test holds its parts equal to those that InputInversion() builds.
 RECOMMENDED: dict[str, Any] = {
@@ -147,6 +150,7 @@ class InversionCLI(LightningCLI):
                 "devices": 1,
                 "max_epochs": -1,  # an epoch for each batch of prompts
                 "log_every_n_steps": 10,
+                "inference_mode": False,  # predict follows gradients too
             },
         )
 
@@ -156,6 +160,7 @@ class InversionCLI(LightningCLI):
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule"},
+            "predict": {"model", "dataloaders", "datamodule"},
         }
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -169,6 +174,7 @@ class InversionCLI(LightningCLI):
         parser.add_lightning_class_args(PositionByPosition, "position_by_position")
         parser.add_lightning_class_args(TokenDecoding, "decoding")
         parser.add_lightning_class_args(StoppingCriterion, "stopping")
+        parser.add_lightning_class_args(RecoveryDisplay, "display")
         parser.add_lightning_class_args(Results, "results")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.usage = "lightning-inversion COMMAND [--config FILE] [--key value ...]"
@@ -187,29 +193,36 @@ class InversionCLI(LightningCLI):
             self.save_config_callback = None  # only a fit is a run that can be resumed
             if config.ckpt_path is None:
                 raise InputError("validate scores a stored input; name it with --ckpt_path.")
+        if self.subcommand == "predict":
+            self.save_config_kwargs["config_filename"] = PREDICTED
+            config.return_predictions = False  # they are in the rows
         if config.ckpt_path != "last":
             return
         root = Path(config.trainer.default_root_dir or ".") / "lightning_logs"
-        run = newest_run(root)
+        run = newest_run(root, PREDICTED if self.subcommand == "predict" else FITTED)
         if run is None:
             raise InputError(f"--ckpt_path last finds no run under {str(root)!r}; leave it out.")
         checkpoint = run / "checkpoints" / "last.ckpt"
         config.ckpt_path = str(checkpoint)
-        if self.subcommand == "fit":
-            self._continue(run)
+        if self.subcommand == "predict":
+            config.ckpt_path = None  # the rows that are there are all that it goes on from
+            self._continue(run, PREDICTED)
+        elif self.subcommand == "fit":
+            self._continue(run, FITTED)
         elif not checkpoint.exists():
             raise InputError(f"--ckpt_path last finds no checkpoint in {str(run)!r}; name one.")
 
-    def _continue(self, run: Path) -> None:
-        """Let this fit go on in the folder of an earlier one with the same settings."""
-        asked = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["fit"]
-        different = differences(yaml.safe_load((run / "config.yaml").read_text()), asked)
+    def _continue(self, run: Path, settings: str) -> None:
+        """Let this run go on in the folder of an earlier one with the same settings."""
+        command = self.subcommand
+        asked = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[command]
+        different = differences(yaml.safe_load((run / settings).read_text()), asked)
         if different:
             raise InputError(
                 f"--ckpt_path last continues {str(run)!r}, which was made with another "
                 f"{different[0]}; use its settings, or leave --ckpt_path out."
             )
-        self.config.fit.trainer.logger = {
+        self.config[command].trainer.logger = {
             "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
             "init_args": {
                 "save_dir": str(run.parent.parent),
@@ -237,6 +250,10 @@ class InversionCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         if self.subcommand == "fit" and config.ckpt_path is not None:
             config.ckpt_path = unfinished_checkpoint(Path(config.ckpt_path), self.trainer)
+
+    def after_predict(self) -> None:
+        """Show what was recovered."""
+        self.after_fit()
 
     def after_fit(self) -> None:
         """Show what was read, of a run that had ended before as well."""
@@ -283,9 +300,9 @@ def unfinished_checkpoint(path: Path, trainer: Trainer) -> str | None:
     return None if running <= rows else mine
 
 
-def newest_run(root: Path) -> Path | None:
-    """The ``version_N`` folder under ``root`` with the highest N that holds a config.yaml."""
-    runs = [run for run in root.glob("version_*") if (run / "config.yaml").exists()]
+def newest_run(root: Path, settings: str = FITTED) -> Path | None:
+    """The ``version_N`` folder under ``root`` with the highest N that holds such a config."""
+    runs = [run for run in root.glob("version_*") if (run / settings).exists()]
     return max(runs, key=lambda run: int(run.name.removeprefix("version_")), default=None)
 
 

@@ -4,15 +4,17 @@ The constructor is the experiment: its arguments are the keys of a YAML file.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lightning_inversion.decoding import (
     Decoder,
@@ -25,8 +27,12 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput, Given, LearnableInput, row_noise
 from lightning_inversion.objectives import Objective, Standardized
 from lightning_inversion.prompts import PromptBatch, PromptDataModule
+from lightning_inversion.recovery.certificate import RecoveredText
+from lightning_inversion.recovery.policy import Instruments, RecoveryPolicy, recovered
+from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.strategy import check_strategy
 from lightning_inversion.transformer.embedding import TokenEmbedding
+from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.readout import Readout
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -91,6 +97,8 @@ class InputInversion(LightningModule):
         alone: run each position by itself, as a text of one token, against the prompt's features
             there: the document's sequential experiment, which gives a token no prefix and always
             position 0. Its positions are independent, so they run side by side.
+        recovery: how ``predict`` names the tokens; default ``TokenRecovery``. A fit has no use for
+            it.
         iterations: N, the most iterations of a batch.
         seed: seed of the starts and shifts; each prompt draws its own.
     """
@@ -111,6 +119,7 @@ class InputInversion(LightningModule):
         own_tokens: bool = False,
         masked_score: float = float("-inf"),
         alone: bool = False,
+        recovery: RecoveryPolicy | None = None,
         iterations: int = 500,
         seed: int = 0,
     ) -> None:
@@ -126,6 +135,9 @@ class InputInversion(LightningModule):
         self.decoder = decoder or natural_decoder(self.learnable)
         self.allowed_tokens, self.masked_score = allowed_tokens, masked_score
         self.own_tokens, self.alone = own_tokens, alone
+        self.recovery = recovery or TokenRecovery()
+        self.whole: PreTrainedModel | None = None  # with its head; for predict
+        self.watch: Callable[[list[RecoveredText]], None] | None = None
         self.disallowed: Tensor | None = None
         self.iterations, self.seed = iterations, seed
         self.period = iterations  # iterations after which the learning rate starts again
@@ -151,13 +163,22 @@ class InputInversion(LightningModule):
         self.check(self.trainer)
 
     def configure_model(self) -> None:
-        """Load the frozen model, once."""
+        """Load the frozen model, once; for ``predict`` the language model too, if it is used."""
+        if self._predicting and self.recovery.needs_language_model and self.whole is None:
+            if self.transformer is None:
+                self.transformer, self.whole = self.spec.load_with_head()
+            else:
+                self.whole, _ = self.spec.load_causal_lm()
         if self.transformer is None:
             self.transformer = self.spec.load()
         if self.allowed_tokens is not None:
             self.disallowed = disallowed_tokens(self._allowed_ids(), self.embedding.vocabulary_size)
         elif self.own_tokens:
             self.disallowed = disallowed_tokens([], self.embedding.vocabulary_size)
+
+    @property
+    def _predicting(self) -> bool:
+        return self._trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
 
     @property
     def frozen(self) -> TruncatedTransformer:
@@ -331,6 +352,24 @@ class InputInversion(LightningModule):
         if isinstance(data := self.trainer.datamodule, PromptDataModule):  # type: ignore[attr-defined]
             data.advance()
 
+    @cached_property
+    def instruments(self) -> Instruments:
+        """What recovery needs to know of the model, measured when it is first asked for."""
+        transformer = self.frozen
+        language_model = (
+            None if self.whole is None else LanguageModel(self.whole, transformer.caches)
+        )
+        return Instruments.measure(transformer, language_model)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[RecoveredText]:
+        """Recover the texts of a batch token by token, with certificates."""
+        # Lightning predicts in inference mode, where no gradient can ever be taken.
+        with torch.inference_mode(False), torch.no_grad():
+            target = self.frozen.features_of(batch.ids.clone(), batch.mask.clone())
+            return recovered(
+                self.recovery, self.instruments, target, batch.lengths, watch=self.watch
+            )
+
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Scoring a stored input is done by the results callback, which reads it from here."""
         if self.batch is None:
@@ -344,7 +383,7 @@ class InputInversion(LightningModule):
         """Keep the input and its prompts; leave the frozen model out."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {
-            k: v for k, v in state.items() if not k.startswith("transformer.")
+            k: v for k, v in state.items() if not k.startswith(("transformer.", "whole."))
         }
         if self.batch is not None:
             checkpoint["batch"] = {

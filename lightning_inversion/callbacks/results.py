@@ -20,6 +20,7 @@ from torchmetrics import MetricCollection
 
 import lightning_inversion
 from lightning_inversion.attribution.tokens import token_texts
+from lightning_inversion.callbacks.recovered_rows import recovered_rows
 from lightning_inversion.decoding import TopTokens
 from lightning_inversion.metrics import (
     ExactMatch,
@@ -95,6 +96,28 @@ class Results(Callback):
         self._log(trainer, rows)
         self._say_how_far(trainer, pl_module.batch)
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock; write the rows of prompts that cannot be run."""
+        self.on_fit_start(trainer, pl_module)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: PromptBatch,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        """Write the rows of the texts that were recovered."""
+        assert isinstance(pl_module, InputInversion)
+        tokenizer = pl_module.frozen.tokenizer
+        shared = {"schema": SCHEMA, "command": "predict", **describe_recovery(pl_module)}
+        rows = recovered_rows(batch, outputs, tokenizer, shared)
+        self._write(trainer, pl_module, rows)
+        self._log(trainer, rows)
+        self._say_how_far(trainer, batch)
+
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
@@ -115,7 +138,8 @@ class Results(Callback):
         rows = settle_rows(self._path)
         values = mean(rows)
         if values and isinstance(trainer.logger, TensorBoardLogger):
-            settings = {k: v for k, v in describe(pl_module).items() if v is not None}
+            described = describe_recovery(pl_module) if stage == "predict" else describe(pl_module)
+            settings = {k: v for k, v in described.items() if v is not None}
             trainer.logger.log_hyperparams(settings, {f"final/{k}": v for k, v in values.items()})
 
     def on_exception(
@@ -212,7 +236,7 @@ def readable_time(seconds: float) -> str:
 
 
 def describe(module: InputInversion) -> Row:
-    """The settings and versions that made a row, flat."""
+    """The settings and versions that made a row of a fit, flat."""
     return {
         **module.frozen.description,
         "learnable": type(module.learnable).__name__,
@@ -221,6 +245,23 @@ def describe(module: InputInversion) -> Row:
         "decoder": type(module.decoder).__name__ if module.decoder else None,
         "iterations_limit": module.iterations,
         "seed": module.seed,
+        **versions(),
+    }
+
+
+def describe_recovery(module: InputInversion) -> Row:
+    """The settings and versions that made a row of ``predict``, flat."""
+    return {
+        **module.frozen.description,
+        "policy": module.recovery.name,
+        "seed": module.seed,
+        **versions(),
+    }
+
+
+def versions() -> Row:
+    """Of what a result may depend on."""
+    return {
         "version": lightning_inversion.__version__,
         "version_torch": torch.__version__,
         "version_lightning": lightning.__version__,
@@ -308,43 +349,50 @@ def mean(rows: list[Row]) -> dict[str, float]:
     if not rows:
         return {}
     # A collection's groups join metrics that agree on the first row, for good: none of these may.
-    metrics = {
-        "top_1": MetricCollection([TokenAccuracy(), ExactMatch()], compute_groups=False),
-        "top_k": MetricCollection([TopKAccuracy(), Hamming()], compute_groups=False),
-    }
+    top_1 = MetricCollection([TokenAccuracy(), ExactMatch()], compute_groups=False)
+    top_k = MetricCollection([TopKAccuracy(), Hamming()], compute_groups=False)
     for row in rows:
         ids = torch.tensor([row["ids"]])
         mask = torch.ones_like(ids, dtype=torch.bool)
-        metrics["top_1"].update(torch.tensor([row["recovered_ids"]]), ids, mask)
-        metrics["top_k"].update(torch.tensor([row["top_k_ids"]]), ids, mask)
-    ratios = [row["distance_ratio"] for row in rows if row["distance_ratio"] is not None]
-    values = {**metrics["top_1"].compute(), **metrics["top_k"].compute()}
-    return {
-        **{name: float(value) for name, value in values.items()},
-        "Verified": sum(row["verified"] for row in rows) / len(rows),
-        "Iterations": sum(row["iterations"] for row in rows) / len(rows),
-        **({"DistanceRatio": sum(ratios) / len(ratios)} if ratios else {}),
-    }
+        top_1.update(torch.tensor([row["recovered_ids"]]), ids, mask)
+        if "top_k_ids" in row:
+            top_k.update(torch.tensor([row["top_k_ids"]]), ids, mask)
+    values = {**top_1.compute(), **(top_k.compute() if "top_k_ids" in rows[0] else {})}
+    averages = {name: float(value) for name, value in values.items()}
+    averages["Verified"] = sum(row["verified"] for row in rows) / len(rows)
+    for name, key in (("Iterations", "iterations"), ("DistanceRatio", "distance_ratio")):
+        numbers = [row[key] for row in rows if row.get(key) is not None]
+        if numbers:
+            averages[name] = sum(numbers) / len(numbers)
+    tried = [number for row in rows for number in row.get("candidates", ())]
+    if tried:
+        averages["Candidates"] = sum(tried) / len(tried)
+    return averages
 
 
 def print_rows(rows: list[Row]) -> None:
     """The recovered texts as a table on stdout; verified tokens green, others red."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("#", "recovered", "right", "verified", "iterations", "ratio"):
+    predicted = "candidates" in rows[0]
+    effort = ("candidates", "seconds") if predicted else ("iterations", "ratio")
+    for column in ("#", "recovered", "right", "verified", *effort):
         table.add_column(column, justify="left" if column == "recovered" else "right")
     for row in rows:
         count = len(row["recovered_ids"])
         if row["error"]:
             table.add_row(str(row["index"] + 1), Text(row["error"], style="red"))
             continue
-        ratio = row["distance_ratio"]
+        if predicted:
+            spent = (str(sum(row["candidates"])), f"{row['seconds']:.1f}")
+        else:
+            ratio = row["distance_ratio"]
+            spent = (str(row["iterations"]), "" if ratio is None else f"{ratio:.2g}")
         table.add_row(
             str(row["index"] + 1),
             Text(row["recovered"] or "", style="green" if row["verified"] else "red"),
             f"{round(row['token_accuracy'] * count)}/{count}",
             f"{row['verified_tokens']}/{count}",
-            str(row["iterations"]),
-            "" if ratio is None else f"{ratio:.2g}",
+            *spent,
         )
     console = Console(file=sys.stdout)
     console.print(table)

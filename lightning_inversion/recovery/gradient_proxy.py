@@ -47,6 +47,10 @@ class GradientProxy(CandidateOrder):
         self._taken = torch.zeros(frontier.rows, dtype=torch.long, device=device)
         self._random = torch.Generator().manual_seed(0)
 
+    def speaks(self, later: bool) -> bool:
+        """Once a first round has shown where to start."""
+        return later
+
     def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
         """Of the proxies after this round's steps."""
         rounds = frontier.rounds[rows]
@@ -64,12 +68,13 @@ class GradientProxy(CandidateOrder):
         if len(moving):
             for _ in range(self.steps):
                 self._step(frontier, moving, count)
-        embedding = frontier.transformer.embedding
-        near = [
-            embedding.dot(proxy) - embedding.norms.square() / 2 - proxy.square().sum(-1)[:, None] / 2
-            for proxy in self._proxy[rows, :count].unbind(1)
-        ]
-        nearest = torch.stack(near).amax(0)
+        embedding, tried = frontier.transformer.embedding, frontier.tried[rows]
+        nearest = torch.full(tried.shape, -torch.inf, device=rows.device)
+        for proxy in self._proxy[rows, :count].unbind(1):
+            near = (embedding.dot(proxy) - embedding.norms.square() / 2).masked_fill_(tried, -1e9)
+            # Each proxy's nearest untried token is as good as another's: one that has come to rest
+            # beside a wrong token must not hide what the others are near to.
+            nearest = torch.maximum(nearest, near - near.amax(1, keepdim=True))
         return nearest * (2 * self.sharpness / embedding.spread**2)
 
     def _start(self, frontier: Frontier, rows: Tensor) -> None:

@@ -30,6 +30,10 @@ class LinearMap(CandidateOrder):
         self._half_squares = self._whitened.square().sum(-1) / 2
         self._temper = self._best_temper(frontier)
 
+    def speaks(self, later: bool) -> bool:
+        """In the first round: what is tried later is better judged by the model itself."""
+        return not later
+
     def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
         """Of the linear guess, corrected by what was tried."""
         return self._temper * self._likelihood(

@@ -34,11 +34,20 @@ class CandidateOrder(ABC):
 
     needs_language_model: bool = False
 
+    @property
+    def name(self) -> str:
+        """How certificates call it."""
+        return type(self).__name__
+
     def begin(self, frontier: Frontier) -> None:
         """A batch of texts begins."""
 
     def advance(self, rows: Tensor, ids: Tensor) -> None:
         """Each of ``rows`` [R] goes on with its token of ``ids`` [R]."""
+
+    def speaks(self, later: bool) -> bool:
+        """Whether a mixture should listen, in the first round at a place or in the later ones."""
+        return True
 
     @abstractmethod
     def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
@@ -47,7 +56,7 @@ class CandidateOrder(ABC):
     def propose(self, frontier: Frontier, rows: Tensor, count: int) -> Candidates:
         """The ``count`` best tokens that were not tried yet."""
         ids = best_untried(self.scores(frontier, rows), frontier.tried[rows], count)
-        return Candidates(ids, (type(self).__name__,) * ids.shape[1])
+        return Candidates(ids, (self.name,) * ids.shape[1])
 
 
 def best_untried(scores: Tensor, tried: Tensor, count: int) -> Tensor:
@@ -73,17 +82,22 @@ class Mixture(CandidateOrder):
     """Several orders together: the sum of what they know, and each one's own favourites.
 
     Orders fail on different tokens. Their log-likelihoods are added (a product of experts, Hinton
-    2002), which ranks highest what all find likely; from the second round at a position on, a share
+    2002), which ranks highest what all find likely; from the second round at a place on, a share
     of the places goes to each order's own best, so that none can hide what another sees.
 
     Args:
         orders: the parts.
-        alone: the share of a round's candidates, between 0 and 1, that the orders name alone.
+        alone: the share of a later round's candidates, between 0 and 1, that they name alone.
     """
 
     def __init__(self, orders: list[CandidateOrder], alone: float = 0.5) -> None:
         self.orders, self.alone = orders, alone
         self.needs_language_model = any(order.needs_language_model for order in orders)
+
+    @property
+    def name(self) -> str:
+        """The parts'."""
+        return "+".join(order.name for order in self.orders)
 
     def begin(self, frontier: Frontier) -> None:
         """Every part begins."""
@@ -97,19 +111,23 @@ class Mixture(CandidateOrder):
 
     def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
         """The sum of the parts'."""
-        return torch.stack([order.scores(frontier, rows) for order in self.orders]).sum(0)
+        later = bool((frontier.rounds[rows] > 0).all())
+        return torch.stack(
+            [order.scores(frontier, rows) for order in self.orders if order.speaks(later)]
+        ).sum(0)
 
     def propose(self, frontier: Frontier, rows: Tensor, count: int) -> Candidates:
         """Most by the sum, the rest by each part alone."""
-        parts = [order.scores(frontier, rows) for order in self.orders]
-        tried = frontier.tried[rows]
         later = bool((frontier.rounds[rows] > 0).all())
+        speaking = [order for order in self.orders if order.speaks(later)]
+        parts = [order.scores(frontier, rows) for order in speaking]
+        tried = frontier.tried[rows]
         each = int(self.alone * count / len(parts)) if later else 0
         chosen = [best_untried(torch.stack(parts).sum(0), tried, count - each * len(parts))]
-        names = ["+".join(type(order).__name__ for order in self.orders)] * chosen[0].shape[1]
-        for order, scores in zip(self.orders, parts, strict=True):
+        names = ["+".join(order.name for order in speaking)] * chosen[0].shape[1]
+        for order, scores in zip(speaking, parts, strict=True):
             if each:
                 tried = tried.scatter(1, chosen[-1], True)
                 chosen.append(best_untried(scores, tried, each))
-                names += [type(order).__name__] * chosen[-1].shape[1]
+                names += [order.name] * chosen[-1].shape[1]
         return Candidates(torch.cat(chosen, dim=1), tuple(names))

@@ -63,6 +63,11 @@ class RecoveryPolicy(ABC):
 
     needs_language_model: bool = False
 
+    @property
+    def name(self) -> str:
+        """How result files call it."""
+        return type(self).__name__
+
     @abstractmethod
     def recover(
         self,

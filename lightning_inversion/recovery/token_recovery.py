@@ -60,6 +60,11 @@ class TokenRecovery(RecoveryPolicy):
         self.candidates, self.most, self.budget = candidates, max(most, candidates), budget
         self.needs_language_model = self.order.needs_language_model
 
+    @property
+    def name(self) -> str:
+        """With the order of its candidates."""
+        return f"TokenRecovery({self.order.name})"
+
     def recover(
         self,
         instruments: Instruments,
@@ -70,7 +75,8 @@ class TokenRecovery(RecoveryPolicy):
         """Recover B texts; see ``RecoveryPolicy``."""
         batch = _Batch(self, instruments, target, lengths, known)
         while len(rows := batch.unfinished()):
-            for kind in (batch.frontier.positions(rows) == 0, batch.frontier.positions(rows) > 0):
+            begun, tried = batch.frontier.positions(rows) > 0, batch.frontier.rounds[rows] > 0
+            for kind in (~begun, begun & ~tried, begun & tried):
                 members = rows[kind]
                 sizes = self._sizes(batch.frontier.rounds[members])
                 for size in torch.unique(sizes).tolist():

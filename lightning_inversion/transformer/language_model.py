@@ -29,7 +29,12 @@ class LanguageModel:
     def __init__(self, model: PreTrainedModel, caches: bool) -> None:
         self.model, self.caches = model, caches
         self.layers: int = model.config.get_text_config(decoder=True).num_hidden_layers
-        self.device = model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids have to be."""
+        device: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[union-attr,assignment]
+        return device
 
     @torch.no_grad()
     def log_probabilities(self, ids: Tensor) -> Tensor:

@@ -21,7 +21,12 @@ from transformers import (
 )
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.transformer.blocks import language_model, shorten_config_, text_config
+from lightning_inversion.transformer.blocks import (
+    frozen_copy,
+    language_model,
+    shorten_config_,
+    text_config,
+)
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.quantization import (
     check_quantization,
@@ -179,6 +184,16 @@ class TransformerSpec:
         model.requires_grad_(False)
         model.train(False)
         return model, self._tokenizer_of(files)
+
+    def load_with_head(self) -> tuple[TruncatedTransformer, PreTrainedModel]:
+        """The truncated transformer, and the whole model with its head; they share weights.
+
+        Quantised layers cannot be shared: such a model is in memory twice.
+        """
+        whole, tokenizer = self.load_causal_lm()
+        if self.quantization is not None or self.device_map is not None:
+            return self.load(), whole
+        return self.cut(frozen_copy(language_model(whole)), tokenizer), whole
 
     def config(self) -> PretrainedConfig:
         """The model's configuration, all blocks counted, without its weights."""

@@ -109,6 +109,8 @@ class RaggedCache:
         assert self._run is not None, "nothing was run"
         rows, layers = self._run
         kept = slots >= 0
+        if not kept.any():
+            return
         self._reserve(int((self.lengths[rows] + kept.sum(1)).max()), len(self.lengths), layers)
         for place in range(slots.shape[1]):
             some = kept[:, place].nonzero()[:, 0]

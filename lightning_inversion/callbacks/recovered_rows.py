@@ -1,0 +1,74 @@
+"""What ``predict`` leaves of each text: its tokens, and a certificate for each, as a flat row."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_inversion.attribution.tokens import token_texts
+from lightning_inversion.prompts import PromptBatch
+from lightning_inversion.recovery.certificate import RecoveredText
+from lightning_inversion.result_files import Row
+
+SIGNIFICANT = 4
+"""Digits that are kept of residuals, margins and seconds."""
+
+
+def recovered_rows(
+    batch: PromptBatch,
+    texts: Sequence[RecoveredText],
+    tokenizer: PreTrainedTokenizerBase | None,
+    shared: Row,
+) -> list[Row]:
+    """One flat row a text, lists with one entry a token where a fit's row has them too.
+
+    Args:
+        batch: the prompts, known or not.
+        texts: what was recovered of them.
+        tokenizer: to write the texts out.
+        shared: the settings and versions that made them.
+    """
+    rows = []
+    for number, text in enumerate(texts):
+        ids, tokens, length = text.ids, text.tokens, batch.lengths[number]
+        truth = batch.ids[number, :length].tolist()
+        right = [ours == theirs for ours, theirs in zip(ids, truth, strict=True)]
+        known = [True] * len(text.known)
+        rows.append(
+            {
+                "index": batch.index[number],
+                "prompt": batch.prompts[number],
+                "error": None,
+                "recovered": tokenizer.decode(ids) if tokenizer else None,
+                "recovered_tokens": token_texts(tokenizer, ids) if tokenizer else None,
+                "exact": all(right),
+                "token_accuracy": sum(right) / len(right),
+                "verified": text.certified,
+                "verified_tokens": sum(token.certified for token in tokens) + len(known),
+                "unresolved": [
+                    place + len(known) for place, t in enumerate(tokens) if not t.certified
+                ],
+                "certified": known + [token.certified for token in tokens],
+                "residuals": [rounded(token.residual) for token in tokens],
+                "tolerances": [rounded(token.tolerance) for token in tokens],
+                "margins": [rounded(token.margin) for token in tokens],
+                "candidates": [token.candidates for token in tokens],
+                "orders": [token.order for token in tokens],
+                "token_seconds": [rounded(token.seconds) for token in tokens],
+                "alternatives": [list(token.alternatives) for token in tokens],
+                "indistinguishable": [
+                    place + len(known) for place, t in enumerate(tokens) if t.indistinguishable
+                ],
+                "known_tokens": len(known),
+                "forwards": text.forwards,
+                "seconds": rounded(text.seconds),
+                "ids": truth,
+                "recovered_ids": ids,
+                **shared,
+            }
+        )
+    return rows
+
+
+def rounded(value: float | None) -> float | None:
+    """To a few significant digits: a row is read by people too."""
+    return None if value is None else float(f"{value:.{SIGNIFICANT}g}")

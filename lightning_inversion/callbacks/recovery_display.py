@@ -1,0 +1,101 @@
+"""Recovery as it goes: texts that grow token by token on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from lightning_inversion.module import InputInversion
+from lightning_inversion.prompts import PromptBatch
+from lightning_inversion.recovery.certificate import RecoveredText
+
+_SECONDS = 5.0
+"""Between two plain lines where there is no terminal."""
+
+
+class RecoveryDisplay(Callback):
+    """Shows what ``predict`` has recovered so far: certified tokens green, others yellow.
+
+    Args:
+        prompts: how many texts of a batch are shown.
+        show: the display; False leaves it out.
+    """
+
+    def __init__(self, prompts: int = 8, show: bool = True) -> None:
+        self.prompts, self.show = prompts, show
+        self.console = Console(stderr=True)
+        self._live: Live | None = None
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("tokens"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._said = time.monotonic()
+
+    def on_predict_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: PromptBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """A bar for the batch."""
+        assert isinstance(pl_module, InputInversion)
+        if not self.show or not trainer.is_global_zero:
+            return
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        task = self._bar.add_task("recovered", total=sum(batch.lengths))
+        if self.console.is_terminal and self._live is None:
+            self._live = Live(self._bar, console=self.console, refresh_per_second=4)
+            self._live.start()
+        module = pl_module
+
+        def watch(texts: list[RecoveredText]) -> None:
+            done = sum(len(text.ids) for text in texts)
+            self._bar.update(task, completed=done)
+            if self._live is not None:
+                self._live.update(Group(self._bar, self._table(module, batch, texts)))
+            elif time.monotonic() - self._said > _SECONDS:
+                self._said = time.monotonic()
+                print(f"{done} of {sum(batch.lengths)} tokens", file=sys.stderr, flush=True)
+
+        pl_module.watch = watch
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the live display."""
+        self._close()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the terminal in order."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _table(self, module: InputInversion, batch: PromptBatch, texts: list[Any]) -> Table:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        tokenizer = module.frozen.tokenizer
+        for row, recovered in enumerate(texts[: self.prompts]):
+            text = Text()
+            for place, token in enumerate(recovered.ids):
+                proof = place - len(recovered.known)
+                sure = proof < 0 or recovered.tokens[proof].certified
+                piece = tokenizer.decode([token]) if tokenizer else f"[{token}]"
+                text.append(piece.replace("\n", "\\n"), "green" if sure else "yellow")
+            table.add_row(f"{batch.index[row] + 1}", text)
+        return table
