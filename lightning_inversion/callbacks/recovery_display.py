@@ -95,7 +95,7 @@ class RecoveryDisplay(Callback):
             for place, token in enumerate(recovered.ids):
                 proof = place - len(recovered.known)
                 sure = proof < 0 or recovered.tokens[proof].certified
-                piece = tokenizer.decode([token]) if tokenizer else f"[{token}]"
+                piece = str(tokenizer.decode([token])) if tokenizer else f"[{token}]"
                 text.append(piece.replace("\n", "\\n"), "green" if sure else "yellow")
             table.add_row(f"{batch.index[row] + 1}", text)
         return table

@@ -47,7 +47,8 @@ class FirstToken(CandidateOrder):
 def directions(features: int) -> Tensor:
     """``[F, 64]`` the same random directions for every run."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(features, min(_DIMENSIONS, features), generator=generator) / features**0.5
+    drawn: Tensor = torch.randn(features, min(_DIMENSIONS, features), generator=generator)
+    return drawn / features**0.5
 
 
 def scan(transformer: TruncatedTransformer, readout: Readout) -> Tensor:
@@ -60,7 +61,8 @@ def scan(transformer: TruncatedTransformer, readout: Readout) -> Tensor:
         save_file({"scan": _scanned(transformer, readout)}, folder / _FILE)
 
     folder = cached_folder(f"first-tokens-{key}", build, lambda f: (f / _FILE).exists())
-    return load_file(folder / _FILE)["scan"]
+    kept: Tensor = load_file(folder / _FILE)["scan"]
+    return kept
 
 
 @torch.no_grad()
@@ -68,7 +70,7 @@ def _scanned(transformer: TruncatedTransformer, readout: Readout) -> Tensor:
     ids = torch.arange(transformer.embedding.vocabulary_size, device=transformer.device)
     onto = directions(transformer.feature_size).to(transformer.device)
     parts = []
-    chunks = ids.split(_AT_A_TIME)
+    chunks = torch.split(ids, _AT_A_TIME)
     console = Console(stderr=True)
     for chunk in track(chunks, "scanning first tokens", console=console, transient=True):
         features = transformer.features_of(chunk[:, None])

@@ -39,10 +39,10 @@ class CandidateOrder(ABC):
         """How certificates call it."""
         return type(self).__name__
 
-    def begin(self, frontier: Frontier) -> None:
+    def begin(self, frontier: Frontier) -> None:  # noqa: B027 - most have no state
         """A batch of texts begins."""
 
-    def advance(self, rows: Tensor, ids: Tensor) -> None:
+    def advance(self, rows: Tensor, ids: Tensor) -> None:  # noqa: B027
         """Each of ``rows`` [R] goes on with its token of ``ids`` [R]."""
 
     def speaks(self, later: bool) -> bool:

@@ -34,7 +34,8 @@ class TokenRecovery(RecoveryPolicy):
         order: which tokens to try first; default the mixture of prior, linear map and gradient.
         first: the order at position 0; default a scan that is made once for a model and depth.
         candidates: tokens run for a text in its first rounds at a place.
-        most: tokens of a round at most; a place that stays open gets twice as many every few rounds.
+        most: tokens of a round at most; a place that stays open gets twice as many every four
+            rounds.
         budget: tokens tried for a place before it is left as unresolved, its best candidate taken;
             null tries the whole vocabulary.
     """
@@ -143,7 +144,8 @@ class _Batch:
         order = self.policy.first if at_start else self.policy.order
         left = int((~self.frontier.tried[rows]).sum(1).min())
         proposed = order.propose(self.frontier, rows, max(1, min(size, left)))
-        for part in torch.arange(len(rows)).split(max(1, _AT_A_TIME // proposed.ids.shape[1])):
+        at_a_time = max(1, _AT_A_TIME // proposed.ids.shape[1])
+        for part in torch.split(torch.arange(len(rows)), at_a_time):
             self._run(rows[part], Candidates(proposed.ids[part], proposed.orders))
         self.spent[rows.cpu()] += time.monotonic() - began
 
@@ -171,7 +173,9 @@ class _Batch:
 
     def _exhausted(self, rows: Tensor) -> Tensor:
         tried = self.frontier.tried[rows].sum(1)
-        limit = min(self.policy.budget or self.frontier.tried.shape[1], self.frontier.tried.shape[1])
+        limit = min(
+            self.policy.budget or self.frontier.tried.shape[1], self.frontier.tried.shape[1]
+        )
         return tried >= limit
 
     def _give_up(self, rows: Tensor) -> None:
@@ -248,5 +252,3 @@ class _Batch:
             self.best_orders = torch.zeros(shape, dtype=torch.long, device=device)
         self.best_residuals[rows] = torch.inf
         self.spent[rows.cpu()] = 0.0
-
-

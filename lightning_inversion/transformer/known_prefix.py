@@ -31,9 +31,7 @@ class KnownPrefix:
         device = transformer.device
         self.ids = torch.zeros(rows, 0, dtype=torch.long, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self._cache = (
-            RaggedCache(rows, transformer.depth, device) if transformer.caches else None
-        )
+        self._cache = RaggedCache(rows, transformer.depth, device) if transformer.caches else None
 
     def candidates(self, rows: Tensor, embeds: Tensor) -> Tensor:
         """Features ``[R, K, F]`` of vectors ``[R, K, D]``, each the next token of its row.

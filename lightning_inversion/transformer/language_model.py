@@ -33,8 +33,14 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where ids have to be."""
-        device: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[union-attr,assignment]
-        return device
+        return self.embeddings.device
+
+    @property
+    def embeddings(self) -> Tensor:
+        """The token embeddings ``[V, D]`` as they are stored."""
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @torch.no_grad()
     def log_probabilities(self, ids: Tensor) -> Tensor:
@@ -49,7 +55,7 @@ class LanguageModel:
         Sampled at temperature 1, end-of-text included, so that it is as varied as the model.
         """
         generator = torch.Generator().manual_seed(seed)
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        vocabulary = self.embeddings.shape[0]
         ids = torch.randint(vocabulary, (rows, 1), generator=generator)
         cache: Cache = DynamicCache(config=self.model.config)
         for _ in range(length - 1):
@@ -66,15 +72,15 @@ def own_text(language_model: LanguageModel, rows: int = 64, length: int = 96) ->
     """Text ``[rows, length]`` of the model's own, sampled once and kept in the cache folder."""
     model = language_model.model
     digest = hashlib.sha256(f"{model.config.to_json_string()} {rows} {length}".encode())
-    weight = model.get_input_embeddings().weight  # type: ignore[union-attr]
-    digest.update(weight[:256].detach().float().cpu().numpy().tobytes())
+    digest.update(language_model.embeddings[:256].detach().float().cpu().numpy().tobytes())
 
     def build(folder: Path) -> None:
         save_file({"ids": language_model.own_text(rows, length)}, folder / _TEXT)
 
     key = f"own-text-{digest.hexdigest()[:24]}"
     folder = cached_folder(key, build, lambda f: (f / _TEXT).exists())
-    return load_file(folder / _TEXT)["ids"]
+    ids: Tensor = load_file(folder / _TEXT)["ids"]
+    return ids
 
 
 class Continuations:

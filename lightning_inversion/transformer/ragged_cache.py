@@ -81,9 +81,7 @@ class RaggedCache:
         P = int(lengths.max()) if self._stored else 0
         known = torch.arange(P, device=rows.device) < lengths[:, None]
         N = len(sees)
-        mask = torch.cat(
-            [known[:, None].expand(-1, N, -1), sees.expand(len(rows), -1, -1)], dim=-1
-        )
+        mask = torch.cat([known[:, None].expand(-1, N, -1), sees.expand(len(rows), -1, -1)], dim=-1)
         positions = lengths[:, None] + sees.sum(-1) - 1
         whole = len(rows) == len(self.lengths)  # all rows, in order: no copy is needed
         layers = []
@@ -93,10 +91,8 @@ class RaggedCache:
                 continue
             keys, values = self._stored[number]
             keys, values = keys[:, :, :P], values[:, :, :P]
-            layers.append(
-                _Behind(keys, values) if whole else _Behind(keys[rows], values[rows])
-            )
-        output = forward(mask, positions, Cache(layers=layers))
+            layers.append(_Behind(keys, values) if whole else _Behind(keys[rows], values[rows]))
+        output = forward(mask, positions, Cache(layers=list(layers)))
         self._run = rows, layers
         return output
 

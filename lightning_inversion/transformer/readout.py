@@ -117,11 +117,13 @@ def _regression(
     shared = (products / count - torch.outer(mean, bias)) / scale[:, None]
     matrix = torch.linalg.solve(correlation, shared)
     errors = spread / count - torch.outer(bias, bias) - shared.T @ matrix
-    return *(t.float() for t in (mean, scale, matrix, bias)), _whitening(errors).float()
+    whitening = _whitening(errors)
+    return mean.float(), scale.float(), matrix.float(), bias.float(), whitening.float()
 
 
 def _whitening(covariance: Tensor) -> Tensor:
     """W with W W' = covariance^-1; directions that hardly err count as erring a little."""
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     floor = _SMALLEST_ERROR * values.mean().clamp_min(1e-30)
-    return vectors / values.clamp_min(floor).sqrt()
+    whitening: Tensor = vectors / values.clamp_min(floor).sqrt()
+    return whitening

@@ -202,7 +202,9 @@ class TruncatedTransformer(nn.Module):
         if cache is not None:
             given["past_key_values"] = cache
         with self.selection.listening(self._blocks) as heard:
-            output = self.model(inputs_embeds=embeds.to(self.dtype), use_cache=cache is not None, **given)
+            output = self.model(
+                inputs_embeds=embeds.to(self.dtype), use_cache=cache is not None, **given
+            )
         return self.selection.features_in(heard, output.last_hidden_state).float().to(embeds.device)
 
     @cached_property

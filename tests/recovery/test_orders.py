@@ -51,9 +51,9 @@ def test_a_mixture_names_no_token_twice_and_says_who_named_it(instruments: Instr
     frontier = begun(order, instruments, 2)
     first = order.propose(frontier, ROWS, 12)
     assert set(first.orders) == {"LinearMap+LanguageModelPrior"}
-    frontier.learn(ROWS, first.ids, frontier.prefix.candidates(
-        ROWS, frontier.transformer.embedding(first.ids)
-    ))
+    frontier.learn(
+        ROWS, first.ids, frontier.prefix.candidates(ROWS, frontier.transformer.embedding(first.ids))
+    )
     later = order.propose(frontier, ROWS, 12)
     assert set(later.orders) == {
         "GradientProxy+LanguageModelPrior", "GradientProxy", "LanguageModelPrior",
@@ -96,9 +96,7 @@ def test_the_gradient_comes_nearer_to_the_target(instruments: Instruments) -> No
     def distance() -> torch.Tensor:
         features = frontier.prefix.candidates(ROWS, order._proxy[ROWS, :1])[:, 0]
         standard = frontier.readout.standardize(features, frontier.positions(ROWS))
-        target = frontier.readout.standardize(
-            frontier.target_at(ROWS), frontier.positions(ROWS)
-        )
+        target = frontier.readout.standardize(frontier.target_at(ROWS), frontier.positions(ROWS))
         return 1 - torch.cosine_similarity(standard, target)
 
     order.scores(frontier, ROWS)

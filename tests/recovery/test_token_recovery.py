@@ -86,9 +86,7 @@ def test_a_spent_budget_is_unresolved_and_recovery_goes_on(
 
         def scores(self, frontier, rows):  # type: ignore[no-untyped-def]
             right = ids[rows, frontier.positions(rows)]
-            scores = torch.rand(
-                len(rows), VOCABULARY, generator=torch.Generator().manual_seed(1)
-            )
+            scores = torch.rand(len(rows), VOCABULARY, generator=torch.Generator().manual_seed(1))
             return scores.scatter(1, right[:, None], -1.0)
 
     policy = TokenRecovery(Backwards(), candidates=8, budget=16)

@@ -79,9 +79,7 @@ def test_rows_can_start_with_known_tokens() -> None:
     transformer = TruncatedTransformer.from_model(tiny_model("llama"), depth=2)
     prefix = KnownPrefix(transformer, 2)
     prefix.start(TEXTS[:2, :3])
-    features = prefix.candidates(
-        torch.tensor([1]), transformer.embedding(TEXTS[1:2, 3:4])
-    )
+    features = prefix.candidates(torch.tensor([1]), transformer.embedding(TEXTS[1:2, 3:4]))
     torch.testing.assert_close(
         features[0, 0], transformer.features_of(TEXTS[1:2, :4])[0, 3], atol=2e-5, rtol=1e-4
     )
