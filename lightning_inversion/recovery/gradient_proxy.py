@@ -33,7 +33,7 @@ class GradientProxy(CandidateOrder):
         steps: int = 5,
         learning_rate: float = 0.3,
         restart: int = 5,
-        proxies: int = 24,
+        proxies: int = 12,
         sharpness: float = 0.15,
     ) -> None:
         self.steps, self.learning_rate, self.restart = steps, learning_rate, restart

@@ -33,7 +33,8 @@ class TokenRecovery(RecoveryPolicy):
     Args:
         order: which tokens to try first; default the mixture of prior, linear map and gradient.
         first: the order at position 0; default a scan that is made once for a model and depth.
-        candidates: tokens run for a text in its first rounds at a place.
+        candidates: tokens run for a text in its first rounds at a place, a quarter of them in the
+            very first.
         most: tokens of a round at most; a place that stays open gets twice as many every four
             rounds.
         budget: tokens tried for a place before it is left as unresolved, its best candidate taken;
@@ -87,7 +88,9 @@ class TokenRecovery(RecoveryPolicy):
 
     def _sizes(self, rounds: Tensor) -> Tensor:
         growth = 2 ** (rounds // self.GROWS_EVERY).clamp(max=16)
-        return (self.candidates * growth).clamp(max=self.most)
+        sizes = (self.candidates * growth).clamp(max=self.most)
+        # Most tokens are among the first few, and a round costs as many tokens as it runs.
+        return torch.where(rounds == 0, max(1, self.candidates // 4), sizes)
 
 
 class _Batch:
