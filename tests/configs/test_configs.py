@@ -16,7 +16,8 @@ from lightning_inversion.report.claims import read_claims
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 OVERLAYS = sorted((CONFIGS / "document_models").glob("*.yaml"))
-EXPERIMENTS = sorted({*CONFIGS.rglob("*.yaml")} - {*OVERLAYS, CONFIGS / "claims.yaml"})
+POLICIES = sorted((CONFIGS / "recovery").glob("*.yaml"))
+EXPERIMENTS = sorted({*CONFIGS.rglob("*.yaml")} - {*OVERLAYS, *POLICIES, CONFIGS / "claims.yaml"})
 CLAIMS = read_claims(CONFIGS)
 
 

@@ -12,6 +12,7 @@ LEVELS = {
     "sweep": 6,
     "cli": 5,
     "experiments": 5,
+    "protocol": 5,
     "bandwidth": 5,
     "module": 4,
     "prompts": 4,
