@@ -114,6 +114,8 @@ class _Batch:
             instruments.language_model,
             instruments.text,
         )
+        vocabulary = self.transformer.embedding.vocabulary_size
+        self.limit = min(policy.budget or vocabulary, vocabulary)
         self.totals = torch.tensor(lengths, device=device)
         self.texts = [RecoveredText() for _ in range(B)]
         self.began = time.monotonic()
@@ -145,7 +147,7 @@ class _Batch:
         began = time.monotonic()
         at_start = int(self.frontier.positions(rows)[0]) == 0
         order = self.policy.first if at_start else self.policy.order
-        left = int((~self.frontier.tried[rows]).sum(1).min())
+        left = self.limit - int(self.frontier.tried[rows].sum(1).max())
         proposed = order.propose(self.frontier, rows, max(1, min(size, left)))
         at_a_time = max(1, _AT_A_TIME // proposed.ids.shape[1])
         for part in torch.split(torch.arange(len(rows)), at_a_time):
@@ -175,11 +177,7 @@ class _Batch:
         return self.calibration.tolerance[positions.clamp(max=1)]
 
     def _exhausted(self, rows: Tensor) -> Tensor:
-        tried = self.frontier.tried[rows].sum(1)
-        limit = min(
-            self.policy.budget or self.frontier.tried.shape[1], self.frontier.tried.shape[1]
-        )
-        return tried >= limit
+        return self.frontier.tried[rows].sum(1) >= self.limit
 
     def _give_up(self, rows: Tensor) -> None:
         """Take the best candidate, uncertified, so that later tokens can be looked for."""
