@@ -94,7 +94,7 @@ class NamedPolicy:
         parser.add_argument("--recovery", type=RecoveryPolicy)
         try:
             parsed = parser.parse_object({"recovery": self.settings})
-            policy = parser.instantiate_classes(parsed).recovery
+            policy = parser.instantiate(parsed).recovery
         except InputError:
             raise
         except Exception as error:  # of many kinds, depending on what is wrong

@@ -48,7 +48,8 @@ def directions(features: int) -> Tensor:
     """``[F, 64]`` the same random directions for every run."""
     generator = torch.Generator().manual_seed(0)
     drawn: Tensor = torch.randn(features, min(_DIMENSIONS, features), generator=generator)
-    return drawn / features**0.5
+    scaled: Tensor = drawn / features**0.5
+    return scaled
 
 
 def scan(transformer: TruncatedTransformer, readout: Readout) -> Tensor:
