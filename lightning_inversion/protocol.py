@@ -98,7 +98,7 @@ class NamedPolicy:
         except InputError:
             raise
         except Exception as error:  # of many kinds, depending on what is wrong
-            reason = str(error).strip().splitlines()[-1].strip()
+            reason = " ".join(str(error).split())
             raise InputError(f"--policies: {self.name} describes no policy: {reason}") from error
         assert isinstance(policy, RecoveryPolicy)
         return policy
