@@ -210,15 +210,16 @@ class PromptDataModule(LightningDataModule):
         if repeat < 1:
             raise InputError(f"--data.repeat must be at least 1, and is {repeat}.")
         self.captured = None if targets is None else Captured.read(Path(targets))
-        texts: list[str] | list[str | None]
+        texts: Sequence[str | None]
         if self.captured is not None:
-            texts = list(self.captured.prompts or [None] * len(self.captured.targets))
+            texts = self.captured.prompts or [None] * len(self.captured.targets)
         else:
-            texts = read_prompts(Path(file), "--data.file") if file else list(prompts or ())
-            if not texts:
+            given_texts = read_prompts(Path(file), "--data.file") if file else list(prompts or ())
+            if not given_texts:
                 raise InputError("--data.prompts holds no prompt; give one or more.")
-            if not any(text.strip() for text in texts):
+            if not any(text.strip() for text in given_texts):
                 raise InputError("--data.prompts, prompt 1 is empty; give it a text.")
+            texts = given_texts
         self.texts: list[str | None] = [text for text in texts for _ in range(repeat)]
         self.repeat = repeat
         self.tokenizer, self.revision, self.special_tokens = tokenizer, revision, special_tokens
