@@ -28,6 +28,7 @@ from lightning_inversion.callbacks.results import Results
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_by_token import TokenByToken
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
+from lightning_inversion.capture import add_capture_arguments, run_capture
 from lightning_inversion.errors import InputError, ProcessLostError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.prompts import PromptDataModule
@@ -242,6 +243,7 @@ class InversionCLI(LightningCLI):
                 "validate scores one checkpoint in one process; set --trainer.devices 1."
             )
         self.model.spec.check()
+        self.model.check_targets(self.datamodule)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TokenByToken):
                 callback.check(self.model)
@@ -355,6 +357,8 @@ def run(args: list[str]) -> int:
     try:
         if args[:1] == ["attribute"]:
             return attribute(args[1:])
+        if args[:1] == ["capture"]:
+            return capture(args[1:])
         InversionCLI(args)
     except InputError as error:
         print(f"lightning-inversion: {error}", file=sys.stderr)
@@ -380,3 +384,14 @@ def attribute(args: list[str]) -> int:
     )
     add_attribute_arguments(parser)
     return run_attribute(parser.parse_args(args))
+
+
+def capture(args: list[str]) -> int:
+    """The ``capture`` command, which needs no Trainer; returns its exit code."""
+    parser = OneSentenceParser(
+        prog="lightning-inversion capture",
+        description="Write the features of prompts to a file, for fit and predict.",
+        allow_abbrev=False,
+    )
+    add_capture_arguments(parser)
+    return run_capture(parser.parse_args(args))

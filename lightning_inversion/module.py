@@ -158,9 +158,35 @@ class InputInversion(LightningModule):
         """Refuse, before a model loads, processes that would average their inputs."""
         check_strategy(trainer)
 
+    def check_targets(self, data: PromptDataModule) -> None:
+        """Refuse captured targets of another model, as far as can be known before it is loaded.
+
+        Raises:
+            InputError: says what differs; or that an option needs prompts which are not known.
+        """
+        captured = data.captured
+        if captured is None:
+            return
+        if self.own_tokens and captured.ids is None:
+            raise InputError(
+                "--model.own_tokens decodes the tokens of prompts, and --data.targets holds none; "
+                "name tokens with --model.allowed_tokens, or capture with --keep_prompts."
+            )
+        if self.transformer is None:
+            captured.check(self.spec.description)
+        else:
+            captured.check(self.transformer.description, self.transformer.feature_size)
+
+    @property
+    def _data(self) -> PromptDataModule | None:
+        data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        return data if isinstance(data, PromptDataModule) else None
+
     def setup(self, stage: str) -> None:
         """Check again where no command line did."""
         self.check(self.trainer)
+        if self._data is not None:
+            self.check_targets(self._data)
 
     def configure_model(self) -> None:
         """Load the frozen model, once; for ``predict`` the language model too, if it is used."""
@@ -171,6 +197,8 @@ class InputInversion(LightningModule):
                 self.whole, _ = self.spec.load_causal_lm()
         if self.transformer is None:
             self.transformer = self.spec.load()
+        if self._data is not None:
+            self.check_targets(self._data)  # now with the weights
         if self.allowed_tokens is not None:
             self.disallowed = disallowed_tokens(self._allowed_ids(), self.embedding.vocabulary_size)
         elif self.own_tokens:
@@ -218,10 +246,12 @@ class InputInversion(LightningModule):
         """Take up a batch: a fresh input and, under a Trainer, a fresh optimiser."""
         self.batch = batch
         self._aim()
-        values = self.learnable.encode(batch.ids, self.embedding)
+        ids = batch.ids
+        values = None if ids is None else self.learnable.encode(ids, self.embedding)
         given = Given(self.embedding, self.target, lambda: self.readout, values)
         self.learnable.begin(self.noise("start"), given)
-        self.progress.allocate(batch.ids.shape, self.device)
+        self.progress.allocate(batch.mask.shape, self.device)
+        self._hold_known_prefix()
         if self._trainer is not None:
             self.trainer.strategy.setup_optimizers(self.trainer)
 
@@ -229,7 +259,49 @@ class InputInversion(LightningModule):
         """Compute the target features of the batch."""
         assert self.batch is not None
         self._aimed = True
-        self.target = self.features_of(self.learnable.encode(self.batch.ids, self.embedding))
+        if self.batch.target is not None:
+            self.target = self.captured_target(self.batch)
+        else:
+            assert self.batch.ids is not None
+            self.target = self.features_of_tokens(self.batch.ids)
+
+    def _hold_known_prefix(self) -> None:
+        """Fix the tokens that are known, as if they had been proven."""
+        assert self.batch is not None
+        known = torch.tensor(self.batch.known_prefix, dtype=torch.long, device=self.device)
+        if len(known) and isinstance(self.learnable, EmbeddingInput):
+            here = slice(len(known))
+            self.learnable.values[:, here] = self.learnable.encode(known, self.embedding)
+            self.learnable.held[:, here] = True
+            self.progress.proven[:, here] = True
+
+    @torch.no_grad()
+    def captured_target(self, batch: PromptBatch) -> Tensor:
+        """The captured features of a batch, ``[B, T, F]``; where none were stored, the prefix's.
+
+        The prefix is known there, and in a causal model its features depend on nothing else.
+        """
+        assert batch.target is not None
+        if not batch.known_prefix:
+            return batch.target
+        known = torch.tensor([batch.known_prefix], device=batch.target.device)
+        missing = batch.target[:, : known.shape[1]].isnan()
+        target = batch.target.clone()
+        own = self.frozen.features_of(known).expand(missing.shape)
+        target[:, : known.shape[1]] = own.where(missing, target[:, : known.shape[1]])
+        return target
+
+    @torch.no_grad()
+    def features_of_tokens(self, ids: Tensor) -> Tensor:
+        """Features ``[B, T, F]`` that ids ``[B, T]`` would have as the batch's target.
+
+        A prompt's target is made of the learnable input's own values for its tokens, which need
+        not be their embeddings; a captured one is what the model makes of tokens.
+        """
+        assert self.batch is not None
+        if self.batch.target is not None:
+            return self.frozen.features_of(ids, self.batch.mask)
+        return self.features_of(self.learnable.encode(ids, self.embedding))
 
     def noise(self, stream: str) -> Tensor:
         """Standard normal ``[B, T, C]``, each row's own; ``stream`` says what it is for."""
@@ -265,6 +337,7 @@ class InputInversion(LightningModule):
         disallowed = self.disallowed
         if disallowed is not None and self.own_tokens:
             assert self.batch is not None
+            assert self.batch.ids is not None
             own = torch.where(self.batch.mask, self.batch.ids, self.batch.ids[:, :1])
             disallowed = disallowed.to(own.device).repeat(len(own), 1).scatter(1, own, False)
         return decode(
@@ -359,15 +432,22 @@ class InputInversion(LightningModule):
         language_model = (
             None if self.whole is None else LanguageModel(self.whole, transformer.caches)
         )
-        return Instruments.measure(transformer, language_model)
+        captured = None if self._data is None else self._data.captured
+        channel = None if captured is None else captured.storage
+        return Instruments.measure(transformer, language_model, channel)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[RecoveredText]:
         """Recover the texts of a batch token by token, with certificates."""
         # Lightning predicts in inference mode, where no gradient can ever be taken.
         with torch.inference_mode(False), torch.no_grad():
-            target = self.frozen.features_of(batch.ids.clone(), batch.mask.clone())
+            if batch.target is not None:
+                target = self.captured_target(batch)
+            else:
+                assert batch.ids is not None
+                target = self.frozen.features_of(batch.ids.clone(), batch.mask.clone())
+            known = torch.tensor(batch.known_prefix, dtype=torch.long, device=target.device)
             return recovered(
-                self.recovery, self.instruments, target, batch.lengths, watch=self.watch
+                self.recovery, self.instruments, target, batch.lengths, known, self.watch
             )
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
@@ -389,8 +469,10 @@ class InputInversion(LightningModule):
             checkpoint["batch"] = {
                 "index": list(self.batch.index),
                 "prompts": list(self.batch.prompts),
-                "ids": self.batch.ids.cpu(),
+                "ids": None if self.batch.ids is None else self.batch.ids.cpu(),
                 "mask": self.batch.mask.cpu(),
+                "target": None if self.batch.target is None else self.batch.target.cpu(),
+                "known_prefix": list(self.batch.known_prefix),
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -399,10 +481,11 @@ class InputInversion(LightningModule):
             return
         stored = checkpoint["batch"]
         self.batch = PromptBatch(
-            tuple(stored["index"]), tuple(stored["prompts"]), stored["ids"], stored["mask"]
-        )
+            tuple(stored["index"]), tuple(stored["prompts"]), stored["ids"], stored["mask"],
+            stored.get("target"), tuple(stored.get("known_prefix", ())),
+        )  # fmt: skip
         self.learnable.allocate(checkpoint["state_dict"]["learnable.values"].shape)
-        self.progress.allocate(stored["ids"].shape, self.device)
+        self.progress.allocate(stored["mask"].shape, self.device)
         self._aimed = False
 
 

@@ -1,4 +1,4 @@
-"""Prompts -> batches. An epoch is one batch of prompts, a step is one iteration on it."""
+"""Prompts or captured targets -> batches. An epoch is one batch of prompts, a step is one iteration on it."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_inversion.batching import pack
+from lightning_inversion.captured import OPTION, Captured
 from lightning_inversion.errors import InputError
 from lightning_inversion.prompt_files import read_prompts
 from lightning_inversion.strategy import take
@@ -20,19 +21,24 @@ from lightning_inversion.transformer.loading import TransformerSpec
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """The prompts of one epoch.
+    """The prompts of one epoch, known or not.
 
     Attributes:
         index: each row's number in the data set, from 0.
-        prompts: the texts.
-        ids: ``[B, T]`` tokens, 0 in the padding on the right.
+        prompts: the texts; None where only their features are known.
+        ids: ``[B, T]`` tokens, 0 in the padding on the right; None where they are not known.
         mask: ``[B, T]`` bool, True at a token.
+        target: ``[B, T, F]`` captured features, 0 in the padding and nan where none were stored;
+            None where the prompts are run for them.
+        known_prefix: tokens with which every text is known to begin.
     """
 
     index: tuple[int, ...]
-    prompts: tuple[str, ...]
-    ids: Tensor
+    prompts: tuple[str | None, ...]
+    ids: Tensor | None
     mask: Tensor
+    target: Tensor | None = None
+    known_prefix: tuple[int, ...] = ()
 
     @property
     def lengths(self) -> list[int]:
@@ -42,7 +48,7 @@ class PromptBatch:
     @property
     def size(self) -> int:
         """Tokens, the padding counted."""
-        return self.ids.numel()
+        return self.mask.numel()
 
     def rows(self, part: Sequence[int]) -> "PromptBatch":
         """Some of its rows, without the padding that they do not need."""
@@ -51,8 +57,10 @@ class PromptBatch:
         return PromptBatch(
             tuple(self.index[row] for row in part),
             tuple(self.prompts[row] for row in part),
-            self.ids[list(part), :longest],
+            None if self.ids is None else self.ids[list(part), :longest],
             mask[:, :longest],
+            None if self.target is None else self.target[list(part), :longest],
+            self.known_prefix,
         )
 
     def halves(self) -> list["PromptBatch"]:
@@ -62,9 +70,14 @@ class PromptBatch:
 
     def to(self, device: torch.device, **_: Any) -> "PromptBatch":
         """This batch on ``device``; itself if it is there already."""
-        if self.ids.device == device:
+        if self.mask.device == device:
             return self
-        return replace(self, ids=self.ids.to(device), mask=self.mask.to(device))
+        return replace(
+            self,
+            ids=None if self.ids is None else self.ids.to(device),
+            mask=self.mask.to(device),
+            target=None if self.target is None else self.target.to(device),
+        )
 
     @classmethod
     def collate(cls, rows: Sequence[tuple[int, str, list[int]]]) -> "PromptBatch":
@@ -76,6 +89,26 @@ class PromptBatch:
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = True
         return cls(tuple(r[0] for r in rows), tuple(r[1] for r in rows), ids, mask)
+
+    @classmethod
+    def of_captured(cls, rows: Sequence[tuple[int, int]], captured: Captured) -> "PromptBatch":
+        """Rows of (index, number of a captured text), padded on the right to the longest."""
+        texts = [text for _, text in rows]
+        longest = max(captured.lengths[text] for text in texts)
+        mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+        target = torch.zeros(len(rows), longest, captured.width)
+        ids = None if captured.ids is None else torch.zeros(mask.shape, dtype=torch.long)
+        for row, text in enumerate(texts):
+            length = captured.lengths[text]
+            mask[row, :length] = True
+            target[row, :length] = captured.target(text)
+            if ids is not None and captured.ids is not None:
+                ids[row, :length] = torch.tensor(captured.ids[text])
+        prompts: Sequence[str | None] = captured.prompts or [None] * len(captured.targets)
+        return cls(
+            tuple(index for index, _ in rows), tuple(prompts[text] for text in texts),
+            ids, mask, target, captured.known_prefix,
+        )  # fmt: skip
 
 
 class Iterations:
@@ -117,7 +150,7 @@ class Batches:
 
 
 class PromptDataModule(LightningDataModule):
-    """Prompts to be recovered, from the command line, a text file or JSONL.
+    """Prompts to be recovered, from the command line, a text file or JSONL; or captured targets.
 
     Prompts of like length share a batch. All processes form the same batches, in the same order,
     the longest prompts first, and each takes the next that nobody has taken and whose rows are
@@ -126,9 +159,12 @@ class PromptDataModule(LightningDataModule):
     Args:
         prompts: texts; quote them in YAML, where a bare yes or 12 is not a string.
         file: a text file with one prompt a line, or a .jsonl file whose lines have a key "prompt".
+        targets: a file of captured features instead, as ``lightning-inversion capture`` or a system
+            of your own writes it; the prompts need not be known.
         tokenizer: the model whose tokenizer is used; the command line takes model.transformer's.
         revision: revision of that model on the hub.
-        special_tokens: let the tokenizer add its special tokens (a BOS, say).
+        special_tokens: let the tokenizer add its special tokens (a BOS, say); captured targets say
+            themselves which they have.
         repeat: rows of each prompt, one after another; each row starts from noise of its own.
         tokens_per_batch: tokens of one batch, hence of one epoch, with their padding; auto takes
             as many as make it efficient and fit the memory.
@@ -136,6 +172,8 @@ class PromptDataModule(LightningDataModule):
         iterations: iterations of an epoch; the command line takes model.iterations.
 
     Attributes:
+        captured: the features that were read, and where they come from; None for prompts.
+        texts: the prompt of each row; None where it is not known.
         batches: all of them, the same in every process.
         bad: why a prompt cannot be run, by its number; the others are.
         finished: numbers of the prompts whose rows are on disk.
@@ -146,6 +184,7 @@ class PromptDataModule(LightningDataModule):
         self,
         prompts: list[str] | None = None,
         file: str | None = None,
+        targets: str | None = None,
         tokenizer: str = TransformerSpec.model,
         revision: str | None = None,
         special_tokens: bool = False,
@@ -155,9 +194,13 @@ class PromptDataModule(LightningDataModule):
         repeat: int = 1,
     ) -> None:
         super().__init__()
-        if (prompts is None) == (file is None):
-            given = "neither was" if prompts is None else "both were"
-            raise InputError(f"Give either --data.prompts or --data.file; {given} given.")
+        sources = {"--data.prompts": prompts, "--data.file": file, OPTION: targets}
+        given = [option for option, value in sources.items() if value is not None]
+        if len(given) != 1:
+            raise InputError(
+                f"Give one of {', '.join(sources)}; "
+                f"{' and '.join(given) or 'none'} {'were' if given else 'was'} given."
+            )
         if batch_size is not None and batch_size < 1:
             raise InputError(f"--data.batch_size must be at least 1, and is {batch_size}.")
         if tokens_per_batch != "auto" and tokens_per_batch < 1:
@@ -166,12 +209,18 @@ class PromptDataModule(LightningDataModule):
             )
         if repeat < 1:
             raise InputError(f"--data.repeat must be at least 1, and is {repeat}.")
-        texts = read_prompts(Path(file), "--data.file") if file else list(prompts or ())
-        if not texts:
-            raise InputError("--data.prompts holds no prompt; give one or more.")
-        if not any(text.strip() for text in texts):
-            raise InputError("--data.prompts, prompt 1 is empty; give it a text.")
-        self.texts = [text for text in texts for _ in range(repeat)]
+        self.captured = None if targets is None else Captured.read(Path(targets))
+        texts: Sequence[str | None]
+        if self.captured is not None:
+            texts = self.captured.prompts or [None] * len(self.captured.targets)
+        else:
+            given_texts = read_prompts(Path(file), "--data.file") if file else list(prompts or ())
+            if not given_texts:
+                raise InputError("--data.prompts holds no prompt; give one or more.")
+            if not any(text.strip() for text in given_texts):
+                raise InputError("--data.prompts, prompt 1 is empty; give it a text.")
+            texts = given_texts
+        self.texts: list[str | None] = [text for text in texts for _ in range(repeat)]
         self.repeat = repeat
         self.tokenizer, self.revision, self.special_tokens = tokenizer, revision, special_tokens
         self.tokens_per_batch, self.batch_size = tokens_per_batch, batch_size
@@ -192,39 +241,65 @@ class PromptDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Tokenise every prompt, before the model is loaded, and form the batches."""
         if not self.batches:
-            rows = self._tokenized()
-            if not rows:
-                number, reason = next(iter(self.bad.items()))
-                raise InputError(f"--data.prompts, prompt {number + 1} {reason}")
-            groups = pack(
-                [len(ids) for _, _, ids in rows], self._budget(), self.batch_size, self.repeat
+            self.batches = (
+                self._prompt_batches()
+                if self.captured is None
+                else self._captured_batches(self.captured)
             )
-            self.batches = [PromptBatch.collate([rows[row] for row in group]) for group in groups]
+            if not self.batches:
+                number, reason = next(iter(self.bad.items()))
+                what = "--data.prompts, prompt" if self.captured is None else f"{OPTION}, text"
+                raise InputError(f"{what} {number + 1} {reason}")
+            if self.trainer is None or self.trainer.is_global_zero:
+                for index, reason in self.bad.items():
+                    print(f"prompt {index + 1} {reason} The others go on.", file=sys.stderr)
         self._next, self._mine, self._taken = 0, [], set()
         self._round += 1
         if self.trainer is not None:
             self._epochs = self.trainer.max_epochs
 
+    def _prompt_batches(self) -> list[PromptBatch]:
+        rows = self._tokenized()
+        groups = self._packed([len(ids) for _, _, ids in rows])
+        return [PromptBatch.collate([rows[row] for row in group]) for group in groups]
+
+    def _captured_batches(self, captured: Captured) -> list[PromptBatch]:
+        longest = self._longest(TransformerSpec(model=self.tokenizer, revision=self.revision))
+        lengths = {
+            index: captured.lengths[index // self.repeat] for index in range(len(self.texts))
+        }
+        self.bad = {
+            index: _too_long(length, longest)
+            for index, length in lengths.items()
+            if longest is not None and length > longest
+        }
+        rows = [(index, index // self.repeat) for index in lengths if index not in self.bad]
+        groups = self._packed([lengths[index] for index, _ in rows])
+        return [PromptBatch.of_captured([rows[row] for row in group], captured) for group in groups]
+
+    def _packed(self, lengths: list[int]) -> list[list[int]]:
+        return pack(lengths, self._budget(), self.batch_size, self.repeat)
+
+    @staticmethod
+    def _longest(spec: TransformerSpec) -> int | None:
+        return getattr(spec.config(), "max_position_embeddings", None)
+
     def _tokenized(self) -> list[tuple[int, str, list[int]]]:
         spec = TransformerSpec(model=self.tokenizer, revision=self.revision)
         tokenizer = spec.load_tokenizer()
-        longest = getattr(spec.config(), "max_position_embeddings", None)
+        longest = self._longest(spec)
         rows = []
         for index, text in enumerate(self.texts):
+            assert text is not None
             ids = tokenizer(text, add_special_tokens=self.special_tokens)["input_ids"]
             if not text.strip():
                 self.bad[index] = "is empty; give it a text."
             elif not ids:
                 self.bad[index] = "has no tokens; remove it."
             elif longest is not None and len(ids) > longest:
-                self.bad[index] = (
-                    f"has {len(ids)} tokens, and the model reads at most {longest}; shorten it."
-                )
+                self.bad[index] = _too_long(len(ids), longest)
             else:
                 rows.append((index, text, list(ids)))
-        if rows and (self.trainer is None or self.trainer.is_global_zero):
-            for index, reason in self.bad.items():
-                print(f"prompt {index + 1} {reason} The others go on.", file=sys.stderr)
         return rows
 
     def _budget(self) -> int:
@@ -313,3 +388,7 @@ class PromptDataModule(LightningDataModule):
         raise InputError(
             "--ckpt_path is of a run with other batches; use its --data options, or leave it out."
         )
+
+
+def _too_long(length: int, longest: int) -> str:
+    return f"has {length} tokens, and the model reads at most {longest}; shorten it."

@@ -48,7 +48,7 @@ class PositionByPosition(Callback):
         data: Any = getattr(trainer, "datamodule", None)
         if not self.iterations or stage != "fit" or not isinstance(data, PromptDataModule):
             return
-        needed = self.iterations * max(batch.ids.shape[1] for batch in data.batches)
+        needed = self.iterations * max(batch.mask.shape[1] for batch in data.batches)
         if pl_module.iterations < needed:
             raise InputError(
                 f"--model.iterations {pl_module.iterations} end before the last position; with "

@@ -204,7 +204,7 @@ class Results(Callback):
         assert batch is not None
         top = module.top_tokens(self.top_k)
         verdict = verify_text(
-            module.features_of(module.learnable.encode(top.best, module.embedding)),
+            module.features_of_tokens(top.best),
             module.target,
             batch.mask,
             module.frozen,
@@ -284,9 +284,6 @@ def result_rows(
     """
     shared = describe(module)
     twins = {token for group in module.embedding.duplicates() for token in group}
-    accuracy = token_accuracy(top.best, batch.ids, batch.mask)
-    exact = exact_match(top.best, batch.ids, batch.mask)
-    in_top_k = top_k_accuracy(top.ids, batch.ids, batch.mask)
     tokenizer = module.frozen.tokenizer
     rows = []
     for row, length in enumerate(batch.lengths):
@@ -302,11 +299,8 @@ def result_rows(
                 "error": _NOT_FINITE if None in residuals else None,
                 "recovered": tokenizer.decode(ids) if tokenizer else None,
                 "recovered_tokens": token_texts(tokenizer, ids) if tokenizer else None,
-                "exact": bool(exact[row]),
-                "token_accuracy": float(accuracy[row]),
+                **_scores(batch, top, row),
                 "top_k": top.ids.shape[-1],
-                "top_k_accuracy": float(in_top_k[row]),
-                "hamming": 1 - float(in_top_k[row]),
                 "verified": all(verified),
                 "verified_tokens": sum(verified),
                 "unresolved": [t for t, proven in enumerate(verified) if not proven],
@@ -318,7 +312,7 @@ def result_rows(
                 "criterion_met_at": met_at if met_at >= 0 else None,
                 "iterations": stopped_at if stopped_at >= 0 else module.iteration + 1,
                 "seconds": round(seconds, 3),
-                "ids": batch.ids[row, :length].tolist(),
+                "ids": None if batch.ids is None else batch.ids[row, :length].tolist(),
                 "recovered_ids": ids,
                 "recovered_scores": [finite(s) for s in top.scores[row, :length, 0].tolist()],
                 "top_k_ids": top.ids[row, :length].tolist(),
@@ -328,7 +322,22 @@ def result_rows(
     return rows
 
 
-def bad_row(module: InputInversion, index: int, prompt: str, reason: str) -> Row:
+def _scores(batch: PromptBatch, top: TopTokens, row: int) -> Row:
+    """How much of a row is right; None where its prompt is not known."""
+    if batch.ids is None:
+        return dict.fromkeys(("exact", "token_accuracy", "top_k_accuracy", "hamming"))
+    here = slice(row, row + 1)
+    ids, mask = batch.ids[here], batch.mask[here]
+    in_top_k = float(top_k_accuracy(top.ids[here], ids, mask))
+    return {
+        "exact": bool(exact_match(top.best[here], ids, mask)),
+        "token_accuracy": float(token_accuracy(top.best[here], ids, mask)),
+        "top_k_accuracy": in_top_k,
+        "hamming": 1 - in_top_k,
+    }
+
+
+def bad_row(module: InputInversion, index: int, prompt: str | None, reason: str) -> Row:
     """The row of a prompt that could not be run: why, and nothing recovered."""
     nothing = {"exact": False, "token_accuracy": 0.0, "verified": False, "verified_tokens": 0}
     empty: Row = {key: [] for key in ("ids", "recovered_ids", "recovered_scores", "top_k_ids")}
@@ -344,7 +353,26 @@ def finite(number: float) -> float | None:
 
 
 def mean(rows: list[Row]) -> dict[str, float]:
-    """The run's metrics over the rows that could be run, by torchmetrics; {} where none could."""
+    """The run's metrics over the rows that could be run, by torchmetrics; {} where none could.
+
+    Those that compare with the prompt are over the rows whose prompt is known, if any.
+    """
+    rows = [row for row in rows if row["recovered_ids"]]
+    if not rows:
+        return {}
+    averages = _right(rows)
+    averages["Verified"] = sum(row["verified"] for row in rows) / len(rows)
+    for name, key in (("Iterations", "iterations"), ("DistanceRatio", "distance_ratio")):
+        numbers = [row[key] for row in rows if row.get(key) is not None]
+        if numbers:
+            averages[name] = sum(numbers) / len(numbers)
+    tried = [number for row in rows for number in row.get("candidates", ())]
+    if tried:
+        averages["Candidates"] = sum(tried) / len(tried)
+    return averages
+
+
+def _right(rows: list[Row]) -> dict[str, float]:
     rows = [row for row in rows if row["ids"]]
     if not rows:
         return {}
@@ -358,16 +386,7 @@ def mean(rows: list[Row]) -> dict[str, float]:
         if "top_k_ids" in row:
             top_k.update(torch.tensor([row["top_k_ids"]]), ids, mask)
     values = {**top_1.compute(), **(top_k.compute() if "top_k_ids" in rows[0] else {})}
-    averages = {name: float(value) for name, value in values.items()}
-    averages["Verified"] = sum(row["verified"] for row in rows) / len(rows)
-    for name, key in (("Iterations", "iterations"), ("DistanceRatio", "distance_ratio")):
-        numbers = [row[key] for row in rows if row.get(key) is not None]
-        if numbers:
-            averages[name] = sum(numbers) / len(numbers)
-    tried = [number for row in rows for number in row.get("candidates", ())]
-    if tried:
-        averages["Candidates"] = sum(tried) / len(tried)
-    return averages
+    return {name: float(value) for name, value in values.items()}
 
 
 def print_rows(rows: list[Row]) -> None:
@@ -390,7 +409,7 @@ def print_rows(rows: list[Row]) -> None:
         table.add_row(
             str(row["index"] + 1),
             Text(row["recovered"] or "", style="green" if row["verified"] else "red"),
-            f"{round(row['token_accuracy'] * count)}/{count}",
+            _of(row["token_accuracy"], count),
             f"{row['verified_tokens']}/{count}",
             *spent,
         )
@@ -399,7 +418,13 @@ def print_rows(rows: list[Row]) -> None:
     averages = mean(rows)
     if not averages:
         return
-    console.print(
+    right = (
         f"token accuracy {averages['TokenAccuracy']:.3f}, exact {averages['ExactMatch']:.3f}, "
-        f"verified {averages['Verified']:.3f} of {len(rows)} prompts"
+        if "TokenAccuracy" in averages
+        else ""
     )
+    console.print(f"{right}verified {averages['Verified']:.3f} of {len(rows)} prompts")
+
+
+def _of(share: float | None, count: int) -> str:
+    return "not known" if share is None else f"{round(share * count)}/{count}"

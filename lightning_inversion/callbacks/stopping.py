@@ -18,6 +18,7 @@ class StoppingCriterion(Callback):
 
     Meeting the criterion says nothing about the tokens: a' is not a token, and how far it lies
     from a is arbitrary beside the distance between tokens. Read it beside the token accuracy.
+    Captured targets of prompts that are not known have no a': nothing is reported, no row stops.
 
     Args:
         shift: what a' is; the document's is a Gaussian shift of 1/20.
@@ -46,6 +47,7 @@ class StoppingCriterion(Callback):
         """||O(a') - O(a)||_1 of each row ``[B]``, computed once for a batch."""
         batch = module.batch
         assert batch is not None
+        assert batch.ids is not None
         if self._shifted is None or self._shifted[0] != batch.index:
             values = self.shift(
                 batch.ids, module.noise("shift"), module.learnable, module.embedding
@@ -63,6 +65,8 @@ class StoppingCriterion(Callback):
             features: ``[B, T, F]`` of its input as it stands.
         """
         assert module.batch is not None
+        if module.batch.ids is None:
+            return
         progress = module.progress
         distance = row_distance(features, module.target, module.batch.mask)
         progress.ratio = distance / self.shifted_distance(module)
@@ -77,7 +81,8 @@ class StoppingCriterion(Callback):
         """Judge the input whose features were just computed, before it moves on."""
         assert isinstance(pl_module, InputInversion)
         self.judge(pl_module, pl_module.features)
-        if pl_module.iteration % self.log_every == 0 and trainer.logger is not None:
+        judged = pl_module.batch is not None and pl_module.batch.ids is not None
+        if judged and pl_module.iteration % self.log_every == 0 and trainer.logger is not None:
             ratio = float(pl_module.progress.ratio.mean())
             trainer.logger.log_metrics({"match/distance_ratio": ratio}, trainer.global_step)
 

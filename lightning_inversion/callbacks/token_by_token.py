@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput
 from lightning_inversion.module import InputInversion
+from lightning_inversion.prompts import PromptDataModule
 from lightning_inversion.recovery.token_search import TokenSearch
 
 
@@ -62,6 +63,14 @@ class TokenByToken(Callback):
         """Check again where no command line did."""
         assert isinstance(pl_module, InputInversion)
         self.check(pl_module)
+        data: Any = getattr(trainer, "datamodule", None)
+        captured = data.captured if isinstance(data, PromptDataModule) else None
+        if self.every and stage == "fit" and captured is not None and not captured.storage.exact:
+            raise InputError(
+                "token_by_token proves tokens to the precision of float32, and --data.targets was "
+                f"stored as {captured.storage.dtype} with noise {captured.storage.noise:g}; use "
+                "predict, which measures its tolerance, or set --token_by_token.every 0."
+            )
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

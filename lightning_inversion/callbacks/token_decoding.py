@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -22,7 +23,8 @@ from lightning_inversion.module import InputInversion
 class TokenDecoding(Callback):
     """Decodes the input every few iterations and shows its best tokens.
 
-    Green tokens are proven, dim tokens are wrong, plain tokens are right but not proven yet. Below
+    Green tokens are proven, dim tokens are wrong, plain tokens are right but not proven yet, or of
+    a prompt that is not known. Below
     the prompts stands the document's view of the first one: line j holds the j-th best token of
     every position.
 
@@ -105,23 +107,24 @@ class TokenDecoding(Callback):
         assert batch is not None
         shown = min(self.prompts, len(batch.prompts))
         top = module.top_tokens(self.top_k, first=shown)
-        accuracy = float(token_accuracy(top.best, batch.ids[:shown], batch.mask[:shown]).mean())
-        proven = float((module.progress.proven & batch.mask).sum() / batch.mask.sum())
+        shares = {"proven": float((module.progress.proven & batch.mask).sum() / batch.mask.sum())}
+        if batch.ids is not None:
+            right = token_accuracy(top.best, batch.ids[:shown], batch.mask[:shown])
+            shares = {"accuracy": float(right.mean()), **shares}
         texts = [self._tokens(module, top, row) for row in range(shown)]
         if trainer.logger is not None:
-            trainer.logger.log_metrics(
-                {"tokens/accuracy": accuracy, "tokens/proven": proven}, trainer.global_step
-            )
+            metrics = {f"tokens/{name}": share for name, share in shares.items()}
+            trainer.logger.log_metrics(metrics, trainer.global_step)
         if isinstance(trainer.logger, TensorBoardLogger):
             markdown = self._markdown(module, top, [text.plain for text in texts])
             trainer.logger.experiment.add_text("tokens/top_k", markdown, trainer.global_step)
         if not self.show:
             return
         distance = float(module.distances.detach().mean())
-        summary = (
-            f"iteration {module.iteration + 1}: distance {distance:.4g}, "
-            f"token accuracy {accuracy:.3f}, proven {proven:.3f}"
-        )
+        summary = f"iteration {module.iteration + 1}: distance {distance:.4g}"
+        if "accuracy" in shares:
+            summary += f", token accuracy {shares['accuracy']:.3f}"
+        summary += f", proven {shares['proven']:.3f}"
         if self._live is not None:
             self._live.update(Group(self._bar, summary, self._table(module, top, texts)))
         else:
@@ -131,11 +134,12 @@ class TokenDecoding(Callback):
         """The best tokens of one prompt, coloured by what is known of them."""
         assert module.batch is not None
         length = module.batch.lengths[row]
-        right = top.best[row] == module.batch.ids[row]
+        ids = module.batch.ids
+        wrong = torch.zeros(length) if ids is None else top.best[row] != ids[row]
         text = Text()
         for position in range(length):
             proven = bool(module.progress.proven[row, position])
-            style = "green" if proven else "" if bool(right[position]) else "bright_black"
+            style = "green" if proven else "bright_black" if bool(wrong[position]) else ""
             text.append(_readable(module, top.best[row, position]), style)
         return text
 

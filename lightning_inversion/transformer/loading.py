@@ -149,25 +149,20 @@ class TransformerSpec:
             model,
             tokenizer,
             selection=self._selection(model.config),
-            surgery=Surgery(
-                mlp=self.mlp,
-                norms=self.norms,
-                residuals=self.residuals,
-                positions=self.positions,
-                causal=self.causal,
-                repeat_first=self.repeat_first,
-            ),
+            surgery=self._surgery,
             embedding=self._other_embedding(),
-            description={
-                "model": self.model,
-                "revision": self.revision,
-                "weights": self.weights,
-                "weights_seed": self.weights_seed if self.weights == "untrained" else None,
-                "quantization": self.quantization,
-                "embedding": self.embedding,
-                "embedding_seed": self.embedding_seed if self.embedding == "untrained" else None,
-            },
+            description=self._source,
         )
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What the loaded model's description will say, but for what needs its weights."""
+        return {
+            **self._source,
+            **self._selection(text_config(self.config())).description(),
+            **self._surgery.description(),
+            "dtype": self.dtype,
+        }
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, without the model."""
@@ -244,6 +239,29 @@ class TransformerSpec:
     ) -> PreTrainedModel:
         attention = self._attention_of(auto, config)
         return untrained_model(auto, config, self.weights_seed, self._dtype, attention, depth)
+
+    @property
+    def _surgery(self) -> Surgery:
+        return Surgery(
+            mlp=self.mlp,
+            norms=self.norms,
+            residuals=self.residuals,
+            positions=self.positions,
+            causal=self.causal,
+            repeat_first=self.repeat_first,
+        )
+
+    @property
+    def _source(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "revision": self.revision,
+            "weights": self.weights,
+            "weights_seed": self.weights_seed if self.weights == "untrained" else None,
+            "quantization": self.quantization,
+            "embedding": self.embedding,
+            "embedding_seed": self.embedding_seed if self.embedding == "untrained" else None,
+        }
 
     def _selection(self, language: PretrainedConfig) -> Selection:
         return Selection.of(language, self.depth, self.layers, self.features, self.final_norm)

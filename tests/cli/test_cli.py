@@ -42,7 +42,7 @@ def rows_of(root: Path, version: int = 0) -> list[dict]:
         (["--model.learnable=VocabularyInput"], "set --token_by_token.every 0"),
         (["--data.prompts=[' ']"], "--data.prompts, prompt 1 is empty"),
         (["--data.batch_size=0"], "--data.batch_size must be at least 1"),
-        (["--data.file=none.txt"], "both were given"),
+        (["--data.file=none.txt"], "--data.prompts and --data.file were given"),
         (["--learning_rate.start=-1"], "learning_rate.start"),
         (["--token_by_token.window=0"], "token_by_token"),
         (["--trainer.strategy=ddp", "--trainer.devices=2"], "DDPStrategy would average the inputs"),
@@ -71,7 +71,7 @@ def test_a_missing_prompt_and_a_missing_checkpoint(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["fit", f"--model.transformer.model={tiny_folder}"]) == 2
-    assert "Give either --data.prompts or --data.file" in capsys.readouterr().err
+    assert "Give one of --data.prompts, --data.file, --data.targets; none was given" in capsys.readouterr().err
     assert run(["validate", "--data.prompts=['a']"]) == 2
     assert "name it with --ckpt_path" in capsys.readouterr().err
 

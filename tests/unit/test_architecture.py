@@ -20,6 +20,8 @@ LEVELS = {
     "callbacks": 4,
     "recovery": 3,
     "attribution": 3,
+    "captured": 3,
+    "capture": 3,
     "decoding": 3,
     "metrics": 3,
     "inputs": 2,
