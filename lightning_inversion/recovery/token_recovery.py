@@ -43,6 +43,8 @@ class TokenRecovery(RecoveryPolicy):
 
     GROWS_EVERY = 4
     """Rounds at a place after which its share of candidates doubles."""
+    PATIENCE = 4
+    """Rounds after which a token that may be right, and cannot be certified, is taken as it is."""
 
     def __init__(
         self,
@@ -177,7 +179,11 @@ class _Batch:
         return self.calibration.tolerance[positions.clamp(max=1)]
 
     def _exhausted(self, rows: Tensor) -> Tensor:
-        return self.frontier.tried[rows].sum(1) >= self.limit
+        """Rows whose budget is spent, or that nothing can certify and a likely token is there."""
+        spent = self.frontier.tried[rows].sum(1) >= self.limit
+        likely = self.calibration.plausible[self.frontier.positions(rows).clamp(max=1)]
+        near = self.best_residuals[rows, 0] <= likely
+        return spent | (near & (self.frontier.rounds[rows] >= self.policy.PATIENCE))
 
     def _give_up(self, rows: Tensor) -> None:
         """Take the best candidate, uncertified, so that later tokens can be looked for."""

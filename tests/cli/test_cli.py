@@ -71,7 +71,10 @@ def test_a_missing_prompt_and_a_missing_checkpoint(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["fit", f"--model.transformer.model={tiny_folder}"]) == 2
-    assert "Give one of --data.prompts, --data.file, --data.targets; none was given" in capsys.readouterr().err
+    assert (
+        "Give one of --data.prompts, --data.file, --data.targets; none was given"
+        in capsys.readouterr().err
+    )
     assert run(["validate", "--data.prompts=['a']"]) == 2
     assert "name it with --ckpt_path" in capsys.readouterr().err
 

@@ -1,0 +1,91 @@
+"""``python -m tests.benchmarks.hard_settings``: exact recovery where states were not kept whole.
+
+Rounded, noisy, sliced, quantised, normed: for each setting, how many tokens of the protocol's texts
+are right, how many are certified, and whether any certificate is false. Prints a markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_inversion.captured import Storage
+from lightning_inversion.protocol import protocol_texts
+from lightning_inversion.recovery.policy import Instruments, recovered
+from lightning_inversion.recovery.token_recovery import TokenRecovery
+from lightning_inversion.transformer.language_model import LanguageModel
+from lightning_inversion.transformer.loading import TransformerSpec
+
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "float32": ({}, {}),
+    "stored as bfloat16": ({}, {"dtype": "bfloat16"}),
+    "stored as float16": ({}, {"dtype": "float16"}),
+    "computed in bfloat16": ({"dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+    "int8 weights": ({"quantization": "int8"}, {}),
+    "nf4 weights": ({"quantization": "nf4"}, {}),
+    "noise 0.1": ({}, {"noise": 0.1}),
+    "noise 1": ({}, {"noise": 1.0}),
+    "noise 3": ({}, {"noise": 3.0}),
+    "features 0:64": ({"features": "0:64"}, {}),
+    "features 0:8": ({"features": "0:8"}, {}),
+    "layers 4 and 8": ({"layers": [4, 8]}, {}),
+    "final norm": ({"final_norm": True}, {}),
+}
+
+
+def main() -> None:
+    """Run the settings that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=10)
+    parser.add_argument("--length", type=int, default=20)
+    parser.add_argument("--budget", type=int, default=4096)
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
+    options = parser.parse_args()
+    print("| setting | right | certified | false certificates | seconds | tolerance |")
+    print("|---|---|---|---|---|---|")
+    for name in options.settings:
+        loaded, stored = SETTINGS[name]
+        depth = None if "layers" in loaded else options.depth
+        spec = dataclasses.replace(TransformerSpec(), **{"depth": depth, **loaded})
+        transformer, whole = spec.load_with_head()
+        language_model = LanguageModel(whole, transformer.caches)
+        tokenizer = transformer.tokenizer
+        assert tokenizer is not None
+        vocabulary = transformer.embedding.vocabulary_size
+        file = Path("configs/recovery/prompts.jsonl")
+        texts = protocol_texts(tokenizer, vocabulary, file, options.length)[: options.prompts]
+        ids = torch.tensor(texts)
+        channel = Storage(**stored)
+        target = channel(transformer.features_of(ids))
+        instruments = Instruments.measure(transformer, language_model, channel)
+        began = time.monotonic()
+        policy = TokenRecovery(budget=options.budget)
+        found = recovered(policy, instruments, target, [options.length] * len(texts))
+        seconds = time.monotonic() - began
+        pairs = [
+            (token, right)
+            for text, row in zip(found, texts, strict=True)
+            for token, right in zip(text.tokens, row, strict=True)
+        ]
+        right = sum(token.id == truth for token, truth in pairs)
+        certified = sum(token.certified for token, _ in pairs)
+        false = sum(
+            token.certified and truth not in (token.id, *token.indistinguishable)
+            for token, truth in pairs
+        )
+        tolerance = float(instruments.calibration.tolerance[1])
+        print(
+            f"| {name} | {right}/{len(pairs)} | {certified} | {false} | {seconds:.0f} | "
+            f"{tolerance:.2g} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
