@@ -32,10 +32,14 @@ from lightning_inversion.capture import add_capture_arguments, run_capture
 from lightning_inversion.errors import InputError, ProcessLostError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.prompts import PromptDataModule
+from lightning_inversion.recovery.sipit import SIPIT
+from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.result_files import read_rows
 from lightning_inversion.transformer.shared import SharedModels
 
 _PACKAGE = "lightning_inversion"
+POLICIES = (TokenRecovery, SIPIT)
+"""What --model.recovery can choose by name."""
 FITTED, PREDICTED = "config.yaml", "predict.yaml"
 """The settings of a run in its folder, by what it was."""
 # Written out, so that --print_config shows the recommended recipe and config.yaml records it; a

@@ -48,7 +48,7 @@ def recovered_rows(
                     place + len(known) for place, t in enumerate(tokens) if not t.certified
                 ],
                 "certified": known + [token.certified for token in tokens],
-                "residuals": [rounded(token.residual) for token in tokens],
+                "token_residuals": [rounded(token.residual) for token in tokens],
                 "tolerances": [rounded(token.tolerance) for token in tokens],
                 "margins": [rounded(token.margin) for token in tokens],
                 "candidates": [token.candidates for token in tokens],

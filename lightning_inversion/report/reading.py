@@ -23,8 +23,8 @@ NEEDED = {"index", "recovered", "model", "depth"}
 OUTCOMES = {
     "schema", "index", "prompt", "recovered", "recovered_tokens", "recovered_ids",
     "recovered_scores", "ids", "exact", "token_accuracy", "top_k_accuracy", "top_k_ids", "hamming",
-    "verified", "verified_tokens", "unresolved", "certified", "relative_residuals", "residuals",
-    "margins", "candidates", "orders", "token_seconds", "alternatives", "indistinguishable",
+    "verified", "verified_tokens", "unresolved", "certified", "relative_residuals",
+    "token_residuals", "tolerances", "known_tokens", "forwards", "margins", "candidates", "orders", "token_seconds", "alternatives", "indistinguishable",
     "tolerance", "distance_ratio", "criterion_met", "criterion_met_at", "iterations", "seconds",
     "present", "range", "error", "settings", "seed", "weights_sha256",
 }  # fmt: skip

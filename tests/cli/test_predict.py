@@ -1,0 +1,89 @@
+"""``predict`` by the real entry point: rows, certificates, going on, budgets, wrong use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_inversion.cli import run
+from lightning_inversion.transformer.cache import ENVIRONMENT
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "cache"))
+
+
+def predict(folder: Path, root: Path, *more: str) -> list[str]:
+    return [
+        "predict",
+        f"--model.transformer.model={folder}",
+        "--model.transformer.depth=2",
+        '--data.prompts=["The sky is blue.", "A quick brown fox", "The wipers"]',
+        f"--trainer.default_root_dir={root}",
+        "--trainer.accelerator=cpu",
+        *more,
+    ]
+
+
+def rows_of(root: Path) -> list[dict[str, Any]]:
+    lines = (root / "lightning_logs" / "version_0" / "results.jsonl").read_text()
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+def test_every_token_is_recovered_with_its_certificate(tiny_folder: Path, tmp_path: Path) -> None:
+    assert run(predict(tiny_folder, tmp_path)) == 0
+    rows = rows_of(tmp_path)
+    assert [row["recovered"] for row in rows] == [row["prompt"] for row in rows]
+    for row in rows:
+        count = len(row["ids"])
+        assert row["command"] == "predict"
+        assert row["exact"]
+        assert row["verified"]
+        assert row["certified"] == [True] * count
+        for key in (
+            "token_residuals",
+            "tolerances",
+            "margins",
+            "candidates",
+            "orders",
+            "token_seconds",
+        ):
+            assert len(row[key]) == count
+        assert all(r <= t for r, t in zip(row["token_residuals"], row["tolerances"], strict=True))
+        assert row["policy"].startswith("TokenRecovery(LinearMap+GradientProxy")
+
+
+def test_it_goes_on_where_it_stopped(tiny_folder: Path, tmp_path: Path) -> None:
+    arguments = predict(tiny_folder, tmp_path, "--data.batch_size=1")
+    assert run(arguments) == 0
+    path = tmp_path / "lightning_logs" / "version_0" / "results.jsonl"
+    whole = rows_of(tmp_path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in whole if row["index"] != 1))
+    assert run([*arguments, "--ckpt_path=last"]) == 0
+    again = rows_of(tmp_path)
+    assert [row["recovered_ids"] for row in again] == [row["recovered_ids"] for row in whole]
+    assert again[0]["token_seconds"] == whole[0]["token_seconds"]  # not run again
+    assert not (tmp_path / "lightning_logs" / "version_1").exists()
+
+
+def test_another_policy_by_name(tiny_folder: Path, tmp_path: Path) -> None:
+    order = "--model.recovery.order=lightning_inversion.recovery.orders.Exhaustive"
+    assert run(predict(tiny_folder, tmp_path, "--model.recovery=TokenRecovery", order)) == 0
+    rows = rows_of(tmp_path)
+    assert all(row["exact"] for row in rows)
+    assert rows[0]["policy"] == "TokenRecovery(Exhaustive)"
+
+
+def test_a_wrong_policy_ends_in_a_sentence(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(predict(tiny_folder, tmp_path, "--model.recovery=Guess"))
+    assert ended.value.code == 2
+    assert "Guess is no RecoveryPolicy; choose one of SIPIT, TokenRecovery" in (
+        capsys.readouterr().err
+    )
