@@ -1,4 +1,4 @@
-"""`lightning-inversion capture`: prompts -> a file of their features, which needs no prompt after."""
+"""`lightning-inversion capture`: prompts -> a file of their features; no prompt is needed after."""
 
 from __future__ import annotations
 

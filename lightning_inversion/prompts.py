@@ -1,4 +1,4 @@
-"""Prompts or captured targets -> batches. An epoch is one batch of prompts, a step is one iteration on it."""
+"""Prompts or captured targets -> batches. An epoch is one batch, a step is one iteration on it."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence

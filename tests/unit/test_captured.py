@@ -182,7 +182,8 @@ def test_cheap_mismatches_come_before_the_model(
 ) -> None:
     path = capture(tiny_folder, tmp_path)
     monkeypatch.setattr(
-        "lightning_inversion.transformer.loading.TransformerSpec.load", lambda _: pytest.fail()
+        "lightning_inversion.transformer.loading.TransformerSpec.load",
+        lambda _: pytest.fail("loaded"),
     )
     assert run([*fit(tiny_folder, tmp_path, f"--data.targets={path}"), *more]) == 2
     assert sentence in capsys.readouterr().err

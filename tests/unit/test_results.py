@@ -73,7 +73,7 @@ def test_prompt_files_are_read(tmp_path: Path) -> None:
 def test_prompts_come_from_one_place() -> None:
     with pytest.raises(InputError, match="none was given"):
         PromptDataModule()
-    with pytest.raises(InputError, match="prompts and --data.file were given"):
+    with pytest.raises(InputError, match=r"prompts and --data\.file were given"):
         PromptDataModule(prompts=["a"], file="b")
     with pytest.raises(InputError, match="prompt 1 is empty"):
         PromptDataModule(prompts=[" ", ""])
