@@ -20,7 +20,14 @@ _SMALLEST_NORM = 1e-8
 
 
 class Objective(nn.Module, ABC):
-    """Distance of features: ``([B, T, F], [B, T, F], [B, T]) -> [B]``."""
+    """Distance of features: ``([B, T, F], [B, T, F], [B, T]) -> [B]``.
+
+    Attributes:
+        by_row: a row's distance follows from the row alone, wherever it stands in the batch, and
+            from the positions in its mask alone.
+    """
+
+    by_row = True
 
     def calibrate(self, readout: Callable[[], Readout]) -> None:
         """Learn what is needed of the frozen model; most objectives need nothing."""
@@ -119,6 +126,7 @@ class Standardized(Objective):
             first=CosineDistance(each_position=True), second=L2(relative=True, squared=True)
         )
         self.readout: Readout | None = None
+        self.by_row = self.objective.by_row
 
     def calibrate(self, readout: Callable[[], Readout]) -> None:
         """Take the spread of each feature from the model's readout."""
@@ -160,6 +168,7 @@ class WeightedSum(Objective):
             )
         self.alpha, self.beta = alpha, beta
         self.first, self.second = first or CosineDistance(), second or L1()
+        self.by_row = self.first.by_row and self.second.by_row
 
     def calibrate(self, readout: Callable[[], Readout]) -> None:
         """Both objectives learn what they need."""
@@ -192,6 +201,7 @@ class Narrowed(Objective):
         for text in ranges:
             check_slice(text, "objective.ranges")
         self.ranges, self.objective = list(ranges), objective or L1()
+        self.by_row = False  # its range follows from its place
         if isinstance(self.objective, Standardized):
             raise InputError(
                 "Narrowed.objective Standardized would move the zeros outside a range; put "

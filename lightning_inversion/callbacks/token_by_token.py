@@ -11,6 +11,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput
 from lightning_inversion.module import InputInversion
 from lightning_inversion.recovery.token_search import TokenSearch
+from lightning_inversion.transformer.known_vectors import KnownVectors
 
 
 class TokenByToken(Callback):
@@ -97,12 +98,18 @@ class TokenByToken(Callback):
         rows = rows[
             ~search.tested[rows].all(1)
         ]  # where every token was tried, the gradient is left
+        if len(rows):
+            known = KnownVectors(
+                module.frozen, rows, module.learnable(module.embedding),
+                module.progress.proven[rows].sum(1),
+            )  # fmt: skip
         while len(rows):
-            lengths = module.progress.proven[rows].sum(1)
-            proposal = search.propose(rows, lengths, values[rows], values[rows, lengths])
+            lengths = known.lengths_of(rows)
+            proposal = search.propose(rows, known, values[rows, lengths])
             rows, lengths = rows[proposal.proven], lengths[proposal.proven]
-            ids = proposal.ids[proposal.proven]
-            values[rows, lengths] = module.learnable.encode(ids, module.embedding)
+            vectors = module.learnable.encode(proposal.ids[proposal.proven], module.embedding)
+            known.append(rows, vectors)
+            values[rows, lengths] = vectors
             module.learnable.held[rows, lengths] = True
             module.progress.proven[rows, lengths] = True
             rows = rows[lengths + 1 < totals[rows]]

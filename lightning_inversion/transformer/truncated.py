@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
 from lightning_inversion.transformer.blocks import (
     cut_blocks_,
@@ -27,6 +28,7 @@ from lightning_inversion.transformer.candidates import (
     tree_works,
 )
 from lightning_inversion.transformer.embedding import TokenEmbedding
+from lightning_inversion.transformer.ragged_cache import cache_works
 from lightning_inversion.transformer.selection import Selection
 from lightning_inversion.transformer.surgery import Surgery, check_bidirectional, operate_
 
@@ -172,13 +174,15 @@ class TruncatedTransformer(nn.Module):
         embeds: Tensor,
         allowed: Tensor | None = None,
         positions: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
-        """One forward of the model; `forward` and `candidates` are the ways to call it.
+        """One forward of the model; `forward`, `candidates` and `KnownPrefix` call it.
 
         Args:
             embeds: [B, T, D].
-            allowed: [B, T, T] bool, which position (row) sees which; None for the model's own.
+            allowed: [B, T, P + T] bool, which position (row) sees which; None for the model's own.
             positions: [B, T] position ids; None for the model's own.
+            cache: keys and values of P known tokens before these; P is 0 without.
         """
         if self.surgery.positions != "own":
             positions = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
@@ -188,21 +192,30 @@ class TruncatedTransformer(nn.Module):
         if allowed is not None and positions is None and takes_position_ids(self.model):
             # OPT would count positions from the mask.
             positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
-        given: dict[str, Tensor] = {}
+        given: dict[str, Any] = {}
         if allowed is not None:
             hidden = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
             hidden.masked_fill_(~allowed, torch.finfo(self.dtype).min)
             given["attention_mask"] = hidden[:, None]
         if positions is not None:
             given["position_ids"] = positions
+        if cache is not None:
+            given["past_key_values"] = cache
         with self.selection.listening(self._blocks) as heard:
-            output = self.model(inputs_embeds=embeds.to(self.dtype), use_cache=False, **given)
+            output = self.model(
+                inputs_embeds=embeds.to(self.dtype), use_cache=cache is not None, **given
+            )
         return self.selection.features_in(heard, output.last_hidden_state).float().to(embeds.device)
 
     @cached_property
     def tree_attention(self) -> bool:
         """Whether `candidates` may use tree attention; tried out once, when first asked."""
         return tree_works(self)
+
+    @cached_property
+    def caches(self) -> bool:
+        """Whether `KnownPrefix` may keep keys and values; tried out once, when first asked."""
+        return cache_works(self)
 
     def candidates(
         self, prefix_embeds: Tensor, lengths: Tensor, candidate_embeds: Tensor
