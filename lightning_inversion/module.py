@@ -262,9 +262,7 @@ class InputInversion(LightningModule):
     def _distances_in(self, window: tuple[Tensor, Tensor, int], looked_at: Tensor) -> Tensor:
         """The distance of each row ``[B]``, from its window alone."""
         rows, lengths, width = window
-        vectors = self.learnable(self.embedding)
-        if self._known is None or not self._known.of(rows, lengths):
-            self._known = KnownVectors(self.frozen, rows, vectors, lengths)
+        vectors, known = self.learnable(self.embedding), self.known_vectors(rows, lengths)
         # Position 0 has statistics of its own in a readout: nothing else may stand in column 0.
         columns = torch.arange(width + 1, device=rows.device)
         shift = (lengths > 0).long()[:, None]
@@ -272,13 +270,20 @@ class InputInversion(LightningModule):
         inside = (columns >= shift) & (columns < width + shift)
         inside &= lengths[:, None] + columns - shift < looked_at.shape[1]
         run = (lengths[:, None] + columns[:width]).clamp(max=looked_at.shape[1] - 1)
-        features = self._known.followed_by(vectors[rows[:, None], run])
+        features = known.followed_by(vectors[rows[:, None], run])
         features = features.gather(
             1, (columns - shift).clamp(0, width - 1)[..., None].expand(-1, -1, features.shape[-1])
         )
         mask = looked_at[rows[:, None], places] & inside
         distances = self.objective(features, self.target[rows[:, None], places], mask)
         return torch.zeros_like(self.progress.ratio).index_put((rows,), distances)
+
+    def known_vectors(self, rows: Tensor, lengths: Tensor) -> KnownVectors:
+        """What rows ``[R]`` begin with, ``lengths`` [R] positions that are held; run once."""
+        if self._known is None or not self._known.of(rows, lengths):
+            vectors = self.learnable(self.embedding)
+            self._known = KnownVectors(self.frozen, rows, vectors, lengths)
+        return self._known
 
     def stop_rows(self, rows: Tensor) -> None:
         """Hold ``rows`` [B] bool still from this iteration on."""
@@ -292,9 +297,11 @@ class InputInversion(LightningModule):
             assert self.batch is not None
             own = torch.where(self.batch.mask, self.batch.ids, self.batch.ids[:, :1])
             disallowed = disallowed.to(own.device).repeat(len(own), 1).scatter(1, own, False)
+        mask = None if self.batch is None else self.batch.mask
         return decode(
-            self.learnable, self.embedding, self.decoder, k, disallowed, self.masked_score, first
-        )
+            self.learnable, self.embedding, self.decoder, k, disallowed, self.masked_score, first,
+            mask,
+        )  # fmt: skip
 
     # -- Lightning's hooks -------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput
 from lightning_inversion.module import InputInversion
 from lightning_inversion.recovery.token_search import TokenSearch
-from lightning_inversion.transformer.known_vectors import KnownVectors
 
 
 class TokenByToken(Callback):
@@ -99,16 +98,14 @@ class TokenByToken(Callback):
             ~search.tested[rows].all(1)
         ]  # where every token was tried, the gradient is left
         if len(rows):
-            known = KnownVectors(
-                module.frozen, rows, module.learnable(module.embedding),
-                module.progress.proven[rows].sum(1),
-            )  # fmt: skip
+            known = module.known_vectors(rows, module.progress.proven[rows].sum(1))
         while len(rows):
             lengths = known.lengths_of(rows)
             proposal = search.propose(rows, known, values[rows, lengths])
             rows, lengths = rows[proposal.proven], lengths[proposal.proven]
             vectors = module.learnable.encode(proposal.ids[proposal.proven], module.embedding)
-            known.append(rows, vectors)
+            if len(rows):
+                known.append(rows, vectors)
             values[rows, lengths] = vectors
             module.learnable.held[rows, lengths] = True
             module.progress.proven[rows, lengths] = True

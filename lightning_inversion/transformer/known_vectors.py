@@ -32,6 +32,7 @@ class KnownVectors:
     ) -> None:
         self.transformer, self.rows, self.vectors = transformer, rows, vectors.detach()
         self.lengths = lengths.clone()
+        self._grown = False
         self._place = torch.full((len(vectors),), -1, device=rows.device)
         self._place[rows] = torch.arange(len(rows), device=rows.device)
         self._cache: RaggedCache | None = None
@@ -45,8 +46,10 @@ class KnownVectors:
                 self._cache.begin(lengths)
 
     def of(self, rows: Tensor, lengths: Tensor) -> bool:
-        """Whether these are the rows, and as long as this."""
-        return torch.equal(self.rows, rows) and torch.equal(self.lengths, lengths)
+        """Whether these are the rows, as long as this, and nothing was appended."""
+        return (
+            not self._grown and torch.equal(self.rows, rows) and torch.equal(self.lengths, lengths)
+        )
 
     def lengths_of(self, rows: Tensor) -> Tensor:
         """How many vectors of some rows are known ``[R']``."""
@@ -71,7 +74,7 @@ class KnownVectors:
     @torch.no_grad()
     def append(self, rows: Tensor, vectors: Tensor) -> None:
         """The next vectors ``[R', D]`` of some rows are known from now on."""
-        places = self._place[rows]
+        places, self._grown = self._place[rows], True
         self.vectors[rows, self.lengths[places]] = vectors
         self.lengths[places] += 1
         if self._cache is not None and len(rows):
