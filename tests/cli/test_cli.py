@@ -156,3 +156,19 @@ def test_the_defaults_of_fit_are_those_of_the_constructor(tiny_folder: Path) -> 
     start = parts["learnable"]["init_args"]["start"]["class_path"]
     assert start.endswith(f".{type(module.learnable.start).__name__}")
     assert parts["objective"]["class_path"].endswith(f".{type(module.objective).__name__}")
+
+
+def test_a_damaged_checkpoint_costs_its_batch_alone(
+    tiny_folder: Path, tmp_path: Path, capsys
+) -> None:
+    arguments = fit(tiny_folder, tmp_path, "--model.iterations=10", "--data.batch_size=1")
+    assert run(arguments) == 0
+    before = [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(tmp_path)]
+    folder = tmp_path / "lightning_logs" / "version_0"
+    (folder / "checkpoints" / "last.ckpt").write_bytes(b"not a checkpoint")
+    lines = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+    (folder / "results.jsonl").write_text(lines[1] + lines[0][:40])
+    capsys.readouterr()
+    assert run([*arguments, "--ckpt_path=last"]) == 0
+    assert "cannot be read" in capsys.readouterr().err
+    assert [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(tmp_path)] == before
