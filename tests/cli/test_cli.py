@@ -118,6 +118,9 @@ def test_hparams_hold_real_values(tiny_folder: Path, tmp_path: Path) -> None:
         "final/TokenAccuracy",
     } <= set(tags)
     assert "hp_metric" not in tags
+    assert "optimizer/learning_rate" in tags
+    assert events.Tags()["images"] == ["tokens/distance_to_nearest"]
+    assert "tokens/top_k/text_summary" in events.Tags()["tensors"]
     accuracy = events.Scalars("final/TokenAccuracy")[-1].value
     rows = rows_of(tmp_path)
     assert accuracy == pytest.approx(sum(row["token_accuracy"] for row in rows) / len(rows))
