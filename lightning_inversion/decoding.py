@@ -38,7 +38,13 @@ class CosineDecoder(Decoder):
 
 
 class L2Decoder(Decoder):
-    """Minus half the squared distance to each embedding, up to a constant of the vector."""
+    """Minus half the squared distance to each embedding, up to a constant of the vector.
+
+    Example:
+        >>> embedding = TokenEmbedding(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
+        >>> L2Decoder()(torch.tensor([2.0, 2.0]), embedding).argmax()
+        tensor(1)
+    """
 
     def __call__(self, vectors: Tensor, embedding: TokenEmbedding) -> Tensor:
         return embedding.dot(vectors) - embedding.norms.square() / 2

@@ -69,6 +69,11 @@ class L1(_Norm):
             with massive activations weighs no more than another.
         squared: with ``relative``, square each position's quotient: its gradient fades as the
             distance does.
+
+    Example:
+        >>> generated, target = torch.zeros(1, 2, 2), torch.tensor([[[3.0, 4.0], [9.0, 9.0]]])
+        >>> L1()(generated, target, torch.tensor([[True, False]]))
+        tensor([7.])
     """
 
     order = 1.0
@@ -95,6 +100,11 @@ class CosineDistance(Objective):
         each_position: False flattens a row to one vector (the document); True sums the distance of
             each position.
         absolute: take abs(cos), as the author's code does; opposite directions then count as equal.
+
+    Example:
+        >>> right, up = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]])
+        >>> CosineDistance()(right, up, torch.tensor([[True]]))
+        tensor([1.])
     """
 
     def __init__(self, each_position: bool = False, absolute: bool = False) -> None:
