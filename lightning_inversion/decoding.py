@@ -38,7 +38,13 @@ class CosineDecoder(Decoder):
 
 
 class L2Decoder(Decoder):
-    """Minus half the squared distance to each embedding, up to a constant of the vector."""
+    """Minus half the squared distance to each embedding, up to a constant of the vector.
+
+    Example:
+        >>> embedding = TokenEmbedding(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
+        >>> L2Decoder()(torch.tensor([2.0, 2.0]), embedding).argmax()
+        tensor(1)
+    """
 
     def __call__(self, vectors: Tensor, embedding: TokenEmbedding) -> Tensor:
         return embedding.dot(vectors) - embedding.norms.square() / 2
@@ -71,6 +77,7 @@ def decode(
     disallowed: Tensor | None = None,
     masked_score: float = -torch.inf,
     first: int | None = None,
+    mask: Tensor | None = None,
 ) -> TopTokens:
     """The k best tokens of each position of a learnable input.
 
@@ -83,13 +90,18 @@ def decode(
         masked_score: the score of a disallowed token. The document's code multiplies by 0, so that
             a disallowed token beats an allowed one with a negative score; 0 reproduces that.
         first: decode only this many rows; scoring a whole vocabulary costs as much as iterations.
+        mask: ``[B, T]`` True at a token; the padding is not decoded, and its tokens are 0.
     """
     values = learnable.values.detach()[:first]
     rows, length, channels = values.shape
     ids, scores = [], []
     row_of = torch.arange(rows, device=values.device).repeat_interleave(length)
+    values = values.reshape(-1, channels)
+    wanted = None if mask is None else mask[:first].flatten()
+    if wanted is not None:
+        values, row_of = values[wanted], row_of[wanted]
     for chunk, owners in zip(
-        torch.split(values.reshape(-1, channels), _POSITIONS_AT_A_TIME),
+        torch.split(values, _POSITIONS_AT_A_TIME),
         torch.split(row_of, _POSITIONS_AT_A_TIME),
         strict=True,
     ):
@@ -104,8 +116,16 @@ def decode(
         best = chunk_scores.topk(min(k, chunk_scores.shape[-1]), dim=-1)
         ids.append(best.indices)
         scores.append(best.values)
+    found, scored = torch.cat(ids), torch.cat(scores)
+    if wanted is not None:
+        found = found.new_zeros(rows * length, found.shape[1]).masked_scatter(
+            wanted[:, None], found
+        )
+        scored = scored.new_zeros(rows * length, scored.shape[1]).masked_scatter(
+            wanted[:, None], scored
+        )
     shape = (rows, length, -1)
-    return TopTokens(torch.cat(ids).view(shape), torch.cat(scores).view(shape))
+    return TopTokens(found.view(shape), scored.view(shape))
 
 
 def natural_decoder(learnable: LearnableInput) -> Decoder | None:

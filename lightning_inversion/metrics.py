@@ -9,7 +9,13 @@ from torchmetrics import Metric
 
 
 def token_accuracy(decoded: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Share of each row's tokens that are right, ``[B]``; ``decoded``, ``ids`` [B, T]."""
+    """Share of each row's tokens that are right, ``[B]``; ``decoded``, ``ids`` [B, T].
+
+    Example:
+        >>> ids, mask = torch.tensor([[5, 6, 0]]), torch.tensor([[True, True, False]])
+        >>> token_accuracy(torch.tensor([[5, 9, 9]]), ids, mask)
+        tensor([0.5000])
+    """
     return ((decoded == ids) & mask).sum(1) / mask.sum(1)
 
 

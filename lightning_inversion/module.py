@@ -32,6 +32,7 @@ from lightning_inversion.recovery.policy import Instruments, RecoveryPolicy, rec
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.strategy import check_strategy
 from lightning_inversion.transformer.embedding import TokenEmbedding
+from lightning_inversion.transformer.known_vectors import KnownVectors
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.readout import Readout
@@ -103,7 +104,7 @@ class InputInversion(LightningModule):
         seed: seed of the starts and shifts; each prompt draws its own.
     """
 
-    features: Tensor
+    features: Tensor | None
     target: Tensor
     distances: Tensor
     _before_step: Tensor
@@ -145,6 +146,7 @@ class InputInversion(LightningModule):
         self.batch: PromptBatch | None = None
         self._aimed = False
         self._calibrated = False
+        self._known: KnownVectors | None = None
         self.iteration = 0
 
     # -- the frozen half ---------------------------------------------------------------------
@@ -244,7 +246,7 @@ class InputInversion(LightningModule):
     @torch.no_grad()
     def begin(self, batch: PromptBatch) -> None:
         """Take up a batch: a fresh input and, under a Trainer, a fresh optimiser."""
-        self.batch = batch
+        self.batch, self._known = batch, None
         self._aim()
         ids = batch.ids
         values = None if ids is None else self.learnable.encode(ids, self.embedding)
@@ -327,6 +329,55 @@ class InputInversion(LightningModule):
         singles = self.frozen(vectors.flatten(0, 1)[:, None], mask.flatten()[:, None])
         return singles.float().view(*mask.shape, -1)  # type: ignore[no-any-return]
 
+    def _window(self, looked_at: Tensor) -> tuple[Tensor, Tensor, int] | None:
+        """Where the objective sees little more than what is held: that need not run each time.
+
+        Args:
+            looked_at: ``[B, T]`` where the objective looks.
+
+        Returns:
+            The rows ``[R]`` that still move, how many positions each begins with that are held
+            ``[R]``, and how many behind them are to be run. None where the whole rows are.
+        """
+        if self.alone or not self.frozen.causal or not self.objective.by_row:
+            return None
+        rows = looked_at.any(dim=1).nonzero()[:, 0]
+        if not len(rows):
+            return None
+        positions = torch.arange(looked_at.shape[1], device=rows.device)
+        lengths = self.learnable.held[rows].cummin(dim=1).values.sum(dim=1)
+        ends = torch.where(looked_at[rows], positions + 1, 0).amax(dim=1)
+        width = int((ends - lengths).max())
+        if 2 * width > looked_at.shape[1] or not self.frozen.caches:
+            return None
+        return rows, lengths, width
+
+    def _distances_in(self, window: tuple[Tensor, Tensor, int], looked_at: Tensor) -> Tensor:
+        """The distance of each row ``[B]``, from its window alone."""
+        rows, lengths, width = window
+        vectors, known = self.learnable(self.embedding), self.known_vectors(rows, lengths)
+        # Position 0 has statistics of its own in a readout: nothing else may stand in column 0.
+        columns = torch.arange(width + 1, device=rows.device)
+        shift = (lengths > 0).long()[:, None]
+        places = (lengths[:, None] + columns - shift).clamp(max=looked_at.shape[1] - 1)
+        inside = (columns >= shift) & (columns < width + shift)
+        inside &= lengths[:, None] + columns - shift < looked_at.shape[1]
+        run = (lengths[:, None] + columns[:width]).clamp(max=looked_at.shape[1] - 1)
+        features = known.followed_by(vectors[rows[:, None], run])
+        features = features.gather(
+            1, (columns - shift).clamp(0, width - 1)[..., None].expand(-1, -1, features.shape[-1])
+        )
+        mask = looked_at[rows[:, None], places] & inside
+        distances = self.objective(features, self.target[rows[:, None], places], mask)
+        return torch.zeros_like(self.progress.ratio).index_put((rows,), distances)
+
+    def known_vectors(self, rows: Tensor, lengths: Tensor) -> KnownVectors:
+        """What rows ``[R]`` begin with, ``lengths`` [R] positions that are held; run once."""
+        if self._known is None or not self._known.of(rows, lengths):
+            vectors = self.learnable(self.embedding)
+            self._known = KnownVectors(self.frozen, rows, vectors, lengths)
+        return self._known
+
     def stop_rows(self, rows: Tensor) -> None:
         """Hold ``rows`` [B] bool still from this iteration on."""
         self.progress.stopped_at[rows & ~self.progress.stopped] = self.iteration
@@ -340,9 +391,11 @@ class InputInversion(LightningModule):
             assert self.batch.ids is not None
             own = torch.where(self.batch.mask, self.batch.ids, self.batch.ids[:, :1])
             disallowed = disallowed.to(own.device).repeat(len(own), 1).scatter(1, own, False)
+        mask = None if self.batch is None else self.batch.mask
         return decode(
-            self.learnable, self.embedding, self.decoder, k, disallowed, self.masked_score, first
-        )
+            self.learnable, self.embedding, self.decoder, k, disallowed, self.masked_score, first,
+            mask,
+        )  # fmt: skip
 
     # -- Lightning's hooks -------------------------------------------------------------------
 
@@ -373,10 +426,14 @@ class InputInversion(LightningModule):
         if self.batch is None:
             return None
         self.iteration = batch_idx
-        features = self.generated()
-        self.features = features.detach()
         looked_at = batch.mask & self.progress.focus & ~self.progress.stopped[:, None]
-        self.distances = self.objective(features, self.target, looked_at)
+        if (window := self._window(looked_at)) is None:
+            features = self.generated()
+            self.features = features.detach()
+            self.distances = self.objective(features, self.target, looked_at)
+        else:
+            self.features = None
+            self.distances = self._distances_in(window, looked_at)
         loss = self.distances.sum()
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.iteration % every == 0 and self.logger is not None:

@@ -20,7 +20,14 @@ _SMALLEST_NORM = 1e-8
 
 
 class Objective(nn.Module, ABC):
-    """Distance of features: ``([B, T, F], [B, T, F], [B, T]) -> [B]``."""
+    """Distance of features: ``([B, T, F], [B, T, F], [B, T]) -> [B]``.
+
+    Attributes:
+        by_row: a row's distance follows from the row alone, wherever it stands in the batch, and
+            from the positions in its mask alone.
+    """
+
+    by_row = True
 
     def calibrate(self, readout: Callable[[], Readout]) -> None:
         """Learn what is needed of the frozen model; most objectives need nothing."""
@@ -62,6 +69,11 @@ class L1(_Norm):
             with massive activations weighs no more than another.
         squared: with ``relative``, square each position's quotient: its gradient fades as the
             distance does.
+
+    Example:
+        >>> generated, target = torch.zeros(1, 2, 2), torch.tensor([[[3.0, 4.0], [9.0, 9.0]]])
+        >>> L1()(generated, target, torch.tensor([[True, False]]))
+        tensor([7.])
     """
 
     order = 1.0
@@ -88,6 +100,11 @@ class CosineDistance(Objective):
         each_position: False flattens a row to one vector (the document); True sums the distance of
             each position.
         absolute: take abs(cos), as the author's code does; opposite directions then count as equal.
+
+    Example:
+        >>> right, up = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]])
+        >>> CosineDistance()(right, up, torch.tensor([[True]]))
+        tensor([1.])
     """
 
     def __init__(self, each_position: bool = False, absolute: bool = False) -> None:
@@ -119,6 +136,7 @@ class Standardized(Objective):
             first=CosineDistance(each_position=True), second=L2(relative=True, squared=True)
         )
         self.readout: Readout | None = None
+        self.by_row = self.objective.by_row
 
     def calibrate(self, readout: Callable[[], Readout]) -> None:
         """Take the spread of each feature from the model's readout."""
@@ -160,6 +178,7 @@ class WeightedSum(Objective):
             )
         self.alpha, self.beta = alpha, beta
         self.first, self.second = first or CosineDistance(), second or L1()
+        self.by_row = self.first.by_row and self.second.by_row
 
     def calibrate(self, readout: Callable[[], Readout]) -> None:
         """Both objectives learn what they need."""
@@ -192,6 +211,7 @@ class Narrowed(Objective):
         for text in ranges:
             check_slice(text, "objective.ranges")
         self.ranges, self.objective = list(ranges), objective or L1()
+        self.by_row = False  # its range follows from its place
         if isinstance(self.objective, Standardized):
             raise InputError(
                 "Narrowed.objective Standardized would move the zeros outside a range; put "

@@ -1,5 +1,6 @@
 """Prompts or captured targets -> batches. An epoch is one batch, a step is one iteration on it."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +16,12 @@ from lightning_inversion.batching import pack
 from lightning_inversion.captured import OPTION, Captured
 from lightning_inversion.errors import InputError
 from lightning_inversion.prompt_files import read_prompts
+from lightning_inversion.scale import tokens_that_fit
 from lightning_inversion.strategy import take
 from lightning_inversion.transformer.loading import TransformerSpec
+
+EFFICIENT = 2048
+"""Tokens of a batch beyond which a CPU gains nothing."""
 
 
 @dataclass(frozen=True)
@@ -303,8 +308,24 @@ class PromptDataModule(LightningDataModule):
         return rows
 
     def _budget(self) -> int:
-        """Tokens of a batch."""
-        return 2048 if self.tokens_per_batch == "auto" else self.tokens_per_batch
+        """Tokens of a batch: as many as are efficient, fewer where the memory is small."""
+        if self.tokens_per_batch != "auto":
+            return self.tokens_per_batch
+        module = None if self.trainer is None else self.trainer.lightning_module
+        spec = getattr(module, "spec", TransformerSpec(model=self.tokenizer))
+        learnable = getattr(module, "learnable", None)
+        try:
+            return min(EFFICIENT, tokens_that_fit(spec, self._memory(), learnable))
+        except InputError:  # a model that cannot be counted: a batch too large comes as two
+            return EFFICIENT
+
+    def _memory(self) -> float:
+        """Bytes of this process's device, or its share of the machine's."""
+        if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda":
+            device = torch.cuda.get_device_properties(self.trainer.strategy.root_device)
+            return float(device.total_memory)
+        processes = 1 if self.trainer is None else self.trainer.num_devices
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes
 
     # -- the batches of this process ---------------------------------------------------------
 

@@ -43,3 +43,7 @@ class LinearLearningRate(Callback):
         for group in optimizer.param_groups:
             base: Any = group.setdefault("initial_lr", group["lr"])
             group["lr"] = base * factor
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.logger is not None and pl_module.iteration % every == 0:
+            rate = optimizer.param_groups[0]["lr"]
+            trainer.logger.log_metrics({"optimizer/learning_rate": rate}, trainer.global_step)

@@ -78,9 +78,16 @@ class StoppingCriterion(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Judge the input whose features were just computed, before it moves on."""
+        """Judge the input whose features were just computed, before it moves on.
+
+        Where an iteration runs a few positions of each row alone, the others are run for this
+        every ``log_every`` iterations.
+        """
         assert isinstance(pl_module, InputInversion)
-        self.judge(pl_module, pl_module.features)
+        if pl_module.features is not None:
+            self.judge(pl_module, pl_module.features)
+        elif pl_module.iteration % self.log_every == 0:
+            self._judge_values(pl_module)
         judged = pl_module.batch is not None and pl_module.batch.ids is not None
         if judged and pl_module.iteration % self.log_every == 0 and trainer.logger is not None:
             ratio = float(pl_module.progress.ratio.mean())

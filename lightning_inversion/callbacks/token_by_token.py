@@ -106,12 +106,16 @@ class TokenByToken(Callback):
         rows = rows[
             ~search.tested[rows].all(1)
         ]  # where every token was tried, the gradient is left
+        if len(rows):
+            known = module.known_vectors(rows, module.progress.proven[rows].sum(1))
         while len(rows):
-            lengths = module.progress.proven[rows].sum(1)
-            proposal = search.propose(rows, lengths, values[rows], values[rows, lengths])
+            lengths = known.lengths_of(rows)
+            proposal = search.propose(rows, known, values[rows, lengths])
             rows, lengths = rows[proposal.proven], lengths[proposal.proven]
-            ids = proposal.ids[proposal.proven]
-            values[rows, lengths] = module.learnable.encode(ids, module.embedding)
+            vectors = module.learnable.encode(proposal.ids[proposal.proven], module.embedding)
+            if len(rows):
+                known.append(rows, vectors)
+            values[rows, lengths] = vectors
             module.learnable.held[rows, lengths] = True
             module.progress.proven[rows, lengths] = True
             rows = rows[lengths + 1 < totals[rows]]

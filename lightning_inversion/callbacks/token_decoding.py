@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from lightning_inversion.callbacks.nearest_tokens import nearest_distances, picture
 from lightning_inversion.decoding import TopTokens
 from lightning_inversion.errors import InputError
 from lightning_inversion.metrics import token_accuracy
@@ -118,6 +119,9 @@ class TokenDecoding(Callback):
         if isinstance(trainer.logger, TensorBoardLogger):
             markdown = self._markdown(module, top, [text.plain for text in texts])
             trainer.logger.experiment.add_text("tokens/top_k", markdown, trainer.global_step)
+            trainer.logger.experiment.add_image(
+                "tokens/distance_to_nearest", self._picture(module), trainer.global_step
+            )
         if not self.show:
             return
         distance = float(module.distances.detach().mean())
@@ -153,6 +157,13 @@ class TokenDecoding(Callback):
             tokens = top.ids[0, : module.batch.lengths[0], rank]
             ranks.add_row(f"top {rank + 1}", "".join(_readable(module, token) for token in tokens))
         return Group(prompts, Text(f"prompt {module.batch.index[0] + 1}", style="bold"), ranks)
+
+    def _picture(self, module: InputInversion) -> Tensor:
+        """The distances of the first prompt's positions to the tokens nearest to them."""
+        assert module.batch is not None
+        values = module.learnable.values.detach()[0, : module.batch.lengths[0]]
+        vectors = module.learnable.embed(values, module.embedding)
+        return picture(nearest_distances(vectors, module.embedding, self.top_k))
 
     def _markdown(self, module: InputInversion, top: TopTokens, texts: list[str]) -> str:
         assert module.batch is not None

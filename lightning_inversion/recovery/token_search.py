@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.recovery.verification import TOLERANCE, relative_residual
+from lightning_inversion.transformer.known_vectors import KnownVectors
 from lightning_inversion.transformer.readout import Readout
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 _CANDIDATES_AT_A_TIME = 2048
 """Candidates of one forward, over all rows: bounds the memory."""
+
+_FIRST = 8
+"""Candidates of a round that are run before the others."""
 
 
 @dataclass
@@ -97,13 +101,12 @@ class TokenSearch:
         return (self.corrected[rows] * weights).sum(1) / weights.sum(1).clamp_min(1)
 
     @torch.no_grad()
-    def propose(self, rows: Tensor, lengths: Tensor, prefix: Tensor, guesses: Tensor) -> Proposal:
+    def propose(self, rows: Tensor, known: KnownVectors, guesses: Tensor) -> Proposal:
         """Run each row's most likely untried tokens and prove one where it can be.
 
         Args:
             rows: ``[R]`` which rows of the batch.
-            lengths: ``[R]`` tokens already proven, hence the position looked at.
-            prefix: ``[R, P, D]`` vectors, of which each row's first ``lengths`` are its prefix.
+            known: the vectors already proven; what follows them is looked at.
             guesses: ``[R, D]`` where the embedding is thought to be, beside our own secant guess.
         """
         proven = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
@@ -115,55 +118,63 @@ class TokenSearch:
         for size in torch.unique(sizes).tolist():
             members = (sizes == size).nonzero()[:, 0]
             for part in members.split(max(1, _CANDIDATES_AT_A_TIME // size)):
-                found = self._round(
-                    rows[part], lengths[part], prefix[part], guesses[part], int(size)
-                )
+                found = self._round(rows[part], known, guesses[part], int(size))
                 proven[part], ids[part], residuals[part] = found.proven, found.ids, found.residuals
         return Proposal(proven, ids, residuals)
 
-    def _round(
-        self, rows: Tensor, lengths: Tensor, prefix: Tensor, guesses: Tensor, size: int
-    ) -> Proposal:
+    def _round(self, rows: Tensor, known: KnownVectors, guesses: Tensor, size: int) -> Proposal:
+        """The nearest few first: mostly one of them is right, and the others need not run."""
         candidates = self._nearest_untried(rows, guesses, size)
-        vectors = self.transformer.embedding(candidates)
-        features = self.transformer.candidates(prefix, lengths, vectors)
-        target = self.target[rows, lengths]
-        residuals = relative_residual(features, target[:, None])
-        best = residuals.min(dim=1)
-        proven = best.values <= TOLERANCE
+        first, others = candidates[:, :_FIRST], candidates[:, _FIRST:]
+        features = self._features(rows, known, first)
+        found = self._judge(rows, known, first, features)
+        left = (~found.proven).nonzero()[:, 0]
+        if len(left):
+            rows, features, candidates = rows[left], features[left], candidates[left]
+            if others.shape[1]:
+                features = torch.cat([features, self._features(rows, known, others[left])], dim=1)
+            late = self._judge(rows, known, candidates, features)
+            found.proven[left], found.ids[left] = late.proven, late.ids
+            found.residuals[left] = late.residuals
+            self._learn(rows, known.lengths_of(rows), candidates, features)
+            self._forget(rows[late.proven])
+        return found
+
+    def _features(self, rows: Tensor, known: KnownVectors, candidates: Tensor) -> Tensor:
+        return known.candidates(rows, self.transformer.embedding(candidates))
+
+    def _judge(
+        self, rows: Tensor, known: KnownVectors, candidates: Tensor, features: Tensor
+    ) -> Proposal:
+        target = self.target[rows, known.lengths_of(rows)]
+        best = relative_residual(features, target[:, None]).min(dim=1)
         ids = candidates.gather(1, best.indices[:, None])[:, 0]
-        self._learn(rows, lengths, candidates, vectors, features, target)
+        proven = best.values <= TOLERANCE
         self._forget(rows[proven])
         return Proposal(proven, ids, best.values)
 
     def _nearest_untried(self, rows: Tensor, guesses: Tensor, size: int) -> Tensor:
-        """``[R, size]`` tokens: half near the guess, half near the secant guess if there is one."""
+        """``[R, size]`` tokens, the nearest first: in turn to the guess and to the secant guess."""
         size = min(size, self.tested.shape[1])
         near = self._nearness(guesses, self.tested[rows])
         ours = near.topk(size, dim=1).indices
-        known = torch.isfinite(self.errors[rows, 0])
-        if not known.any():
+        known = torch.isfinite(self.errors[rows, 0]).nonzero()[:, 0]
+        if not len(known) or size < 2:
             return ours
-        near.scatter_(1, ours[:, : size - size // 2], -torch.inf)
-        blocked = near == -torch.inf
-        theirs = self._nearness(self.secant(rows), blocked).topk(size // 2, dim=1).indices
-        mixed = torch.cat([ours[:, : size - size // 2], theirs], dim=1)
-        return torch.where(known[:, None], mixed, ours)
+        kept = ours[known, : size - size // 2]
+        blocked = (near[known] == -torch.inf).scatter_(1, kept, True)
+        theirs = self._nearness(self.secant(rows[known]), blocked).topk(size // 2, dim=1).indices
+        turns = torch.cat([torch.arange(0, 2 * kept.shape[1], 2), torch.arange(1, size, 2)])
+        ours[known] = torch.cat([kept, theirs], dim=1)[:, turns.argsort().to(rows.device)]
+        return ours
 
     def _nearness(self, vectors: Tensor, blocked: Tensor) -> Tensor:
         scores = self.transformer.embedding.dot(vectors) - self.half_squares
         return scores.masked_fill_(blocked, -torch.inf)
 
-    def _learn(
-        self,
-        rows: Tensor,
-        lengths: Tensor,
-        candidates: Tensor,
-        vectors: Tensor,
-        features: Tensor,
-        target: Tensor,
-    ) -> None:
+    def _learn(self, rows: Tensor, lengths: Tensor, candidates: Tensor, features: Tensor) -> None:
         """Remember what was tried, and the corrections of the candidates that came closest."""
+        vectors, target = self.transformer.embedding(candidates), self.target[rows, lengths]
         self.tested[rows[:, None], candidates] = True
         self.rounds[rows] += 1
         positions = lengths[:, None].expand(candidates.shape)

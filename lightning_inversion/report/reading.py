@@ -24,9 +24,10 @@ OUTCOMES = {
     "schema", "index", "prompt", "recovered", "recovered_tokens", "recovered_ids",
     "recovered_scores", "ids", "exact", "token_accuracy", "top_k_accuracy", "top_k_ids", "hamming",
     "verified", "verified_tokens", "unresolved", "certified", "relative_residuals",
-    "token_residuals", "tolerances", "known_tokens", "forwards", "margins", "candidates", "orders", "token_seconds", "alternatives", "indistinguishable",
-    "tolerance", "distance_ratio", "criterion_met", "criterion_met_at", "iterations", "seconds",
-    "present", "range", "error", "settings", "seed", "weights_sha256",
+    "token_residuals", "tolerances", "known_tokens", "forwards", "margins", "candidates", "orders",
+    "token_seconds", "alternatives", "indistinguishable", "tolerance", "distance_ratio",
+    "criterion_met", "criterion_met_at", "iterations", "seconds", "present", "range", "error",
+    "settings", "seed", "weights_sha256",
 }  # fmt: skip
 """Keys that say what came of a prompt; the others say what was set."""
 _PARTS_OF_A_CONFIG = (

@@ -20,6 +20,10 @@ class Mean:
     """A mean and the 95% interval of a bootstrap over prompts.
 
     Each draw takes whole prompts, with all their seeds: the rows of a prompt are not independent.
+
+    Example:
+        >>> print(Mean(0.5, 0.25, 0.75))
+        0.500 [0.250, 0.750]
     """
 
     value: float

@@ -79,6 +79,10 @@ def run(args: list[str]) -> int:
     if options.join is None:
         Console().print(progress.table())
         print(sweep.path)
+        if not sweep.unfinished():
+            from lightning_inversion.sweep.ending import write_report
+
+            print(write_report(sweep))
     for name, message in failed.items():
         print(f"lightning-inversion: {name} failed, {message}", file=sys.stderr)
     return 1 if failed else 0

@@ -149,7 +149,12 @@ def written(value: Any) -> str:
 
 
 def split_values(text: str) -> list[str]:
-    """The pieces between commas that stand outside of brackets and quotes."""
+    """The pieces between commas that stand outside of brackets and quotes.
+
+    Example:
+        >>> split_values("[1,2],[1,2,3]")
+        ['[1,2]', '[1,2,3]']
+    """
     pieces, depth, quote = [""], 0, ""
     for character in text:
         if quote:

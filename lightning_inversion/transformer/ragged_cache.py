@@ -84,7 +84,7 @@ class RaggedCache:
         mask = torch.cat([known[:, None].expand(-1, N, -1), sees.expand(len(rows), -1, -1)], dim=-1)
         positions = lengths[:, None] + sees.sum(-1) - 1
         whole = len(rows) == len(self.lengths)  # all rows, in order: no copy is needed
-        layers = []
+        layers: list[Any] = []
         for number in range(self._count):
             if not P:
                 layers.append(_Behind(None, None))
@@ -92,9 +92,15 @@ class RaggedCache:
             keys, values = self._stored[number]
             keys, values = keys[:, :, :P], values[:, :, :P]
             layers.append(_Behind(keys, values) if whole else _Behind(keys[rows], values[rows]))
-        output = forward(mask, positions, Cache(layers=list(layers)))
+        output = forward(mask, positions, Cache(layers=layers))
         self._run = rows, layers
         return output
+
+    def begin(self, lengths: Tensor) -> None:
+        """Of the first run, which was of all rows, keep each row's first ``lengths`` [B] tokens."""
+        assert self._run is not None, "nothing was run"
+        self._stored = [layer.fresh for layer in self._run[1] if layer.fresh is not None]
+        self.lengths = lengths.clone()
 
     def keep(self, slots: Tensor) -> None:
         """Of the latest run's new tokens keep some, in this order.
@@ -116,16 +122,6 @@ class RaggedCache:
                 keys[into, :, at] = layer.fresh[0][some, :, slot]
                 values[into, :, at] = layer.fresh[1][some, :, slot]
             self.lengths[into] += 1
-
-    def forget(self, rows: Tensor, lengths: Tensor) -> None:
-        """Cut rows back to their first ``lengths`` [R] tokens."""
-        self.lengths[rows] = torch.minimum(self.lengths[rows], lengths)
-
-    def copy(self, source: Tensor, to: Tensor) -> None:
-        """Make rows ``to`` [R] know what rows ``source`` [R] do."""
-        self.lengths[to] = self.lengths[source]
-        for keys, values in self._stored:
-            keys[to], values[to] = keys[source], values[source]
 
     def _reserve(self, length: int, rows: int, layers: list[_Behind]) -> None:
         """Room for ``length`` tokens, doubled when it is too small."""

@@ -37,8 +37,8 @@ def rows_of(root: Path, version: int = 0) -> list[dict]:
         (["--model.iterations=x"], "--model.iterations: Expected a <class 'int'>"),
         (["--model.transformer.depth=0"], "--model.transformer.depth"),
         (["--model.transformer.depth=99"], "99 blocks were asked for and the model has 4"),
-        (["--model.objective=L3"], "L3 is no Objective; choose one of CosineDistance, L1, L2"),
-        (["--model.decoder=Pin"], "Pin is no Decoder; choose one of CosineDecoder, L2Decoder"),
+        (["--model.objective=L3"], "L3 is no Objective; choose one of C"),
+        (["--model.decoder=Pin"], "Pin is no Decoder; choose one of C"),
         (["--model.learnable=VocabularyInput"], "set --token_by_token.every 0"),
         (["--data.prompts=[' ']"], "--data.prompts, prompt 1 is empty"),
         (["--data.batch_size=0"], "--data.batch_size must be at least 1"),
@@ -121,6 +121,9 @@ def test_hparams_hold_real_values(tiny_folder: Path, tmp_path: Path) -> None:
         "final/TokenAccuracy",
     } <= set(tags)
     assert "hp_metric" not in tags
+    assert "optimizer/learning_rate" in tags
+    assert events.Tags()["images"] == ["tokens/distance_to_nearest"]
+    assert "tokens/top_k/text_summary" in events.Tags()["tensors"]
     accuracy = events.Scalars("final/TokenAccuracy")[-1].value
     rows = rows_of(tmp_path)
     assert accuracy == pytest.approx(sum(row["token_accuracy"] for row in rows) / len(rows))
@@ -159,3 +162,19 @@ def test_the_defaults_of_fit_are_those_of_the_constructor(tiny_folder: Path) -> 
     start = parts["learnable"]["init_args"]["start"]["class_path"]
     assert start.endswith(f".{type(module.learnable.start).__name__}")
     assert parts["objective"]["class_path"].endswith(f".{type(module.objective).__name__}")
+
+
+def test_a_damaged_checkpoint_costs_its_batch_alone(
+    tiny_folder: Path, tmp_path: Path, capsys
+) -> None:
+    arguments = fit(tiny_folder, tmp_path, "--model.iterations=10", "--data.batch_size=1")
+    assert run(arguments) == 0
+    before = [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(tmp_path)]
+    folder = tmp_path / "lightning_logs" / "version_0"
+    (folder / "checkpoints" / "last.ckpt").write_bytes(b"not a checkpoint")
+    lines = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+    (folder / "results.jsonl").write_text(lines[1] + lines[0][:40])
+    capsys.readouterr()
+    assert run([*arguments, "--ckpt_path=last"]) == 0
+    assert "cannot be read" in capsys.readouterr().err
+    assert [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(tmp_path)] == before

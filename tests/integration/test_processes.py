@@ -23,7 +23,7 @@ class Run:
 
     def __init__(self, folder: Path, root: Path) -> None:
         rng = random.Random(0)
-        self.prompts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 10))) for _ in range(12)]
+        self.prompts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 10))) for _ in range(16)]
         self.prompts.insert(3, "")  # a bad one, which must not stop the others
         self.root = root
         self.folder = root / "lightning_logs" / "version_0"
@@ -32,7 +32,7 @@ class Run:
         self.command = [
             sys.executable, "-m", "lightning_inversion", "fit",
             f"--model.transformer.model={folder}", "--model.transformer.depth=3",
-            f"--data.prompts={json.dumps(self.prompts)}", "--data.tokens_per_batch=60",
+            f"--data.prompts={json.dumps(self.prompts)}", "--data.tokens_per_batch=40",
             "--model.learnable.start=NormalStart", "--model.iterations=250",
             "--token_by_token.candidates=2", "--token_by_token.most=2", "--checkpoint.every=10",
             f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu",
@@ -102,7 +102,7 @@ def test_killed_three_times_and_resumed_by_other_numbers_of_processes(
     for attempt, processes in enumerate((4, 2, 3)):
         killed = run.start(processes, *(["--ckpt_path=last"] if attempt else []))
         run.wait_for(len(kept) + 1, killed)
-        time.sleep(moments.uniform(0, 1.5))
+        time.sleep(moments.uniform(0, 1))
         killed.send_signal(signal.SIGKILL)
         killed.wait()
         time.sleep(2)  # the others notice

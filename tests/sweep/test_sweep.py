@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_inversion import __main__ as entry
 from lightning_inversion import cli
@@ -56,7 +57,10 @@ def test_a_depth_sweep_loads_once_and_its_cells_are_the_runs_they_name(
     assert loads == [4]
     sweep = tmp_path / "lightning_logs" / "depths"
     out = capsys.readouterr()
-    assert str(sweep) in out.out.replace("\n", "")
+    assert str(sweep / "report" / "report.html") in out.out
+    figures = EventAccumulator(str(sweep / "report"))
+    figures.Reload()
+    assert "sweep/depth" in figures.Tags()["images"]
     assert "4/4 depth=4: done" in out.err
     for depth in (1, 2, 3, 4):
         cell = sweep / f"depth={depth}"
@@ -81,7 +85,7 @@ def test_only_what_is_not_done_runs_again(
     (folder,) = (tmp_path / "lightning_logs").iterdir()
     assert folder.name.startswith("fit-depth-objective-")
     assert begun == [1, 1, 2, 2]
-    before = {cell.name: rows_of(cell) for cell in folder.iterdir() if cell.is_dir()}
+    before = {cell.name: rows_of(cell) for cell in folder.glob("depth=*")}
     (folder / "depth=2,objective=L1" / "cell.json").unlink()  # killed behind its last row
     shutil.rmtree(folder / "depth=2,objective=L2")
     assert run(sweep) == 0

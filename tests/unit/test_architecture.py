@@ -27,6 +27,7 @@ LEVELS = {
     "inputs": 2,
     "objectives": 2,
     "stand_ins": 2,
+    "scale": 2,
     "transformer": 1,
     "report": 1,
     "batching": 0,

@@ -13,7 +13,7 @@ from lightning_inversion.callbacks.token_by_token import TokenByToken
 from lightning_inversion.inputs import EmbeddingInput, NormalStart, VocabularyInput
 from lightning_inversion.module import InputInversion
 from lightning_inversion.objectives import L1, L2, CosineDistance, Objective, Standardized
-from lightning_inversion.prompts import PromptDataModule
+from lightning_inversion.prompts import PromptBatch, PromptDataModule
 from lightning_inversion.result_files import read_rows
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -181,4 +181,27 @@ def test_captions_of_allowed_tokens(
     module, _ = invert(
         tiny_folder, tiny_transformer, PROMPTS, tmp_path, iterations=1, allowed_tokens=[5, 9, 11]
     )
-    assert set(module.top_tokens(2).ids.flatten().tolist()) <= {5, 9, 11}
+    assert set(module.top_tokens(2).ids[module.batch.mask].flatten().tolist()) <= {5, 9, 11}
+
+
+@pytest.mark.parametrize("objective", [L1(), L2(relative=True), Standardized()], ids=type)
+def test_behind_what_is_held_the_distance_and_its_gradient_are_the_same(
+    objective: Objective, tiny_transformer: TruncatedTransformer
+) -> None:
+    module = InputInversion(objective=objective).use(tiny_transformer)
+    rows = [(0, "a", [5, 6, 7, 8, 9, 4, 3, 2]), (1, "b", [8, 9, 7, 6]), (2, "c", [1, 2, 3, 4, 5])]
+    module.begin(PromptBatch.collate(rows))
+    objective.calibrate(lambda: module.readout)
+    known = torch.tensor([5, 0, 4])
+    positions = torch.arange(8)
+    module.learnable.held = positions < known[:, None]
+    looked_at = module.batch.mask & ~module.learnable.held & (positions < known[:, None] + 2)
+    window = module._window(looked_at)
+    assert window is not None
+    ours = module._distances_in(window, looked_at)
+    whole = objective(module.generated(), module.target, looked_at)
+    torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-4)
+    behind = ~module.learnable.held
+    (gradient,) = torch.autograd.grad(ours.sum(), module.learnable.values)
+    (expected,) = torch.autograd.grad(whole.sum(), module.learnable.values)
+    torch.testing.assert_close(gradient[behind], expected[behind], atol=1e-5, rtol=1e-3)

@@ -3,6 +3,7 @@ import torch
 
 from lightning_inversion.recovery.token_search import TokenSearch
 from lightning_inversion.recovery.verification import TOLERANCE, relative_residual, verify_text
+from lightning_inversion.transformer.known_vectors import KnownVectors
 from lightning_inversion.transformer.readout import Readout
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
@@ -60,7 +61,8 @@ def test_no_wrong_token_is_ever_proven(
     search.tested[0, 4] = True  # the right token of row 0 is withheld
     rows = torch.arange(2)
     prefix = tiny_transformer.embedding(ids)
-    found = search.propose(rows, torch.tensor([1, 1]), prefix, prefix[:, 0])
+    known = KnownVectors(tiny_transformer, rows, prefix, torch.tensor([1, 1]))
+    found = search.propose(rows, known, prefix[:, 0])
     assert found.proven.tolist() == [False, True]
     assert found.ids[1] == 8
     assert found.residuals[0] > TOLERANCE
@@ -72,9 +74,10 @@ def test_candidates_are_never_repeated_and_end_with_the_vocabulary(
     target = tiny_transformer.features_of(torch.tensor([[3, 4]])) + 1.0  # no token fits
     search = TokenSearch(tiny_transformer, readout, target, start=16, most=256)
     prefix = tiny_transformer.embedding(torch.tensor([[3, 4]]))
+    known = KnownVectors(tiny_transformer, torch.tensor([0]), prefix, torch.tensor([1]))
     for _ in range(12):
         before = search.tested.sum()
-        search.propose(torch.tensor([0]), torch.tensor([1]), prefix, prefix[:, 0])
+        search.propose(torch.tensor([0]), known, prefix[:, 0])
         assert search.tested.sum() > before or bool(search.tested.all())
     assert search.tested.all()
 
@@ -84,13 +87,14 @@ def test_a_search_goes_on_where_it_was_left(
 ) -> None:
     target = tiny_transformer.features_of(torch.tensor([[3, 4]])) + 1.0
     prefix = tiny_transformer.embedding(torch.tensor([[3, 4]]))
-    row, length = torch.tensor([0]), torch.tensor([1])
+    row = torch.tensor([0])
+    known = KnownVectors(tiny_transformer, row, prefix, torch.tensor([1]))
     one = TokenSearch(tiny_transformer, readout, target)
-    one.propose(row, length, prefix, prefix[:, 0])
+    one.propose(row, known, prefix[:, 0])
     other = TokenSearch(tiny_transformer, readout, target)
     other.restore({name: value.clone() for name, value in one.state().items()})
     for search in (one, other):
-        search.propose(row, length, prefix, prefix[:, 0])
+        search.propose(row, known, prefix[:, 0])
     assert torch.equal(one.corrected, other.corrected)
     assert torch.equal(one.tested, other.tested)
 

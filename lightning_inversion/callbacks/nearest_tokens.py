@@ -1,0 +1,41 @@
+"""How far each position of the input is from the tokens nearest to it, as a picture."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_inversion.transformer.embedding import TokenEmbedding
+
+_SQUARE = 12
+"""Pixels of a square's side."""
+_NEAR_TO_FAR = ((253, 231, 37), (94, 201, 98), (33, 145, 140), (59, 82, 139), (68, 1, 84))
+"""Of viridis, which is read alike by those who see fewer colours."""
+
+
+@torch.no_grad()
+def nearest_distances(vectors: Tensor, embedding: TokenEmbedding, k: int) -> Tensor:
+    """Distances ``[T, k]`` of vectors ``[T, D]`` to the k nearest tokens, the nearest first.
+
+    In units of the embedding's spread, so that two unrelated tokens are about sqrt(2) apart.
+    """
+    vectors = vectors.float()
+    squares = vectors.square().sum(-1, keepdim=True) + embedding.norms.square()
+    squares = squares - 2 * embedding.dot(vectors)
+    nearest: Tensor = squares.topk(min(k, squares.shape[-1]), dim=-1, largest=False).values
+    unit = embedding.spread * math.sqrt(embedding.width)
+    return nearest.clamp_min(0).sqrt() / unit
+
+
+def picture(distances: Tensor) -> Tensor:
+    """Distances ``[T, k]`` -> bytes ``[3, H, W]``: a column a position, a row a rank.
+
+    Yellow is a token's own place, dark is a distance of 1 and more.
+    """
+    shares = distances.T.clamp(0, 1).cpu() * (len(_NEAR_TO_FAR) - 1)
+    lower = shares.floor().long().clamp_max(len(_NEAR_TO_FAR) - 2)
+    colours = torch.tensor(_NEAR_TO_FAR, dtype=torch.float)
+    between = (shares - lower)[..., None]
+    mixed = colours[lower] * (1 - between) + colours[lower + 1] * between
+    squares = mixed.round().byte().permute(2, 0, 1)
+    return squares.repeat_interleave(_SQUARE, 1).repeat_interleave(_SQUARE, 2)

@@ -1,0 +1,56 @@
+"""Predicted against measured: seconds of an iteration, and the memory of a fit.
+
+    python -m tests.benchmarks.scale
+
+The machine's two rates are measured with one block; everything else is predicted from them.
+"""
+
+import subprocess
+import sys
+
+import torch
+
+from lightning_inversion.scale import LIBRARIES, Machine, Shape, memory, model_seconds, seconds
+from lightning_inversion.transformer.loading import TransformerSpec
+
+PEAK = """
+import resource, sys, tempfile, torch
+from lightning_inversion.cli import run
+with tempfile.TemporaryDirectory() as root:
+    run(["fit", f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", *sys.argv[1:]])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def main() -> None:
+    """Print one line a prediction."""
+    torch.set_num_threads(1)
+    config = TransformerSpec().config()
+    machine = Machine.measured(TransformerSpec(depth=1).load())
+    print(machine)
+    for depth in (1, 2, 4, 8):
+        transformer = TransformerSpec(depth=depth).load()
+        shape = Shape.of(config, depth)
+        for tokens in (32, 128, 512, 2048):
+            measured = model_seconds(transformer, tokens, repeats=3)
+            predicted = seconds(shape, machine, tokens, 1) - machine.iteration
+            print(f"depth {depth}, {tokens} tokens: measured {measured * 1e3:.0f} ms, predicted "
+                  f"{predicted * 1e3:.0f} ms, ratio {predicted / measured:.2f}")  # fmt: skip
+    for depth, tokens in ((1, 512), (8, 2048), (8, 8192)):
+        text = ", ".join('"' + " the" * 63 + '."' for _ in range(tokens // 64))
+        arguments = [
+            f"--data.prompts=[{text}]", f"--data.tokens_per_batch={tokens}",
+            f"--model.transformer.depth={depth}", "--model.iterations=2", "--decoding.show=false",
+        ]  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=True
+        )
+        measured = int(done.stdout.split()[-1]) * 2**20
+        predicted = memory(Shape.of(config, depth), tokens, tokens // 64).total
+        print(f"depth {depth}, {tokens} tokens: peak {measured / 2**20:.0f} MB, predicted "
+              f"{predicted / 2**20:.0f} MB, ratio {predicted / measured:.2f} (of it libraries "
+              f"{LIBRARIES / 2**20:.0f} MB)")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

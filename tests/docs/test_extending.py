@@ -1,0 +1,90 @@
+"""``docs/extending.md`` is a file of parts from outside; each is run by its class_path."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+from torch.nn.functional import cosine_similarity
+
+from lightning_inversion.cli import run
+from lightning_inversion.transformer.families import FAMILIES
+from lightning_inversion.transformer.loading import TransformerSpec
+from tests.tiny import save_tiny, tiny_tokenizer
+
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
+
+
+@pytest.fixture(scope="module")
+def my_parts(tmp_path_factory: pytest.TempPathFactory):
+    """The page's blocks of Python, as the file they say they are."""
+    folder = tmp_path_factory.mktemp("outside")
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (folder / "my_parts.py").write_text("\n\n".join(blocks))
+    sys.path.insert(0, str(folder))
+    yield importlib.import_module("my_parts")
+    sys.path.remove(str(folder))
+    del sys.modules["my_parts"]
+    FAMILIES.pop("my_llama")
+
+
+def fit(folder: Path, root: Path, *more: str) -> tuple[list[dict], dict]:
+    arguments = [
+        "fit", f"--model.transformer.model={folder}", '--data.prompts=["The sky is blue."]',
+        "--model.iterations=3", f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu",
+        *more,
+    ]  # fmt: skip
+    assert run(arguments) == 0
+    made = root / "lightning_logs" / "version_0"
+    rows = [json.loads(line) for line in (made / "results.jsonl").read_text().splitlines()]
+    return rows, yaml.safe_load((made / "config.yaml").read_text())
+
+
+def test_an_objective(my_parts: ModuleType, tiny_folder: Path, tmp_path: Path) -> None:
+    (row,), config = fit(
+        tiny_folder, tmp_path, "--model.objective=my_parts.Huber", "--model.objective.delta=0.5"
+    )
+    assert row["objective"] == "Huber"
+    written = {"class_path": "my_parts.Huber", "init_args": {"delta": 0.5}}
+    assert config["model"]["objective"] == written
+    huber = my_parts.Huber(delta=1.0)
+    generated = torch.tensor([[[0.5, 3.0], [9.0, 9.0]]])
+    mask = torch.tensor([[True, False]])
+    assert huber(generated, torch.zeros(1, 2, 2), mask).tolist() == [0.125 + 2.5]
+
+
+def test_a_decoder(my_parts: ModuleType, tiny_folder: Path, tmp_path: Path) -> None:
+    (row,), config = fit(tiny_folder, tmp_path, "--model.decoder=my_parts.CentredCosineDecoder")
+    assert row["decoder"] == "CentredCosineDecoder"
+    assert config["model"]["decoder"]["class_path"] == "my_parts.CentredCosineDecoder"
+    embedding = TransformerSpec(model=str(tiny_folder)).load().embedding
+    vectors = embedding(torch.tensor([[5, 77]]))[0] + 0.1
+    scores = my_parts.CentredCosineDecoder()(vectors, embedding)
+    mean = embedding.matrix.mean(0)
+    expected = cosine_similarity(vectors[:, None] - mean, embedding.matrix[None] - mean, dim=-1)
+    assert torch.allclose(scores / (vectors - mean).norm(dim=1, keepdim=True), expected, atol=1e-5)
+    assert scores.argmax(-1).tolist() == [5, 77]
+
+
+def test_a_model_family(my_parts: ModuleType, tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "mine", save_tiny(tmp_path / "llama")
+    TransformerSpec(model=str(theirs)).load_causal_lm()[0].save_pretrained(ours)
+    tiny_tokenizer().save_pretrained(ours)
+    config = json.loads((ours / "config.json").read_text())
+    config.update(model_type="my_llama", architectures=["MyForCausalLM"])
+    (ours / "config.json").write_text(json.dumps(config))
+    ids = torch.tensor([[3, 4, 5]])
+    for surgery in ({}, {"mlp": False}, {"norms": False}, {"residuals": False}):
+        ours_cut = TransformerSpec(model=str(ours), depth=2, **surgery).load()
+        theirs_cut = TransformerSpec(model=str(theirs), depth=2, **surgery).load()
+        assert type(ours_cut.model).__name__ == "MyModel"
+        assert torch.equal(ours_cut.features_of(ids), theirs_cut.features_of(ids))
+    (row,), _ = fit(
+        ours, tmp_path, "--model.objective=my_parts.Huber", "--model.transformer.mlp=false"
+    )
+    assert row["mlp"] is False
