@@ -19,6 +19,7 @@ usage: lightning-inversion COMMAND [options]
 commands
   fit         optimise an input until its features match a prompt's; shows the tokens as they emerge
   validate    decode and score the input that a checkpoint holds
+  predict     name the tokens one by one, each proven by running it, with certificates
   attribute   paint each token of a text by its share in the prediction; HTML, JSON, terminal
   capture     write the features of prompts to a file, which fit and predict take as --data.targets
   sweep       run a command over a grid of its options; resumes, shares cells over processes
@@ -32,7 +33,7 @@ examples
   lightning-inversion validate --config configs/quickstart.yaml --ckpt_path last
   lightning-inversion attribute "The wipers on the bus go swish swish" --out page.html
   lightning-inversion capture --prompts prompts.txt --depth 8 --out targets.safetensors
-  lightning-inversion fit --data.targets targets.safetensors --model.transformer.depth 8
+  lightning-inversion predict --data.targets targets.safetensors --model.transformer.depth 8
   lightning-inversion sweep --data.file prompts.txt --over transformer.depth=1,2,4,8 --seeds 3
   lightning-inversion report lightning_logs
 

@@ -13,7 +13,6 @@ from lightning_inversion.report.reading import Reading, read
 from lightning_inversion.report.statistics import grouped
 from lightning_inversion.report.table import as_json, comma_separated, lines_of, markdown
 
-TEMPLATES = ("report", "audit")
 DESCRIPTION = """\
 Gather the results of any number of runs: a table (markdown, CSV, JSON), figures (PNG, SVG) and a
 page of HTML that needs nothing else. Reads files alone; what is no result is named and skipped."""
@@ -21,7 +20,6 @@ EXAMPLES = """\
 examples
   lightning-inversion report lightning_logs
   lightning-inversion report lightning_logs/version_0 lightning_logs/version_1 --out compared
-  lightning-inversion report lightning_logs/audit --template audit
 """
 
 
@@ -44,22 +42,19 @@ def run(args: list[str]) -> int:
     reading = read(options.runs)
     for path, reason in reading.skipped:
         print(f"{path}: {reason}", file=sys.stderr)
-    written = write(reading, options.out, options.template, options.title, options.texts)
+    written = write(reading, options.out, options.title, options.texts)
     print((options.out / "table.md").read_text(encoding="utf-8"))
     for path in written:
         print(path)
     return 0
 
 
-def write(
-    reading: Reading, out: Path, template: str = "report", title: str = "", texts: int = 20
-) -> list[Path]:
+def write(reading: Reading, out: Path, title: str = "", texts: int = 20) -> list[Path]:
     """Write every file of a report; returns their paths, the page first.
 
     Args:
         reading: the results.
         out: the folder, made if it is not there.
-        template: report or audit.
         title: of the page; '' for one made of the results.
         texts: recovered texts shown for each setting.
     """
@@ -75,7 +70,7 @@ def write(
 
         figures = draw(reading)
     contents = {
-        f"{template}.html": page(reading, lines, figures, template, title, texts),
+        "report.html": page(reading, lines, figures, title, texts),
         "table.md": markdown(lines),
         "table.csv": comma_separated(lines),
         "table.json": as_json(lines),
@@ -100,7 +95,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=Path("lightning_logs/report"), help="default %(default)s"
     )
-    parser.add_argument("--template", choices=TEMPLATES, default=TEMPLATES[0], help="of the page")
     parser.add_argument("--title", default="", help="of the page")
     parser.add_argument(
         "--texts", type=int, default=20, help="texts shown for each setting; default %(default)s"

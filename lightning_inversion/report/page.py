@@ -81,7 +81,6 @@ def page(
     reading: Reading,
     lines: Sequence[Line],
     figures: Sequence[Figure],
-    template: str = "report",
     title: str = "",
     texts: int = 20,
 ) -> str:
@@ -91,7 +90,6 @@ def page(
         reading: the results.
         lines: of the table.
         figures: drawn of them.
-        template: report or audit.
         title: '' for one made of the results.
         texts: recovered texts shown for each setting.
     """
@@ -105,7 +103,7 @@ def page(
     groups = grouped(reading.results)
     lines = without_empty(lines)
     used = {mark for result in reading.results for mark in result.marks}
-    return environment.get_template(f"{template}.html").render(
+    return environment.get_template("report.html").render(
         title=title or _title(groups),
         findings=findings(reading.results),
         head=list(lines[0]),

@@ -12,7 +12,7 @@ from lightning_inversion.sweep.folder import SweepFolder
 def write_report(sweep: SweepFolder) -> Path:
     """Write the report of all cells into the sweep's folder; returns the page's path."""
     out = sweep.path / "report"
-    paths = write(read([sweep.path]), out, sweep.template)
+    paths = write(read([sweep.path]), out)
     for old in out.glob("events.out.tfevents.*"):
         old.unlink()
     _log([path for path in paths if path.suffix == ".png"], out)

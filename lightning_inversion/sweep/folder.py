@@ -50,12 +50,10 @@ class SweepFolder:
     Attributes:
         path: of the folder.
         cells: what is to be run, in order.
-        template: how the report at its end is written.
     """
 
     path: Path
     cells: tuple[Cell, ...]
-    template: str = "report"
 
     def save(self) -> None:
         """Write down what the sweep is, or see that the folder holds the same one.
@@ -64,7 +62,7 @@ class SweepFolder:
             InputError: the folder holds another sweep.
         """
         stored = self.path / SWEEP_FILE
-        asked = {"cells": [asdict(cell) for cell in self.cells], "template": self.template}
+        asked = {"cells": [asdict(cell) for cell in self.cells]}
         if stored.exists():
             if _read(stored) != json.loads(json.dumps(asked)):
                 raise InputError(
@@ -89,7 +87,7 @@ class SweepFolder:
         cells = tuple(
             Cell(**{**cell, "arguments": tuple(cell["arguments"])}) for cell in asked["cells"]
         )
-        return cls(path, cells, asked["template"])
+        return cls(path, cells)
 
     def of(self, cell: Cell) -> Path:
         """The folder of a cell's run."""

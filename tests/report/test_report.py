@@ -178,7 +178,6 @@ def test_findings_count_proofs_and_say_so_where_one_is_wrong(tmp_path: Path) -> 
         (["nowhere"], "'nowhere' does not exist"),
         ([], "report: the following arguments are required: runs"),
         (["{runs}", "--texts=-1"], "--texts must not be negative"),
-        (["{runs}", "--template=other"], "argument --template: invalid choice: 'other'"),
         (["{runs}", "--out={runs}/p/results.jsonl"], "is a file; give a folder"),
     ],
 )
