@@ -137,7 +137,7 @@ def test_the_page_fetches_nothing_and_escapes_everything(tmp_path: Path) -> None
     more = {"prompt": bad, "recovered": bad, "model": bad, "objective": bad, "exact": False}
     rows = [row(0, recovered_tokens=[bad] * 6, **more), row(1, depth=2)]
     write_run(tmp_path / "<b>", rows)
-    text = page(*_read(tmp_path), [], "report", "", 5)
+    text = page(*_read(tmp_path), [], "", 5)
     parsed = _Page(text)
     assert "script" not in parsed.tags
     assert "b" not in parsed.tags
@@ -150,14 +150,14 @@ def test_the_page_fetches_nothing_and_escapes_everything(tmp_path: Path) -> None
 def test_the_page_marks_tokens_and_limits_texts(tmp_path: Path) -> None:
     rows = [row(i, right=0.5) for i in range(30)]
     write_run(tmp_path, rows)
-    text = page(*_read(tmp_path), [], "report", "Mine", 10)
+    text = page(*_read(tmp_path), [], "Mine", 10)
     assert "<title>Mine</title>" in text
     shown = rows[:10]
     proven = sum(made["verified_tokens"] for made in shown)
     assert text.count('class="tok c"') == proven + 1  # and one in the legend
     assert text.count('class="tok w"') == 60 - proven + 1
     assert "20 more in the files" in text
-    none = page(*_read(tmp_path), [], "report", "Mine", 0)
+    none = page(*_read(tmp_path), [], "Mine", 0)
     assert 'class="tok' not in none
 
 
