@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.prompts import PromptBatch
 from lightning_inversion.recovery.certificate import RecoveredText
@@ -28,6 +29,8 @@ class RecoveryDisplay(Callback):
     """
 
     def __init__(self, prompts: int = 8, show: bool = True) -> None:
+        if prompts < 1:
+            raise InputError(f"display.prompts must be at least 1, and is {prompts}.")
         self.prompts, self.show = prompts, show
         self.console = Console(stderr=True)
         self._live: Live | None = None

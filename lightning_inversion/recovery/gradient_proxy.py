@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.frontier import Frontier
 from lightning_inversion.recovery.orders import CandidateOrder
 
@@ -36,6 +37,12 @@ class GradientProxy(CandidateOrder):
         proxies: int = 12,
         sharpness: float = 0.15,
     ) -> None:
+        if min(steps, restart, proxies) < 1 or min(learning_rate, sharpness) <= 0:
+            raise InputError(
+                "--model.recovery: steps, restart and proxies must be at least 1, learning_rate "
+                f"and sharpness positive; they are {steps}, {restart}, {proxies}, {learning_rate} "
+                f"and {sharpness}."
+            )
         self.steps, self.learning_rate, self.restart = steps, learning_rate, restart
         self.proxies, self.sharpness = proxies, sharpness
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.frontier import Frontier
 
 
@@ -91,6 +92,11 @@ class Mixture(CandidateOrder):
     """
 
     def __init__(self, orders: list[CandidateOrder], alone: float = 0.5) -> None:
+        if not orders or not 0 <= alone <= 1:
+            raise InputError(
+                "--model.recovery: a mixture needs one order or more, and alone between 0 and 1; "
+                f"it has {len(orders)} and {alone}."
+            )
         self.orders, self.alone = orders, alone
         self.needs_language_model = any(order.needs_language_model for order in orders)
 

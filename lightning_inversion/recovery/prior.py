@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.frontier import Frontier
 from lightning_inversion.recovery.orders import CandidateOrder
 from lightning_inversion.transformer.language_model import Continuations
@@ -25,6 +26,10 @@ class LanguageModelPrior(CandidateOrder):
     needs_language_model = True
 
     def __init__(self, surprise: float = 0.05) -> None:
+        if not 0 < surprise < 1:
+            raise InputError(
+                f"--model.recovery: surprise must lie between 0 and 1, and is {surprise}."
+            )
         self.surprise = surprise
 
     def begin(self, frontier: Frontier) -> None:

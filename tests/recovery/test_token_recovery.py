@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from lightning_inversion.callbacks.recovery_display import RecoveryDisplay
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.certificate import RecoveredText
+from lightning_inversion.recovery.gradient_proxy import GradientProxy
 from lightning_inversion.recovery.linear_map import LinearMap
-from lightning_inversion.recovery.orders import CandidateOrder, Exhaustive
+from lightning_inversion.recovery.orders import CandidateOrder, Exhaustive, Mixture
 from lightning_inversion.recovery.policy import Instruments, recovered
 from lightning_inversion.recovery.prior import LanguageModelPrior
 from lightning_inversion.recovery.token_recovery import TokenRecovery
@@ -136,6 +139,21 @@ def test_tokens_with_the_same_embedding_are_named(
         embedding._apply(lambda tensor: tensor)
 
 
-def test_numbers_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(InputError, match="at least 1"):
-        TokenRecovery(candidates=0)
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (lambda: TokenRecovery(candidates=0), "candidates, most and budget must be at least 1"),
+        (lambda: LanguageModelPrior(surprise=0.0), "surprise must lie between 0 and 1"),
+        (lambda: LanguageModelPrior(surprise=1.0), "surprise must lie between 0 and 1"),
+        (lambda: GradientProxy(steps=0), "steps, restart and proxies must be at least 1"),
+        (lambda: GradientProxy(sharpness=0.0), "sharpness positive"),
+        (lambda: Mixture([]), "a mixture needs one order or more"),
+        (lambda: Mixture([Exhaustive()], alone=1.5), "alone between 0 and 1"),
+        (lambda: RecoveryDisplay(prompts=0), "display.prompts must be at least 1"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(
+    build: Callable[[], object], sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        build()
