@@ -152,8 +152,6 @@ def test_tokens_with_the_same_embedding_are_named(
         (lambda: RecoveryDisplay(prompts=0), "display.prompts must be at least 1"),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(
-    build: Callable[[], object], sentence: str
-) -> None:
+def test_numbers_that_make_no_sense_are_refused(build: Callable[[], object], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         build()
