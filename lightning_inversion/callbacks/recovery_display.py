@@ -4,13 +4,12 @@ import sys
 import time
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from lightning import LightningModule, Trainer
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from lightning_inversion.callbacks.live_display import LiveDisplay
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.prompts import PromptBatch
@@ -20,7 +19,7 @@ _SECONDS = 5.0
 """Between two plain lines where there is no terminal."""
 
 
-class RecoveryDisplay(Callback):
+class RecoveryDisplay(LiveDisplay):
     """Shows what ``predict`` has recovered so far: certified tokens green, others yellow.
 
     Args:
@@ -31,17 +30,8 @@ class RecoveryDisplay(Callback):
     def __init__(self, prompts: int = 8, show: bool = True) -> None:
         if prompts < 1:
             raise InputError(f"display.prompts must be at least 1, and is {prompts}.")
-        self.prompts, self.show = prompts, show
-        self.console = Console(stderr=True)
-        self._live: Live | None = None
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("tokens"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
+        super().__init__("tokens", show)
+        self.prompts = prompts
         self._said = time.monotonic()
 
     def on_predict_batch_start(
@@ -59,9 +49,7 @@ class RecoveryDisplay(Callback):
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
         task = self._bar.add_task("recovered", total=sum(batch.lengths))
-        if self.console.is_terminal and self._live is None:
-            self._live = Live(self._bar, console=self.console, refresh_per_second=4)
-            self._live.start()
+        self._open(trainer)
         module = pl_module
 
         def watch(texts: list[RecoveredText]) -> None:
@@ -78,17 +66,6 @@ class RecoveryDisplay(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the live display."""
         self._close()
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Leave the terminal in order."""
-        self._close()
-
-    def _close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
 
     def _table(self, module: InputInversion, batch: PromptBatch, texts: list[Any]) -> Table:
         table = Table(box=None, show_header=False, pad_edge=False)

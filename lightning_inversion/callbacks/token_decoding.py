@@ -4,16 +4,15 @@ import sys
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from lightning_inversion.callbacks.live_display import LiveDisplay
 from lightning_inversion.callbacks.nearest_tokens import nearest_distances, picture
 from lightning_inversion.decoding import TopTokens
 from lightning_inversion.errors import InputError
@@ -21,7 +20,7 @@ from lightning_inversion.metrics import token_accuracy
 from lightning_inversion.module import InputInversion
 
 
-class TokenDecoding(Callback):
+class TokenDecoding(LiveDisplay):
     """Decodes the input every few iterations and shows its best tokens.
 
     Green tokens are proven, dim tokens are wrong, plain tokens are right but not proven yet, or of
@@ -45,23 +44,12 @@ class TokenDecoding(Callback):
                 "decoding.every, decoding.top_k and decoding.prompts must be at least 1; they are "
                 f"{every}, {top_k} and {prompts}."
             )
-        self.every, self.top_k, self.prompts, self.show = every, top_k, prompts, show
-        self.console = Console(stderr=True)
-        self._live: Live | None = None
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("iterations"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
+        super().__init__("iterations", show)
+        self.every, self.top_k, self.prompts = every, top_k, prompts
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the live display where there is a terminal."""
-        if self.show and self.console.is_terminal and trainer.is_global_zero:
-            self._live = Live(self._bar, console=self.console, refresh_per_second=4)
-            self._live.start()
+        self._open(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A bar for the epoch."""
@@ -90,17 +78,6 @@ class TokenDecoding(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the live display."""
         self._close()
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Leave the terminal in order."""
-        self._close()
-
-    def _close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
 
     @rank_zero_only
     def _report(self, trainer: Trainer, module: InputInversion) -> None:
