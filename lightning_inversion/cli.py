@@ -1,4 +1,4 @@
-"""The command line: Lightning's ``fit`` and ``validate`` for ``InputInversion``; ``attribute``."""
+"""The command line: Lightning's ``fit``, ``validate``, ``predict``; ``attribute`` and ``capture``."""
 
 import errno
 import logging
@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 from argparse import HelpFormatter
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
@@ -359,10 +360,8 @@ def run(args: list[str]) -> int:
     """
     quiet_lightning()
     try:
-        if args[:1] == ["attribute"]:
-            return attribute(args[1:])
-        if args[:1] == ["capture"]:
-            return capture(args[1:])
+        if args and args[0] in BESIDE_LIGHTNING:
+            return beside_lightning(args[0], args[1:])
         InversionCLI(args)
     except InputError as error:
         print(f"lightning-inversion: {error}", file=sys.stderr)
@@ -379,23 +378,26 @@ def run(args: list[str]) -> int:
     return 0
 
 
-def attribute(args: list[str]) -> int:
-    """The ``attribute`` command, which needs no Trainer; returns its exit code."""
+def beside_lightning(name: str, args: list[str]) -> int:
+    """A command that needs no Trainer; returns its exit code."""
+    description, add_arguments, run_command = BESIDE_LIGHTNING[name]
     parser = OneSentenceParser(
-        prog="lightning-inversion attribute",
-        description="Paint each token of a text by its share in the model's prediction.",
-        allow_abbrev=False,
+        prog=f"lightning-inversion {name}", description=description, allow_abbrev=False
     )
-    add_attribute_arguments(parser)
-    return run_attribute(parser.parse_args(args))
+    add_arguments(parser)
+    return run_command(parser.parse_args(args))
 
 
-def capture(args: list[str]) -> int:
-    """The ``capture`` command, which needs no Trainer; returns its exit code."""
-    parser = OneSentenceParser(
-        prog="lightning-inversion capture",
-        description="Write the features of prompts to a file, for fit and predict.",
-        allow_abbrev=False,
-    )
-    add_capture_arguments(parser)
-    return run_capture(parser.parse_args(args))
+BESIDE_LIGHTNING: dict[str, tuple[str, Callable[..., None], Callable[..., int]]] = {
+    "attribute": (
+        "Paint each token of a text by its share in the model's prediction.",
+        add_attribute_arguments,
+        run_attribute,
+    ),
+    "capture": (
+        "Write the features of prompts to a file, for fit and predict.",
+        add_capture_arguments,
+        run_capture,
+    ),
+}
+"""What each command does, what adds its options, and what runs it."""

@@ -18,19 +18,8 @@ from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.attribution.rows import RowFile
 from lightning_inversion.errors import InputError
 from lightning_inversion.prompt_files import read_prompts
-from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.transformer.loading import WHAT_IS_LOADED, TransformerSpec
 
-# What a whole model has; the other fields cut or change one, and --depth is an option of ours.
-_OF_THE_MODEL = (
-    "model",
-    "revision",
-    "weights",
-    "weights_seed",
-    "dtype",
-    "quantization",
-    "attention",
-    "device_map",
-)
 _IN_AND_OUT = "-"
 
 
@@ -60,7 +49,7 @@ def add_attribute_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_class_arguments(Choices)
     parser.add_class_arguments(Look)
-    others = {field.name for field in fields(TransformerSpec)} - set(_OF_THE_MODEL)
+    others = {field.name for field in fields(TransformerSpec)} - set(WHAT_IS_LOADED)
     parser.add_class_arguments(TransformerSpec, skip=others)
 
 
@@ -125,7 +114,7 @@ def _made(kind: type[Any], options: Namespace) -> Any:
 
 def _spec(options: Namespace) -> TransformerSpec:
     try:
-        return TransformerSpec(depth=None, **{name: options[name] for name in _OF_THE_MODEL})
+        return TransformerSpec(depth=None, **{name: options[name] for name in WHAT_IS_LOADED})
     except InputError as error:
         raise InputError(str(error).replace("--model.transformer.", "--")) from error
 
@@ -135,7 +124,8 @@ def _said_options(spec: TransformerSpec) -> dict[str, Any]:
     return {
         field.name: value
         for field in fields(spec)
-        if field.name in _OF_THE_MODEL[1:] and (value := getattr(spec, field.name)) != field.default
+        if field.name in WHAT_IS_LOADED[1:]
+        and (value := getattr(spec, field.name)) != field.default
     }
 
 

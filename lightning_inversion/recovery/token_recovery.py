@@ -122,8 +122,11 @@ class _Batch:
         self.texts = [RecoveredText() for _ in range(B)]
         self.began = time.monotonic()
         self.spent = torch.zeros(B, dtype=torch.float64)
-        self.best_ids = torch.zeros(B, 0, dtype=torch.long, device=device)
-        self._forget(torch.arange(B, device=device), B)
+        shape = (B, 1 + _ALTERNATIVES)
+        self.best_ids = torch.zeros(shape, dtype=torch.long, device=device)
+        self.best_residuals = torch.full(shape, torch.inf, device=device)
+        self.best_orders = torch.zeros(shape, dtype=torch.long, device=device)
+        self.names: list[str] = []
         if known is None or not len(known):
             policy.first.begin(self.frontier)
         policy.order.begin(self.frontier)
@@ -248,14 +251,5 @@ class _Batch:
             self.texts[row].seconds = now - self.began
         self.policy.order.advance(rows, ids)
         self.frontier.advance(rows)
-        self._forget(rows, len(self.texts))
-
-    def _forget(self, rows: Tensor, count: int) -> None:
-        if not self.best_ids.shape[1]:
-            shape, device = (count, 1 + _ALTERNATIVES), rows.device
-            self.names: list[str] = []
-            self.best_ids = torch.zeros(shape, dtype=torch.long, device=device)
-            self.best_residuals = torch.full(shape, torch.inf, device=device)
-            self.best_orders = torch.zeros(shape, dtype=torch.long, device=device)
         self.best_residuals[rows] = torch.inf
         self.spent[rows.cpu()] = 0.0

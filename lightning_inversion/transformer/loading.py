@@ -283,6 +283,19 @@ class TransformerSpec:
         return self.attention if kind._supports_sdpa else "eager"
 
 
+WHAT_IS_LOADED = (
+    "model",
+    "revision",
+    "weights",
+    "weights_seed",
+    "dtype",
+    "quantization",
+    "attention",
+    "device_map",
+)
+"""Fields that decide what is read from the files; every other one cuts or operates on that."""
+
+
 def _check_choices(spec: TransformerSpec) -> None:
     """Raise InputError for a value that a field's `Literal` does not list."""
     for name, hint in get_type_hints(TransformerSpec).items():

@@ -7,20 +7,8 @@ from collections.abc import Iterable
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_inversion.transformer.blocks import frozen_copy
-from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.transformer.loading import WHAT_IS_LOADED, TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
-
-# What decides the weights that are read; every other field cuts or operates on them.
-_LOADED = (
-    "model",
-    "revision",
-    "weights",
-    "weights_seed",
-    "dtype",
-    "quantization",
-    "attention",
-    "device_map",
-)
 
 
 class SharedModels:
@@ -60,4 +48,4 @@ class SharedModels:
 
 def weights_of(spec: TransformerSpec) -> str:
     """Names the weights that a spec reads: equal where one model serves both."""
-    return repr([getattr(spec, name) for name in _LOADED])
+    return repr([getattr(spec, name) for name in WHAT_IS_LOADED])
