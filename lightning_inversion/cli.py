@@ -1,4 +1,4 @@
-"""The command line: Lightning's ``fit``, ``validate``, ``predict``; ``attribute`` and ``capture``."""
+"""The command line: fit, validate and predict of Lightning; attribute and capture beside it."""
 
 import errno
 import logging
