@@ -52,6 +52,7 @@ RECOMMENDED: dict[str, Any] = {
     },
     "model.objective": {"class_path": f"{_PACKAGE}.objectives.Standardized"},
     "model.optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 1.0}},
+    "model.recovery": {"class_path": f"{_PACKAGE}.recovery.token_recovery.TokenRecovery"},
     "learning_rate.in_spreads": True,
     "stopping.stop": False,  # a row ends when its tokens are proven
 }
@@ -253,7 +254,10 @@ class InversionCLI(LightningCLI):
             if isinstance(callback, TokenByToken):
                 callback.check(self.model)
         if self.models is not None:
-            self.model.use(self.models.load(self.model.spec))
+            if self.subcommand == "predict" and self.model.recovery.needs_language_model:
+                self.model.use(*self.models.load_with_head(self.model.spec))
+            else:
+                self.model.use(self.models.load(self.model.spec))
         config = self.config_init[self.subcommand]
         if self.subcommand == "fit" and config.ckpt_path is not None:
             config.ckpt_path = unfinished_checkpoint(Path(config.ckpt_path), self.trainer)

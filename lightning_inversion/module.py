@@ -151,9 +151,16 @@ class InputInversion(LightningModule):
 
     # -- the frozen half ---------------------------------------------------------------------
 
-    def use(self, transformer: TruncatedTransformer) -> "InputInversion":
-        """Invert a model that is in memory already, instead of loading ``transformer``."""
-        self.transformer = transformer
+    def use(
+        self, transformer: TruncatedTransformer, whole: PreTrainedModel | None = None
+    ) -> "InputInversion":
+        """Invert a model that is in memory already, instead of loading ``transformer``.
+
+        Args:
+            transformer: the frozen model.
+            whole: the same with its head, for ``predict``; loaded when needed if left out.
+        """
+        self.transformer, self.whole = transformer, whole
         return self
 
     def check(self, trainer: Trainer) -> None:

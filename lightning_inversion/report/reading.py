@@ -111,7 +111,8 @@ def read(paths: Iterable[Path]) -> Reading:
         if not rows:
             continue
         reading.files.append(path)
-        beside = configs.of(path.with_name("config.yaml"))
+        name = "predict.yaml" if rows[0].get("command") == "predict" else "config.yaml"
+        beside = configs.of(path.with_name(name))
         known: dict[str, dict[str, Any]] = {}
         for row in rows:
             reading.results.append(_result(row, str(path), beside, known))

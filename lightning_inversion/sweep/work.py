@@ -14,7 +14,13 @@ from typing import Any
 
 import yaml
 
-from lightning_inversion.cli import InversionCLI, differences, quiet_lightning
+from lightning_inversion.cli import (
+    FITTED,
+    PREDICTED,
+    InversionCLI,
+    differences,
+    quiet_lightning,
+)
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.result_files import read_rows
@@ -68,7 +74,7 @@ def check(sweep: SweepFolder) -> list[TransformerSpec]:
     specs = []
     for cell in sweep.cells:
         run = CheckedRun([cell.command, *cell.arguments, *_place(sweep, cell)])
-        stored = sweep.of(cell) / "config.yaml"
+        stored = sweep.of(cell) / (PREDICTED if cell.command == "predict" else FITTED)
         if stored.exists():
             different = differences(yaml.safe_load(stored.read_text("utf-8")), run.settings)
             if different:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_inversion.transformer.blocks import frozen_copy
+from lightning_inversion.transformer.blocks import frozen_copy, language_model, text_config
 from lightning_inversion.transformer.loading import WHAT_IS_LOADED, TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
@@ -29,6 +29,7 @@ class SharedModels:
             self._depths[key] = max(self._depths.get(key, 0), spec.blocks_needed())
         self._key: str | None = None
         self._model: PreTrainedModel | None = None
+        self._whole: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def load(self, spec: TransformerSpec) -> TruncatedTransformer:
@@ -37,13 +38,27 @@ class SharedModels:
             return spec.load()
         key, needed = weights_of(spec), spec.blocks_needed()
         if self._model is None or key != self._key or needed > self._depths[key]:
-            self._model = None  # before the next one, so that two never lie in memory
+            self._model = self._whole = None  # before the next, so that two never lie in memory
             self._depths[key] = max(self._depths.get(key, 0), needed)
             self._model = spec.load_blocks(self._depths[key])
             self._tokenizer = spec.load_tokenizer()
             self._key = key
         assert self._tokenizer is not None
         return spec.cut(frozen_copy(self._model), self._tokenizer)
+
+    def load_with_head(self, spec: TransformerSpec) -> tuple[TruncatedTransformer, PreTrainedModel]:
+        """What ``spec.load_with_head()`` gives; the whole model stays, and serves every depth."""
+        if spec.quantization is not None or spec.device_map is not None:
+            return spec.load_with_head()
+        key = weights_of(spec)
+        if self._whole is None or key != self._key:
+            self._model = self._whole = None
+            self._whole, self._tokenizer = spec.load_causal_lm()
+            self._model = language_model(self._whole)
+            self._depths[key] = text_config(self._whole.config).num_hidden_layers
+            self._key = key
+        assert self._tokenizer is not None
+        return spec.cut(frozen_copy(language_model(self._whole)), self._tokenizer), self._whole
 
 
 def weights_of(spec: TransformerSpec) -> str:

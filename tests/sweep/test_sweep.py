@@ -15,6 +15,7 @@ from lightning_inversion import cli
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.sweep.command import run
+from lightning_inversion.transformer.cache import ENVIRONMENT
 from lightning_inversion.transformer.loading import TransformerSpec
 
 OF_A_PLACE = {"seconds"}
@@ -70,6 +71,40 @@ def test_a_depth_sweep_loads_once_and_its_cells_are_the_runs_they_name(
                         f"--trainer.default_root_dir={alone}"]) == 0  # fmt: skip
         assert rows_of(cell) == rows_of(alone / "lightning_logs" / "version_0")
     assert loads == [4, 1, 2, 3, 4]
+
+
+def test_a_sweep_of_predict_loads_once_and_its_cells_are_the_runs_they_name(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "cache"))
+    wholes: list[str] = []
+    load_whole = TransformerSpec.load_causal_lm
+    monkeypatch.setattr(
+        TransformerSpec, "load_causal_lm", lambda s: (wholes.append(s.model), load_whole(s))[1]
+    )
+    config = tmp_path / "c.yaml"
+    config.write_text("model: {recovery: {init_args: {budget: 200}}}\n")
+    sweep = [f"--config={config}", *options, "--over=transformer.depth=1,2", "--name=exact"]
+    assert run(["predict", *sweep]) == 0
+    assert len(wholes) == 1
+    folder = tmp_path / "lightning_logs" / "exact"
+    of_time = OF_A_PLACE | {"token_seconds"}
+    for depth in (1, 2):
+        alone = tmp_path / f"alone-{depth}"
+        assert cli.run(["predict", f"--config={config}", *options,
+                        f"--model.transformer.depth={depth}",
+                        f"--trainer.default_root_dir={alone}"]) == 0  # fmt: skip
+        ours, theirs = (
+            rows_of(folder / f"depth={depth}"),
+            rows_of(alone / "lightning_logs" / "version_0"),
+        )
+        assert all(row["exact"] and row["verified"] for row in ours)
+        for row in (*ours, *theirs):
+            assert all(row.pop(key) is not None for key in of_time & row.keys())
+        assert ours == theirs
+    config.write_text("model: {recovery: {init_args: {budget: 100}}}\n")
+    with pytest.raises(InputError, match=r"made with another model\.recovery"):
+        run(["predict", *sweep])
 
 
 def test_only_what_is_not_done_runs_again(

@@ -38,6 +38,21 @@ def test_a_cut_is_what_the_spec_loads(family: str, weights: str, tmp_path: Path)
         assert cut.description == alone.description
 
 
+def test_a_whole_model_serves_every_depth(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "llama")
+    models = SharedModels([TransformerSpec(model=str(folder), depth=1)])
+    ids = torch.tensor([[5, 9, 200, 31]])
+    wholes = set()
+    for depth in (1, 3):
+        spec = TransformerSpec(model=str(folder), depth=depth)
+        cut, whole = models.load_with_head(spec)
+        wholes.add(id(whole))
+        states = whole(ids, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(cut.features_of(ids), states[depth])
+        assert torch.equal(models.load(spec).features_of(ids), spec.load().features_of(ids))
+    assert len(wholes) == 1
+
+
 def test_another_model_takes_the_place_of_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
