@@ -24,6 +24,7 @@ commands
   capture     write the features of prompts to a file, which fit and predict take as --data.targets
   sweep       run a command over a grid of its options; resumes, shares cells over processes
   report      result files -> a table, figures, and one page of HTML
+  audit       how much of your prompts an observer of their activations reads, as one page
 
 examples
   lightning-inversion fit --config configs/quickstart.yaml
@@ -36,6 +37,7 @@ examples
   lightning-inversion predict --data.targets targets.safetensors --model.transformer.depth 8
   lightning-inversion sweep --data.file prompts.txt --over transformer.depth=1,2,4,8 --seeds 3
   lightning-inversion report lightning_logs
+  lightning-inversion audit --prompts prompts.txt --depths 1 8
 
 options
   lightning-inversion COMMAND --help          every option of a command
@@ -46,6 +48,7 @@ options
 BESIDE_LIGHTNING = {
     "sweep": "lightning_inversion.sweep.command",
     "report": "lightning_inversion.report.command",
+    "audit": "lightning_inversion.sweep.audit",
 }
 """Commands with options of their own; what they need of torch and Lightning they import later."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -84,16 +84,35 @@ def run_capture(options: Namespace) -> int:
         InputError: the options are wrong; before a model is loaded wherever that can be known.
     """
     asked = _made(CaptureOptions, options)
-    asked.check()
-    texts = read_prompts(asked.prompts, "--prompts")
     try:
-        spec: TransformerSpec = _made(TransformerSpec, options)
-        spec.check()
-        tokenizer = spec.load_tokenizer()
-        ids = _tokenized(texts, tokenizer, spec, asked)
-        transformer = spec.load()
+        capture(asked, _made(TransformerSpec, options), TransformerSpec.load)
     except InputError as error:
         raise InputError(str(error).replace("--model.transformer.", "--")) from error
+    print(asked.out)
+    return 0
+
+
+def capture(
+    asked: CaptureOptions,
+    spec: TransformerSpec,
+    load: Callable[[TransformerSpec], TruncatedTransformer],
+) -> None:
+    """Write the file of features that is asked for.
+
+    Args:
+        asked: what to capture, and how to store it.
+        spec: the model.
+        load: loads it, or has it in memory.
+
+    Raises:
+        InputError: the options are wrong, or a prompt does not fit the model.
+    """
+    asked.check()
+    texts = read_prompts(asked.prompts, "--prompts")
+    spec.check()
+    tokenizer = spec.load_tokenizer()
+    ids = _tokenized(texts, tokenizer, spec, asked)
+    transformer = load(spec)
     storage = Storage(asked.store, asked.noise)
     captured = Captured(
         features_of_texts(transformer, ids, storage, asked.seed, asked.tokens_per_batch),
@@ -106,8 +125,6 @@ def run_capture(options: Namespace) -> int:
         name=asked.out.name,
     )
     captured.write(asked.out)
-    print(asked.out)
-    return 0
 
 
 @torch.no_grad()
@@ -128,13 +145,15 @@ def features_of_texts(
         tokens_per_batch: tokens of one batch, with their padding.
     """
     features: dict[int, Tensor] = {}
+    console = Console(stderr=True)
     bar = Progress(
         TextColumn("capturing"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,  # it would leave empty lines in a file
     )
     with bar:
         task = bar.add_task("capturing", total=len(ids))

@@ -86,6 +86,11 @@ def label_of(settings: dict[str, Any], apart: Sequence[str]) -> str:
         if value is None:
             continue
         text = str(value).rpartition("/")[2].rpartition(".")[2] if "." in key else str(value)
-        named = isinstance(value, int | float) or key not in ("command", "model", "objective")
+        named = isinstance(value, int | float) or key not in (
+            "command",
+            "model",
+            "objective",
+            "channel",
+        )
         words.append(f"{key.rpartition('.')[2]} {text}" if named else text)
     return ", ".join(words)

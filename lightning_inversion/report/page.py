@@ -83,6 +83,8 @@ def page(
     figures: Sequence[Figure],
     title: str = "",
     texts: int = 20,
+    template: str = "report.html",
+    **more: Any,
 ) -> str:
     """The whole page.
 
@@ -92,6 +94,8 @@ def page(
         figures: drawn of them.
         title: '' for one made of the results.
         texts: recovered texts shown for each setting.
+        template: report.html, or one that extends it.
+        more: what that one asks for beside.
     """
     environment = Environment(
         loader=PackageLoader("lightning_inversion.report", "."),
@@ -103,7 +107,7 @@ def page(
     groups = grouped(reading.results)
     lines = without_empty(lines)
     used = {mark for result in reading.results for mark in result.marks}
-    return environment.get_template("report.html").render(
+    return environment.get_template(template).render(
         title=title or _title(groups),
         findings=findings(reading.results),
         head=list(lines[0]),
@@ -114,6 +118,7 @@ def page(
         reading=reading,
         version=__version__,
         groups=groups,
+        **more,
     )
 
 

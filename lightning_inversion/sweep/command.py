@@ -10,8 +10,9 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
@@ -20,6 +21,9 @@ from lightning_inversion.sweep.estimate import estimate, in_words, total
 from lightning_inversion.sweep.folder import SweepFolder
 from lightning_inversion.sweep.grid import SEED, Axis, Cell, Part, cells_of, read_axis
 from lightning_inversion.sweep.progress import Progress
+
+if TYPE_CHECKING:
+    from lightning_inversion.transformer.loading import TransformerSpec
 
 COMMANDS = ("fit", "predict")
 DESCRIPTION = """\
@@ -59,30 +63,47 @@ def run(args: list[str]) -> int:
     else:
         sweep = _planned(command, options, rest)
 
-    from lightning_inversion.sweep import work  # torch, Lightning: seconds, not spent on --help
+    from lightning_inversion.sweep.work import check  # torch, Lightning: not spent on --help
 
-    specs = work.check(sweep)
+    specs = check(sweep)
     if options.dry_run:
-        _print_plan(sweep, options.processes)
+        print_plan(sweep, options.processes)
         return 0
+    if options.join is not None:
+        return run_cells(sweep, specs, 1, console)
+    code = run_cells(sweep, specs, options.processes, console)
+    print(sweep.path)
+    if not sweep.unfinished():
+        from lightning_inversion.sweep.ending import write_report
+
+        print(write_report(sweep))
+    return code
+
+
+def run_cells(
+    sweep: SweepFolder, specs: Sequence[TransformerSpec], processes: int, console: Console
+) -> int:
+    """Run what is not done yet, and show how it goes; returns the exit code, 1 if a cell failed.
+
+    Args:
+        sweep: whose cells.
+        specs: of their models, from `work.check`.
+        processes: that share them; in this one if 1.
+        console: where the progress goes.
+    """
+    from lightning_inversion.sweep.work import work
+
     sweep.save()
-    progress = Progress(sweep, options.processes, console)
-    left = sweep.unfinished()
-    if left and not options.join:
-        time_needed = in_words(total(left, sweep.finished(), options.processes))
+    progress = Progress(sweep, processes, console)
+    if left := sweep.unfinished():
+        time_needed = in_words(total(left, sweep.finished(), processes))
         console.print(f"{len(left)} of {len(sweep.cells)} cells to run: {time_needed}")
     with progress.shown():
-        if options.processes == 1 or options.join:
-            failed = work.work(sweep, specs, ended=progress.say)
+        if processes == 1:
+            failed = work(sweep, specs, ended=progress.say)
         else:
-            failed = _share(sweep, options.processes, progress)
-    if options.join is None:
-        Console().print(progress.table())
-        print(sweep.path)
-        if not sweep.unfinished():
-            from lightning_inversion.sweep.ending import write_report
-
-            print(write_report(sweep))
+            failed = _share(sweep, processes, progress)
+    Console().print(progress.table())
     for name, message in failed.items():
         print(f"lightning-inversion: {name} failed, {message}", file=sys.stderr)
     return 1 if failed else 0
@@ -136,7 +157,7 @@ def _planned(command: str, options: argparse.Namespace, rest: list[str]) -> Swee
     name = options.name or _name(command, axes, cells)
     if Path(name).name != name:
         raise InputError(f"--name {name!r} is a path; give a plain name.")
-    return SweepFolder(_root(rest) / "lightning_logs" / name, tuple(cells))
+    return SweepFolder(root_of(rest) / "lightning_logs" / name, tuple(cells))
 
 
 def _name(command: str, axes: list[Axis], cells: list[Cell]) -> str:
@@ -147,10 +168,10 @@ def _name(command: str, axes: list[Axis], cells: list[Cell]) -> str:
     )
 
 
-def _root(rest: list[str]) -> Path:
+def root_of(rest: list[str]) -> Path:
     """The folder that lightning_logs is in."""
     option = "--trainer.default_root_dir"
-    for given, after in zip(rest, [*rest[1:], ""], strict=True):
+    for given, after in zip(rest, [*rest, ""][1:], strict=True):
         if given == option:
             return Path(after)
         if given.startswith(f"{option}="):
@@ -158,7 +179,7 @@ def _root(rest: list[str]) -> Path:
     return Path()
 
 
-def _print_plan(sweep: SweepFolder, processes: int) -> None:
+def print_plan(sweep: SweepFolder, processes: int) -> None:
     """The cells, what is done, and how long the rest takes."""
     from lightning_inversion.sweep.work import probe
 

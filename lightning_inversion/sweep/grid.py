@@ -86,7 +86,7 @@ class Part:
             others = [option for option in options if not option.startswith("--config=")]
             chosen = dict(zip(shown, values, strict=True))
             ordered = {axis: chosen[axis] for axis in sorted(chosen, key=lambda a: a == "seed")}
-            name = ",".join(f"{key}={_short(value)}" for key, value in ordered.items())
+            name = ",".join(f"{key}={short(value)}" for key, value in ordered.items())
             cells.append(
                 Cell(
                     "-".join(part for part in (self.name, name) if part) or "only",
@@ -170,7 +170,7 @@ def split_values(text: str) -> list[str]:
     return [piece.strip() for piece in pieces]
 
 
-def _short(value: str) -> str:
+def short(value: str) -> str:
     """A value as a part of a folder's name: the last word of a path or class, no odd characters."""
     last = value.rstrip("/").rpartition("/")[2]
     if re.fullmatch(r"[A-Za-z_][\w.]*\.[A-Z]\w*", last) and "/" not in value:

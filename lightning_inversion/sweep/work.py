@@ -64,6 +64,19 @@ class TimedRun(InversionCLI):
         self.model.training_step = timed_step
 
 
+def spec_of(command: str, arguments: Sequence[str]) -> TransformerSpec:
+    """The model that a command's options name.
+
+    Raises:
+        InputError: the options are wrong.
+    """
+    quiet_lightning()
+    with tempfile.TemporaryDirectory() as folder:
+        run = CheckedRun([command, *arguments, *_logger(Path(folder), "checked", "only")])
+    spec: TransformerSpec = run.model.spec
+    return spec
+
+
 def check(sweep: SweepFolder) -> list[TransformerSpec]:
     """Parse and check every cell before the first one runs; returns the specs of their models.
 

@@ -220,15 +220,28 @@ def test_a_changed_config_file_is_not_gone_on_with(options: list[str], tmp_path:
         run(sweep)
 
 
-def test_help_needs_no_torch() -> None:
+def test_a_sweep_of_seeds_alone_has_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left over for the command: no option names the folder."""
+    seen: list[Any] = []
+    monkeypatch.setattr("lightning_inversion.sweep.work.check", seen.append)
+    monkeypatch.setattr("lightning_inversion.sweep.command.print_plan", lambda *_: None)
+    assert run(["--seeds=2", "--dry-run"]) == 0
+    assert seen[0].path.parent == Path("lightning_logs")
+    assert [cell.arguments for cell in seen[0].cells] == [
+        ("--seed_everything=0",), ("--seed_everything=1",),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", ["command", "audit"])
+def test_help_needs_no_torch(module: str) -> None:
     code = (
-        "import sys\nfrom lightning_inversion.sweep.command import run\n"
+        f"import sys\nfrom lightning_inversion.sweep.{module} import run\n"
         "try: run(['--help'])\nexcept SystemExit: pass\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'lightning', 'transformers')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--over" in done.stdout
+    assert "--processes" in done.stdout
 
 
 @pytest.mark.integration

@@ -1,0 +1,159 @@
+"""An audit by the real entry point: what it captures, runs, says, and how it goes on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_inversion import __main__ as entry
+from lightning_inversion.captured import Captured, Storage
+from lightning_inversion.errors import InputError
+from lightning_inversion.module import InputInversion
+from lightning_inversion.sweep.audit import CONFIG, AuditPlan, run
+from lightning_inversion.transformer.cache import ENVIRONMENT
+
+PLAN: dict[str, Any] = {
+    "channels": {
+        "untouched": {},
+        "as bfloat16": {"store": "bfloat16"},
+        "loud": {"noise": 100.0},
+        "the first 16": {"features": "0:16"},
+    },
+    "fit": {"channels": ["untouched"], "options": {"model.iterations": 12}},
+    "predict": {"options": {"model.recovery.budget": 40}},
+}
+
+
+@pytest.fixture
+def options(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "cache"))
+    (tmp_path / "prompts.txt").write_text("The sky is blue.\nA quick <b>brown</b> fox\n")
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN, sort_keys=False))
+    return [
+        f"--prompts={tmp_path / 'prompts.txt'}",
+        f"--model={tiny_folder}",
+        f"--config={tmp_path / 'plan.yaml'}",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.accelerator=cpu",
+    ]
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_an_audit_says_what_its_rows_say(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    recover = InputInversion.predict_step
+
+    def failing(module: InputInversion, *batch: Any) -> Any:
+        if module.frozen.description["features"]:
+            raise RuntimeError("lost <i>power</i>")
+        return recover(module, *batch)
+
+    audit = [*options, "--depths", "2"]
+    with monkeypatch.context() as patched:
+        patched.setattr(InputInversion, "predict_step", failing)
+        assert run(audit) == 1
+    (folder,) = (tmp_path / "lightning_logs").iterdir()
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == str(folder / "audit.html")
+    assert "the-first-16 failed, RuntimeError" in said.err
+    page = (folder / "audit.html").read_text()
+    assert "This is a part of the audit: 4 of 5 runs are done." in page
+    assert "at depth 2, the first 16 (RuntimeError: lost &lt;i&gt;power" in page
+    assert '<td class="note">failed</td>' in page
+
+    kept = Captured.read(folder / "targets" / "depth=2,as-bfloat16.safetensors")
+    assert kept.storage == Storage("bfloat16")
+    assert kept.transformer["layers"] == [2]
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+    assert run(audit) == 0
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")} == before
+    page = (folder / "audit.html").read_text()
+    assert "part of the audit" not in page
+    untouched = rows_of(folder / "predict,depth=2,untouched")
+    assert all(row["verified"] and row["exact"] for row in untouched)
+    assert (
+        "At depth 2, exact recovery reads 100% of the tokens, all certified, and 2 of 2 texts "
+        "whole (untouched). Nothing changes with: " in page
+    )
+    loud = rows_of(folder / "predict,depth=2,loud")
+    tokens = sum(len(row["ids"]) for row in loud)
+    right = sum(
+        a == b for row in loud for a, b in zip(row["ids"], row["recovered_ids"], strict=True)
+    )
+    assert right < tokens
+    assert not any(sum(row["certified"]) for row in loud)
+    assert f"Loud: {round(100 * right / tokens)}% of the tokens, none certified." in page
+    (fit,) = folder.glob("fit,*")
+    accuracy = [row["token_accuracy"] * len(row["ids"]) for row in rows_of(fit)]
+    assert f"gradient inversion reads {round(100 * sum(accuracy) / tokens)}% of" in page
+    assert "&lt;b&gt;brown" in page
+    assert "<b>" not in page
+
+
+def test_a_plan_runs_nothing(options: list[str], tmp_path: Path, capsys) -> None:
+    assert run([*options, "--depths", "1", "2", "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "predict,depth=2,as-bfloat16: about" in plan
+    assert "10 of 10 cells to run: about" in plan
+    assert not list(tmp_path.rglob("results.jsonl"))
+    assert not list(tmp_path.rglob("audit.html"))
+
+
+def test_the_plan_in_the_package_can_be_run() -> None:
+    plan = AuditPlan.read(CONFIG)
+    first, *others = plan.channels.values()
+    assert (first.store, first.noise, first.features) == ("float32", 0, None)
+    assert {channel.store for channel in others} == {"float32", "bfloat16", "float16"}
+    assert any(channel.noise for channel in others)
+    assert any(channel.features for channel in others)
+    assert {command for command, _, _ in plan.attacks()} == {"fit", "predict"}
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "sentence"),
+    [
+        ({}, ["--depths", "1", "1"], "--depths has a depth twice"),
+        ({}, ["--depths", "9"], "9 blocks were asked for and the model has 4"),
+        ({}, ["--depths", "x"], "argument --depths: invalid int value"),
+        ({}, ["--processes=0"], "--processes must be at least 1"),
+        ({}, ["--model.recovery.budgte=3"], "'budgte' is not accepted"),
+        ({}, ["--prompts=nowhere.txt"], "--prompts 'nowhere.txt' cannot be read"),
+        ({}, ["--config=nowhere.yaml"], "--config 'nowhere.yaml' cannot be read"),
+        ({"channels": {"a": {"noise": -1.0}}}, ["--depths=1"], "--noise is a standard deviation"),
+        ({"channels": {"a": {"store": "int8"}}}, [], "is no plan of an audit"),
+        ({"channels": {"a": {"loud": 1}}}, [], "is no plan of an audit"),
+        ({"channels": {}}, [], "names no channel"),
+        ({"channels": {"a b": {}, "a-b": {}}}, [], "names are too much alike"),
+        ({"fit": {"channels": ["touched"]}}, [], "'touched' is no channel of it"),
+        ({"fit": {"channels": []}, "predict": {"channels": []}}, [], "leaves nothing to run"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_wrong_use_ends_before_a_run(
+    change: dict[str, Any], arguments: list[str], sentence: str, options: list[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys,
+) -> None:  # fmt: skip
+    plan = {**PLAN, **({"fit": {"channels": []}, "predict": {}} if "channels" in change else {})}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**plan, **change}))
+    monkeypatch.setattr(InputInversion, "begin", lambda *_: pytest.fail("a batch was begun"))
+    monkeypatch.setattr("sys.argv", ["lightning-inversion", "audit", *options, *arguments])
+    try:
+        code = entry.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    message = capsys.readouterr().err
+    assert code == 2
+    assert sentence in message
+    assert message.count("\n") == 1, message
+    assert not list(tmp_path.rglob("results.jsonl"))
+
+
+def test_prompts_are_needed(options: list[str]) -> None:
+    with pytest.raises(InputError, match="the following arguments are required: --prompts"):
+        run(options[1:])
