@@ -74,11 +74,6 @@ class Storage:
             features = features + self.noise * drawn.to(features)
         return features.to(_float_type(self.dtype)).to(features.dtype)
 
-    @property
-    def exact(self) -> bool:
-        """Whether float32 features come out as they went in."""
-        return not self.noise and self.dtype in {"float32", "float64"}
-
 
 @dataclass(frozen=True)
 class Captured:

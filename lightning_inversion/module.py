@@ -28,11 +28,12 @@ from lightning_inversion.inputs import EmbeddingInput, Given, LearnableInput, ro
 from lightning_inversion.objectives import Objective, Standardized
 from lightning_inversion.prompts import PromptBatch, PromptDataModule
 from lightning_inversion.recovery.certificate import RecoveredText
-from lightning_inversion.recovery.policy import Instruments, RecoveryPolicy, recovered
+from lightning_inversion.recovery.instruments import Instruments
+from lightning_inversion.recovery.policy import RecoveryPolicy, recovered
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.strategy import check_strategy
 from lightning_inversion.transformer.embedding import TokenEmbedding
-from lightning_inversion.transformer.known_vectors import KnownVectors
+from lightning_inversion.transformer.known_prefix import KnownPrefix
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.readout import Readout
@@ -105,6 +106,7 @@ class InputInversion(LightningModule):
     """
 
     features: Tensor | None
+    prefix: KnownPrefix
     target: Tensor
     distances: Tensor
     _before_step: Tensor
@@ -146,7 +148,6 @@ class InputInversion(LightningModule):
         self.batch: PromptBatch | None = None
         self._aimed = False
         self._calibrated = False
-        self._known: KnownVectors | None = None
         self.iteration = 0
 
     # -- the frozen half ---------------------------------------------------------------------
@@ -228,10 +229,10 @@ class InputInversion(LightningModule):
         """The frozen token embedding."""
         return self.frozen.embedding
 
-    @cached_property
+    @property
     def readout(self) -> Readout:
         """The linear guess from features to embeddings, fitted when it is first asked for."""
-        return Readout.fit(self.frozen)
+        return self.instruments.readout
 
     def _allowed_ids(self) -> list[int]:
         if not isinstance(self.allowed_tokens, str):
@@ -253,7 +254,7 @@ class InputInversion(LightningModule):
     @torch.no_grad()
     def begin(self, batch: PromptBatch) -> None:
         """Take up a batch: a fresh input and, under a Trainer, a fresh optimiser."""
-        self.batch, self._known = batch, None
+        self.batch = batch
         self._aim()
         ids = batch.ids
         values = None if ids is None else self.learnable.encode(ids, self.embedding)
@@ -268,6 +269,8 @@ class InputInversion(LightningModule):
         """Compute the target features of the batch."""
         assert self.batch is not None
         self._aimed = True
+        if self.frozen.causal:
+            self.prefix = KnownPrefix(self.frozen, len(self.batch.index))
         if self.batch.target is not None:
             self.target = self.captured_target(self.batch)
         else:
@@ -356,13 +359,14 @@ class InputInversion(LightningModule):
         ends = torch.where(looked_at[rows], positions + 1, 0).amax(dim=1)
         width = int((ends - lengths).max())
         if 2 * width > looked_at.shape[1] or not self.frozen.caches:
-            return None
+            return None  # nothing to save
         return rows, lengths, width
 
     def _distances_in(self, window: tuple[Tensor, Tensor, int], looked_at: Tensor) -> Tensor:
         """The distance of each row ``[B]``, from its window alone."""
         rows, lengths, width = window
-        vectors, known = self.learnable(self.embedding), self.known_vectors(rows, lengths)
+        vectors = self.learnable(self.embedding)
+        self.prefix.begin(rows, vectors[rows], lengths)
         # Position 0 has statistics of its own in a readout: nothing else may stand in column 0.
         columns = torch.arange(width + 1, device=rows.device)
         shift = (lengths > 0).long()[:, None]
@@ -370,20 +374,13 @@ class InputInversion(LightningModule):
         inside = (columns >= shift) & (columns < width + shift)
         inside &= lengths[:, None] + columns - shift < looked_at.shape[1]
         run = (lengths[:, None] + columns[:width]).clamp(max=looked_at.shape[1] - 1)
-        features = known.followed_by(vectors[rows[:, None], run])
+        features = self.prefix.followed_by(rows, vectors[rows[:, None], run])
         features = features.gather(
             1, (columns - shift).clamp(0, width - 1)[..., None].expand(-1, -1, features.shape[-1])
         )
         mask = looked_at[rows[:, None], places] & inside
         distances = self.objective(features, self.target[rows[:, None], places], mask)
         return torch.zeros_like(self.progress.ratio).index_put((rows,), distances)
-
-    def known_vectors(self, rows: Tensor, lengths: Tensor) -> KnownVectors:
-        """What rows ``[R]`` begin with, ``lengths`` [R] positions that are held; run once."""
-        if self._known is None or not self._known.of(rows, lengths):
-            vectors = self.learnable(self.embedding)
-            self._known = KnownVectors(self.frozen, rows, vectors, lengths)
-        return self._known
 
     def stop_rows(self, rows: Tensor) -> None:
         """Hold ``rows`` [B] bool still from this iteration on."""

@@ -32,7 +32,8 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.prompt_files import read_prompts
 from lightning_inversion.recovery.certificate import RecoveredText
 from lightning_inversion.recovery.first_token import scan
-from lightning_inversion.recovery.policy import Instruments, RecoveryPolicy
+from lightning_inversion.recovery.instruments import Instruments
+from lightning_inversion.recovery.policy import RecoveryPolicy
 from lightning_inversion.result_files import Row, append_rows, read_rows
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec

@@ -33,11 +33,11 @@ from lightning_inversion.metrics import (
 )
 from lightning_inversion.module import InputInversion
 from lightning_inversion.prompts import PromptBatch, PromptDataModule
-from lightning_inversion.recovery.verification import TOLERANCE, Verdict, verify_text
+from lightning_inversion.recovery.verification import Verdict, verify_text
 from lightning_inversion.result_files import Row, append_rows, read_rows, settle_rows
 from lightning_inversion.strategy import ROWS_ARE_WRITTEN, IndependentPrompts
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of a row's keys."""
 
 _NOT_FINITE = (
@@ -207,7 +207,7 @@ class Results(Callback):
             module.features_of_tokens(top.best),
             module.target,
             batch.mask,
-            module.frozen,
+            module.instruments,
         )
         seconds = time.monotonic() - self._began
         return result_rows(module, batch, top, verdict, seconds)
@@ -304,8 +304,8 @@ def result_rows(
                 "verified": all(verified),
                 "verified_tokens": sum(verified),
                 "unresolved": [t for t, proven in enumerate(verified) if not proven],
-                "relative_residuals": residuals,
-                "tolerance": TOLERANCE,
+                "token_residuals": residuals,
+                "tolerances": verdict.tolerances[row, :length].tolist(),
                 "indistinguishable": [t for t, token in enumerate(ids) if token in twins],
                 "distance_ratio": finite(float(module.progress.ratio[row])),
                 "criterion_met": met_at >= 0,

@@ -1,5 +1,6 @@
 """Snapping: a token that is proven is fixed, and each later one solves an easier problem."""
 
+import sys
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from torch.optim import Optimizer
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput
 from lightning_inversion.module import InputInversion
-from lightning_inversion.prompts import PromptDataModule
-from lightning_inversion.recovery.token_search import TokenSearch
+from lightning_inversion.recovery.frontier import Frontier, Trial
+from lightning_inversion.recovery.linear_map import LinearMap
+from lightning_inversion.recovery.optimized_input import OptimizedInput
+from lightning_inversion.recovery.orders import Mixture
+from lightning_inversion.recovery.rounds import round_of
 
 
 class TokenByToken(Callback):
@@ -19,20 +23,28 @@ class TokenByToken(Callback):
 
     A token whose features reproduce the target is fixed to its exact embedding. The objective looks
     only at the few positions behind the prefix, because later ones settle in wrong minima while
-    what they attend to is wrong. A row whose tokens are all proven has ended.
+    what they attend to is wrong. A row whose tokens are all proven has ended. Candidates come from
+    the input and, in equal shares, from the linear map, corrected by the candidates that failed.
+
+    Where the tolerance cannot tell right tokens from wrong ones (targets with much noise), nothing
+    can be proven: that is said, and the input is optimised as a whole.
 
     Args:
         every: iterations between two rounds of candidates; 0 turns the callback off.
-        candidates: tokens run for a row in its first round at a position.
-        most: tokens of a round at most, for a position that stays unproven.
+        candidates: tokens run for a row once its first few at a position have failed.
+        most: tokens of a round at most; a position that stays unproven gets four times as many
+            every few rounds, so that the whole vocabulary is tried in the end.
         window: positions behind the prefix that are optimised.
     """
 
-    RESTARTS_EVERY = TokenSearch.GROWS_EVERY
-    """Rounds without proof after which a position starts again from what the candidates taught."""
+    FIRST = 8
+    """Tokens of the first round at a position: mostly one of them is right."""
+    GROWS_EVERY = 4
+    """Rounds without proof after which a position starts again from what the candidates taught,
+    with more of them."""
 
     def __init__(
-        self, every: int = 5, candidates: int = 64, most: int = 1024, window: int = 2
+        self, every: int = 5, candidates: int = 64, most: int = 512, window: int = 2
     ) -> None:
         if every < 0 or min(candidates, most, window) < 1 or most < candidates:
             raise InputError(
@@ -40,9 +52,11 @@ class TokenByToken(Callback):
                 f"most not below candidates; they are {every}, {candidates}, {window} and {most}."
             )
         self.every, self.candidates, self.most, self.window = every, candidates, most, window
-        self._search: TokenSearch | None = None
+        self._frontier: Frontier | None = None
+        self._map = LinearMap(later=True)
         self._index: tuple[int, ...] | None = None
         self._stored: dict[str, Tensor] | None = None
+        self._said = False
 
     def check(self, module: InputInversion) -> None:
         """Refuse what cannot be proven token by token, before the model is loaded."""
@@ -63,65 +77,80 @@ class TokenByToken(Callback):
         """Check again where no command line did."""
         assert isinstance(pl_module, InputInversion)
         self.check(pl_module)
-        data: Any = getattr(trainer, "datamodule", None)
-        captured = data.captured if isinstance(data, PromptDataModule) else None
-        if self.every and stage == "fit" and captured is not None and not captured.storage.exact:
-            raise InputError(
-                "token_by_token proves tokens to the precision of float32, and --data.targets was "
-                f"stored as {captured.storage.dtype} with noise {captured.storage.noise:g}; use "
-                "predict, which measures its tolerance, or set --token_by_token.every 0."
-            )
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """A round of candidates for the input as it stands, before it moves on."""
         assert isinstance(pl_module, InputInversion)
-        if not self.every:
+        if not self.every or not self._can_prove(pl_module):
             return
-        search = self._search_of(pl_module)
+        frontier = self._frontier_of(pl_module)
         if pl_module.iteration % self.every == 0:
-            self._advance(pl_module, search, optimizer)
+            self._advance(pl_module, frontier, optimizer)
         self._focus(pl_module)
 
-    def _search_of(self, module: InputInversion) -> TokenSearch:
-        assert module.batch is not None
-        if self._search is None or self._index != module.batch.index:
-            self._index = module.batch.index
-            self._search = TokenSearch(
-                module.frozen, module.readout, module.target, self.candidates, self.most
+    def _can_prove(self, module: InputInversion) -> bool:
+        able = bool((module.instruments.calibration.tolerance > 0).all())
+        if not able and not self._said:
+            print(
+                "token_by_token: what happened to the targets hides which token is right: none can "
+                "be proven, and the input is optimised as a whole.",
+                file=sys.stderr,
             )
+            self._said = True
+        return able
+
+    def _frontier_of(self, module: InputInversion) -> Frontier:
+        assert module.batch is not None
+        if self._frontier is None or self._index != module.batch.index:
+            self._index = module.batch.index
+            self._frontier = Frontier(module.instruments, module.target, module.prefix)
+            self._map.begin(self._frontier)
             if self._stored is not None:
-                self._search.restore(self._stored)
+                self._frontier.restore(self._stored)
                 self._stored = None
-        return self._search
+        return self._frontier
 
     @torch.no_grad()
-    def _advance(self, module: InputInversion, search: TokenSearch, optimizer: Optimizer) -> None:
+    def _advance(self, module: InputInversion, frontier: Frontier, optimizer: Optimizer) -> None:
         """Prove as many tokens as the input gives away, then restart the positions that stall."""
-        batch, values = module.batch, module.learnable.values
-        assert batch is not None
-        totals = batch.mask.sum(1)
+        assert module.batch is not None
+        totals = module.batch.mask.sum(1)
         rows = self._unfinished(module, totals)
-        rows = rows[
-            ~search.tested[rows].all(1)
-        ]  # where every token was tried, the gradient is left
+        # Where every token was tried, the gradient is left.
+        rows = rows[~frontier.tried[rows].all(1)]
+        vectors = module.learnable(module.embedding)
+        order = Mixture([self._map, OptimizedInput(vectors)], alone=1.0)
         if len(rows):
-            known = module.known_vectors(rows, module.progress.proven[rows].sum(1))
+            lengths = module.progress.proven[rows].sum(1)
+            frontier.prefix.begin(rows, vectors[rows], lengths)
         while len(rows):
-            lengths = known.lengths_of(rows)
-            proposal = search.propose(rows, known, values[rows, lengths])
-            rows, lengths = rows[proposal.proven], lengths[proposal.proven]
-            vectors = module.learnable.encode(proposal.ids[proposal.proven], module.embedding)
-            if len(rows):
-                known.append(rows, vectors)
-            values[rows, lengths] = vectors
-            module.learnable.held[rows, lengths] = True
-            module.progress.proven[rows, lengths] = True
-            rows = rows[lengths + 1 < totals[rows]]
-        finished = module.progress.proven.sum(1) == totals
-        module.stop_rows(finished)
-        self._restart(module, search, optimizer, self._unfinished(module, totals))
+            first = frontier.rounds[rows] == 0
+            sizes = self._sizes(frontier.rounds[rows])
+            proven = torch.zeros_like(first)
+            for trial, _ in round_of(frontier, order, rows, sizes):
+                proven |= torch.isin(rows, trial.rows[trial.certified])
+                self._fix(module, trial)
+            left = frontier.positions(rows) < totals[rows]
+            # On to the next token, or to the candidates behind the first few.
+            rows = rows[(proven | first) & left]
+        module.stop_rows(module.progress.proven.sum(1) == totals)
+        self._restart(module, frontier, optimizer, self._unfinished(module, totals))
+
+    def _sizes(self, rounds: Tensor) -> Tensor:
+        growth = 4 ** (rounds // self.GROWS_EVERY).clamp(max=8)
+        sizes = (self.candidates * growth).clamp(max=self.most)
+        return torch.where(rounds == 0, min(self.FIRST, self.candidates), sizes)
+
+    @staticmethod
+    def _fix(module: InputInversion, trial: Trial) -> None:
+        """Certified tokens stand in the input from now on."""
+        rows, ids = trial.rows[trial.certified], trial.best[trial.certified]
+        places = module.progress.proven[rows].sum(1)
+        module.learnable.values[rows, places] = module.learnable.encode(ids, module.embedding)
+        module.learnable.held[rows, places] = True
+        module.progress.proven[rows, places] = True
 
     @staticmethod
     def _unfinished(module: InputInversion, totals: Tensor) -> Tensor:
@@ -129,16 +158,16 @@ class TokenByToken(Callback):
         return moving.nonzero()[:, 0]
 
     def _restart(
-        self, module: InputInversion, search: TokenSearch, optimizer: Optimizer, rows: Tensor
+        self, module: InputInversion, frontier: Frontier, optimizer: Optimizer, rows: Tensor
     ) -> None:
-        """Positions that stall start again at the secant guess, and the optimiser forgets them."""
-        rounds = search.rounds[rows]
-        stalled = rows[(rounds > 0) & (rounds % self.RESTARTS_EVERY == 0)]
+        """Positions that stall start again at the corrected guess; the optimiser forgets them."""
+        rounds = frontier.rounds[rows]
+        stalled = rows[(rounds > 0) & (rounds % self.GROWS_EVERY == 0)]
         if not len(stalled):
             return
         positions = module.progress.proven[stalled].sum(1)
         values = module.learnable.values
-        values[stalled, positions] = search.secant(stalled)
+        values[stalled, positions] = frontier.guess(stalled)
         for moment in optimizer.state.get(values, {}).values():
             if isinstance(moment, Tensor) and moment.shape == values.shape:
                 moment[stalled, positions] = 0
@@ -151,8 +180,8 @@ class TokenByToken(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The candidates tried so far."""
-        return {} if self._search is None else self._search.state()
+        return {} if self._frontier is None else self._frontier.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Taken up when the search of the resumed batch begins."""
+        """Taken up when the resumed batch goes on."""
         self._stored = state_dict or None

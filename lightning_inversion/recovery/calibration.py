@@ -66,6 +66,8 @@ class Calibration:
     ) -> Calibration:
         """Run held-back texts both ways, whole and token by token behind kept keys.
 
+        A model that is not causal runs them whole, alone and beside others.
+
         Args:
             transformer: the frozen model.
             readout: for the features' spread.
@@ -84,10 +86,14 @@ class Calibration:
         nowhere = torch.zeros(2, device=target.device)
         measure = cls(readout.scale, nowhere, nowhere, right, wrong)
         twins = transformer.embedding.twins.to(ids.device)
-        for position in range(ids.shape[1]):
+        # A token that sees the whole text takes a forward of its own: fewer places must do.
+        for position in range(0, ids.shape[1], 1 if transformer.causal else _LENGTH // 2):
             kind = min(position, 1)
             candidates = _candidates(transformer, ids[:, position], seed + position)
-            features = prefix.candidates(rows, transformer.embedding(candidates))
+            if transformer.causal:
+                features = prefix.candidates(rows, transformer.embedding(candidates))
+            else:
+                features = _in_place(transformer, ids, position, candidates)
             places = torch.full(candidates.shape, position, device=ids.device)
             residuals = measure.residual(features, target[:, position, None], places)
             right[kind] = torch.maximum(right[kind], residuals[:, 0].max())
@@ -95,7 +101,8 @@ class Calibration:
             same = twins[candidates[:, 1:]] == twins[candidates[:, :1]]
             nearest = residuals[:, 1:].masked_fill(same, torch.inf).min()
             wrong[kind] = torch.minimum(wrong[kind], nearest)
-            prefix.keep(rows, torch.zeros_like(rows), ids[:, position])
+            if transformer.causal:
+                prefix.keep(rows, torch.zeros_like(rows))
         apart = wrong > _CLEARANCE * right
         between = (right.clamp_min(1e-9) * wrong).sqrt()
         tolerance = torch.where(apart, between, 0.0)
@@ -110,6 +117,15 @@ def _texts(transformer: TruncatedTransformer, text: Tensor | None, seed: int) ->
         half = min(_TEXTS // 2, len(text))
         ids[:half] = text[-half:, -_LENGTH:].cpu()
     return ids.to(transformer.device)
+
+
+def _in_place(
+    transformer: TruncatedTransformer, ids: Tensor, position: int, candidates: Tensor
+) -> Tensor:
+    """Features ``[N, K, F]`` at a position with each of ``candidates`` [N, K] in the whole text."""
+    texts = ids[:, None].repeat(1, candidates.shape[1], 1)
+    texts[:, :, position] = candidates
+    return torch.stack([transformer.features_of(some)[:, position] for some in texts])
 
 
 def _candidates(transformer: TruncatedTransformer, right: Tensor, seed: int) -> Tensor:

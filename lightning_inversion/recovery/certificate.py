@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class TokenCertificate:
         if self.runner_up is None or not self.tolerance:
             return None
         return self.runner_up / self.tolerance
+
+    def instead(self, other: int, residual: float) -> TokenCertificate:
+        """With another of its alternatives, which the rest of the text speaks for."""
+        others = tuple(token for token in self.alternatives if token != other)
+        return replace(self, id=other, residual=residual, alternatives=(other, *others))
 
 
 @dataclass

@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from lightning_inversion.recovery.instruments import Instruments
 from lightning_inversion.transformer.known_prefix import KnownPrefix
-from lightning_inversion.transformer.language_model import LanguageModel
-from lightning_inversion.transformer.readout import Readout
-from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 _KEPT = 16
 """Wrong candidates that correct the guess, the closest ones."""
+_STATE = ("tried", "rounds", "_errors", "_corrected")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What running candidates has shown, for the rows they were run for.
+
+    Attributes:
+        rows: ``[R]``.
+        ids: ``[R, K]`` the candidates.
+        residuals: ``[R, K]`` how far each is from the target, see ``Calibration``.
+        tolerance: ``[R]`` the residual up to which one is certified.
+        best: ``[R]`` the candidate that came closest.
+        certified: ``[R]`` bool, True where it is certified: the row has gone on behind it.
+        tried: ``[R]`` tokens run at this place so far, these among them.
+    """
+
+    rows: Tensor
+    ids: Tensor
+    residuals: Tensor
+    tolerance: Tensor
+    best: Tensor
+    certified: Tensor
+    tried: Tensor
 
 
 class Frontier:
     """The next unknown token of each of B texts.
 
     Args:
-        transformer: the frozen model.
-        readout: its linear guess.
+        instruments: of the model.
         target: ``[B, T, F]`` features to reproduce.
-        language_model: the whole model, where an order asks for it.
-        text: ``[N, T]`` ids that it wrote.
+        prefix: where its known tokens are kept; default a new one.
 
     Attributes:
         prefix: the tokens known so far.
@@ -31,21 +53,25 @@ class Frontier:
     """
 
     def __init__(
-        self,
-        transformer: TruncatedTransformer,
-        readout: Readout,
-        target: Tensor,
-        language_model: LanguageModel | None = None,
-        text: Tensor | None = None,
+        self, instruments: Instruments, target: Tensor, prefix: KnownPrefix | None = None
     ) -> None:
-        self.transformer, self.readout, self.target = transformer, readout, target
-        self.language_model, self.text = language_model, text
-        B, device, embedding = len(target), target.device, transformer.embedding
-        self.prefix = KnownPrefix(transformer, B)
+        self.instruments, self.target = instruments, target
+        self.transformer, self.readout = instruments.transformer, instruments.readout
+        B, device, embedding = len(target), target.device, self.transformer.embedding
+        self.prefix = prefix or KnownPrefix(self.transformer, B)
         self.tried = torch.zeros(B, embedding.vocabulary_size, dtype=torch.bool, device=device)
         self.rounds = torch.zeros(B, dtype=torch.long, device=device)
         self._errors = torch.full((B, _KEPT), torch.inf, device=device)
         self._corrected = torch.zeros(B, _KEPT, embedding.width, device=device)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold, beside the prefix, to go on from here."""
+        return {name: getattr(self, name) for name in _STATE}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from ``state``."""
+        for name in _STATE:
+            setattr(self, name, state[name].to(self.target.device))
 
     @property
     def rows(self) -> int:
@@ -80,6 +106,29 @@ class Frontier:
         corrected = (weights[..., None] * self._corrected[rows]).sum(1)
         return torch.where(known.any(1, keepdim=True), corrected, self.linear_guess(rows))
 
+    @torch.no_grad()
+    def try_out(self, rows: Tensor, ids: Tensor) -> Trial:
+        """Run candidates ``[R, K]``; learn from them; go on behind one that is certified."""
+        positions, calibration = self.positions(rows), self.instruments.calibration
+        features = self.prefix.candidates(rows, self.transformer.embedding(ids))
+        places = positions[:, None].expand(ids.shape)
+        residuals = calibration.residual(features, self.target_at(rows)[:, None], places)
+        self.learn(rows, ids, features)
+        tried = self.tried[rows].sum(1)
+        closest, place = residuals.min(dim=1)
+        tolerance = calibration.tolerance[positions.clamp(max=1)]
+        certified = closest <= tolerance
+        self.prefix.keep(rows, torch.where(certified, place, -1))
+        self._leave(rows[certified])
+        best = ids.gather(1, place[:, None])[:, 0]
+        return Trial(rows, ids, residuals, tolerance, best, certified, tried)
+
+    def accept(self, rows: Tensor, ids: Tensor) -> None:
+        """Go on behind tokens ``[R]`` that nothing certifies."""
+        self.prefix.candidates(rows, self.transformer.embedding(ids[:, None]))
+        self.prefix.keep(rows, torch.zeros_like(rows))
+        self._leave(rows)
+
     def learn(self, rows: Tensor, ids: Tensor, features: Tensor) -> None:
         """Note that tokens ``[R, K]`` with features ``[R, K, F]`` were run."""
         self.tried[rows[:, None], ids] = True
@@ -104,7 +153,12 @@ class Frontier:
         self._errors[rows] = errors.gather(1, order)
         self._corrected[rows] = corrected[pick, order]
 
-    def advance(self, rows: Tensor) -> None:
+    def take_back(self, rows: Tensor) -> None:
+        """The last token of each of ``rows`` [R] is to be found again."""
+        self.prefix.take_back(rows)
+        self._leave(rows)
+
+    def _leave(self, rows: Tensor) -> None:
         """A new position begins in ``rows``."""
         self.tried[rows] = False
         self.rounds[rows] = 0

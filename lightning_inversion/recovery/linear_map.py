@@ -7,8 +7,10 @@ from torch import Tensor
 
 from lightning_inversion.recovery.frontier import Frontier
 from lightning_inversion.recovery.orders import CandidateOrder
+from lightning_inversion.transformer.readout import Readout
 
 _TEMPERS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+_AT_A_TIME = 8192
 _HELD_BACK = 512
 """Positions of the model's own text on which the temper is chosen."""
 
@@ -19,20 +21,33 @@ class LinearMap(CandidateOrder):
     The log-likelihood is Gaussian with the covariance of the readout's errors. Those are not
     Gaussian, so it is tempered by what makes real tokens likeliest beside the language model's
     prior, measured on the model's own text.
+
+    Args:
+        later: whether a mixture should listen in later rounds too. Off, because what is tried later
+            is better judged by the model itself, where another order asks it.
     """
 
+    def __init__(self, later: bool = False) -> None:
+        self.later = later
+        self._readout: Readout | None = None
+
     def begin(self, frontier: Frontier) -> None:
-        """Whiten the vocabulary; choose the temper."""
-        embedding = frontier.transformer.embedding
-        self._whitened = torch.stack(
-            [embedding.matrix.float() @ whitening for whitening in frontier.readout.whitening]
-        )
-        self._half_squares = self._whitened.square().sum(-1) / 2
+        """Measure the vocabulary by how the readout errs, once for each readout."""
+        if self._readout is frontier.readout:
+            return
+        self._readout, embedding = frontier.readout, frontier.transformer.embedding
+        self._precision = self._readout.whitening @ self._readout.whitening.mT
+        ids = torch.arange(embedding.vocabulary_size, device=frontier.target.device)
+        halves = [
+            (vectors := embedding(chunk)).mul(vectors @ self._precision).sum(-1) / 2
+            for chunk in torch.split(ids, _AT_A_TIME)
+        ]
+        self._half_squares = torch.cat(halves, dim=1)
         self._temper = self._best_temper(frontier)
 
     def speaks(self, later: bool) -> bool:
-        """In the first round: what is tried later is better judged by the model itself."""
-        return not later
+        """In the first round, and in later ones as asked."""
+        return self.later or not later
 
     def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
         """Of the linear guess, corrected by what was tried."""
@@ -41,22 +56,21 @@ class LinearMap(CandidateOrder):
         )
 
     def _likelihood(self, frontier: Frontier, guess: Tensor, positions: Tensor) -> Tensor:
-        scores = torch.empty(len(guess), self._whitened.shape[1], device=guess.device)
-        for kind in (0, 1):
-            members = positions.clamp(max=1) == kind
-            whitened = guess[members] @ frontier.readout.whitening[kind]
-            scores[members] = whitened @ self._whitened[kind].T - self._half_squares[kind]
-        return scores
+        first, later = (guess @ precision for precision in self._precision)
+        weighed = torch.where((positions == 0)[:, None], first, later)
+        half_squares = self._half_squares[positions.clamp(max=1)]
+        return frontier.transformer.embedding.dot(weighed) - half_squares
 
     def _best_temper(self, frontier: Frontier) -> float:
-        if frontier.text is None or frontier.language_model is None:
+        text, language_model = frontier.instruments.text, frontier.instruments.language_model
+        if text is None or language_model is None:
             return 1.0
-        text = frontier.text[: max(1, _HELD_BACK // frontier.text.shape[1])]
+        text = text[: max(1, _HELD_BACK // text.shape[1])]
         text = text.to(frontier.target.device)
         features = frontier.transformer.features_of(text)[:, 1:].flatten(0, 1)
         later = torch.ones(len(features), dtype=torch.long, device=features.device)
         likelihood = self._likelihood(frontier, frontier.readout(features, later), later)
-        prior = frontier.language_model.log_probabilities(text)[:, :-1].flatten(0, 1)
+        prior = language_model.log_probabilities(text)[:, :-1].flatten(0, 1)
         right = text[:, 1:].flatten()[:, None]
         chances = [
             float((temper * likelihood + prior).log_softmax(-1).gather(1, right).mean())

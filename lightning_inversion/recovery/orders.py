@@ -28,9 +28,9 @@ class Candidates:
 class CandidateOrder(ABC):
     """Ranks the whole vocabulary for the next token of each text.
 
-    A subclass gives `scores`, and what it needs: state of its own begins with `begin`, and hears
-    of each token that is settled by `advance`. Your own class, given by its ``class_path``, is as
-    good as ours.
+    A subclass gives `scores`, and what it needs: state of its own begins with `begin`, hears of
+    each token that is settled by `advance`, and of one that was wrong by `take_back`. Your own
+    class, given by its ``class_path``, is as good as ours.
     """
 
     needs_language_model: bool = False
@@ -45,6 +45,9 @@ class CandidateOrder(ABC):
 
     def advance(self, rows: Tensor, ids: Tensor) -> None:  # noqa: B027
         """Each of ``rows`` [R] goes on with its token of ``ids`` [R]."""
+
+    def take_back(self, rows: Tensor) -> None:  # noqa: B027
+        """The last token of each of ``rows`` [R] was wrong after all; another one will follow."""
 
     def speaks(self, later: bool) -> bool:
         """Whether a mixture should listen, in the first round at a place or in the later ones."""
@@ -114,6 +117,11 @@ class Mixture(CandidateOrder):
         """Every part hears of it."""
         for order in self.orders:
             order.advance(rows, ids)
+
+    def take_back(self, rows: Tensor) -> None:
+        """Every part hears of it."""
+        for order in self.orders:
+            order.take_back(rows)
 
     def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
         """The sum of the parts'."""

@@ -34,14 +34,19 @@ class LanguageModelPrior(CandidateOrder):
 
     def begin(self, frontier: Frontier) -> None:
         """Nothing is known of any text."""
-        assert frontier.language_model is not None
-        self._continuations = Continuations(frontier.language_model, frontier.rows)
+        language_model = frontier.instruments.language_model
+        assert language_model is not None
+        self._continuations = Continuations(language_model, frontier.rows)
         self._begun = torch.zeros(frontier.rows, dtype=torch.bool, device=frontier.target.device)
 
     def advance(self, rows: Tensor, ids: Tensor) -> None:
         """The texts go on."""
         self._continuations.append(rows, ids)
         self._begun[rows] = True
+
+    def take_back(self, rows: Tensor) -> None:
+        """A token less."""
+        self._continuations.drop_last(rows)
 
     def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
         """log of (1 - surprise) p + surprise / V."""

@@ -11,7 +11,8 @@ from torch.nn.functional import mse_loss
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.certificate import RecoveredText, TokenCertificate
-from lightning_inversion.recovery.policy import Instruments, RecoveryPolicy
+from lightning_inversion.recovery.instruments import Instruments
+from lightning_inversion.recovery.policy import RecoveryPolicy
 
 _RESET_EVERY = 50
 _FIRST_RATE, _LAST_RATE = 1.0, 0.01
@@ -63,6 +64,7 @@ class SIPIT(RecoveryPolicy):
         target: Tensor,
         lengths: list[int],
         known: Tensor | None = None,
+        start: Tensor | None = None,
     ) -> Iterator[list[RecoveredText]]:
         """Recover B texts, one after the other; a round is one candidate."""
         began = time.monotonic()

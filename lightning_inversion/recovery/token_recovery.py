@@ -11,15 +11,16 @@ from torch import Tensor
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.certificate import RecoveredText, TokenCertificate
 from lightning_inversion.recovery.first_token import FirstToken
-from lightning_inversion.recovery.frontier import Frontier
+from lightning_inversion.recovery.frontier import Frontier, Trial
 from lightning_inversion.recovery.gradient_proxy import GradientProxy
+from lightning_inversion.recovery.instruments import Instruments
 from lightning_inversion.recovery.linear_map import LinearMap
-from lightning_inversion.recovery.orders import CandidateOrder, Candidates, Mixture
-from lightning_inversion.recovery.policy import Instruments, RecoveryPolicy
+from lightning_inversion.recovery.look_back import LookBack
+from lightning_inversion.recovery.optimized_input import OptimizedInput
+from lightning_inversion.recovery.orders import CandidateOrder, Mixture
+from lightning_inversion.recovery.policy import RecoveryPolicy
 from lightning_inversion.recovery.prior import LanguageModelPrior
-
-_AT_A_TIME = 4096
-"""Candidates of one forward, over all rows: bounds the memory."""
+from lightning_inversion.recovery.rounds import round_of
 
 _ALTERNATIVES = 5
 
@@ -28,7 +29,8 @@ class TokenRecovery(RecoveryPolicy):
     """Tries candidates for the next token of every text at once until one is certified.
 
     All texts advance together, each at its own place; the candidates of a round lie side by side in
-    one forward behind the kept prefix. What a wrong candidate shows corrects the next round.
+    one forward behind the kept prefix. What a wrong candidate shows corrects the next round. Where
+    none of several plausible tokens can be certified, what follows decides (see ``LookBack``).
 
     Args:
         order: which tokens to try first; default the mixture of prior, linear map and gradient.
@@ -41,6 +43,7 @@ class TokenRecovery(RecoveryPolicy):
             null tries the whole vocabulary.
     """
 
+    takes_start = True
     GROWS_EVERY = 4
     """Rounds at a place after which its share of candidates doubles."""
     PATIENCE = 4
@@ -75,20 +78,17 @@ class TokenRecovery(RecoveryPolicy):
         target: Tensor,
         lengths: list[int],
         known: Tensor | None = None,
+        start: Tensor | None = None,
     ) -> Iterator[list[RecoveredText]]:
         """Recover B texts; see ``RecoveryPolicy``."""
-        batch = _Batch(self, instruments, target, lengths, known)
+        batch = _Batch(self, instruments, target, lengths, known, start)
         while len(rows := batch.unfinished()):
-            begun, tried = batch.frontier.positions(rows) > 0, batch.frontier.rounds[rows] > 0
-            for kind in (~begun, begun & ~tried, begun & tried):
-                members = rows[kind]
-                sizes = self._sizes(batch.frontier.rounds[members])
-                for size in torch.unique(sizes).tolist():
-                    batch.round(members[sizes == size], int(size))
+            batch.round(rows)
             yield batch.texts
         yield batch.texts
 
-    def _sizes(self, rounds: Tensor) -> Tensor:
+    def sizes(self, rounds: Tensor) -> Tensor:
+        """How many candidates rows are given after so many rounds at a place."""
         growth = 2 ** (rounds // self.GROWS_EVERY).clamp(max=16)
         sizes = (self.candidates * growth).clamp(max=self.most)
         # Most tokens are among the first few, and a round costs as many tokens as it runs.
@@ -105,23 +105,23 @@ class _Batch:
         target: Tensor,
         lengths: list[int],
         known: Tensor | None,
+        start: Tensor | None,
     ) -> None:
         self.policy, self.calibration = policy, instruments.calibration
-        self.transformer = instruments.transformer
+        self.frontier = Frontier(instruments, target)
+        self.order = policy.order
+        if start is not None:
+            self.order = Mixture([policy.order, OptimizedInput(start)])
         B, device = len(target), target.device
-        self.frontier = Frontier(
-            self.transformer,
-            instruments.readout,
-            target,
-            instruments.language_model,
-            instruments.text,
-        )
-        vocabulary = self.transformer.embedding.vocabulary_size
-        self.limit = min(policy.budget or vocabulary, vocabulary)
+        self.embedding = instruments.transformer.embedding
+        self.limit = self.embedding.vocabulary_size
+        if policy.budget is not None:
+            self.limit = min(policy.budget, self.limit)
         self.totals = torch.tensor(lengths, device=device)
         self.texts = [RecoveredText() for _ in range(B)]
+        self.look_back = LookBack(B)
         self.began = time.monotonic()
-        self.spent = torch.zeros(B, dtype=torch.float64)
+        self.spent = [0.0] * B
         shape = (B, 1 + _ALTERNATIVES)
         self.best_ids = torch.zeros(shape, dtype=torch.long, device=device)
         self.best_residuals = torch.full(shape, torch.inf, device=device)
@@ -129,15 +129,16 @@ class _Batch:
         self.names: list[str] = []
         if known is None or not len(known):
             policy.first.begin(self.frontier)
-        policy.order.begin(self.frontier)
+        self.order.begin(self.frontier)
         if known is not None and len(known):
             self._begin_with(known)
 
     def _begin_with(self, known: Tensor) -> None:
         rows = torch.arange(len(self.texts), device=known.device)
-        self.frontier.prefix.start(known.expand(len(rows), -1))
+        vectors = self.embedding(known).expand(len(rows), -1, -1)
+        self.frontier.prefix.begin(rows, vectors, torch.full_like(rows, len(known)))
         for token in known:
-            self.policy.order.advance(rows, token.expand(len(rows)))
+            self.order.advance(rows, token.expand(len(rows)))
         for text in self.texts:
             text.known = tuple(known.tolist())
 
@@ -145,66 +146,67 @@ class _Batch:
         """``[R]`` rows with tokens to find."""
         return (self.frontier.prefix.lengths < self.totals).nonzero()[:, 0]
 
-    def round(self, rows: Tensor, size: int) -> None:
-        """One round of ``size`` candidates for rows that all are, or all are not, at position 0."""
+    def round(self, rows: Tensor) -> None:
+        """One round for rows ``[R]``."""
+        at_start = self.frontier.positions(rows) == 0
+        for members, order in ((rows[at_start], self.policy.first), (rows[~at_start], self.order)):
+            if len(members):
+                self._round(members, order)
+
+    def _round(self, rows: Tensor, order: CandidateOrder) -> None:
+        frontier = self.frontier
+        left = self.limit - frontier.tried[rows].sum(1)
+        sizes = torch.minimum(self.policy.sizes(frontier.rounds[rows]), left).clamp(min=1)
+        began = time.monotonic()
+        for trial, orders in round_of(frontier, order, rows, sizes):
+            now = time.monotonic()
+            for row in trial.rows.tolist():
+                self.texts[row].forwards += 1
+                self.spent[row] += now - began
+            began = now
+            self._remember(trial, orders)
+            yes, no = trial.certified, ~trial.certified
+            self._settle(trial.rows[yes], trial.best[yes], trial.tried[yes], certified=True)
+            self._give_up(trial.rows[no], trial.tried[no])
+
+    def _give_up(self, rows: Tensor, tried: Tensor) -> None:
+        """Where nothing certifies a token, take the best, so that later ones can be looked for."""
         if not len(rows):
             return
-        began = time.monotonic()
-        at_start = int(self.frontier.positions(rows)[0]) == 0
-        order = self.policy.first if at_start else self.policy.order
-        left = self.limit - int(self.frontier.tried[rows].sum(1).max())
-        proposed = order.propose(self.frontier, rows, max(1, min(size, left)))
-        at_a_time = max(1, _AT_A_TIME // proposed.ids.shape[1])
-        for part in torch.split(torch.arange(len(rows)), at_a_time):
-            self._run(rows[part], Candidates(proposed.ids[part], proposed.orders))
-        self.spent[rows.cpu()] += time.monotonic() - began
-
-    def _run(self, rows: Tensor, proposed: Candidates) -> None:
-        ids, frontier = proposed.ids, self.frontier
-        features = frontier.prefix.candidates(rows, self.transformer.embedding(ids))
-        positions = frontier.positions(rows)
-        residuals = self.calibration.residual(
-            features, frontier.target_at(rows)[:, None], positions[:, None].expand(ids.shape)
-        )
-        for row in rows.tolist():
-            self.texts[row].forwards += 1
-        self._remember(rows, ids, residuals, proposed.orders)
-        frontier.learn(rows, ids, features)
-        best = residuals.argmin(dim=1)
-        certified = residuals.gather(1, best[:, None])[:, 0] <= self._tolerance(positions)
-        chosen = ids.gather(1, best[:, None])[:, 0]
-        frontier.prefix.keep(rows, torch.where(certified, best, -1), chosen)
-        self._settle(rows[certified], chosen[certified], certified=True)
-        open_rows = rows[~certified]
-        self._give_up(open_rows[self._exhausted(open_rows)])
-
-    def _tolerance(self, positions: Tensor) -> Tensor:
-        return self.calibration.tolerance[positions.clamp(max=1)]
-
-    def _exhausted(self, rows: Tensor) -> Tensor:
-        """Rows whose budget is spent, or that nothing can certify and a likely token is there."""
-        spent = self.frontier.tried[rows].sum(1) >= self.limit
         likely = self.calibration.plausible[self.frontier.positions(rows).clamp(max=1)]
         near = self.best_residuals[rows, 0] <= likely
-        return spent | (near & (self.frontier.rounds[rows] >= self.policy.PATIENCE))
+        patient = self.frontier.rounds[rows] < self.policy.PATIENCE
+        doubted = self.look_back.doubts(rows, tried) & ~near
+        ended = (tried >= self.limit) | (near & ~patient) | doubted
+        for row in rows[ended & doubted].tolist():
+            self._reconsider(row)
+        rows, tried = rows[ended & ~doubted], tried[ended & ~doubted]
+        if len(rows):
+            chosen = self.best_ids[rows, 0]
+            self.frontier.accept(rows, chosen)
+            self._settle(rows, chosen, tried, certified=False)
 
-    def _give_up(self, rows: Tensor) -> None:
-        """Take the best candidate, uncertified, so that later tokens can be looked for."""
-        if not len(rows):
-            return
-        chosen = self.best_ids[rows, 0]
-        self.frontier.prefix.candidates(rows, self.transformer.embedding(chosen[:, None]))
-        self.frontier.prefix.keep(rows, torch.zeros_like(rows), chosen)
-        self._settle(rows, chosen, certified=False)
+    def _reconsider(self, row: int) -> None:
+        """Nothing follows the uncertain token before: put another plausible one in its place."""
+        rows = torch.tensor([row], device=self.totals.device)
+        token = self.look_back.next(row, float(self.best_residuals[row, 0]))
+        self.frontier.take_back(rows)
+        self.order.take_back(rows)
+        ids = torch.full_like(rows, token)
+        self.frontier.accept(rows, ids)
+        self.order.advance(rows, ids)
+        self.texts[row].tokens[-1] = (
+            self.texts[row].tokens[-1].instead(token, self.look_back.residual(row, token))
+        )
+        self.best_residuals[row] = torch.inf
 
-    def _remember(
-        self, rows: Tensor, ids: Tensor, residuals: Tensor, orders: tuple[str, ...]
-    ) -> None:
+    def _remember(self, trial: Trial, orders: tuple[str, ...]) -> None:
         """Keep the best candidates of each row's place."""
+        rows = trial.rows
         names = [self._name(order) for order in orders]
-        columns = torch.tensor(names, device=ids.device).expand(ids.shape)
-        all_ids = torch.cat([self.best_ids[rows], ids], dim=1)
-        all_residuals = torch.cat([self.best_residuals[rows], residuals], dim=1)
+        columns = torch.tensor(names, device=rows.device).expand(trial.ids.shape)
+        all_ids = torch.cat([self.best_ids[rows], trial.ids], dim=1)
+        all_residuals = torch.cat([self.best_residuals[rows], trial.residuals], dim=1)
         all_names = torch.cat([self.best_orders[rows], columns], dim=1)
         order = all_residuals.argsort(dim=1, stable=True)[:, : self.best_ids.shape[1]]
         self.best_ids[rows] = all_ids.gather(1, order)
@@ -216,14 +218,12 @@ class _Batch:
             self.names.append(order)
         return self.names.index(order)
 
-    def _settle(self, rows: Tensor, ids: Tensor, certified: bool) -> None:
-        """Write certificates; the rows go on to their next token."""
-        if not len(rows):
-            return
-        places = self.frontier.prefix.lengths[rows] - 1
-        tolerances = self._tolerance(places).tolist()
-        twins = self.transformer.embedding.twins
-        tried = self.frontier.tried[rows].sum(1).tolist()
+    def _settle(self, rows: Tensor, ids: Tensor, tried: Tensor, certified: bool) -> None:
+        """Write certificates; the rows have gone on to their next token."""
+        places = (self.frontier.prefix.lengths[rows] - 1).clamp(max=1)
+        tolerances = self.calibration.tolerance[places].tolist()
+        likely = self.calibration.plausible[places].tolist()
+        twins = self.embedding.twins
         now = time.monotonic()
         for number, (row, token) in enumerate(zip(rows.tolist(), ids.tolist(), strict=True)):
             same = (twins == twins[token]).nonzero()[:, 0].tolist()
@@ -234,22 +234,27 @@ class _Batch:
                 )
                 if other not in same and residual != float("inf")
             ]
+            residual = float(self.best_residuals[row, 0])
             self.texts[row].tokens.append(
                 TokenCertificate(
                     id=token,
                     certified=certified,
-                    residual=float(self.best_residuals[row, 0]),
+                    residual=residual,
                     tolerance=tolerances[number],
                     runner_up=others[0][1] if others else None,
-                    candidates=tried[number],
+                    candidates=int(tried[number]),
                     order=self.names[int(self.best_orders[row, 0])],
-                    seconds=float(self.spent[row]),
+                    seconds=self.spent[row],
                     indistinguishable=tuple(other for other in same if other != token),
                     alternatives=() if certified else (token, *(other for other, _ in others)),
                 )
             )
             self.texts[row].seconds = now - self.began
-        self.policy.order.advance(rows, ids)
-        self.frontier.advance(rows)
+            self.spent[row] = 0.0
+            plausible = [(token, residual), *others]
+            self.look_back.settle(
+                row,
+                [] if certified else [pair for pair in plausible if pair[1] <= likely[number]],
+            )
+        self.order.advance(rows, ids)
         self.best_residuals[rows] = torch.inf
-        self.spent[rows.cpu()] = 0.0

@@ -16,7 +16,7 @@ import yaml
 
 from lightning_inversion.errors import InputError
 
-SCHEMA = 2
+SCHEMA = 3
 """The newest version of a row's keys that is understood."""
 NEEDED = {"index", "recovered", "model", "depth"}
 """Keys without which a row is not a row of ours."""

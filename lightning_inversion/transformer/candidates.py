@@ -76,15 +76,20 @@ def plain_candidates(
     return torch.cat(features).reshape(B, K, -1)
 
 
-def tree_fits(config: PretrainedConfig, length: int, candidates: int) -> bool:
-    """Whether a tree after a prefix of this length stays clear of the model's limits."""
+def tree_fits(config: PretrainedConfig, length: int, places: int) -> bool:
+    """Whether a tree stays clear of the model's limits.
+
+    Args:
+        config: the model's.
+        length: of the longest text in it, from its first token to a leaf.
+        places: that it takes, candidates side by side counted one by one.
+    """
     # A sliding window is not in our mask: it must not matter yet.
-    if length >= (getattr(config, "sliding_window", None) or math.inf):
+    if length > (getattr(config, "sliding_window", None) or math.inf):
         return False
     # Local attention (GPT-Neo) and masks of a fixed size go by the place in the tree itself.
     limits = (getattr(config, name, None) for name in ("window_size", "max_position_embeddings"))
-    size = length + min(candidates, GROUP)
-    return all(limit is None or size <= limit for limit in limits)
+    return all(limit is None or places <= limit for limit in limits)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Features of tokens behind each row's known prefix, without running the prefix again."""
+"""What each row of a batch begins with, run once; and what follows it, run behind it."""
 
 from __future__ import annotations
 
@@ -11,94 +11,140 @@ from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 
 class KnownPrefix:
-    """The tokens known so far of B texts; runs candidates for each text's next token behind them.
+    """The vectors known so far of B texts; runs what comes next behind them.
 
-    Where the model takes it, keys and values of the known tokens are kept, and candidates lie side
-    by side in one forward. Other models (ALiBi, sliding windows, state spaces) run each candidate
-    with its whole prefix: slower, with the same results.
+    Where the model takes it, keys and values of the known vectors are kept, and candidates for a
+    text's next token lie side by side in one forward. Other models (ALiBi, state spaces, sliding
+    windows once a text outgrows them) run each candidate with its whole prefix: slower, with the
+    same results.
 
     Args:
         transformer: the frozen model; causal.
         rows: B.
 
     Attributes:
-        ids: ``[B, T]`` the known tokens, of which each row's first ``lengths`` count.
+        vectors: ``[B, T, D]``, of which each row's first ``lengths`` are known.
         lengths: ``[B]``.
     """
 
     def __init__(self, transformer: TruncatedTransformer, rows: int) -> None:
         self.transformer = transformer
         device = transformer.device
-        self.ids = torch.zeros(rows, 0, dtype=torch.long, device=device)
+        self.vectors = torch.zeros(rows, 0, transformer.embedding.width, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self._cache = RaggedCache(rows, transformer.depth, device) if transformer.caches else None
+        self._latest = self.vectors
+        self._begun: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def begin(self, rows: Tensor, vectors: Tensor, lengths: Tensor) -> None:
+        """Know just this: of rows ``[R]``, the first ``lengths`` [R] of vectors ``[R, T, D]``.
+
+        What is kept follows from the arguments alone, not from how they came to be known, so that a
+        resumed run goes on bit for bit. Where it is what was begun with before, nothing is run.
+        """
+        if self._begun is not None and all(map(torch.equal, self._begun, (rows, lengths))):
+            return
+        longest = int(lengths.max())
+        known = torch.arange(longest, device=rows.device) < lengths[:, None]
+        begun = vectors[:, :longest].detach().masked_fill(~known[..., None], 0.0)
+        self.lengths = torch.zeros_like(self.lengths).index_copy_(0, rows, lengths)
+        self.vectors = begun.new_zeros(len(self.lengths), *begun.shape[1:]).index_copy_(
+            0, rows, begun
+        )
+        self._begun = rows.clone(), lengths.clone()
+        if not self._keeps(longest, longest):
+            return
+        assert self._cache is not None
+        self._cache.forget()
+        if longest:
+            self._behind(rows, begun, candidates=False)
+            self._cache.begin(lengths)
 
     def candidates(self, rows: Tensor, embeds: Tensor) -> Tensor:
-        """Features ``[R, K, F]`` of vectors ``[R, K, D]``, each the next token of its row.
+        """Features ``[R, K, F]`` of vectors ``[R, K, D]``, each the next of its row.
 
         Differentiable in ``embeds``. The latest call is what `keep` chooses from.
         """
-        fits = tree_fits(
-            self.transformer.model.config, int(self.lengths[rows].max()), embeds.shape[1]
-        )
-        if self._cache is None or not fits:
-            self._cache = None  # a prefix that has outgrown the window stays so
-            return self._plain(rows, embeds)
+        self._latest = embeds.detach()
+        longest = int(self.lengths[rows].max())
+        if self._keeps(longest + 1, longest + embeds.shape[1]):
+            return self._behind(rows, embeds, candidates=True)
+        return self._plain(rows, embeds)
+
+    def followed_by(self, rows: Tensor, vectors: Tensor) -> Tensor:
+        """Features ``[R, W, F]`` of W vectors ``[R, W, D]`` that follow; differentiable in them."""
+        end = int(self.lengths[rows].max()) + vectors.shape[1]
+        if self._keeps(end, end):
+            return self._behind(rows, vectors, candidates=False)
+        places = self.lengths[rows, None] + torch.arange(vectors.shape[1], device=rows.device)
+        each = torch.arange(len(rows), device=rows.device)[:, None]
+        length = int(places.max()) + 1
+        sequence = vectors.new_zeros(len(rows), length, vectors.shape[2])
+        sequence[:, : self.vectors.shape[1]] = self.vectors[rows, :length]
+        sequence = sequence.index_put((each, places), vectors)
+        mask = torch.arange(length, device=rows.device) <= places[:, -1:]
+        features: Tensor = self.transformer(sequence, mask)
+        return features[each, places]
+
+    def keep(self, rows: Tensor, places: Tensor) -> None:
+        """Of the latest candidates, those at ``places`` [R] (-1: none) are known from now on.
+
+        Args:
+            rows: ``[R]`` the rows of the latest call.
+            places: ``[R]``.
+        """
+        kept = (places >= 0).nonzero()[:, 0]
+        if not len(kept):
+            return
+        if self._cache is not None:
+            self._cache.keep(places[:, None])
+        into, self._begun = rows[kept], None
+        at = self.lengths[into]
+        if int(at.max()) >= self.vectors.shape[1]:
+            more = self.vectors.new_zeros(
+                len(self.vectors), max(16, self.vectors.shape[1]), self.vectors.shape[2]
+            )
+            self.vectors = torch.cat([self.vectors, more], dim=1)
+        self.vectors[into, at] = self._latest[kept, places[kept]]
+        self.lengths[into] += 1
+
+    @torch.no_grad()
+    def take_back(self, rows: Tensor) -> None:
+        """The last known vector of each of ``rows`` [R] is not known any more."""
+        self._begun = None
+        self.lengths[rows] -= 1
+        if self._cache is not None:
+            self._cache.lengths[rows] -= 1
+
+    def _keeps(self, length: int, places: int) -> bool:
+        """Whether keys and values serve for a tree of this size; once one outgrows them, never."""
+        if self._cache is not None and not tree_fits(self.transformer.model.config, length, places):
+            self._cache = None
+        return self._cache is not None
+
+    def _behind(self, rows: Tensor, embeds: Tensor, candidates: bool) -> Tensor:
+        assert self._cache is not None
         sees = torch.eye(embeds.shape[1], dtype=torch.bool, device=embeds.device)
+        if not candidates:
+            sees = torch.ones_like(sees).tril()
         return self._cache.run(
             lambda mask, positions, cache: self.transformer.run(embeds, mask, positions, cache),
             rows,
             sees,
         )
 
-    def keep(self, rows: Tensor, places: Tensor, ids: Tensor) -> None:
-        """Of the latest candidates, those at ``places`` [R] (-1: none) are known from now on.
-
-        Args:
-            rows: the rows of the latest call.
-            places: ``[R]``.
-            ids: ``[R]`` their tokens.
-        """
-        if self._cache is not None:
-            self._cache.keep(places[:, None])
-        kept = places >= 0
-        self._append(rows[kept], ids[kept][:, None])
-
-    @torch.no_grad()
-    def start(self, ids: Tensor) -> None:
-        """Begin with tokens ``[B, N]`` that are known beforehand, of every row."""
-        rows = torch.arange(len(ids), device=self.lengths.device)
-        if self._cache is not None:
-            embeds = self.transformer.embedding(ids)
-            N = ids.shape[1]
-            self._cache.run(
-                lambda mask, positions, cache: self.transformer.run(embeds, mask, positions, cache),
-                rows,
-                torch.ones(N, N, dtype=torch.bool, device=ids.device).tril(),
-            )
-            self._cache.keep(torch.arange(N, device=ids.device).expand(len(ids), N))
-        self._append(rows, ids)
-
-    def _append(self, rows: Tensor, ids: Tensor) -> None:
-        longest = int(self.lengths[rows].max()) + ids.shape[1] if len(rows) else 0
-        if longest > self.ids.shape[1]:
-            more = self.ids.new_zeros(len(self.ids), longest - self.ids.shape[1])
-            self.ids = torch.cat([self.ids, more], dim=1)
-        for place in range(ids.shape[1]):
-            self.ids[rows, self.lengths[rows]] = ids[:, place]
-            self.lengths[rows] += 1
-
     def _plain(self, rows: Tensor, embeds: Tensor) -> Tensor:
-        lengths = self.lengths[rows]
-        prefix = self.transformer.embedding(self.ids[rows])
+        lengths, prefix = self.lengths[rows], self.vectors[rows]
         if not embeds.requires_grad:
             return self.transformer.candidates(prefix, lengths, embeds)
         R, K, D = embeds.shape
         owner = torch.arange(R, device=rows.device).repeat_interleave(K)
         each = torch.arange(R * K, device=rows.device)
         ends = lengths[owner]
-        sequence = prefix.new_zeros(R * K, int(lengths.max()) + 1, D)
-        sequence[:, :-1] = prefix[owner, : sequence.shape[1] - 1]
+        longest = int(lengths.max())
+        sequence = prefix.new_zeros(R * K, longest + 1, D)
+        sequence[:, :longest] = prefix[owner, :longest]
         sequence = sequence.index_put((each, ends), embeds.reshape(-1, D))
         place = torch.arange(sequence.shape[1], device=rows.device)
         features: Tensor = self.transformer(sequence, place <= ends[:, None])

@@ -108,6 +108,15 @@ class Continuations:
         for row, token in zip(rows.tolist(), ids.tolist(), strict=True):
             self._texts[row].append(token)
 
+    def drop_last(self, rows: Tensor) -> None:
+        """The last token of each of ``rows`` [R] is taken away; another must follow it."""
+        for row in rows.tolist():
+            self._texts[row].pop()
+            if self._done[row] > len(self._texts[row]):
+                self._done[row] -= 1
+                if self._cache is not None:
+                    self._cache.lengths[row] -= 1
+
     @torch.no_grad()
     def log_probabilities(self, rows: Tensor) -> Tensor:
         """log p ``[R, V]`` of the next token; each row must hold at least one."""
@@ -119,7 +128,7 @@ class Continuations:
 
     def _catch_up(self, waiting: list[int]) -> None:
         longest = max(len(self._texts[row]) for row in waiting)
-        if not tree_fits(self.language_model.model.config, longest, 1):
+        if not tree_fits(self.language_model.model.config, longest, longest):
             self._cache = None
         if self._cache is None:
             self._done = [0] * len(self._done)

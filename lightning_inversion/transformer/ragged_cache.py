@@ -97,10 +97,26 @@ class RaggedCache:
         return output
 
     def begin(self, lengths: Tensor) -> None:
-        """Of the first run, which was of all rows, keep each row's first ``lengths`` [B] tokens."""
+        """Of the latest run keep each row's first ``lengths`` [R] new tokens, and nothing else."""
         assert self._run is not None, "nothing was run"
-        self._stored = [layer.fresh for layer in self._run[1] if layer.fresh is not None]
-        self.lengths = lengths.clone()
+        rows, layers = self._run
+        B, whole = len(self.lengths), len(rows) == len(self.lengths)
+        self._stored = []
+        for layer in layers:
+            assert layer.fresh is not None
+            keys, values = layer.fresh
+            if not whole:
+                keys, values = (
+                    one.new_zeros(B, *one.shape[1:]).index_copy_(0, rows, one)
+                    for one in layer.fresh
+                )
+            self._stored.append((keys, values))
+        self.lengths = torch.zeros_like(self.lengths).index_copy_(0, rows, lengths)
+
+    def forget(self) -> None:
+        """Nothing is known of any row."""
+        self._stored = []
+        self.lengths = torch.zeros_like(self.lengths)
 
     def keep(self, slots: Tensor) -> None:
         """Of the latest run's new tokens keep some, in this order.

@@ -22,6 +22,7 @@ from lightning_inversion.transformer.blocks import (
     takes_position_ids,
 )
 from lightning_inversion.transformer.candidates import (
+    GROUP,
     plain_candidates,
     tree_candidates,
     tree_fits,
@@ -229,7 +230,8 @@ class TruncatedTransformer(nn.Module):
 
         No gradients.
         """
-        fits = tree_fits(self.model.config, int(lengths.max()), candidate_embeds.shape[1])
+        longest, beside = int(lengths.max()), min(GROUP, candidate_embeds.shape[1])
+        fits = tree_fits(self.model.config, longest + 1, longest + beside)
         work = tree_candidates if fits and self.tree_attention else plain_candidates
         return work(self, prefix_embeds, lengths, candidate_embeds)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_inversion.recovery.policy import Instruments
+from lightning_inversion.recovery.instruments import Instruments
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec

@@ -97,7 +97,7 @@ def test_a_run_leaves_all_that_is_promised(tiny_folder: Path, tmp_path: Path, ca
     rows = rows_of(tmp_path)
     assert [row["prompt"] for row in rows] == ["The sky is blue.", "A quick brown fox"]
     assert {row["seed"] for row in rows} == {3}
-    assert all(row["schema"] == 2 and row["depth"] == 2 for row in rows)
+    assert all(row["schema"] == 3 and row["depth"] == 2 for row in rows)
     for row in rows:
         right = sum(a == b for a, b in zip(row["ids"], row["recovered_ids"], strict=True))
         assert row["token_accuracy"] == pytest.approx(right / len(row["ids"]))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_inversion.recovery.policy import Instruments, recovered
+from lightning_inversion.recovery.instruments import Instruments
+from lightning_inversion.recovery.policy import recovered
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.known_prefix import KnownPrefix
 from lightning_inversion.transformer.language_model import LanguageModel
@@ -41,8 +42,7 @@ def test_of_a_hundred_thousand_wrong_candidates_none_is_certified(
     offered = 0
     for position in (0, 3, 9):
         prefix = KnownPrefix(smollm2, 1)
-        if position:
-            prefix.start(ids[:, :position])
+        prefix.begin(torch.tensor([0]), embedding(ids), torch.tensor([position]))
         right = int(ids[0, position])
         wrong = everything[embedding.twins != embedding.twins[right]]
         for part in [torch.tensor([right]), *torch.split(wrong, 512)]:

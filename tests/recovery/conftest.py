@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lightning_inversion.recovery.policy import Instruments
+from lightning_inversion.recovery.instruments import Instruments
 from lightning_inversion.transformer.cache import ENVIRONMENT
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.truncated import TruncatedTransformer

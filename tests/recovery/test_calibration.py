@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lightning_inversion.recovery.calibration import Calibration
-from lightning_inversion.recovery.policy import Instruments
+from lightning_inversion.recovery.instruments import Instruments
 
 
 def measure(instruments: Instruments, noise: float) -> Calibration:

@@ -6,9 +6,9 @@ import torch
 
 from lightning_inversion.recovery.frontier import Frontier
 from lightning_inversion.recovery.gradient_proxy import GradientProxy
+from lightning_inversion.recovery.instruments import Instruments
 from lightning_inversion.recovery.linear_map import LinearMap
 from lightning_inversion.recovery.orders import CandidateOrder, Exhaustive, Mixture
-from lightning_inversion.recovery.policy import Instruments
 from lightning_inversion.recovery.prior import LanguageModelPrior
 from lightning_inversion.transformer.language_model import Continuations
 from tests.tiny import VOCABULARY
@@ -18,14 +18,9 @@ IDS = torch.tensor([[7, 40, 3, 250, 9], [12, 7, 88, 41, 230]])
 
 
 def frontier_at(instruments: Instruments, place: int) -> Frontier:
-    frontier = Frontier(
-        instruments.transformer,
-        instruments.readout,
-        instruments.transformer.features_of(IDS),
-        instruments.language_model,
-        instruments.text,
-    )
-    frontier.prefix.start(IDS[:, :place])
+    frontier = Frontier(instruments, instruments.transformer.features_of(IDS))
+    vectors = instruments.transformer.embedding(IDS)
+    frontier.prefix.begin(ROWS, vectors, torch.full_like(ROWS, place))
     return frontier
 
 

@@ -33,7 +33,7 @@ def test_rows_are_found_at_any_depth_and_once(tmp_path: Path) -> None:
         (b"\xff\xfe\x00\n", "line 1 is not JSON", 0),
         (b"%(row)s\n%(row)s\n{broken\n%(row)s\n", "line 3 is not JSON; the others are used", 3),
         (b'%(row)s\n{"index": 1, "reco', "the last line is not whole; the others are used", 1),
-        (b"%(new)s\n", "line 1 has schema 99, newer than 2", 0),
+        (b"%(new)s\n", "line 1 has schema 99, newer than 3", 0),
         (b"%(bad)s\n%(row)s\n", "prompt 2 is empty", 1),
     ],
 )

@@ -36,8 +36,10 @@ def fit(folder: Path, root: Path, *data: str) -> list[str]:
     ]  # fmt: skip
 
 
-def rows_of(root: Path) -> list[dict]:
-    lines = (root / "lightning_logs" / "version_0" / "results.jsonl").read_text().splitlines()
+def rows_of(root: Path, version: int = 0) -> list[dict]:
+    lines = (
+        (root / "lightning_logs" / f"version_{version}" / "results.jsonl").read_text().splitlines()
+    )
     return [json.loads(line) for line in lines]
 
 
@@ -189,10 +191,21 @@ def test_cheap_mismatches_come_before_the_model(
     assert sentence in capsys.readouterr().err
 
 
-def test_a_coarse_capture_is_for_predict(tiny_folder: Path, tmp_path: Path, capsys) -> None:
-    path = capture(tiny_folder, tmp_path, "--store=float16", "--noise=0.01")
-    assert run(fit(tiny_folder, tmp_path, f"--data.targets={path}")) == 2
-    assert "use predict" in capsys.readouterr().err
+def test_a_fit_proves_what_a_coarse_capture_lets_it(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, (noise, proven) in enumerate((("0.01", True), ("3.0", False))):
+        path = capture(tiny_folder, tmp_path, "--store=float16", f"--noise={noise}")
+        more = ("--token_by_token.candidates=64", "--token_by_token.most=64")
+        assert run(fit(tiny_folder, tmp_path, f"--data.targets={path}", *more)) == 0
+        assert ("none can be proven" in capsys.readouterr().err) is not proven
+        for row in rows_of(tmp_path, version=number):
+            assert row["verified"] is proven
+        path.unlink()
+
+
+def test_a_capture_is_not_overwritten(tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    path = capture(tiny_folder, tmp_path)
     words = ["capture", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={path}"]
     assert run([*words, f"--model={tiny_folder}"]) == 2
     assert "exists; give another file" in capsys.readouterr().err

@@ -1,11 +1,17 @@
 import pytest
 import torch
 
-from lightning_inversion.recovery.token_search import TokenSearch
-from lightning_inversion.recovery.verification import TOLERANCE, relative_residual, verify_text
-from lightning_inversion.transformer.known_vectors import KnownVectors
+from lightning_inversion.recovery.frontier import Frontier
+from lightning_inversion.recovery.instruments import Instruments
+from lightning_inversion.recovery.linear_map import LinearMap
+from lightning_inversion.recovery.optimized_input import OptimizedInput
+from lightning_inversion.recovery.orders import Mixture
+from lightning_inversion.recovery.rounds import round_of
+from lightning_inversion.recovery.verification import verify_text
 from lightning_inversion.transformer.readout import Readout
+from lightning_inversion.transformer.surgery import Surgery
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -38,67 +44,94 @@ def test_readout_leaves_the_global_random_numbers_alone(
     assert torch.equal(again.matrix, readout.matrix)
 
 
-def test_a_token_is_verified_only_behind_a_verified_prefix(
-    tiny_transformer: TruncatedTransformer,
-) -> None:
+@pytest.fixture(scope="module")
+def instruments(tiny_transformer: TruncatedTransformer) -> Instruments:
+    return Instruments.measure(tiny_transformer)
+
+
+def test_a_token_is_verified_only_behind_a_verified_prefix(instruments: Instruments) -> None:
+    transformer = instruments.transformer
     ids = torch.tensor([[3, 4, 5, 6]])
     mask = torch.tensor([[True, True, True, True]])
-    target = tiny_transformer.features_of(ids)
-    wrong = torch.tensor([[3, 9, 5, 6]])
-    verdict = verify_text(tiny_transformer.features_of(wrong), target, mask, tiny_transformer)
+    target = transformer.features_of(ids)
+    wrong = transformer.features_of(torch.tensor([[3, 9, 5, 6]]))
+    verdict = verify_text(wrong, target, mask, instruments)
     assert verdict.verified.tolist() == [[True, False, False, False]]
-    right = verify_text(tiny_transformer.features_of(ids), target, mask, tiny_transformer)
+    right = verify_text(transformer.features_of(ids), target, mask, instruments)
     assert right.verified.all()
     assert right.residuals.max() < 1e-5
 
 
-def test_no_wrong_token_is_ever_proven(
-    tiny_transformer: TruncatedTransformer, readout: Readout
-) -> None:
+def test_where_tokens_see_what_follows_all_are_verified_or_none() -> None:
+    model = tiny_model("llama")
+    transformer = TruncatedTransformer.from_model(model, depth=2, surgery=Surgery(causal=False))
+    instruments = Instruments.measure(transformer)
+    assert (instruments.calibration.tolerance > 0).all()
+    ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 6]])
+    target = transformer.features_of(ids)
+    ids[1, 2] = 9
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    verdict = verify_text(transformer.features_of(ids), target, mask, instruments)
+    assert verdict.verified.tolist() == [[True] * 4, [False] * 4]
+
+
+def test_no_wrong_token_is_ever_proven(instruments: Instruments) -> None:
     ids = torch.tensor([[3, 4, 5], [9, 8, 7]])
-    target = tiny_transformer.features_of(ids)
-    search = TokenSearch(tiny_transformer, readout, target, start=299, most=299)
-    search.tested[0, 4] = True  # the right token of row 0 is withheld
-    rows = torch.arange(2)
-    prefix = tiny_transformer.embedding(ids)
-    known = KnownVectors(tiny_transformer, rows, prefix, torch.tensor([1, 1]))
-    found = search.propose(rows, known, prefix[:, 0])
-    assert found.proven.tolist() == [False, True]
-    assert found.ids[1] == 8
-    assert found.residuals[0] > TOLERANCE
+    frontier = Frontier(instruments, instruments.transformer.features_of(ids))
+    rows, vectors = torch.arange(2), instruments.transformer.embedding(ids)
+    frontier.prefix.begin(rows, vectors, torch.tensor([1, 1]))
+    frontier.tried[0, 4] = True  # the right token of row 0 is withheld
+    order = OptimizedInput(vectors)
+    ((trial, _),) = round_of(frontier, order, rows, torch.tensor([299, 299]))
+    assert trial.certified.tolist() == [False, True]
+    assert trial.best[1] == 8
+    assert (trial.residuals[0].min() > trial.tolerance[0]).item()
+    assert frontier.positions(rows).tolist() == [1, 2]
+    assert trial.tried.tolist() == [300, 299]
 
 
 def test_candidates_are_never_repeated_and_end_with_the_vocabulary(
-    tiny_transformer: TruncatedTransformer, readout: Readout
+    instruments: Instruments,
 ) -> None:
-    target = tiny_transformer.features_of(torch.tensor([[3, 4]])) + 1.0  # no token fits
-    search = TokenSearch(tiny_transformer, readout, target, start=16, most=256)
-    prefix = tiny_transformer.embedding(torch.tensor([[3, 4]]))
-    known = KnownVectors(tiny_transformer, torch.tensor([0]), prefix, torch.tensor([1]))
-    for _ in range(12):
-        before = search.tested.sum()
-        search.propose(torch.tensor([0]), known, prefix[:, 0])
-        assert search.tested.sum() > before or bool(search.tested.all())
-    assert search.tested.all()
+    ids, row = torch.tensor([[3, 4]]), torch.tensor([0])
+    vectors = instruments.transformer.embedding(ids)
+    frontier = Frontier(instruments, instruments.transformer.features_of(ids) + 1.0)  # none fits
+    frontier.prefix.begin(row, vectors, torch.tensor([1]))
+    linear_map = LinearMap(later=True)
+    linear_map.begin(frontier)
+    order = Mixture([linear_map, OptimizedInput(vectors)], alone=1.0)
+    named: set[int] = set()
+    for _ in range(5):
+        ((trial, _),) = round_of(frontier, order, row, torch.tensor([60]))
+        assert named.isdisjoint(trial.ids[0].tolist())
+        named |= set(trial.ids[0].tolist())
+    assert frontier.tried.all()
 
 
-def test_a_search_goes_on_where_it_was_left(
-    tiny_transformer: TruncatedTransformer, readout: Readout
-) -> None:
-    target = tiny_transformer.features_of(torch.tensor([[3, 4]])) + 1.0
-    prefix = tiny_transformer.embedding(torch.tensor([[3, 4]]))
-    row = torch.tensor([0])
-    known = KnownVectors(tiny_transformer, row, prefix, torch.tensor([1]))
-    one = TokenSearch(tiny_transformer, readout, target)
-    one.propose(row, known, prefix[:, 0])
-    other = TokenSearch(tiny_transformer, readout, target)
+def test_a_frontier_goes_on_where_it_was_left(instruments: Instruments) -> None:
+    ids, row = torch.tensor([[3, 4]]), torch.tensor([0])
+    target = instruments.transformer.features_of(ids) + 1.0
+    vectors, one_token = instruments.transformer.embedding(ids), torch.tensor([1])
+    one = Frontier(instruments, target)
+    one.prefix.begin(row, vectors, one_token)
+    one.try_out(row, torch.tensor([[20, 21, 22]]))
+    other = Frontier(instruments, target)
+    other.prefix.begin(row, vectors, one_token)
     other.restore({name: value.clone() for name, value in one.state().items()})
-    for search in (one, other):
-        search.propose(row, known, prefix[:, 0])
-    assert torch.equal(one.corrected, other.corrected)
-    assert torch.equal(one.tested, other.tested)
+    for frontier in (one, other):
+        frontier.try_out(row, torch.tensor([[30, 31]]))
+    assert torch.equal(one.guess(row), other.guess(row))
+    assert torch.equal(one.tried, other.tried)
+    assert one.tried.sum() == 5
 
 
-def test_relative_residual_by_hand() -> None:
-    residual = relative_residual(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0]))
-    assert residual.item() == pytest.approx(4 / 3)
+def test_a_fit_that_knows_nothing_of_a_token_says_nothing(instruments: Instruments) -> None:
+    ids = torch.tensor([[3, 4]])
+    vectors = instruments.transformer.embedding(ids)
+    vectors[0, 1] = torch.nan
+    frontier = Frontier(instruments, instruments.transformer.features_of(ids))
+    row = torch.tensor([0])
+    frontier.prefix.begin(row, vectors, torch.tensor([0]))
+    assert OptimizedInput(vectors).scores(frontier, row).argmax() == 3
+    frontier.accept(row, torch.tensor([3]))
+    assert not OptimizedInput(vectors).scores(frontier, row).any()

@@ -7,7 +7,8 @@ import torch
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.calibration import Calibration
-from lightning_inversion.recovery.policy import Instruments, recovered
+from lightning_inversion.recovery.instruments import Instruments
+from lightning_inversion.recovery.policy import recovered
 from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.transformer.readout import Readout
 from lightning_inversion.transformer.truncated import TruncatedTransformer

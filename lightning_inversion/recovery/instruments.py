@@ -1,0 +1,50 @@
+"""What is measured once for a frozen model, and used for every text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_inversion.recovery.calibration import Calibration, Channel
+from lightning_inversion.transformer.language_model import LanguageModel, own_text
+from lightning_inversion.transformer.readout import Readout
+from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What is measured once for a model, and used for every text.
+
+    Attributes:
+        transformer: the frozen model; causal.
+        readout: its linear guess.
+        calibration: when a target counts as reproduced.
+        language_model: the whole model; None where no order asks for it.
+        text: ``[N, T]`` ids that it wrote; None without it.
+    """
+
+    transformer: TruncatedTransformer
+    readout: Readout
+    calibration: Calibration
+    language_model: LanguageModel | None = None
+    text: Tensor | None = None
+
+    @classmethod
+    def measure(
+        cls,
+        transformer: TruncatedTransformer,
+        language_model: LanguageModel | None = None,
+        channel: Channel | None = None,
+    ) -> Instruments:
+        """Everything for a model; the text it writes is kept in the cache folder.
+
+        Args:
+            transformer: the frozen model.
+            language_model: the whole model, of the same weights.
+            channel: what has happened to the targets.
+        """
+        text = None if language_model is None else own_text(language_model)
+        readout = Readout.fit(transformer, text=text)
+        calibration = Calibration.measure(transformer, readout, channel, text)
+        return cls(transformer, readout, calibration, language_model, text)

@@ -1,0 +1,31 @@
+"""What a fit has arrived at as a candidate order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_inversion.recovery.frontier import Frontier
+from lightning_inversion.recovery.orders import CandidateOrder
+
+SHARPNESS = 0.15
+"""Weight of the squared distance, in units of the embedding's spread, in the log-likelihood."""
+
+
+class OptimizedInput(CandidateOrder):
+    """Tokens near the vectors that an optimised input holds.
+
+    Args:
+        vectors: ``[B, T, D]``; nan where there is none, of which nothing is expected.
+    """
+
+    def __init__(self, vectors: Tensor) -> None:
+        self.vectors = vectors
+
+    def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
+        """The nearer, the likelier."""
+        embedding = frontier.transformer.embedding
+        vectors = self.vectors[rows, frontier.positions(rows)]
+        known = ~vectors.isnan().any(dim=1, keepdim=True)
+        near = embedding.dot(vectors.nan_to_num()) - embedding.norms.square() / 2
+        return torch.where(known, near * (2 * SHARPNESS / embedding.spread**2), 0.0)
