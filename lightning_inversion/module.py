@@ -508,8 +508,32 @@ class InputInversion(LightningModule):
                 target = self.frozen.features_of(batch.ids.clone(), batch.mask.clone())
             known = torch.tensor(batch.known_prefix, dtype=torch.long, device=target.device)
             return recovered(
-                self.recovery, self.instruments, target, batch.lengths, known, self.watch
+                self.recovery,
+                self.instruments,
+                target,
+                batch.lengths,
+                known,
+                self.watch,
+                self._start_of(batch),
             )
+
+    def _start_of(self, batch: PromptBatch) -> Tensor | None:
+        """What a fit's checkpoint holds of a batch's texts, ``[B, T, D]``, nan for the others."""
+        if self.batch is None:
+            return None
+        vectors = self.learnable(self.embedding).detach()
+        start = torch.full((*batch.mask.shape, vectors.shape[-1]), torch.nan, device=vectors.device)
+        fitted = {
+            key: row
+            for row, key in enumerate(
+                zip(self.batch.index, self.batch.prompts, self.batch.lengths, strict=True)
+            )
+        }
+        texts = zip(batch.index, batch.prompts, batch.lengths, strict=True)
+        for row, (index, prompt, length) in enumerate(texts):
+            if (source := fitted.get((index, prompt, length))) is not None:
+                start[row, :length] = vectors[source, :length]
+        return start
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Scoring a stored input is done by the results callback, which reads it from here."""
@@ -545,9 +569,25 @@ class InputInversion(LightningModule):
             tuple(stored["index"]), tuple(stored["prompts"]), stored["ids"], stored["mask"],
             stored.get("target"), tuple(stored.get("known_prefix", ())),
         )  # fmt: skip
-        self.learnable.allocate(checkpoint["state_dict"]["learnable.values"].shape)
+        shape = checkpoint["state_dict"]["learnable.values"].shape
+        if self._predicting:
+            self._check_start(shape)
+        self.learnable.allocate(shape)
         self.progress.allocate(stored["mask"].shape, self.device)
         self._aimed = False
+
+    def _check_start(self, shape: Sequence[int]) -> None:
+        """Refuse an input that cannot say which tokens to try first."""
+        if not self.recovery.takes_start:
+            raise InputError(
+                f"--ckpt_path has no use for {self.recovery.name}, which chooses its own start; "
+                "leave it out, or choose TokenRecovery."
+            )
+        if shape[-1] != self.learnable.channels(self.embedding):
+            raise InputError(
+                "--ckpt_path holds an input of another model or kind; name a checkpoint of a fit "
+                "with the same --model.transformer and --model.learnable."
+            )
 
 
 def _adam(parameters: Any) -> torch.optim.Optimizer:

@@ -87,3 +87,21 @@ def test_a_wrong_policy_ends_in_a_sentence(
     assert "Guess is no RecoveryPolicy; choose one of SIPIT, TokenRecovery" in (
         capsys.readouterr().err
     )
+
+
+def test_a_fit_says_which_tokens_to_try_first(tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    words = predict(tiny_folder, tmp_path / "fit", "--model.iterations=30")
+    assert run(["fit", *words[1:]]) == 0
+    checkpoint = tmp_path / "fit" / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+    assert run(predict(tiny_folder, tmp_path, f"--ckpt_path={checkpoint}")) == 0
+    rows = rows_of(tmp_path)
+    assert all(row["exact"] and row["verified"] for row in rows)
+    # The fit has found the texts: the first token that is tried at a place is the right one.
+    for row in rows:
+        assert {order.split("+")[-1] for order in row["orders"][1:]} == {"OptimizedInput"}
+        assert set(row["candidates"][1:]) == {4}
+
+    capsys.readouterr()
+    policy = "--model.recovery=lightning_inversion.recovery.sipit.SIPIT"
+    assert run(predict(tiny_folder, tmp_path, f"--ckpt_path={checkpoint}", policy)) == 2
+    assert "has no use for SIPIT" in capsys.readouterr().err
