@@ -13,6 +13,7 @@ import yaml
 from torch.nn.functional import cosine_similarity
 
 from lightning_inversion.cli import run
+from lightning_inversion.transformer.cache import ENVIRONMENT
 from lightning_inversion.transformer.families import FAMILIES
 from lightning_inversion.transformer.loading import TransformerSpec
 from tests.tiny import save_tiny, tiny_tokenizer
@@ -69,6 +70,42 @@ def test_a_decoder(my_parts: ModuleType, tiny_folder: Path, tmp_path: Path) -> N
     expected = cosine_similarity(vectors[:, None] - mean, embedding.matrix[None] - mean, dim=-1)
     assert torch.allclose(scores / (vectors - mean).norm(dim=1, keepdim=True), expected, atol=1e-5)
     assert scores.argmax(-1).tolist() == [5, 77]
+
+
+def predict(folder: Path, root: Path, *order: str) -> dict:
+    arguments = [
+        "predict", f"--model.transformer.model={folder}", "--model.transformer.depth=2",
+        '--data.prompts=["The sky is blue."]', f"--trainer.default_root_dir={root}",
+        "--trainer.accelerator=cpu", *order,
+    ]  # fmt: skip
+    assert run(arguments) == 0
+    (line,) = (root / "lightning_logs/version_0/results.jsonl").read_text().splitlines()
+    row: dict = json.loads(line)
+    assert row["recovered"] == "The sky is blue."
+    assert row["verified"]
+    return row
+
+
+def test_a_candidate_order(
+    my_parts: ModuleType, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "cache"))
+    option = "--model.recovery.order=my_parts.SuspectedText"
+    likely, unlikely = (
+        predict(tiny_folder, tmp_path / name, option, f"--model.recovery.order.text={text}")
+        for name, text in (("likely", "The sky is red or blue."), ("unlikely", "x"))
+    )
+    assert set(likely["orders"][1:]) == {"SuspectedText"}
+    first_two_rounds = 4 + 16
+    assert max(likely["candidates"][1:]) <= first_two_rounds
+    assert max(unlikely["candidates"][1:]) > first_two_rounds
+    (yaml_of_a_mixture,) = (
+        block for block in re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+        if "Mixture" in block
+    )  # fmt: skip
+    (tmp_path / "mixture.yaml").write_text(yaml_of_a_mixture)
+    row = predict(tiny_folder, tmp_path / "mixed", f"--config={tmp_path / 'mixture.yaml'}")
+    assert row["policy"] == "TokenRecovery(LinearMap+SuspectedText)"
 
 
 def test_a_model_family(my_parts: ModuleType, tmp_path: Path) -> None:
