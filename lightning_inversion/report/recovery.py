@@ -77,12 +77,12 @@ def _latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _beforehand(rows: list[dict[str, Any]]) -> str:
-    """What is measured once for a model and a depth; the scan is only made the first time."""
+    """What is measured once for a model and a depth; a scan that was kept is only read."""
     measuring = max(row["measuring_seconds"] for row in rows)
     scanning = max(row["scan_seconds"] for row in rows)
     return (
         f"Beforehand, once: calibration and linear map {measuring:.1f} s, "
-        f"position 0's scan {scanning:.1f} s. One forward over all texts: "
+        f"position 0's scan {scanning:.1f} s (made, or read where it was kept). One forward over all texts: "
         f"{min(row['forward_seconds'] for row in rows):.2f} s."
     )
 
