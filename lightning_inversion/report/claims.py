@@ -70,7 +70,8 @@ class Experiment:
         if not path.exists():
             return []
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        ours = [row for row in rows if row["settings"] == self.fingerprint(configs)]
+        settings = self.fingerprint(configs)
+        ours = [row for row in rows if row["settings"] == settings]
         return sorted(ours, key=lambda row: (row["seed"], row["index"]))
 
 

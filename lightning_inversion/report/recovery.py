@@ -82,8 +82,8 @@ def _beforehand(rows: list[dict[str, Any]]) -> str:
     scanning = max(row["scan_seconds"] for row in rows)
     return (
         f"Beforehand, once: calibration and linear map {measuring:.1f} s, "
-        f"position 0's scan {scanning:.1f} s (made, or read where it was kept). One forward over all texts: "
-        f"{min(row['forward_seconds'] for row in rows):.2f} s."
+        f"position 0's scan {scanning:.1f} s (made, or read where it was kept). "
+        f"One forward over all texts: {min(row['forward_seconds'] for row in rows):.2f} s."
     )
 
 
