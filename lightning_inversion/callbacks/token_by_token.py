@@ -121,7 +121,9 @@ class TokenByToken(Callback):
         # Where every token was tried, the gradient is left.
         rows = rows[~frontier.tried[rows].all(1)]
         vectors = module.learnable(module.embedding)
-        order = Mixture([self._map, OptimizedInput(vectors)], alone=1.0)
+        # Before the first step the input knows nothing that the map does not.
+        input_order = [OptimizedInput(vectors)] if module.iteration else []
+        order = Mixture([self._map, *input_order], alone=1.0)
         if len(rows):
             lengths = module.progress.proven[rows].sum(1)
             frontier.prefix.begin(rows, vectors[rows], lengths)
@@ -129,7 +131,8 @@ class TokenByToken(Callback):
             first = frontier.rounds[rows] == 0
             sizes = self._sizes(frontier.rounds[rows])
             proven = torch.zeros_like(first)
-            for trial, _ in round_of(frontier, order, rows, sizes):
+            places_left = totals[rows] - frontier.positions(rows)
+            for trial, _ in round_of(frontier, order, rows, sizes, places_left):
                 proven |= torch.isin(rows, trial.rows[trial.certified])
                 self._fix(module, trial)
             left = frontier.positions(rows) < totals[rows]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,10 @@ from lightning_inversion.transformer.known_prefix import KnownPrefix
 
 _KEPT = 16
 """Wrong candidates that correct the guess, the closest ones."""
-_STATE = ("tried", "rounds", "_errors", "_corrected")
+_STATE = ("tried", "rounds", "reach", "_errors", "_corrected")
+_FARTHEST = 64
+"""Places of one run at most."""
+_FIRST_REACH = 8
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Trial:
         best: ``[R]`` the candidate that came closest.
         certified: ``[R]`` bool, True where it is certified: the row has gone on behind it.
         tried: ``[R]`` tokens run at this place so far, these among them.
+        again: True where an earlier trial has counted the forward that showed this.
     """
 
     rows: Tensor
@@ -36,6 +41,7 @@ class Trial:
     best: Tensor
     certified: Tensor
     tried: Tensor
+    again: bool = False
 
 
 class Frontier:
@@ -49,7 +55,9 @@ class Frontier:
     Attributes:
         prefix: the tokens known so far.
         tried: ``[B, V]`` bool, tokens that were run at the row's position.
-        rounds: ``[B]`` rounds of candidates at the row's position.
+        rounds: ``[B]`` rounds of candidates at the row's position alone.
+        reach: ``[B]`` for how many places first guesses are worth running together: twice as many
+            as before where all were right, else half.
     """
 
     def __init__(
@@ -61,6 +69,7 @@ class Frontier:
         self.prefix = prefix or KnownPrefix(self.transformer, B)
         self.tried = torch.zeros(B, embedding.vocabulary_size, dtype=torch.bool, device=device)
         self.rounds = torch.zeros(B, dtype=torch.long, device=device)
+        self.reach = torch.full((B,), _FIRST_REACH, device=device)
         self._errors = torch.full((B, _KEPT), torch.inf, device=device)
         self._corrected = torch.zeros(B, _KEPT, embedding.width, device=device)
 
@@ -106,22 +115,62 @@ class Frontier:
         corrected = (weights[..., None] * self._corrected[rows]).sum(1)
         return torch.where(known.any(1, keepdim=True), corrected, self.linear_guess(rows))
 
-    @torch.no_grad()
     def try_out(self, rows: Tensor, ids: Tensor) -> Trial:
         """Run candidates ``[R, K]``; learn from them; go on behind one that is certified."""
+        return next(self.run_ahead(rows, ids[:, None]))
+
+    @torch.no_grad()
+    def run_ahead(self, rows: Tensor, ids: Tensor) -> Iterator[Trial]:
+        """Run candidates ``[R, W, K]`` of the next W places together (speculative decoding).
+
+        Those of a place stand behind the first ones of the places before, and show something as
+        long as these are certified.
+
+        Yields:
+            One trial a place, of the rows that have come as far; they have gone on, or have learned
+            that none of these is right.
+        """
+        W, K = ids.shape[1:]
+        features = self.prefix.ahead(rows, self.transformer.embedding(ids))
+        each = torch.arange(len(rows), device=rows.device)
+        on_course = torch.ones_like(each, dtype=torch.bool)
+        came = torch.zeros_like(each)
+        for place in range(W):
+            some = each[on_course]
+            if not len(some):
+                break
+            trial, chosen = self._judge(rows[some], ids[some, place], features[some, place])
+            kept = torch.full_like(each, -1)
+            kept[some] = torch.where(trial.certified, place * K + chosen, -1)
+            self.prefix.keep(rows, kept)
+            if W == 1:
+                self.rounds[trial.rows] += 1
+            self._leave(trial.rows[trial.certified])
+            on_course[some] = trial.certified & (chosen == 0)
+            came += on_course
+            if place == W - 1 or not on_course.any():
+                self._learn_reach(rows, came, W)
+            yield replace(trial, again=place > 0)
+
+    def _learn_reach(self, rows: Tensor, came: Tensor, width: int) -> None:
+        """Rows that came as far as they were run may be run farther, others less far."""
+        farther = torch.where(came == width, 2 * width, came.clamp(min=width // 2))
+        self.reach[rows] = farther.clamp(1, _FARTHEST)
+
+    def _judge(self, rows: Tensor, ids: Tensor, features: Tensor) -> tuple[Trial, Tensor]:
+        """What candidates ``[R, K]`` with features ``[R, K, F]`` show, and which was closest."""
         positions, calibration = self.positions(rows), self.instruments.calibration
-        features = self.prefix.candidates(rows, self.transformer.embedding(ids))
         places = positions[:, None].expand(ids.shape)
         residuals = calibration.residual(features, self.target_at(rows)[:, None], places)
-        self.learn(rows, ids, features)
+        self.tried[rows[:, None], ids] = True
         tried = self.tried[rows].sum(1)
-        closest, place = residuals.min(dim=1)
+        closest, chosen = residuals.min(dim=1)
         tolerance = calibration.tolerance[positions.clamp(max=1)]
         certified = closest <= tolerance
-        self.prefix.keep(rows, torch.where(certified, place, -1))
-        self._leave(rows[certified])
-        best = ids.gather(1, place[:, None])[:, 0]
-        return Trial(rows, ids, residuals, tolerance, best, certified, tried)
+        wrong = ~certified
+        self._learn(rows[wrong], ids[wrong], features[wrong])
+        best = ids.gather(1, chosen[:, None])[:, 0]
+        return Trial(rows, ids, residuals, tolerance, best, certified, tried), chosen
 
     def accept(self, rows: Tensor, ids: Tensor) -> None:
         """Go on behind tokens ``[R]`` that nothing certifies."""
@@ -129,10 +178,10 @@ class Frontier:
         self.prefix.keep(rows, torch.zeros_like(rows))
         self._leave(rows)
 
-    def learn(self, rows: Tensor, ids: Tensor, features: Tensor) -> None:
-        """Note that tokens ``[R, K]`` with features ``[R, K, F]`` were run."""
-        self.tried[rows[:, None], ids] = True
-        self.rounds[rows] += 1
+    def _learn(self, rows: Tensor, ids: Tensor, features: Tensor) -> None:
+        """Note what wrong tokens ``[R, K]`` with features ``[R, K, F]`` tell of the right one."""
+        if not len(rows):
+            return
         positions = self.positions(rows)[:, None].expand(ids.shape)
         target = self.target_at(rows)[:, None]
         distance = self.readout.standardize(features, positions) - self.readout.standardize(

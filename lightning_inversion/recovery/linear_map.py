@@ -6,12 +6,16 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.recovery.frontier import Frontier
-from lightning_inversion.recovery.orders import CandidateOrder
+from lightning_inversion.recovery.orders import CandidateOrder, Candidates
 from lightning_inversion.transformer.readout import Readout
 
 _TEMPERS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 _AT_A_TIME = 8192
-_HELD_BACK = 512
+_PLACES = 256
+"""Places whose whole vocabulary is scored at a time."""
+_AHEAD = 8
+"""Tokens of a place that are kept ready."""
+_HELD_BACK = 192
 """Positions of the model's own text on which the temper is chosen."""
 
 
@@ -33,6 +37,7 @@ class LinearMap(CandidateOrder):
 
     def begin(self, frontier: Frontier) -> None:
         """Measure the vocabulary by how the readout errs, once for each readout."""
+        self._ahead: Tensor | None = None
         if self._readout is frontier.readout:
             return
         self._readout, embedding = frontier.readout, frontier.transformer.embedding
@@ -43,7 +48,7 @@ class LinearMap(CandidateOrder):
             for chunk in torch.split(ids, _AT_A_TIME)
         ]
         self._half_squares = torch.cat(halves, dim=1)
-        self._temper = self._best_temper(frontier)
+        self._temper: float | None = None
 
     def speaks(self, later: bool) -> bool:
         """In the first round, and in later ones as asked."""
@@ -51,9 +56,36 @@ class LinearMap(CandidateOrder):
 
     def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
         """Of the linear guess, corrected by what was tried."""
+        if self._temper is None:  # which the best tokens do not depend on
+            self._temper = self._best_temper(frontier)
         return self._temper * self._likelihood(
             frontier, frontier.guess(rows), frontier.positions(rows)
         )
+
+    def ahead(self, frontier: Frontier, rows: Tensor, width: int, count: int) -> Candidates:
+        """Of the linear guess at each place, which no other place has a part in."""
+        if self._ahead is None:
+            self._ahead = self._best_everywhere(frontier)
+        last = frontier.target.shape[1] - 1
+        places = frontier.positions(rows)[:, None] + torch.arange(width, device=rows.device)
+        ids = self._ahead[rows[:, None], places.clamp(max=last), :count]
+        return Candidates(ids, (self.name,) * ids.shape[2])
+
+    def _best_everywhere(self, frontier: Frontier) -> Tensor:
+        """``[B, T, 8]`` the best tokens of every place, computed once for a batch."""
+        B, T = frontier.target.shape[:2]
+        places = torch.arange(T, device=frontier.target.device).expand(B, T).flatten()
+        chunks = zip(
+            torch.split(frontier.target.flatten(0, 1), _PLACES),
+            torch.split(places, _PLACES),
+            strict=True,
+        )
+        best = [
+            self._likelihood(frontier, frontier.readout(features, where), where)
+            .topk(_AHEAD, dim=1).indices
+            for features, where in chunks
+        ]  # fmt: skip
+        return torch.cat(best).view(B, T, _AHEAD)
 
     def _likelihood(self, frontier: Frontier, guess: Tensor, positions: Tensor) -> Tensor:
         first, later = (guess @ precision for precision in self._precision)

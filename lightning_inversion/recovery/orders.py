@@ -17,7 +17,7 @@ class Candidates:
     """Tokens to try.
 
     Attributes:
-        ids: ``[R, K]``, the most likely first.
+        ids: ``[R, K]``, the most likely first; ``[R, W, K]`` for W places.
         orders: the name of the order that each column comes from.
     """
 
@@ -52,6 +52,13 @@ class CandidateOrder(ABC):
     def speaks(self, later: bool) -> bool:
         """Whether a mixture should listen, in the first round at a place or in the later ones."""
         return True
+
+    def ahead(self, frontier: Frontier, rows: Tensor, width: int, count: int) -> Candidates | None:
+        """The ``count`` best tokens of each of the next ``width`` places.
+
+        None, as here, where the tokens in between must be known to say anything.
+        """
+        return None
 
     @abstractmethod
     def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
@@ -122,6 +129,11 @@ class Mixture(CandidateOrder):
         """Every part hears of it."""
         for order in self.orders:
             order.take_back(rows)
+
+    def ahead(self, frontier: Frontier, rows: Tensor, width: int, count: int) -> Candidates | None:
+        """Those of the first part that can say."""
+        parts = (order.ahead(frontier, rows, width, count) for order in self.orders)
+        return next((part for part in parts if part is not None), None)
 
     def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
         """The sum of the parts'."""

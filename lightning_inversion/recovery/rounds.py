@@ -15,24 +15,51 @@ _AT_A_TIME = 4096
 
 
 def round_of(
-    frontier: Frontier, order: CandidateOrder, rows: Tensor, sizes: Tensor
+    frontier: Frontier,
+    order: CandidateOrder,
+    rows: Tensor,
+    sizes: Tensor,
+    left: Tensor,
+    beside: int = 1,
 ) -> Iterator[tuple[Trial, tuple[str, ...]]]:
     """Try each row's best untried tokens; rows that are alike are run together.
+
+    Where an order's first guesses have been right for several places in a row, the next places are
+    run with them in one forward.
 
     Args:
         frontier: where the rows stand; those that are certified go on.
         order: which tokens to try.
         rows: ``[R]``.
         sizes: ``[R]`` how many for each.
+        left: ``[R]`` places that each has still to find.
+        beside: candidates of each place at least, where several places are run.
 
     Yields:
         What was found, and the name of the order that each column of candidates comes from.
     """
+    widths = _widths(frontier, rows, left)
     # An order may speak in another voice once a first round has shown something.
-    kinds = torch.stack([(frontier.rounds[rows] > 0).long(), sizes], dim=1)
+    kinds = torch.stack([(frontier.rounds[rows] > 0).long(), sizes, widths], dim=1)
     for kind in torch.unique(kinds, dim=0):
         members = rows[(kinds == kind).all(dim=1)]
-        proposed = order.propose(frontier, members, int(kind[1]))
-        at_a_time = max(1, _AT_A_TIME // proposed.ids.shape[1])
-        for part in torch.split(torch.arange(len(members)), at_a_time):
-            yield frontier.try_out(members[part], proposed.ids[part]), proposed.orders
+        size, width = int(kind[1]), int(kind[2])
+        count = max(beside, size // width)
+        proposed = None
+        if width > 1 and frontier.prefix.reaches(members, width, count):
+            proposed = order.ahead(frontier, members, width, count)
+        if proposed is None:
+            proposed = order.propose(frontier, members, size)
+        ids = proposed.ids.view(len(members), -1, len(proposed.orders))
+        at_a_time = max(1, _AT_A_TIME // ids[0].numel())
+        for part in torch.split(torch.arange(len(members), device=rows.device), at_a_time):
+            for trial in frontier.run_ahead(members[part], ids[part]):
+                yield trial, proposed.orders
+
+
+def _widths(frontier: Frontier, rows: Tensor, left: Tensor) -> Tensor:
+    """``[R]`` places to run together: a power of two, so that many rows are alike."""
+    fresh = ~frontier.tried[rows].any(dim=1)
+    reach = torch.minimum(frontier.reach[rows], left).clamp(min=1)
+    powers = 2 ** reach.double().log2().floor().long()
+    return torch.where(fresh, powers, 1)

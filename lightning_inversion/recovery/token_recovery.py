@@ -23,6 +23,8 @@ from lightning_inversion.recovery.prior import LanguageModelPrior
 from lightning_inversion.recovery.rounds import round_of
 
 _ALTERNATIVES = 5
+_BESIDE = 2
+"""Candidates of a place at least, so that a certificate can name a runner-up."""
 
 
 class TokenRecovery(RecoveryPolicy):
@@ -158,10 +160,11 @@ class _Batch:
         left = self.limit - frontier.tried[rows].sum(1)
         sizes = torch.minimum(self.policy.sizes(frontier.rounds[rows]), left).clamp(min=1)
         began = time.monotonic()
-        for trial, orders in round_of(frontier, order, rows, sizes):
+        places_left = self.totals[rows] - frontier.positions(rows)
+        for trial, orders in round_of(frontier, order, rows, sizes, places_left, beside=_BESIDE):
             now = time.monotonic()
             for row in trial.rows.tolist():
-                self.texts[row].forwards += 1
+                self.texts[row].forwards += not trial.again
                 self.spent[row] += now - began
             began = now
             self._remember(trial, orders)

@@ -58,7 +58,7 @@ class KnownPrefix:
         assert self._cache is not None
         self._cache.forget()
         if longest:
-            self._behind(rows, begun, candidates=False)
+            self._behind(rows, begun, _one_after_another(begun))
             self._cache.begin(lengths)
 
     def candidates(self, rows: Tensor, embeds: Tensor) -> Tensor:
@@ -67,16 +67,40 @@ class KnownPrefix:
         Differentiable in ``embeds``. The latest call is what `keep` chooses from.
         """
         self._latest = embeds.detach()
-        longest = int(self.lengths[rows].max())
-        if self._keeps(longest + 1, longest + embeds.shape[1]):
-            return self._behind(rows, embeds, candidates=True)
+        if self.reaches(rows, 1, embeds.shape[1]):
+            beside = torch.eye(embeds.shape[1], dtype=torch.bool, device=embeds.device)
+            return self._behind(rows, embeds, beside)
         return self._plain(rows, embeds)
+
+    def reaches(self, rows: Tensor, width: int, count: int) -> bool:
+        """Whether `ahead` can run ``count`` candidates at each of the next ``width`` places."""
+        longest = int(self.lengths[rows].max())
+        return self._keeps(longest + width, longest + width * count)
+
+    def ahead(self, rows: Tensor, embeds: Tensor) -> Tensor:
+        """Features ``[R, W, K, F]`` of candidates ``[R, W, K, D]`` for the next W places.
+
+        At each place the candidates stand behind the first ones of the places before. The latest
+        call is what `keep` chooses from, place after place. More than one place asks for
+        `reaches`.
+        """
+        R, W, K = embeds.shape[:3]
+        if W == 1:
+            return self.candidates(rows, embeds[:, 0])[:, None]
+        assert self.reaches(rows, W, K)
+        self._latest = embeds.detach().flatten(1, 2)
+        place = torch.arange(W * K, device=rows.device) // K
+        leads = torch.arange(W * K, device=rows.device) % K == 0
+        sees = leads & (place < place[:, None])
+        sees |= torch.eye(W * K, dtype=torch.bool, device=rows.device)
+        features = self._behind(rows, embeds.flatten(1, 2), sees)
+        return features.view(R, W, K, -1)
 
     def followed_by(self, rows: Tensor, vectors: Tensor) -> Tensor:
         """Features ``[R, W, F]`` of W vectors ``[R, W, D]`` that follow; differentiable in them."""
         end = int(self.lengths[rows].max()) + vectors.shape[1]
         if self._keeps(end, end):
-            return self._behind(rows, vectors, candidates=False)
+            return self._behind(rows, vectors, _one_after_another(vectors))
         places = self.lengths[rows, None] + torch.arange(vectors.shape[1], device=rows.device)
         each = torch.arange(len(rows), device=rows.device)[:, None]
         length = int(places.max()) + 1
@@ -89,6 +113,8 @@ class KnownPrefix:
 
     def keep(self, rows: Tensor, places: Tensor) -> None:
         """Of the latest candidates, those at ``places`` [R] (-1: none) are known from now on.
+
+        After `ahead`, candidate k of the w-th place is at w K + k.
 
         Args:
             rows: ``[R]`` the rows of the latest call.
@@ -123,11 +149,8 @@ class KnownPrefix:
             self._cache = None
         return self._cache is not None
 
-    def _behind(self, rows: Tensor, embeds: Tensor, candidates: bool) -> Tensor:
+    def _behind(self, rows: Tensor, embeds: Tensor, sees: Tensor) -> Tensor:
         assert self._cache is not None
-        sees = torch.eye(embeds.shape[1], dtype=torch.bool, device=embeds.device)
-        if not candidates:
-            sees = torch.ones_like(sees).tril()
         return self._cache.run(
             lambda mask, positions, cache: self.transformer.run(embeds, mask, positions, cache),
             rows,
@@ -149,3 +172,9 @@ class KnownPrefix:
         place = torch.arange(sequence.shape[1], device=rows.device)
         features: Tensor = self.transformer(sequence, place <= ends[:, None])
         return features[each, ends].reshape(R, K, -1)
+
+
+def _one_after_another(vectors: Tensor) -> Tensor:
+    """``[W, W]`` bool: each of W vectors ``[R, W, D]`` sees those before it."""
+    width = vectors.shape[1]
+    return torch.ones(width, width, dtype=torch.bool, device=vectors.device).tril()

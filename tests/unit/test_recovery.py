@@ -28,7 +28,7 @@ def test_readout_standardizes_and_guesses(
     standard = readout.standardize(features, positions)
     for kind in (standard[:, :1], standard[:, 1:]):
         assert kind.mean().item() == pytest.approx(0, abs=0.1)
-        assert kind.std().item() == pytest.approx(1, abs=0.15)
+        assert kind.std().item() == pytest.approx(1, abs=0.25)  # it was fitted on frequent ones too
     truth = tiny_transformer.embedding(ids)
     error = (readout(features, positions) - truth).square().mean()
     plain = (tiny_transformer.embedding.mean - truth).square().mean()
@@ -82,7 +82,7 @@ def test_no_wrong_token_is_ever_proven(instruments: Instruments) -> None:
     frontier.prefix.begin(rows, vectors, torch.tensor([1, 1]))
     frontier.tried[0, 4] = True  # the right token of row 0 is withheld
     order = OptimizedInput(vectors)
-    ((trial, _),) = round_of(frontier, order, rows, torch.tensor([299, 299]))
+    ((trial, _),) = round_of(frontier, order, rows, torch.tensor([299, 299]), torch.ones(2))
     assert trial.certified.tolist() == [False, True]
     assert trial.best[1] == 8
     assert (trial.residuals[0].min() > trial.tolerance[0]).item()
@@ -102,10 +102,52 @@ def test_candidates_are_never_repeated_and_end_with_the_vocabulary(
     order = Mixture([linear_map, OptimizedInput(vectors)], alone=1.0)
     named: set[int] = set()
     for _ in range(5):
-        ((trial, _),) = round_of(frontier, order, row, torch.tensor([60]))
+        ((trial, _),) = round_of(frontier, order, row, torch.tensor([60]), torch.ones(1))
         assert named.isdisjoint(trial.ids[0].tolist())
         named |= set(trial.ids[0].tolist())
     assert frontier.tried.all()
+
+
+def test_places_are_proven_together_up_to_the_first_wrong_guess(instruments: Instruments) -> None:
+    ids = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6], [1, 2, 3, 4]])
+    rows = torch.arange(3)
+    frontier = Frontier(instruments, instruments.transformer.features_of(ids))
+    guesses = torch.stack([ids, ids + 20], dim=2)  # of two candidates the first is right
+    guesses[1, 2] = torch.tensor([40, 41])  # neither is
+    guesses[2, 1] = guesses[2, 1].flip(0)  # the second is: those behind stand behind a wrong one
+    trials = list(frontier.run_ahead(rows, guesses))
+    assert [trial.rows.tolist() for trial in trials] == [[0, 1, 2], [0, 1, 2], [0, 1], [0]]
+    assert frontier.positions(rows).tolist() == [4, 2, 2]
+    assert [trial.again for trial in trials] == [False, True, True, True]
+    known = instruments.transformer.embedding(ids)
+    for row, length in enumerate([4, 2, 2]):
+        assert torch.equal(frontier.prefix.vectors[row, :length], known[row, :length])
+    assert frontier.tried[1].nonzero()[:, 0].tolist() == [40, 41]
+    assert not frontier.tried[[0, 2]].any()
+    assert frontier.reach.tolist() == [8, 2, 2]
+    # The keys and values that were kept are those of the right tokens.
+    trial = frontier.try_out(rows[1:], ids[1:, 2:3])
+    assert trial.certified.all()
+
+
+def test_several_places_in_one_forward_are_those_places_one_by_one(
+    instruments: Instruments,
+) -> None:
+    ids = torch.randint(300, (2, 5), generator=torch.Generator().manual_seed(4))
+    others = torch.randint(300, (2, 5), generator=torch.Generator().manual_seed(5))
+    frontier = Frontier(instruments, instruments.transformer.features_of(ids))
+    frontier.try_out(torch.tensor([0]), ids[:1, :1])  # the rows stand at different places
+    vectors = instruments.transformer.embedding(torch.stack([ids[:, 1:4], others[:, 1:4]], dim=2))
+    together = frontier.prefix.ahead(torch.arange(2), vectors)
+    for row, start in enumerate([ids[:1, :1], ids[1:, :0]]):
+        for place in range(3):
+            before = torch.cat([start, ids[row : row + 1, 1 : 1 + place]], dim=1)
+            for column, own in enumerate((ids, others)):
+                text = torch.cat([before, own[row : row + 1, 1 + place : 2 + place]], dim=1)
+                alone = instruments.transformer.features_of(text)[0, -1]
+                torch.testing.assert_close(
+                    together[row, place, column], alone, atol=1e-5, rtol=1e-4
+                )
 
 
 def test_a_frontier_goes_on_where_it_was_left(instruments: Instruments) -> None:
