@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.recovery.frontier import Frontier
-from lightning_inversion.recovery.orders import CandidateOrder
+from lightning_inversion.recovery.orders import CandidateOrder, Candidates
 
 SHARPNESS = 0.15
 """Weight of the squared distance, in units of the embedding's spread, in the log-likelihood."""
@@ -24,8 +24,19 @@ class OptimizedInput(CandidateOrder):
 
     def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
         """The nearer, the likelier."""
+        return self._nearness(frontier, self.vectors[rows, frontier.positions(rows)])
+
+    def ahead(self, frontier: Frontier, rows: Tensor, width: int, count: int) -> Candidates | None:
+        """Where all the places have a vector."""
+        places = frontier.positions(rows)[:, None] + torch.arange(width, device=rows.device)
+        vectors = self.vectors[rows[:, None], places]
+        if vectors.isnan().any():
+            return None
+        ids = [self._nearness(frontier, some).topk(count).indices for some in vectors.unbind(1)]
+        return Candidates(torch.stack(ids, dim=1), (self.name,) * count)
+
+    def _nearness(self, frontier: Frontier, vectors: Tensor) -> Tensor:
         embedding = frontier.transformer.embedding
-        vectors = self.vectors[rows, frontier.positions(rows)]
         known = ~vectors.isnan().any(dim=1, keepdim=True)
         near = embedding.dot(vectors.nan_to_num()) - embedding.norms.square() / 2
         return torch.where(known, near * (2 * SHARPNESS / embedding.spread**2), 0.0)

@@ -113,7 +113,7 @@ class _Batch:
         self.frontier = Frontier(instruments, target)
         self.order = policy.order
         if start is not None:
-            self.order = Mixture([policy.order, OptimizedInput(start)])
+            self.order = Mixture([OptimizedInput(start), policy.order])
         B, device = len(target), target.device
         self.embedding = instruments.transformer.embedding
         self.limit = self.embedding.vocabulary_size
