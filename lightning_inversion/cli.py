@@ -36,6 +36,7 @@ from lightning_inversion.prompts import PromptDataModule
 from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.result_files import read_rows
+from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.shared import SharedModels
 
 _PACKAGE = "lightning_inversion"
@@ -57,6 +58,11 @@ RECOMMENDED: dict[str, Any] = {
     "stopping.stop": False,  # a row ends when its tokens are proven
 }
 
+COMPUTED_IN = {
+    "bf16-true": "bfloat16", "bf16-mixed": "bfloat16", "bf16": "bfloat16",
+    "16-true": "float16", "16-mixed": "float16", "16": "float16",
+}  # fmt: skip
+"""Lightning's precisions, and what the frozen model computes in."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 RESUMING = ("ckpt_path", "logger", "devices", "num_nodes", "strategy")
 """Keys in which a run may differ from the one that it continues: they change no row."""
@@ -194,6 +200,7 @@ class InversionCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Turn ``--ckpt_path last`` into the newest fit; ``fit`` goes on in its folder."""
         config = self.config[self.subcommand]
+        compute_in_precision(config)
         if config.trainer.strategy == "auto" and processes(config.trainer) > 1:
             config.trainer.strategy = strategy.NAME
         if self.subcommand == "validate":
@@ -271,6 +278,32 @@ class InversionCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Results) and self.trainer.is_global_zero:
                 callback.show(self.trainer)
+
+
+def compute_in_precision(config: Any) -> None:
+    """``--trainer.precision`` says what the frozen model computes in; the input stays float32.
+
+    Lightning would round the input itself, whose steps are smaller than what 16 bits can hold.
+
+    Raises:
+        InputError: it is none of them, or --model.transformer.dtype says something else.
+    """
+    asked = config.trainer.precision
+    if asked is None or str(asked) in ("32", "32-true"):
+        return
+    dtype = COMPUTED_IN.get(str(asked))
+    transformer = config.model.transformer
+    if dtype is None:
+        raise InputError(
+            f"--trainer.precision: {asked} is not one of 32-true, {', '.join(COMPUTED_IN)}; "
+            "choose one, or leave it out and set --model.transformer.dtype."
+        )
+    if transformer.dtype not in (TransformerSpec.dtype, dtype):
+        raise InputError(
+            f"--trainer.precision {asked} contradicts --model.transformer.dtype "
+            f"{transformer.dtype}; leave one of them out."
+        )
+    transformer.dtype, config.trainer.precision = dtype, None
 
 
 def processes(trainer: Any) -> int:

@@ -165,8 +165,14 @@ class InputInversion(LightningModule):
         return self
 
     def check(self, trainer: Trainer) -> None:
-        """Refuse, before a model loads, processes that would average their inputs."""
+        """Refuse, before a model loads, processes that would average or crowd each other."""
         check_strategy(trainer)
+        if self.spec.device_map is not None and trainer.world_size > 1:
+            raise InputError(
+                f"--model.transformer.device_map {self.spec.device_map} spreads the model over the "
+                f"devices, and --trainer.devices asks for {trainer.world_size} processes that each "
+                "hold one; set --trainer.devices 1, or leave device_map out."
+            )
 
     def check_targets(self, data: PromptDataModule) -> None:
         """Refuse captured targets of another model, as far as can be known before it is loaded.

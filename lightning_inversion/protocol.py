@@ -203,7 +203,7 @@ class Protocol:
         depths: blocks kept.
         prompts: how many texts, the first of the protocol's.
         length: tokens of a text.
-        cap: seconds for a policy at a depth.
+        cap: seconds for a policy at a depth; what others are compared to is not stopped.
         file: the natural texts.
         results: the file of rows.
     """
@@ -287,7 +287,10 @@ class Protocol:
             f"one forward {forward:.2f} s"
         )
         for policy in policies:
-            row = run_policy(policy.build(), instruments, ids, self.cap)
+            # What the others are compared to ends, unless it is alone.
+            compared_to = policy.name == BASELINE and len(policies) > 1
+            cap = None if compared_to else self.cap
+            row = run_policy(policy.build(), instruments, ids, cap)
             index = len(read_rows(self.results))
             named = {"index": index, "policy": policy.name, "settings": policy.fingerprint}
             append_rows(self.results, [{**named, **shared, **row}])
@@ -318,7 +321,11 @@ def main(arguments: list[str] | None = None) -> int:
     add("--policies", nargs="+", default=[BASELINE], help="files of --configs, or paths")
     add("--prompts", type=int, default=20, help="the first N of the texts")
     add("--length", type=int, default=20, help="tokens of a text")
-    add("--cap", type=float, help="seconds for a policy at a depth")
+    add(
+        "--cap",
+        type=float,
+        help="seconds for a policy beside the recommended one",
+    )
     add("--configs", type=Path, default=configs, help="folder of the policies' files")
     add("--file", type=Path, help="the natural texts; prompts.jsonl of --configs if left out")
     add("--out", type=Path, default=configs / "results", help="folder of the results")

@@ -48,6 +48,7 @@ class TruncatedTransformer(nn.Module):
         embedding: ids -> vectors.
         tokenizer: text <-> ids; None for a model in memory that was given without.
         depth: the number of blocks kept.
+        blocks: the model's, in their order.
         causal: whether a position sees only itself and what is before it.
     """
 
@@ -74,12 +75,12 @@ class TruncatedTransformer(nn.Module):
         # The model is only ever given vectors. Without its own embedding, W is held once, even
         # where it is scaled or moved to another device.
         replace_module_(model, own, nn.Identity())
-        # A tuple, so that the blocks are not registered a second time.
-        self._blocks = cut_blocks_(model, self.depth)
+        # A tuple, so that they are not registered a second time.
+        self.blocks = cut_blocks_(model, self.depth)
         shorten_config_(model.config, self.depth)
         if self.surgery.repeat_first:
-            self._blocks = repeat_first_block_(model)
-        operate_(model, self._blocks, self.surgery)
+            self.blocks = repeat_first_block_(model)
+        operate_(model, self.blocks, self.surgery)
         self.model = model
         self.requires_grad_(False)
         self.eval()
@@ -202,7 +203,7 @@ class TruncatedTransformer(nn.Module):
             given["position_ids"] = positions
         if cache is not None:
             given["past_key_values"] = cache
-        with self.selection.listening(self._blocks) as heard:
+        with self.selection.listening(self.blocks) as heard:
             output = self.model(
                 inputs_embeds=embeds.to(self.dtype), use_cache=cache is not None, **given
             )

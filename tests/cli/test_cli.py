@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_inversion import __main__ as entry
 from lightning_inversion.cli import RECOMMENDED, run
@@ -46,6 +47,15 @@ def rows_of(root: Path, version: int = 0) -> list[dict]:
         (["--learning_rate.start=-1"], "learning_rate.start"),
         (["--token_by_token.window=0"], "token_by_token"),
         (["--trainer.strategy=ddp", "--trainer.devices=2"], "DDPStrategy would average the inputs"),
+        (["--trainer.precision=64-true"], "--trainer.precision: 64-true is not one of 32-true"),
+        (
+            ["--trainer.precision=bf16-true", "--model.transformer.dtype=float16"],
+            "--trainer.precision bf16-true contradicts --model.transformer.dtype float16",
+        ),
+        (
+            ["--model.transformer.device_map=auto", "--trainer.devices=2"],
+            "set --trainer.devices 1, or leave device_map out",
+        ),
         (["--ckpt_path=last"], "--ckpt_path last finds no run"),
         (["--config=none.yaml"], "--config: File does not exist"),
     ],
@@ -105,6 +115,18 @@ def test_a_run_leaves_all_that_is_promised(tiny_folder: Path, tmp_path: Path, ca
         assert not (row["verified"] and not row["exact"] and not row["indistinguishable"])
     output = capsys.readouterr().out
     assert str(folder / "results.jsonl") in output.replace("\n", "")
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_the_trainers_precision_is_what_the_model_computes_in(
+    precision: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    options = ["--model.iterations=1", f"--trainer.precision={precision}"]
+    assert run(fit(tiny_folder, tmp_path, *options)) == 0
+    assert {row["dtype"] for row in rows_of(tmp_path)} == {"bfloat16"}
+    (checkpoint,) = tmp_path.glob("lightning_logs/*/checkpoints/last.ckpt")
+    values = torch.load(checkpoint, weights_only=True)["state_dict"]["learnable.values"]
+    assert values.dtype == torch.float32
 
 
 def test_hparams_hold_real_values(tiny_folder: Path, tmp_path: Path) -> None:
