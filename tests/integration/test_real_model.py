@@ -31,8 +31,8 @@ def test_quickstart_recovers_and_proves_every_token(tmp_path: Path, capsys) -> N
 def test_gradient_steps_find_what_the_linear_guess_does_not(tmp_path: Path) -> None:
     arguments = [
         "fit",
-        '--data.prompts=["Boba Fett was a bounty hunter", "x = [3, 14];"]',
-        "--model.transformer.depth=4",
+        '--data.prompts=["The wipers on the bus go swish swish", "Call me Ishmael."]',
+        "--model.transformer.depth=8",
         f"--trainer.default_root_dir={tmp_path}",
     ]
     assert run(arguments) == 0
