@@ -13,7 +13,7 @@ from lightning_inversion.transformer.known_prefix import KnownPrefix
 
 _KEPT = 16
 """Wrong candidates that correct the guess, the closest ones."""
-_STATE = ("tried", "rounds", "reach", "_errors", "_corrected")
+_STATE = ("tried", "rounds", "reach", "_errors", "_closest", "_corrected")
 _FARTHEST = 64
 """Places of one run at most."""
 _FIRST_REACH = 8
@@ -71,7 +71,8 @@ class Frontier:
         self.rounds = torch.zeros(B, dtype=torch.long, device=device)
         self.reach = torch.full((B,), _FIRST_REACH, device=device)
         self._errors = torch.full((B, _KEPT), torch.inf, device=device)
-        self._corrected = torch.zeros(B, _KEPT, embedding.width, device=device)
+        self._closest = torch.zeros(B, _KEPT, embedding.width, device=device)
+        self._corrected = torch.zeros_like(self._closest)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold, beside the prefix, to go on from here."""
@@ -114,6 +115,14 @@ class Frontier:
         weights = weights.masked_fill(~known, 0.0)
         corrected = (weights[..., None] * self._corrected[rows]).sum(1)
         return torch.where(known.any(1, keepdim=True), corrected, self.linear_guess(rows))
+
+    def closest(self, rows: Tensor, count: int) -> Tensor:
+        """``[R, K, D]`` embeddings of the wrong candidates that came closest, nearest first.
+
+        The corrected guess stands in for those that there are not yet. K is ``count``, or 16.
+        """
+        known = torch.isfinite(self._errors[rows, :count])[..., None]
+        return torch.where(known, self._closest[rows, :count], self.guess(rows)[:, None])
 
     def try_out(self, rows: Tensor, ids: Tensor) -> Trial:
         """Run candidates ``[R, K]``; learn from them; go on behind one that is certified."""
@@ -197,10 +206,10 @@ class Frontier:
             - self.readout(features[pick, closest], positions[pick, closest])
         )
         errors = torch.cat([self._errors[rows], errors[pick, closest]], dim=1)
-        corrected = torch.cat([self._corrected[rows], corrected], dim=1)
         order = errors.argsort(dim=1, stable=True)[:, :_KEPT]
         self._errors[rows] = errors.gather(1, order)
-        self._corrected[rows] = corrected[pick, order]
+        self._closest[rows] = torch.cat([self._closest[rows], vectors], dim=1)[pick, order]
+        self._corrected[rows] = torch.cat([self._corrected[rows], corrected], dim=1)[pick, order]
 
     def take_back(self, rows: Tensor) -> None:
         """The last token of each of ``rows`` [R] is to be found again."""

@@ -16,15 +16,17 @@ class GradientProxy(CandidateOrder):
 
     When a first round of candidates has failed, one proxy starts at the corrected linear guess and
     moves a few steps of Adam in each round, on the cosine distance of standardised features. If it
-    stalls, many start again together, at the embeddings of random tokens: from most starts a hard
-    token is not found, from some it nearly always is. Prefixes are kept and proxies lie side by
-    side, so a step runs one token for each.
+    finds nothing, many start together: half of them at the wrong candidates whose features came
+    closest to the target, from where a hard token is found twice as often as from a random one, and
+    half at random tokens, so that no start is only ever the last one's neighbour. Prefixes are kept
+    and proxies lie side by side, so a step runs one token for each.
 
     Args:
         steps: steps in each round.
         learning_rate: in units of the embedding's spread.
+        alone: rounds after which the first proxy is joined by the others.
         restart: rounds after which proxies that found nothing start again.
-        proxies: how many start again together.
+        proxies: how many start together.
         sharpness: weight of the squared distance to the nearest proxy, in units of the embedding's
             spread, in the log-likelihood.
     """
@@ -32,19 +34,20 @@ class GradientProxy(CandidateOrder):
     def __init__(
         self,
         steps: int = 5,
-        learning_rate: float = 0.3,
-        restart: int = 5,
-        proxies: int = 12,
+        learning_rate: float = 0.6,
+        alone: int = 2,
+        restart: int = 6,
+        proxies: int = 8,
         sharpness: float = 0.15,
     ) -> None:
-        if min(steps, restart, proxies) < 1 or min(learning_rate, sharpness) <= 0:
+        if min(steps, alone, restart, proxies) < 1 or min(learning_rate, sharpness) <= 0:
             raise InputError(
-                "--model.recovery: steps, restart and proxies must be at least 1, learning_rate "
-                f"and sharpness positive; they are {steps}, {restart}, {proxies}, {learning_rate} "
-                f"and {sharpness}."
+                "--model.recovery: steps, alone, restart and proxies must be at least 1, "
+                f"learning_rate and sharpness positive; they are {steps}, {alone}, {restart}, "
+                f"{proxies}, {learning_rate} and {sharpness}."
             )
-        self.steps, self.learning_rate, self.restart = steps, learning_rate, restart
-        self.proxies, self.sharpness = proxies, sharpness
+        self.steps, self.learning_rate, self.alone = steps, learning_rate, alone
+        self.restart, self.proxies, self.sharpness = restart, proxies, sharpness
 
     def begin(self, frontier: Frontier) -> None:
         """Room for the proxies of each text."""
@@ -60,8 +63,7 @@ class GradientProxy(CandidateOrder):
 
     def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
         """Of the proxies after this round's steps."""
-        rounds = frontier.rounds[rows]
-        alone = rounds <= self.restart
+        alone = frontier.rounds[rows] <= self.alone
         scores = torch.empty(len(rows), frontier.tried.shape[1], device=rows.device)
         for members, count in ((alone, 1), (~alone, self.proxies)):
             if members.any():
@@ -70,7 +72,9 @@ class GradientProxy(CandidateOrder):
 
     def _scores(self, frontier: Frontier, rows: Tensor, count: int) -> Tensor:
         rounds = frontier.rounds[rows]
-        self._start(frontier, rows[(rounds == 0) | ((rounds - 1) % self.restart == 0)])
+        self._start_alone(frontier, rows[rounds <= 1])
+        joined = rounds - 1 - self.alone
+        self._start_together(frontier, rows[(joined >= 0) & (joined % self.restart == 0)])
         moving = rows[rounds > 0]
         if len(moving):
             for _ in range(self.steps):
@@ -84,15 +88,24 @@ class GradientProxy(CandidateOrder):
             nearest = torch.maximum(nearest, near - near.amax(1, keepdim=True))
         return nearest * (2 * self.sharpness / embedding.spread**2)
 
-    def _start(self, frontier: Frontier, rows: Tensor) -> None:
-        """The first proxy starts at the guess, the others anywhere in the vocabulary."""
+    def _start_alone(self, frontier: Frontier, rows: Tensor) -> None:
+        """The first proxy starts at the guess."""
+        if len(rows):
+            self._proxy[rows, 0] = frontier.guess(rows)
+            self._forget(rows)
+
+    def _start_together(self, frontier: Frontier, rows: Tensor) -> None:
+        """Half of the proxies start where a candidate came close, half anywhere."""
         if not len(rows):
             return
         embedding = frontier.transformer.embedding
-        size = (len(rows), self.proxies)
+        near = frontier.closest(rows, (self.proxies + 1) // 2)
+        size = (len(rows), self.proxies - near.shape[1])
         anywhere = torch.randint(embedding.vocabulary_size, size, generator=self._random)
-        self._proxy[rows] = embedding(anywhere.to(rows.device))
-        self._proxy[rows, 0] = frontier.guess(rows)
+        self._proxy[rows] = torch.cat([near, embedding(anywhere.to(rows.device))], dim=1)
+        self._forget(rows)
+
+    def _forget(self, rows: Tensor) -> None:
         self._mean[rows] = self._square[rows] = 0.0
         self._taken[rows] = 0
 
@@ -112,6 +125,5 @@ class GradientProxy(CandidateOrder):
         square = self._square[rows, :count].lerp(gradient.square(), 0.001)
         self._mean[rows, :count], self._square[rows, :count] = mean, square
         direction = (mean / (1 - 0.9**taken)) / ((square / (1 - 0.999**taken)).sqrt() + 1e-12)
-        falling = (1 - taken / (2 * self.restart * self.steps)).clamp_min(0.1)
-        rate = self.learning_rate * frontier.transformer.embedding.spread * falling
+        rate = self.learning_rate * frontier.transformer.embedding.spread
         self._proxy[rows, :count] -= rate * direction

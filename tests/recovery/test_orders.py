@@ -107,3 +107,30 @@ def test_the_corrected_guess_is_nearer_than_the_linear_one(instruments: Instrume
     others = torch.where(others == IDS[:, 2:3], (others + 1) % VOCABULARY, others)
     assert not frontier.try_out(ROWS, others).certified.any()
     assert ((frontier.guess(ROWS) - right).norm(dim=-1) < plain).all()
+
+
+def test_proxies_start_together_where_candidates_came_close(instruments: Instruments) -> None:
+    order = GradientProxy(steps=1, alone=1, proxies=4, learning_rate=1e-6)
+    frontier = begun(order, instruments, 2)
+    others = torch.stack([torch.arange(100, 140), torch.arange(20, 60)])
+    trial = frontier.try_out(ROWS, others)
+    assert not trial.certified.any()
+    places = torch.full_like(others, 2)
+    features = frontier.prefix.candidates(ROWS, frontier.transformer.embedding(others))
+    distances = torch.linalg.vector_norm(
+        frontier.readout.standardize(features, places)
+        - frontier.readout.standardize(frontier.target_at(ROWS)[:, None], places[:, :1]),
+        dim=-1,
+    )
+    nearest = others.gather(1, distances.topk(2, dim=1, largest=False).indices)
+    frontier.rounds[:] = 2
+    order.scores(frontier, ROWS)
+    expected = frontier.transformer.embedding(nearest)
+    torch.testing.assert_close(order._proxy[:, :2], expected, atol=1e-4, rtol=0)
+    assert not torch.isclose(order._proxy[:, 2], expected[:, 0], atol=1e-3).all()
+
+
+def test_before_any_candidate_the_guess_stands_in_for_the_closest(instruments: Instruments) -> None:
+    frontier = frontier_at(instruments, 2)
+    closest = frontier.closest(ROWS, 3)
+    torch.testing.assert_close(closest, frontier.guess(ROWS)[:, None].expand_as(closest))

@@ -146,7 +146,7 @@ def test_tokens_with_the_same_embedding_are_named(
         (lambda: TokenRecovery(candidates=0), "candidates, most and budget must be at least 1"),
         (lambda: LanguageModelPrior(surprise=0.0), "surprise must lie between 0 and 1"),
         (lambda: LanguageModelPrior(surprise=1.0), "surprise must lie between 0 and 1"),
-        (lambda: GradientProxy(steps=0), "steps, restart and proxies must be at least 1"),
+        (lambda: GradientProxy(steps=0), "steps, alone, restart and proxies must be at least 1"),
         (lambda: GradientProxy(sharpness=0.0), "sharpness positive"),
         (lambda: Mixture([]), "a mixture needs one order or more"),
         (lambda: Mixture([Exhaustive()], alone=1.5), "alone between 0 and 1"),
