@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lightning_inversion.attribution.choices import Choices, Look, with_preset
+from lightning_inversion.attribution.many_texts import run_texts
 from lightning_inversion.attribution.naming import named_token, replacement_for
-from lightning_inversion.attribution.one_call import attribute, encode, to_stderr
+from lightning_inversion.attribution.one_call import encode, to_stderr
+from lightning_inversion.attribution.request import Request
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.attribution.rows import RowFile
 from lightning_inversion.errors import InputError
@@ -42,6 +44,12 @@ def add_attribute_arguments(parser: ArgumentParser) -> None:
         help="Where to write JSON; - for stdout. With --texts JSON lines, and a run goes on.",
     )
     parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="Share the texts of --texts over so many processes, with a model and one thread each.",
+    )
+    parser.add_argument(
         "--tensorboard", type=Path | None, help="A folder of event files to add the result to."
     )
     parser.add_argument(
@@ -54,58 +62,44 @@ def add_attribute_arguments(parser: ArgumentParser) -> None:
 
 
 def run_attribute(options: Namespace) -> int:
-    """Run the command; returns the exit code.
+    """Run the command; returns the exit code, 1 if it was interrupted.
 
     Args:
         options: what a parser with `add_attribute_arguments` parsed.
 
     Raises:
         InputError: the options are wrong; before a model is loaded wherever that can be known.
+        ProcessLostError: one of several processes died.
     """
-    given = _made(Choices, options), _made(Look, options)
-    choices, _ = with_preset(options.preset, *given)
+    choices, look = with_preset(options.preset, _made(Choices, options), _made(Look, options))
     texts = _texts(options)
     _check_files(options)
-    spec = _spec(options)
-    rows = None
+    _check_processes(options)
+    request = Request(choices, look, options.preset, _spec(options))
+    _check_tokens(request.spec.load_tokenizer(), texts, choices)
     if options.texts is not None and options.json != Path(_IN_AND_OUT):
-        rows = RowFile(options.json, texts, _settings(choices, spec))
-    tokenizer = spec.load_tokenizer()
-    _check_tokens(tokenizer, texts, choices)
-    model, _ = spec.load_causal_lm()
-    for index, text in enumerate(texts):
-        if rows is not None and index in rows.finished:
-            continue
-        result = _attribute(model, tokenizer, text, *given, options.preset, spec)
+        return _run_file(request, texts, options)
+    model, tokenizer = request.spec.load_causal_lm()
+    for text in texts:
+        result = request.result(model, tokenizer, text)
         if options.texts is None:
             _write(result, options)
-        elif rows is not None:
-            rows.append(index, result.to_dict())
-            to_stderr(f"{index + 1} of {len(texts)}: written to {rows.path}.")
         else:
             print(result.to_json(indent=None), flush=True)
     return 0
 
 
-def _attribute(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    choices: Choices,
-    look: Look,
-    preset: str | None,
-    spec: TransformerSpec,
-) -> AttributionResult:
-    return attribute(
-        model,
-        tokenizer,
-        text,
-        choices,
-        preset=preset,
-        look=look,
-        name=spec.model,
-        model_options=_said_options(spec),
-    )
+def _run_file(request: Request, texts: list[str], options: Namespace) -> int:
+    """Texts to rows, which the same command goes on with."""
+    with RowFile.alone(options.json, texts, request.settings) as rows:
+        try:
+            run_texts(request, rows, options.processes)
+        except KeyboardInterrupt:
+            to_stderr(
+                f"{rows.standing} texts are finished, in {rows.path}; the same command goes on."
+            )
+            return 1
+    return 0
 
 
 def _made(kind: type[Any], options: Namespace) -> Any:
@@ -117,22 +111,6 @@ def _spec(options: Namespace) -> TransformerSpec:
         return TransformerSpec(depth=None, **{name: options[name] for name in WHAT_IS_LOADED})
     except InputError as error:
         raise InputError(str(error).replace("--model.transformer.", "--")) from error
-
-
-def _said_options(spec: TransformerSpec) -> dict[str, Any]:
-    """The options of the model that are not at their default, but for its name."""
-    return {
-        field.name: value
-        for field in fields(spec)
-        if field.name in WHAT_IS_LOADED[1:]
-        and (value := getattr(spec, field.name)) != field.default
-    }
-
-
-def _settings(choices: Choices, spec: TransformerSpec) -> dict[str, Any]:
-    """What decides the scores beside the text."""
-    deciding = {name: value for name, value in asdict(choices).items() if name != "batch_size"}
-    return {**deciding, "model": spec.model, **_said_options(spec)}
 
 
 def _texts(options: Namespace) -> list[str]:
@@ -170,6 +148,26 @@ def _check_files(options: Namespace) -> None:
         path = options[option]
         if path is not None and path != Path(_IN_AND_OUT) and path.is_dir():
             raise InputError(f"--{option} {str(path)!r} is a folder; give a file in it.")
+
+
+def _check_processes(options: Namespace) -> None:
+    if options.processes < 1:
+        raise InputError(f"--processes must be at least 1, and is {options.processes}.")
+    if options.processes == 1:
+        return
+    if options.texts is None:
+        raise InputError(
+            "--processes shares out the texts of --texts, and here is one text; leave it out."
+        )
+    if options.json == Path(_IN_AND_OUT):
+        raise InputError(
+            "--processes needs a file of rows, which --json - is not; give --json a file."
+        )
+    if options.device_map is not None:
+        raise InputError(
+            f"--device_map {options.device_map} spreads the model over the devices, and several "
+            "processes would each hold one; leave --processes out, or leave --device_map out."
+        )
 
 
 def _check_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], choices: Choices) -> None:

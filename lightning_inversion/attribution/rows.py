@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from lightning_inversion.claims import claimed
 from lightning_inversion.errors import InputError
 from lightning_inversion.result_files import Row, append_rows, read_rows
 
 
 class RowFile:
-    """A JSONL file that several runs of one command fill.
+    """A JSONL file that several runs of one command fill, one after another.
 
     Args:
         path: of the file, which may be there already.
@@ -22,7 +24,7 @@ class RowFile:
     """
 
     def __init__(self, path: Path, texts: Sequence[str], settings: Row) -> None:
-        self.path, self.settings = path, settings
+        self.path, self.texts, self.settings = path, texts, settings
         self.finished: set[int] = set()
         for row in read_rows(path):
             index = int(row["index"])
@@ -33,6 +35,32 @@ class RowFile:
                     "give another file, or remove it."
                 )
             self.finished.add(index)
+
+    @classmethod
+    @contextmanager
+    def alone(cls, path: Path, texts: Sequence[str], settings: Row) -> Iterator[RowFile]:
+        """The file, while no other run fills it: no text is run twice.
+
+        Raises:
+            InputError: another run fills it, or it holds the rows of one.
+        """
+        with claimed(path.with_name(f".{path.name}.claim")) as ours:
+            if not ours:
+                raise InputError(
+                    f"--json {str(path)!r} is being written by another run; "
+                    "wait for its end, or give another file."
+                )
+            yield cls(path, texts, settings)
+
+    @property
+    def missing(self) -> list[int]:
+        """The texts without a row, in order."""
+        return [index for index in range(len(self.texts)) if index not in self.finished]
+
+    @property
+    def standing(self) -> str:
+        """How many texts have their row."""
+        return f"{len(self.finished)} of {len(self.texts)}"
 
     def append(self, index: int, row: Row) -> None:
         """Append the row of text `index`; a torn last line is cut off first."""

@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
+from lightning_inversion.claims import claimed
 from lightning_inversion.errors import InputError
 from lightning_inversion.result_files import Row, read_rows
 from lightning_inversion.sweep.grid import Cell
@@ -113,21 +112,9 @@ class SweepFolder:
 
     @contextmanager
     def claimed(self, cell: Cell) -> Iterator[bool]:
-        """Whether this process has the cell to itself; the claim ends with the process.
-
-        The operating system holds the claim, so that a killed process leaves none behind.
-        """
-        self.of(cell).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.of(cell) / ".claim")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield self.standing(cell).state != "done"
-        finally:
-            lock.release()
+        """Whether this process has the cell to itself; the claim ends with the process."""
+        with claimed(self.of(cell) / ".claim") as ours:
+            yield ours and self.standing(cell).state != "done"
 
     @contextmanager
     def timed(self, cell: Cell) -> Iterator[None]:

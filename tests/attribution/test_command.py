@@ -10,8 +10,9 @@ import pytest
 from jsonargparse import ArgumentParser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_inversion.attribution import command
+from lightning_inversion.attribution import request
 from lightning_inversion.attribution.command import add_attribute_arguments, run_attribute
+from lightning_inversion.attribution.rows import RowFile
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.loading import TransformerSpec
 from tests.attribution.conftest import SENTENCE
@@ -87,18 +88,23 @@ def test_many_texts_go_on_where_they_stopped(
 
     rows.write_bytes(lines[0] + lines[1][:40])  # killed while it wrote the second row
     done: list[str] = []
-    attribute = command.attribute
+    attribute = request.attribute
 
     def counting(model: object, tokenizer: object, text: str, *rest: object, **named: object):
         done.append(text)
         return attribute(model, tokenizer, text, *rest, **named)
 
-    monkeypatch.setattr(command, "attribute", counting)
+    monkeypatch.setattr(request, "attribute", counting)
     run(*words)
     assert done == ["A bus", "The sky"]
     assert rows.read_bytes() == whole
     with pytest.raises(InputError, match="other options"):
         run(*words, "--scalar", "prob")
+
+    rows.write_bytes(b"".join(reversed(lines)))  # killed when only the order was left to do
+    run(*words)
+    assert done == ["A bus", "The sky"]
+    assert rows.read_bytes() == whole
 
 
 @pytest.mark.parametrize(
@@ -117,6 +123,9 @@ def test_many_texts_go_on_where_they_stopped(
         (["a", "--token", "two words"], "--token"),
         (["a", "--replacement", "two words"], "--replacement"),
         (["--texts", "no such file"], "--texts"),
+        (["a", "--processes", "0"], "--processes must be at least 1, and is 0"),
+        (["a", "--processes", "-2"], "--processes must be at least 1, and is -2"),
+        (["a", "--processes", "2"], "--processes .* one text"),
     ],
 )
 @pytest.mark.usefixtures("no_model")
@@ -141,3 +150,36 @@ def test_texts_need_rows(tiny_folder: Path, tmp_path: Path) -> None:
     texts.write_text('{"text": "a"}\n')
     with pytest.raises(InputError, match="line 1"):
         run(*words, "--json", tmp_path / "rows")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--processes", "0", "--json", "rows"], "--processes must be at least 1"),
+        (["--processes", "2", "--json", "-"], "--processes needs a file of rows"),
+        (
+            ["--processes", "2", "--json", "rows", "--device_map", "auto"],
+            "--device_map .* --processes",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("no_model")
+def test_what_cannot_be_shared_over_processes(
+    tiny_folder: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a\nb\n")
+    with pytest.raises(InputError, match=message) as error:
+        run("--texts", texts, "--model", tiny_folder, *options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_two_runs_do_not_write_one_file(tiny_folder: Path, tmp_path: Path) -> None:
+    texts, rows = tmp_path / "texts.txt", tmp_path / "rows.jsonl"
+    texts.write_text("a\n")
+    with (
+        RowFile.alone(rows, ["a"], {}),
+        pytest.raises(InputError, match=r"--json .* is being written by another run"),
+    ):
+        run("--texts", texts, "--model", tiny_folder, "--json", rows)

@@ -31,6 +31,7 @@ LEVELS = {
     "transformer": 1,
     "report": 1,
     "batching": 0,
+    "claims": 0,
     "prompt_files": 0,
     "result_files": 0,
     "errors": 0,

@@ -1,0 +1,143 @@
+"""attribute over several processes: the rows of one, bit for bit, whatever is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.integration
+TEXTS = [f"The wipers on the bus go swish {'swish ' * (index % 5)}{index}" for index in range(24)]
+
+
+class Run:
+    """An attribution of many texts with the tiny model, started as a user would."""
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        texts = root / "texts.txt"
+        texts.write_text("\n".join(TEXTS), encoding="utf-8")
+        self.rows = root / "rows.jsonl"
+        self.messages = root / "messages.txt"
+        self.command = [
+            sys.executable, "-m", "lightning_inversion", "attribute", f"--texts={texts}",
+            f"--model={folder}", f"--json={self.rows}", "--method=integrated", "--steps=200",
+        ]  # fmt: skip
+
+    def start(self, processes: int) -> subprocess.Popen[bytes]:
+        with self.messages.open("ab") as messages:
+            return subprocess.Popen(
+                [*self.command, f"--processes={processes}"],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=messages,
+                start_new_session=True,  # a group of its own, as a terminal gives it
+            )
+
+    def finish(self, process: subprocess.Popen[bytes]) -> bytes:
+        assert process.wait(300) == 0, self.messages.read_text()
+        return self.rows.read_bytes()
+
+    def lines(self) -> list[bytes]:
+        """The whole rows there are now."""
+        whole = self.rows.read_bytes().split(b"\n") if self.rows.exists() else []
+        return [line for line in whole[:-1] if json.loads(line)]
+
+    def wait_for(self, lines: int, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + 120
+        while len(self.lines()) < lines:
+            assert process.poll() is None, self.messages.read_text()
+            assert time.monotonic() < deadline, self.messages.read_text()
+            time.sleep(0.02)
+
+
+def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
+    """The processes that share the texts, without Python's own that watches over them."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    pids = [int(child) for child in children.split()]
+    return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 20
+    while alive := [pid for pid in pids if is_alive(pid)]:
+        assert time.monotonic() < deadline, f"{alive} did not end"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    """Neither gone nor dead and waiting for whoever adopted it to notice."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The rows of one process that nothing disturbed."""
+    run = Run(tiny_folder, tmp_path_factory.mktemp("alone"))
+    rows = run.finish(run.start(1))
+    assert [json.loads(row)["text"] for row in rows.splitlines()] == TEXTS
+    return rows
+
+
+def test_two_processes_leave_the_rows_of_one(
+    alone: bytes, tiny_folder: Path, tmp_path: Path
+) -> None:
+    run = Run(tiny_folder, tmp_path)
+    assert run.finish(run.start(2)) == alone
+    said = run.messages.read_text().splitlines()
+    assert said == [f"{n} of {len(TEXTS)}: written to {run.rows}." for n in range(1, 25)]
+
+
+def test_killed_and_resumed_by_another_number_of_processes(
+    alone: bytes, tiny_folder: Path, tmp_path: Path
+) -> None:
+    run = Run(tiny_folder, tmp_path)
+    killed = run.start(2)
+    run.wait_for(3, killed)
+    workers = workers_of(killed)
+    assert len(workers) == 2
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    wait_until_gone(workers)
+    kept = run.lines()
+    assert len(kept) < len(TEXTS)
+    assert "Traceback" not in run.messages.read_text()
+    run.messages.unlink()
+    assert run.finish(run.start(3)) == alone
+    assert set(kept) < set(alone.split(b"\n"))
+    assert len(run.messages.read_text().splitlines()) == len(TEXTS) - len(kept)
+
+
+def test_a_process_that_dies_ends_the_run(tiny_folder: Path, tmp_path: Path) -> None:
+    run = Run(tiny_folder, tmp_path)
+    process = run.start(2)
+    run.wait_for(2, process)
+    first, second = workers_of(process)
+    os.kill(first, signal.SIGKILL)
+    assert process.wait(30) == 1
+    wait_until_gone([second])
+    said = run.messages.read_text().splitlines()
+    assert "ended with exit code -9; the run has ended." in said[-1]
+    assert all("written to" in line for line in said[:-1])
+    assert 2 <= len(run.lines()) < len(TEXTS)
+
+
+def test_interrupted_by_the_keyboard(tiny_folder: Path, tmp_path: Path) -> None:
+    run = Run(tiny_folder, tmp_path)
+    process = run.start(2)
+    run.wait_for(2, process)
+    workers = workers_of(process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) == 1
+    assert not any(map(is_alive, workers))
+    said = run.messages.read_text().splitlines()
+    assert said[-1].endswith(f"texts are finished, in {run.rows}; the same command goes on.")
+    assert all("written to" in line for line in said[:-1])
+    assert 2 <= len(run.lines()) < len(TEXTS)
