@@ -15,13 +15,13 @@ import pytest
 
 pytestmark = pytest.mark.integration
 WORDS = ("the", "sky", "is", "blue", "or", "red", "depending", "on", "time", "of", "day", "bus")
-CHANGING = {"seconds"}
+CHANGING = {"seconds", "token_seconds"}
 
 
 class Run:
-    """A fit of the tiny model in a folder of its own, started as a user would."""
+    """A run of the tiny model in a folder of its own, started as a user would."""
 
-    def __init__(self, folder: Path, root: Path) -> None:
+    def __init__(self, folder: Path, root: Path, predict: bool = False) -> None:
         rng = random.Random(0)
         self.prompts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 10))) for _ in range(16)]
         self.prompts.insert(3, "")  # a bad one, which must not stop the others
@@ -29,13 +29,15 @@ class Run:
         self.folder = root / "lightning_logs" / "version_0"
         self.results = self.folder / "results.jsonl"
         self.messages = root / "messages.txt"
-        self.command = [
-            sys.executable, "-m", "lightning_inversion", "fit",
-            f"--model.transformer.model={folder}", "--model.transformer.depth=3",
-            f"--data.prompts={json.dumps(self.prompts)}", "--data.tokens_per_batch=40",
+        own = [] if predict else [
             "--model.learnable.start=NormalStart", "--model.iterations=250",
             "--token_by_token.candidates=2", "--token_by_token.most=2", "--checkpoint.every=10",
-            f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu",
+        ]  # fmt: skip
+        self.command = [
+            sys.executable, "-m", "lightning_inversion", "predict" if predict else "fit",
+            f"--model.transformer.model={folder}", "--model.transformer.depth=3",
+            f"--data.prompts={json.dumps(self.prompts)}", "--data.tokens_per_batch=40",
+            f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", *own,
         ]  # fmt: skip
         root.mkdir(exist_ok=True)
 
@@ -111,6 +113,24 @@ def test_killed_three_times_and_resumed_by_other_numbers_of_processes(
         kept = lines
     assert len(kept) < len(run.prompts)
     assert run.finish(run.start(1, "--ckpt_path=last")) == alone
+
+
+def test_exact_recovery_by_two_processes_killed_and_resumed_by_one(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    alone = Run(tiny_folder, tmp_path / "alone", predict=True)
+    expected = alone.finish(alone.start(1))
+    assert sum(row["verified"] for row in expected) >= 15
+    run = Run(tiny_folder, tmp_path / "killed", predict=True)
+    killed = run.start(2)
+    run.wait_for(2, killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    time.sleep(2)  # the other notices
+    kept = run.lines()
+    rows = run.finish(run.start(1, "--ckpt_path=last"))
+    assert rows == expected
+    assert {json.loads(line)["index"] for line in kept} <= {row["index"] for row in rows}
 
 
 def test_more_processes_than_batches(alone: list[dict], tiny_folder: Path, tmp_path: Path) -> None:
