@@ -1,22 +1,7 @@
-"""Targets without a prompt: features in a safetensors file, and a manifest that says of what.
+"""Targets without a prompt: features in a safetensors file, with a manifest that says of what.
 
-The file holds tensors named '0', '1', ..., each ``[T_i, F]`` of any floating type, one a text. The
-manifest is JSON, in the file's metadata under 'manifest' or beside the file, in
-``<file>.manifest.json``, for tensors that a user saved from a system of their own. The least that
-it can say, with the words of ``model.transformer``::
-
-    {"transformer": {"model": "gpt2", "depth": 8}}
-
-What it leaves out of ``transformer`` is not compared with the model, but for ``layers`` (the depth
-alone), ``features`` (all) and ``final_norm`` (false). Beside ``transformer`` it may hold:
-
-- ``format``: 1.
-- ``storage``: ``{"dtype": "bfloat16", "noise": 0.01}``, what happened to the features since; the
-  type of the tensors and no noise where left out.
-- ``positions``: "all", or the number of the first position stored.
-- ``known_prefix``: ids of tokens with which every text begins, a BOS, say.
-- ``prompts`` and ``ids``: the texts and their tokens, where the result is to be scored.
-- ``layer``: the convention in words; ``versions``: of the packages.
+The file holds tensors named '0', '1', ..., each ``[T_i, F]`` of any floating type, one a text. What
+the manifest may say is in ``manifest.py``.
 """
 
 from __future__ import annotations
@@ -24,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,24 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.manifest import FORMAT, is_whole, read_manifest
 
 OPTION = "--data.targets"
-FORMAT = 1
-"""Version of the manifest's keys."""
 LAYER = "output of block depth, Hugging Face hidden_states[depth] (the last after the final norm \
 only where final_norm is true)"
 
-_KEYS = (
-    "format", "transformer", "layer", "storage", "positions", "known_prefix", "prompts", "ids",
-    "versions",
-)  # fmt: skip
 _OF_THE_WEIGHTS = (
     "model", "revision", "weights", "weights_seed", "embedding", "embedding_seed",
 )  # fmt: skip
 """What the hash of the weights says better, wherever their files lie."""
 _ROUNDING_ALONE = "attention"  # sdpa and eager compute the same
-_OF_TRANSFORMER = {spec.name for spec in fields(TransformerSpec)} | {"weights_sha256"}
 
 
 @dataclass(frozen=True)
@@ -169,7 +147,7 @@ class Captured:
         """
         where = f"{OPTION} {str(path)!r}"
         tensors, metadata = _read_tensors(path, where)
-        manifest = _read_manifest(path, metadata, where)
+        manifest = read_manifest(path, metadata, where)
         targets = _in_order(tensors, where)
         own = str(targets[0].dtype).removeprefix("torch.")
         storage = {"dtype": own, **manifest.get("storage", {})}
@@ -281,78 +259,6 @@ def _read_tensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, 
         ) from error
 
 
-def _read_manifest(path: Path, metadata: dict[str, str], where: str) -> dict[str, Any]:
-    beside = path.with_name(f"{path.name}.manifest.json")
-    text = metadata.get("manifest")
-    if text is None and not beside.exists():
-        raise InputError(
-            f"{where} has no manifest; write {beside.name!r} beside it, with at least "
-            '{"transformer": {"model": ..., "depth": ...}}.'
-        )
-    try:
-        manifest = json.loads(beside.read_text("utf-8") if text is None else text)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{where}: its manifest is not JSON ({error}); correct it.") from error
-    wrong = _wrong_in(manifest)
-    if wrong is not None:
-        raise InputError(f"{where}: its manifest {wrong}")
-    assert isinstance(manifest, dict)
-    return manifest
-
-
-def _wrong_in(manifest: Any) -> str | None:
-    """The first thing that is wrong in a manifest, and the way out."""
-    if not isinstance(manifest, dict):
-        return 'is no JSON object; write {"transformer": {"model": ..., "depth": ...}}.'
-    if manifest.get("format", FORMAT) != FORMAT:
-        return f"has format {manifest['format']}, and {FORMAT} is known; capture it again."
-    for key in manifest:
-        if key not in _KEYS:
-            return f"has a key {key!r}; the keys are {', '.join(_KEYS)}."
-    transformer, storage = manifest.get("transformer"), manifest.get("storage", {})
-    if not isinstance(transformer, dict) or not isinstance(transformer.get("model"), str):
-        return 'does not name the model; write {"transformer": {"model": ..., "depth": ...}}.'
-    for key in transformer:
-        if key not in _OF_TRANSFORMER:
-            return f"has a key transformer.{key}, which is no option of --model.transformer."
-    depth = transformer.get("depth")
-    layers = transformer.get("layers", [depth])
-    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
-        return f"has transformer.depth {depth}; write the number of blocks, 1 or more."
-    if not isinstance(layers, list) or not layers or layers[-1] != depth:
-        return f"has transformer.layers {layers}, the last of which must be its depth, {depth}."
-    if not isinstance(transformer.get("weights_sha256", ""), str):
-        return "has a transformer.weights_sha256 that is no string; leave it out."
-    if not isinstance(storage, dict) or not set(storage) <= {"dtype", "noise"}:
-        return 'has a wrong storage; write {"dtype": "float32", "noise": 0.0}, or leave it out.'
-    dtype, noise = (
-        getattr(torch, str(storage.get("dtype", "float32")), None),
-        storage.get("noise", 0),
-    )
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        return f"has storage.dtype {storage['dtype']!r}; choose float32, bfloat16 or float16."
-    if not isinstance(noise, int | float) or not 0 <= noise < float("inf"):
-        return f"has storage.noise {noise!r}; write a standard deviation, 0 or more."
-    if not _whole_numbers(manifest.get("known_prefix", [])):
-        return f"has known_prefix {manifest['known_prefix']!r}; write token ids, as [1]."
-    prompts, ids = manifest.get("prompts"), manifest.get("ids")
-    if prompts is not None and not (
-        isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
-    ):
-        return "has prompts that are no list of texts; correct it, or leave them out."
-    if ids is not None and not (isinstance(ids, list) and all(map(_whole_numbers, ids))):
-        return "has ids that are no lists of token ids; correct it, or leave them out."
-    return None
-
-
-def _whole(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool)
-
-
-def _whole_numbers(numbers: Any) -> bool:
-    return isinstance(numbers, list) and all(_whole(n) and n >= 0 for n in numbers)
-
-
 def _in_order(tensors: dict[str, Tensor], where: str) -> list[Tensor]:
     names = [str(text) for text in range(len(tensors))]
     if not tensors or set(tensors) != set(names):
@@ -381,7 +287,7 @@ def _in_order(tensors: dict[str, Tensor], where: str) -> list[Tensor]:
 def _first_position(positions: Any, where: str) -> int:
     if positions == "all":
         return 0
-    if _whole(positions) and positions >= 0:
+    if is_whole(positions) and positions >= 0:
         return int(positions)
     if positions == "last":
         _refuse_unknown_prefix(f"{where} holds the last position only")

@@ -11,10 +11,8 @@ from argparse import HelpFormatter
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NoReturn
 
-import torch
 import yaml
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -35,15 +33,19 @@ from lightning_inversion.module import InputInversion
 from lightning_inversion.prompts import PromptDataModule
 from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.result_files import read_rows
+from lightning_inversion.resuming import (
+    FITTED,
+    PREDICTED,
+    differences,
+    newest_run,
+    unfinished_checkpoint,
+)
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.shared import SharedModels
 
 _PACKAGE = "lightning_inversion"
 POLICIES = (TokenRecovery, SIPIT)
 """What --model.recovery can choose by name."""
-FITTED, PREDICTED = "config.yaml", "predict.yaml"
-"""The settings of a run in its folder, by what it was."""
 # Written out, so that --print_config shows the recommended recipe and config.yaml records it; a
 # test holds its parts equal to those that InputInversion() builds.
 RECOMMENDED: dict[str, Any] = {
@@ -64,8 +66,6 @@ COMPUTED_IN = {
 }  # fmt: skip
 """Lightning's precisions, and what the frozen model computes in."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-RESUMING = ("ckpt_path", "logger", "devices", "num_nodes", "strategy")
-"""Keys in which a run may differ from the one that it continues: they change no row."""
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -322,52 +322,6 @@ def processes(trainer: Any) -> int:
         enable_model_summary=False,
     )
     return probe.num_devices * probe.num_nodes
-
-
-def unfinished_checkpoint(path: Path, trainer: Trainer) -> str | None:
-    """This process's checkpoint of a run, unless its rows are on disk: then there is none.
-
-    Checkpoints of processes that are no more are removed, and their batches begin again.
-    """
-    mine = strategy.checkpoint_of(str(path), strategy.rank_of(trainer))
-    if strategy.rank_of(trainer) == 0:
-        for rank in range(trainer.world_size, len(list(path.parent.glob("*"))) + 1):
-            Path(strategy.checkpoint_of(str(path), rank)).unlink(missing_ok=True)
-    if not Path(mine).exists():
-        if mine == str(path) and not path.parent.parent.joinpath("config.yaml").exists():
-            raise InputError(f"--ckpt_path {mine!r} does not exist; name a checkpoint, or last.")
-        return None
-    try:
-        checkpoint = torch.load(mine, map_location="cpu", weights_only=True)
-        running = set(checkpoint.get("batch", {}).get("index", ()))
-    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
-        print(f"{mine} cannot be read ({one_sentence(str(error))[:60]}); "
-              "its batch begins again.", file=sys.stderr)  # fmt: skip
-        return None
-    rows = {row["index"] for row in read_rows(path.parent.parent / "results.jsonl")}
-    return None if running <= rows else mine
-
-
-def newest_run(root: Path, settings: str = FITTED) -> Path | None:
-    """The ``version_N`` folder under ``root`` with the highest N that holds such a config."""
-    runs = [run for run in root.glob("version_*") if (run / settings).exists()]
-    return max(runs, key=lambda run: int(run.name.removeprefix("version_")), default=None)
-
-
-def differences(
-    ours: Any, theirs: Any, key: str = "", ignored: tuple[str, ...] = RESUMING
-) -> list[str]:
-    """The keys in which two configs differ, but for those that say how to resume."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return [
-            name
-            for part in sorted({*ours, *theirs})
-            if part not in ignored
-            for name in differences(
-                ours.get(part), theirs.get(part), f"{key}.{part}" if key else part, ignored
-            )
-        ]
-    return [] if ours == theirs else [key]
 
 
 def quiet_lightning() -> None:

@@ -58,7 +58,8 @@ def fit(arguments: list[str], root: Path) -> list[dict[str, Any]]:
     Raises:
         RuntimeError: it ended with another exit code than 0.
     """
-    from lightning_inversion.cli import newest_run, run
+    from lightning_inversion.cli import run
+    from lightning_inversion.resuming import newest_run
 
     logs = root / "lightning_logs"
     quiet = ["--decoding.show=false", "--decoding.every=1000000"]  # decoded at the end alone

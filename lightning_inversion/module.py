@@ -13,7 +13,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_inversion.decoding import (
@@ -26,6 +26,7 @@ from lightning_inversion.decoding import (
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput, Given, LearnableInput, row_noise
 from lightning_inversion.objectives import Objective, Standardized
+from lightning_inversion.progress import Progress
 from lightning_inversion.prompts import PromptBatch, PromptDataModule
 from lightning_inversion.recovery.certificate import RecoveredText
 from lightning_inversion.recovery.instruments import Instruments
@@ -38,43 +39,6 @@ from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.readout import Readout
 from lightning_inversion.transformer.truncated import TruncatedTransformer
-
-
-class Progress(nn.Module):
-    """Where each row of the batch stands; travels with the checkpoint.
-
-    Attributes:
-        met_at: ``[B]`` iteration at which the stopping criterion was first met, -1 before.
-        stopped_at: ``[B]`` iteration at which the row stopped moving, -1 while it moves.
-        ratio: ``[B]`` the latest distance ratio of the stopping criterion, nan before the first.
-        proven: ``[B, T]`` True where the token was verified and fixed.
-        focus: ``[B, T]`` True where the objective looks; callbacks narrow it.
-    """
-
-    met_at: Tensor
-    stopped_at: Tensor
-    ratio: Tensor
-    proven: Tensor
-    focus: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.allocate((0, 0), torch.device("cpu"))
-
-    def allocate(self, shape: Sequence[int], device: torch.device) -> None:
-        """Start afresh for a batch of ``shape`` [B, T]."""
-        rows, length = shape
-        self.register_buffer("met_at", torch.full((rows,), -1, device=device))
-        self.register_buffer("stopped_at", torch.full((rows,), -1, device=device))
-        self.register_buffer("ratio", torch.full((rows,), float("nan"), device=device))
-        proven = torch.zeros(rows, length, dtype=torch.bool, device=device)
-        self.register_buffer("proven", proven)
-        self.register_buffer("focus", torch.ones_like(proven))
-
-    @property
-    def stopped(self) -> Tensor:
-        """``[B]`` bool, True for rows that no longer move."""
-        return self.stopped_at >= 0
 
 
 class InputInversion(LightningModule):

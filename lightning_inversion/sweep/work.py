@@ -14,16 +14,11 @@ from typing import Any
 
 import yaml
 
-from lightning_inversion.cli import (
-    FITTED,
-    PREDICTED,
-    InversionCLI,
-    differences,
-    quiet_lightning,
-)
+from lightning_inversion.cli import InversionCLI, quiet_lightning
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.result_files import read_rows
+from lightning_inversion.resuming import FITTED, PREDICTED, differences
 from lightning_inversion.sweep.folder import MESSAGES, RESULTS, SweepFolder
 from lightning_inversion.sweep.grid import Cell
 from lightning_inversion.transformer.loading import TransformerSpec

@@ -17,16 +17,19 @@ LEVELS = {
     "module": 4,
     "prompts": 4,
     "strategy": 4,
+    "resuming": 4,
     "callbacks": 4,
     "recovery": 3,
     "attribution": 3,
     "captured": 3,
+    "manifest": 3,
     "capture": 3,
     "decoding": 3,
     "metrics": 3,
     "inputs": 2,
     "objectives": 2,
     "stand_ins": 2,
+    "progress": 2,
     "scale": 2,
     "transformer": 1,
     "report": 1,
@@ -38,7 +41,7 @@ LEVELS = {
     "visible_text": 0,
     "__init__": 0,
 }
-KNOWS_LIGHTNING = {"cli", "module", "prompts", "strategy", "callbacks"}
+KNOWS_LIGHTNING = {"cli", "module", "prompts", "strategy", "resuming", "callbacks"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

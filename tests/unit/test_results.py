@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 
 from lightning_inversion.callbacks.learning_rate import LinearLearningRate
-from lightning_inversion.callbacks.results import mean
-from lightning_inversion.cli import differences
+from lightning_inversion.callbacks.summary import mean
 from lightning_inversion.errors import InputError
 from lightning_inversion.prompt_files import read_prompts
 from lightning_inversion.prompts import PromptBatch, PromptDataModule
 from lightning_inversion.result_files import append_rows, read_rows
+from lightning_inversion.resuming import differences
 
 
 def test_rows_are_whole_or_absent_after_a_kill(tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""What the rows of a run come to: their means, and a table of them in the terminal."""
+
+import sys
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torchmetrics import MetricCollection
+
+from lightning_inversion.metrics import ExactMatch, Hamming, TokenAccuracy, TopKAccuracy
+from lightning_inversion.result_files import Row
+
+
+def mean(rows: list[Row]) -> dict[str, float]:
+    """The run's metrics over the rows that could be run, by torchmetrics; {} where none could.
+
+    Those that compare with the prompt are over the rows whose prompt is known, if any.
+    """
+    rows = [row for row in rows if row["recovered_ids"]]
+    if not rows:
+        return {}
+    averages = _right(rows)
+    averages["Verified"] = sum(row["verified"] for row in rows) / len(rows)
+    for name, key in (("Iterations", "iterations"), ("DistanceRatio", "distance_ratio")):
+        numbers = [row[key] for row in rows if row.get(key) is not None]
+        if numbers:
+            averages[name] = sum(numbers) / len(numbers)
+    tried = [number for row in rows for number in row.get("candidates", ())]
+    if tried:
+        averages["Candidates"] = sum(tried) / len(tried)
+    return averages
+
+
+def _right(rows: list[Row]) -> dict[str, float]:
+    rows = [row for row in rows if row["ids"]]
+    if not rows:
+        return {}
+    # A collection's groups join metrics that agree on the first row, for good: none of these may.
+    top_1 = MetricCollection([TokenAccuracy(), ExactMatch()], compute_groups=False)
+    top_k = MetricCollection([TopKAccuracy(), Hamming()], compute_groups=False)
+    for row in rows:
+        ids = torch.tensor([row["ids"]])
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        top_1.update(torch.tensor([row["recovered_ids"]]), ids, mask)
+        if "top_k_ids" in row:
+            top_k.update(torch.tensor([row["top_k_ids"]]), ids, mask)
+    values = {**top_1.compute(), **(top_k.compute() if "top_k_ids" in rows[0] else {})}
+    return {name: float(value) for name, value in values.items()}
+
+
+def print_rows(rows: list[Row]) -> None:
+    """The recovered texts as a table on stdout; verified tokens green, others red."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    predicted = "candidates" in rows[0]
+    effort = ("candidates", "seconds") if predicted else ("iterations", "ratio")
+    for column in ("#", "recovered", "right", "verified", *effort):
+        table.add_column(column, justify="left" if column == "recovered" else "right")
+    for row in rows:
+        count = len(row["recovered_ids"])
+        if row["error"]:
+            table.add_row(str(row["index"] + 1), Text(row["error"], style="red"))
+            continue
+        if predicted:
+            spent = (str(sum(row["candidates"])), f"{row['seconds']:.1f}")
+        else:
+            ratio = row["distance_ratio"]
+            spent = (str(row["iterations"]), "" if ratio is None else f"{ratio:.2g}")
+        table.add_row(
+            str(row["index"] + 1),
+            Text(row["recovered"] or "", style="green" if row["verified"] else "red"),
+            _of(row["token_accuracy"], count),
+            f"{row['verified_tokens']}/{count}",
+            *spent,
+        )
+    console = Console(file=sys.stdout)
+    console.print(table)
+    averages = mean(rows)
+    if not averages:
+        return
+    right = (
+        f"token accuracy {averages['TokenAccuracy']:.3f}, exact {averages['ExactMatch']:.3f}, "
+        if "TokenAccuracy" in averages
+        else ""
+    )
+    console.print(f"{right}verified {averages['Verified']:.3f} of {len(rows)} prompts")
+
+
+def _of(share: float | None, count: int) -> str:
+    return "not known" if share is None else f"{round(share * count)}/{count}"
