@@ -10,9 +10,6 @@ from torch.nn.functional import normalize
 from lightning_inversion.inputs import EmbeddingInput, LearnableInput
 from lightning_inversion.transformer.embedding import TokenEmbedding
 
-# Scores of this many positions exist at a time: 64 x 50,000 float32 are 13 MB.
-_POSITIONS_AT_A_TIME = 64
-
 
 class Decoder(ABC):
     """Vectors ``[..., D]`` -> a score for each token ``[..., V]``, the best token highest."""
@@ -47,7 +44,8 @@ class L2Decoder(Decoder):
     """
 
     def __call__(self, vectors: Tensor, embedding: TokenEmbedding) -> Tensor:
-        return embedding.dot(vectors) - embedding.norms.square() / 2
+        # In place: a second tensor of scores would take as much memory again.
+        return embedding.dot(vectors).sub_(embedding.norms.square() / 2)
 
 
 @dataclass(frozen=True)
@@ -94,38 +92,29 @@ def decode(
     """
     values = learnable.values.detach()[:first]
     rows, length, channels = values.shape
-    ids, scores = [], []
-    row_of = torch.arange(rows, device=values.device).repeat_interleave(length)
+    wanted = torch.arange(rows * length, device=values.device)
+    if mask is not None:
+        wanted = wanted[mask[:first].flatten()]
     values = values.reshape(-1, channels)
-    wanted = None if mask is None else mask[:first].flatten()
-    if wanted is not None:
-        values, row_of = values[wanted], row_of[wanted]
-    for chunk, owners in zip(
-        torch.split(values, _POSITIONS_AT_A_TIME),
-        torch.split(row_of, _POSITIONS_AT_A_TIME),
-        strict=True,
-    ):
-        if decoder is None:
-            chunk_scores = chunk.clone()
-        else:
-            chunk_scores = decoder(learnable.embed(chunk, embedding), embedding)
+    if disallowed is not None:
+        disallowed = disallowed.to(values.device)
+    # Made beforehand: pieces kept from each round would lie between the freed scores of earlier
+    # ones, whose memory an allocator could then neither reuse nor return.
+    k = min(k, embedding.vocabulary_size)
+    ids = torch.zeros(rows * length, k, dtype=torch.long, device=values.device)
+    scores = torch.zeros(rows * length, k, device=values.device)
+    for places in torch.split(wanted, embedding.at_a_time):
+        chunk = values[places]
+        all_scores = chunk
+        if decoder is not None:
+            all_scores = decoder(learnable.embed(chunk, embedding), embedding)
         if disallowed is not None:
-            mask = disallowed.to(values.device)
-            hidden = mask if mask.dim() == 1 else mask[owners]
-            chunk_scores.masked_fill_(hidden, masked_score)
-        best = chunk_scores.topk(min(k, chunk_scores.shape[-1]), dim=-1)
-        ids.append(best.indices)
-        scores.append(best.values)
-    found, scored = torch.cat(ids), torch.cat(scores)
-    if wanted is not None:
-        found = found.new_zeros(rows * length, found.shape[1]).masked_scatter(
-            wanted[:, None], found
-        )
-        scored = scored.new_zeros(rows * length, scored.shape[1]).masked_scatter(
-            wanted[:, None], scored
-        )
-    shape = (rows, length, -1)
-    return TopTokens(found.view(shape), scored.view(shape))
+            hidden = disallowed if disallowed.dim() == 1 else disallowed[places // length]
+            all_scores.masked_fill_(hidden, masked_score)
+        best = all_scores.topk(k, dim=-1)
+        ids[places], scores[places] = best.indices, best.values
+    shape = (rows, length, k)
+    return TopTokens(ids.view(shape), scores.view(shape))
 
 
 def natural_decoder(learnable: LearnableInput) -> Decoder | None:

@@ -29,16 +29,30 @@ from lightning_inversion.transformer.blocks import (
     takes_position_ids,
     text_config,
 )
+from lightning_inversion.transformer.embedding import scored_at_a_time
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
-LIBRARIES = 560 * 2**20
-"""Bytes of a process that has imported torch, transformers and Lightning on a CPU."""
+LIBRARIES = 450 * 2**20
+"""Bytes of a process that is about to load a model for a fit on a CPU: torch, transformers,
+Lightning, a tokenizer."""
 
-_COPIES_OF_THE_INPUT = 9
-"""Values, gradient, two moments, the step's memory, target, features and their differences."""
-
-_CANDIDATES = 2048
+_KEPT_COPIES = 6
+"""Of the input: values, gradient, two moments, the values before the step, the target."""
+_OBJECTIVE_COPIES = 12
+"""While the objective is followed back: the features, and of both sides what is standardised, their
+difference, its square, the cosine's products and norms, and the gradients of these."""
+_MEASURED = 1024
+"""Tokens that run together when the readout is fitted."""
+_FLOAT64_MATRICES = 8
+"""D x D at the end of that fit: three sums, the solver's and the eigenvectors' copies."""
+_TWIN_BYTES = 256
+"""Of a token's digest, list and place in a dictionary, while equal embeddings are looked for."""
+_CANDIDATES = 4096
+"""Run in one forward at most, over all rows; a row is given 512 of them at most."""
+_MOST_OF_A_ROW = 512
+_SCORES_AT_ONCE = 8
+"""Tensors of scores while candidates are proposed: of three orders, stacked, added, masked."""
 _LENGTH = 32
 
 
@@ -130,13 +144,15 @@ class Memory:
 
     libraries: float
     weights: float
+    measuring: float
     iteration: float
     search: float
 
     @property
     def total(self) -> float:
-        """Iterations and candidates take turns."""
-        return self.libraries + self.weights + max(self.iteration, self.search)
+        """Measuring the model, iterations and candidates take turns."""
+        turns = max(self.measuring, self.iteration, self.search)
+        return self.libraries + self.weights + turns
 
 
 def memory(
@@ -160,13 +176,28 @@ def memory(
         libraries: what the process holds before.
     """
     V, D = shape.vocabulary, shape.width
-    readout = 8.0 * 4 * D * D
+    # The readout's matrices and whitenings and the linear map's precisions, two of each.
+    readout = 6 * 4.0 * D * D
     weights = V * D * number_bytes + shape.blocks * shape.parameters * weight_bytes + readout
-    kept = tokens * shape.blocks * shape.saved * number_bytes
-    values = _COPIES_OF_THE_INPUT * tokens * (channels or D) * 4.0
-    scores = 3.0 * 4 * V * min(rows, 32) + V * rows
-    search = _CANDIDATES * (shape.saved * number_bytes + 8 * D) + scores
-    return Memory(libraries, weights, kept + values, search + values)
+    of_a_block = shape.saved * number_bytes  # for a token
+    held = _KEPT_COPIES * tokens * (channels or D) * 4.0
+
+    # A forward without gradients still holds what one block computes of its tokens.
+    run = _MEASURED * (of_a_block + 8.0 * 2 * D)
+    measuring = held + max(run + 8.0 * _FLOAT64_MATRICES * D * D, _TWIN_BYTES * V)
+
+    # Going back through a block takes gradients about as large as what the block has kept.
+    kept = tokens * (shape.blocks + 1) * of_a_block
+    iteration = held + kept + _OBJECTIVE_COPIES * tokens * D * 4.0
+
+    at_a_time = scored_at_a_time(V)
+    proposed = min(rows, at_a_time) * V * 4.0 * _SCORES_AT_ONCE
+    decoded = min(tokens, at_a_time) * V * 4.0 * 2
+    candidates = min(_CANDIDATES, rows * _MOST_OF_A_ROW) * (of_a_block + 8 * D)
+    keys_and_values = 2.0 * tokens * shape.blocks * D * number_bytes
+    tried = 1.0 * rows * V
+    search = held + tried + keys_and_values + max(proposed, decoded, candidates)
+    return Memory(libraries, weights, measuring, iteration, search)
 
 
 _WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.56}

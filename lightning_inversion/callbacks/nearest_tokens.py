@@ -19,10 +19,14 @@ def nearest_distances(vectors: Tensor, embedding: TokenEmbedding, k: int) -> Ten
 
     In units of the embedding's spread, so that two unrelated tokens are about sqrt(2) apart.
     """
-    vectors = vectors.float()
-    squares = vectors.square().sum(-1, keepdim=True) + embedding.norms.square()
-    squares = squares - 2 * embedding.dot(vectors)
-    nearest: Tensor = squares.topk(min(k, squares.shape[-1]), dim=-1, largest=False).values
+    halves, k = embedding.norms.square() / 2, min(k, embedding.vocabulary_size)
+    nearest = torch.empty(len(vectors), k, device=vectors.device)
+    every = torch.arange(len(vectors), device=vectors.device)
+    for places in torch.split(every, embedding.at_a_time):
+        some = vectors[places].float()
+        # Half the squared distance is |e|^2 / 2 + |v|^2 / 2 - v e: the most of what is negative.
+        most = embedding.dot(some).sub_(halves).topk(k, dim=-1).values
+        nearest[places] = some.square().sum(-1, keepdim=True) - 2 * most
     unit = embedding.spread * math.sqrt(embedding.width)
     return nearest.clamp_min(0).sqrt() / unit
 

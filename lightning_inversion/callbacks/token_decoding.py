@@ -81,6 +81,8 @@ class TokenDecoding(LiveDisplay):
 
     @rank_zero_only
     def _report(self, trainer: Trainer, module: InputInversion) -> None:
+        if not self.show and trainer.logger is None:
+            return  # nobody would see it
         batch = module.batch
         assert batch is not None
         shown = min(self.prompts, len(batch.prompts))

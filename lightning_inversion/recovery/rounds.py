@@ -42,19 +42,20 @@ def round_of(
     # An order may speak in another voice once a first round has shown something.
     kinds = torch.stack([(frontier.rounds[rows] > 0).long(), sizes, widths], dim=1)
     for kind in torch.unique(kinds, dim=0):
-        members = rows[(kinds == kind).all(dim=1)]
+        alike = rows[(kinds == kind).all(dim=1)]
         size, width = int(kind[1]), int(kind[2])
         count = max(beside, size // width)
-        proposed = None
-        if width > 1 and frontier.prefix.reaches(members, width, count):
-            proposed = order.ahead(frontier, members, width, count)
-        if proposed is None:
-            proposed = order.propose(frontier, members, size)
-        ids = proposed.ids.view(len(members), -1, len(proposed.orders))
-        at_a_time = max(1, _AT_A_TIME // ids[0].numel())
-        for part in torch.split(torch.arange(len(members), device=rows.device), at_a_time):
-            for trial in frontier.run_ahead(members[part], ids[part]):
-                yield trial, proposed.orders
+        for members in torch.split(alike, frontier.transformer.embedding.at_a_time):
+            proposed = None
+            if width > 1 and frontier.prefix.reaches(members, width, count):
+                proposed = order.ahead(frontier, members, width, count)
+            if proposed is None:
+                proposed = order.propose(frontier, members, size)
+            ids = proposed.ids.view(len(members), -1, len(proposed.orders))
+            at_a_time = max(1, _AT_A_TIME // ids[0].numel())
+            for part in torch.split(torch.arange(len(members), device=rows.device), at_a_time):
+                for trial in frontier.run_ahead(members[part], ids[part]):
+                    yield trial, proposed.orders
 
 
 def _widths(frontier: Frontier, rows: Tensor, left: Tensor) -> Tensor:

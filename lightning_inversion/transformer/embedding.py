@@ -12,6 +12,15 @@ from torch import Tensor, nn
 
 # Rows handled at a time where a temporary copy in float64 would otherwise double the memory.
 _ROWS = 8192
+_SCORES = 2**24
+"""Scores of whole vocabularies that exist at a time: 64 MiB in float32."""
+_PLACES = 128
+"""Vectors scored at a time at most: more are not scored any faster, and need more memory."""
+
+
+def scored_at_a_time(vocabulary: int) -> int:
+    """For how many vectors a whole vocabulary of this size is scored together."""
+    return max(1, min(_PLACES, _SCORES // vocabulary))
 
 
 class TokenEmbedding(nn.Module):
@@ -89,6 +98,11 @@ class TokenEmbedding(nn.Module):
             return vectors @ self.matrix.T
         parts = [vectors @ rows.float().T for rows in torch.split(self.matrix, _ROWS)]
         return torch.cat(parts, dim=-1)
+
+    @property
+    def at_a_time(self) -> int:
+        """For how many vectors `dot` should be asked together, so that its scores stay small."""
+        return scored_at_a_time(self.vocabulary_size)
 
     @cached_property
     @torch.no_grad()

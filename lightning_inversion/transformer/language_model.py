@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -145,8 +147,9 @@ class Continuations:
     def _logits(self, rows: Tensor, ids: Tensor, ends: Tensor) -> Tensor:
         model, each = self.language_model.model, torch.arange(len(rows), device=ids.device)
         if self._cache is None:
-            plain: Tensor = model(input_ids=ids, use_cache=False).logits
-            return plain[each, ends]
+            with _head_at(model, each, ends):
+                plain: Tensor = model(input_ids=ids, use_cache=False).logits
+            return plain[each, ends] if plain.shape[1] > 1 else plain[:, 0]
 
         def forward(mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
             dtype: torch.dtype = model.dtype
@@ -164,7 +167,30 @@ class Continuations:
 
         width = ids.shape[1]
         causal = torch.ones(width, width, dtype=torch.bool, device=ids.device).tril()
-        logits = self._cache.run(forward, rows, causal)
+        with _head_at(model, each, ends):
+            logits = self._cache.run(forward, rows, causal)
         place = torch.arange(width, device=ids.device).expand(ids.shape)
         self._cache.keep(place.masked_fill(place > ends[:, None], -1))
-        return logits[each, ends]
+        return logits[each, ends] if logits.shape[1] > 1 else logits[:, 0]
+
+
+@contextmanager
+def _head_at(model: PreTrainedModel, each: Tensor, ends: Tensor) -> Iterator[None]:
+    """The head is asked about one place of each row, where the model has a head of its own.
+
+    Scores of the whole vocabulary for places that nobody asks about would need more than the
+    forward itself, in time and in memory.
+    """
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is None:
+        yield
+        return
+
+    def last_only(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (given[0][each, ends][:, None], *given[1:])
+
+    handle = head.register_forward_pre_hook(last_only)
+    try:
+        yield
+    finally:
+        handle.remove()

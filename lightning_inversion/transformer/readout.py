@@ -126,13 +126,14 @@ def _regression(
         embeds += y.sum(0)
         spread.addmm_(y.T, y)
     mean, bias = sums / count, embeds / count
-    covariance = squares / count - torch.outer(mean, mean)
+    # In place, as a wide model's matrix in float64 takes hundreds of megabytes.
+    covariance = squares.div_(count).sub_(torch.outer(mean, mean))
     scale = covariance.diagonal().clamp_min(0).sqrt() + _SMALLEST_SCALE
-    correlation = covariance / torch.outer(scale, scale)
+    correlation = covariance.div_(torch.outer(scale, scale))
     correlation.diagonal().add_(_RIDGE)
-    shared = (products / count - torch.outer(mean, bias)) / scale[:, None]
+    shared = products.div_(count).sub_(torch.outer(mean, bias)).div_(scale[:, None])
     matrix = torch.linalg.solve(correlation, shared)
-    errors = spread / count - torch.outer(bias, bias) - shared.T @ matrix
+    errors = spread.div_(count).sub_(torch.outer(bias, bias)).sub_(shared.T @ matrix)
     whitening = _whitening(errors)
     return mean.float(), scale.float(), matrix.float(), bias.float(), whitening.float()
 

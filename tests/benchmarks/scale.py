@@ -1,10 +1,12 @@
 """Predicted against measured: seconds of an iteration, and the memory of a fit.
 
     python -m tests.benchmarks.scale
+    python -m tests.benchmarks.scale --only_memory
 
 The machine's two rates are measured with one block; everything else is predicted from them.
 """
 
+import argparse
 import subprocess
 import sys
 
@@ -24,7 +26,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 def main() -> None:
     """Print one line a prediction."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only_memory", action="store_true", help="leave the seconds out")
     torch.set_num_threads(1)
+    if not parser.parse_args().only_memory:
+        compare_seconds()
+    compare_memory()
+
+
+def compare_seconds() -> None:
+    """Of a forward and backward, at four depths and four sizes."""
     config = TransformerSpec().config()
     machine = Machine.measured(TransformerSpec(depth=1).load())
     print(machine)
@@ -36,7 +47,12 @@ def main() -> None:
             predicted = seconds(shape, machine, tokens, 1) - machine.iteration
             print(f"depth {depth}, {tokens} tokens: measured {measured * 1e3:.0f} ms, predicted "
                   f"{predicted * 1e3:.0f} ms, ratio {predicted / measured:.2f}")  # fmt: skip
-    for depth, tokens in ((1, 512), (8, 2048), (8, 8192)):
+
+
+def compare_memory() -> None:
+    """The peak of a fit in a process of its own."""
+    config = TransformerSpec().config()
+    for depth, tokens in ((1, 64), (1, 512), (1, 2048), (4, 2048), (8, 2048), (8, 8192)):
         text = ", ".join('"' + " the" * 63 + '."' for _ in range(tokens // 64))
         arguments = [
             f"--data.prompts=[{text}]", f"--data.tokens_per_batch={tokens}",
@@ -49,7 +65,7 @@ def main() -> None:
         predicted = memory(Shape.of(config, depth), tokens, tokens // 64).total
         print(f"depth {depth}, {tokens} tokens: peak {measured / 2**20:.0f} MB, predicted "
               f"{predicted / 2**20:.0f} MB, ratio {predicted / measured:.2f} (of it libraries "
-              f"{LIBRARIES / 2**20:.0f} MB)")  # fmt: skip
+              f"{LIBRARIES / 2**20:.0f} MB)", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """What is counted without a weight is what a model with weights has."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.scale import Machine, Shape, main, memory, seconds, tokens_that_fit
+from lightning_inversion.transformer.embedding import scored_at_a_time
 from lightning_inversion.transformer.loading import TransformerSpec
 from tests.tiny import CONFIGS, FAMILIES, tiny_model
 
@@ -39,8 +42,22 @@ def test_more_of_anything_needs_more() -> None:
     assert memory(deep, 512, 16).total > memory(small, 512, 16).total
     assert memory(small, 65536, 16).total > memory(small, 512, 16).total
     assert memory(small, 512, 16, weight_bytes=1).weights < memory(small, 512, 16).weights
+    wide = replace(small, width=6400)
+    assert memory(wide, 512, 16).measuring > 100 * memory(small, 512, 16).measuring  # squares
     machine = Machine(flops=1e9, block=0.001)
     assert seconds(deep, machine, 512, 10) > 1.5 * seconds(small, machine, 512, 10)
+
+
+def test_a_larger_vocabulary_is_scored_for_fewer_places() -> None:
+    assert scored_at_a_time(1000) == scored_at_a_time(49_152) > scored_at_a_time(256_000) > 1
+    assert scored_at_a_time(10**9) == 1
+    small, large = (
+        memory(Shape(size, 64, 1, 50_000, 800.0, 100_000.0), 2048, 1024).search
+        - 2048 * (6 * 4 + 8) * 64
+        - 1024 * size
+        for size in (256_000, 1_024_000)
+    )
+    assert large == pytest.approx(small, rel=0.05)  # the scores themselves are bounded
 
 
 def test_the_batch_that_fits(tiny_folder, capsys) -> None:
