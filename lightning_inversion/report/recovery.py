@@ -21,9 +21,9 @@ in the same process. The texts are [prompts.jsonl](prompts.jsonl), cut to a numb
 sequence of random tokens after every ninth. Written by a command from [results](results).
 
 ```
-python -m lightning_inversion.protocol --policies recommended prior_alone      # resumes
-python -m lightning_inversion.protocol --policies recommended sipit --prompts 2 --cap 600
-python -m lightning_inversion.report.recovery                                  # write this page
+python -m lightning_inversion.protocol --policies recommended prior_alone sipit --cap 45  # resumes
+python -m lightning_inversion.protocol --policies recommended prior_alone --prompts 10 --depths 15
+python -m lightning_inversion.report.recovery                              # write this page
 ```
 
 - *certified*: tokens that reproduce the target; *false*: certified, and wrong; *exact*: texts that
@@ -33,8 +33,9 @@ python -m lightning_inversion.report.recovery                                  #
 - *forwards*: runs of the truncated model in which a text took part, summed over the texts;
   *x forward*: the time in units of one forward over all texts.
 - *s a token*: seconds for each certified token; *x recommended*: the same in units of the
-  recommended policy, on the same texts in the same process. A policy that was stopped has not paid
-  for the token it was at, nor for the ones after it, which may be harder.
+  recommended policy, on the same texts in the same process. A policy that was stopped has paid for
+  its easiest tokens alone, not for the ones it was at, so that its *x recommended* is a lower bound,
+  and can fall below 1 where the easiest tokens are cheap for everybody.
 """
 
 _COLUMNS = (
