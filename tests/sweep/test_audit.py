@@ -99,6 +99,8 @@ def test_a_plan_runs_nothing(options: list[str], tmp_path: Path, capsys) -> None
     plan = capsys.readouterr().out
     assert "predict,depth=2,as-bfloat16: about" in plan
     assert "5 of 5 cells to run: about" in plan
+    assert "; fit from the first iterations of fit,depth=2,untouched; " in plan
+    assert "predict from the first batch of predict,depth=2,loud\n" in plan  # the costliest
     assert not list(tmp_path.rglob("results.jsonl"))
     assert not list(tmp_path.rglob("audit.html"))
 
