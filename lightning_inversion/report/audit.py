@@ -11,8 +11,8 @@ from pathlib import Path
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.report.page import page
-from lightning_inversion.report.reading import CERTIFIED, FALSE, TWIN, Reading, Result, read
-from lightning_inversion.report.statistics import grouped
+from lightning_inversion.report.reading import Reading, Result, read
+from lightning_inversion.report.statistics import Group, grouped, in_percent
 from lightning_inversion.report.table import lines_of
 
 ATTACKS = {"predict": "exact recovery", "fit": "gradient inversion"}
@@ -47,20 +47,21 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an observer has read of the texts; all counts.
+    """What an observer has read of the texts.
+
+    Shares are means over the texts, as everywhere else on the page: a long text counts no more
+    than a short one.
 
     Attributes:
-        tokens: of the texts.
-        right: tokens that are read right.
-        certified: tokens that are proven by running them.
-        false: certified, and yet wrong.
+        right: the share of tokens that are read right.
+        certified: the share of tokens that are proven by running them.
+        false: how many tokens are certified, and yet wrong.
         texts: how many.
         exact: texts that are read whole.
     """
 
-    tokens: int
-    right: int
-    certified: int
+    right: float
+    certified: float
     false: int
     texts: int
     exact: int
@@ -68,12 +69,12 @@ class Outcome:
     @classmethod
     def of(cls, results: Sequence[Result]) -> Outcome:
         """What the results come to."""
-        marks = "".join(result.marks for result in results)
+        group = Group({}, tuple(results))
+        right, certified = group.mean("token_accuracy"), group.mean("certified")
         return cls(
-            tokens=len(marks),
-            right=sum(round((r.token_accuracy or 0) * len(r.marks)) for r in results),
-            certified=sum(map(marks.count, (CERTIFIED, TWIN, FALSE))),
-            false=marks.count(FALSE),
+            right=right.value if right else 0,
+            certified=certified.value if certified else 0,
+            false=group.false_proofs,
             texts=len(results),
             exact=sum(bool(result.exact) for result in results),
         )
@@ -81,31 +82,18 @@ class Outcome:
     @property
     def read(self) -> str:
         """The share of tokens that is right."""
-        return share(self.right, self.tokens)
+        return in_percent(self.right)
 
     @property
     def proven(self) -> str:
         """The share of tokens that is certified."""
-        return share(self.certified, self.tokens)
+        return in_percent(self.certified)
 
     def __str__(self) -> str:
-        proven = "all certified" if self.certified == self.tokens else f"{self.proven} certified"
+        proven = "all certified" if self.certified == 1 else f"{self.proven} certified"
         if not self.certified:
             proven = "none certified"
         return f"{self.read} of the tokens, {proven}"
-
-
-def share(part: int, whole: int) -> str:
-    """A share in percent; 100% means all, and 0% none.
-
-    Example:
-        >>> share(3, 4), share(999, 1000), share(1, 1000)
-        ('75%', 'over 99%', 'under 1%')
-    """
-    percent = round(100 * part / whole) if whole else 0
-    if percent == 100 and part < whole:
-        return "over 99%"
-    return "under 1%" if percent == 0 and part else f"{percent}%"
 
 
 def write_audit(parts: Sequence[Part], out: Path, texts: int = 20) -> Path:

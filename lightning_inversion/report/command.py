@@ -35,6 +35,8 @@ def run(args: list[str]) -> int:
         InputError: the options are wrong, or there is nothing to report.
     """
     options = _parser().parse_args(args)
+    if options.out is None:
+        options.out = _place_of(options.runs[0])
     if options.texts < 0:
         raise InputError(f"--texts must not be negative, and is {options.texts}.")
     if options.out.exists() and not options.out.is_dir():
@@ -81,6 +83,11 @@ def write(reading: Reading, out: Path, title: str = "", texts: int = 20) -> list
     return [*(out / name for name in contents), *drawn]
 
 
+def _place_of(runs: Path) -> Path:
+    """Where a report of runs goes unless it is said: among them, so that it replaces no other's."""
+    return (runs.parent if runs.is_file() else runs) / "report"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="lightning-inversion report",
@@ -93,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs", nargs="+", type=Path, help="folders of runs, at any depth, or result files"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("lightning_logs/report"), help="default %(default)s"
+        "--out", type=Path, help="default, the folder 'report' in the first folder given"
     )
     parser.add_argument("--title", default="", help="of the page")
     parser.add_argument(

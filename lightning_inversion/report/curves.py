@@ -40,8 +40,7 @@ def curves_along(
     """
     placed = [r for r in results if number(r.settings.get(setting)) is not None]
     lines = grouped(placed, setting)
-    apart = varying(lines)
-    curves = []
+    drawn = []
     for line in lines:
         points = []
         for group in grouped(line.results):
@@ -50,8 +49,16 @@ def curves_along(
                 points.append((x, mean))
         points.sort(key=lambda point: point[0])
         if points:
-            label = label_of(line.settings, apart)
-            curves.append(Curve(label, tuple(x for x, _ in points), tuple(m for _, m in points)))
+            drawn.append((line, points))
+    apart = varying([line for line, _ in drawn])
+    curves = [
+        Curve(
+            label_of(line.settings, apart),
+            tuple(x for x, _ in points),
+            tuple(mean for _, mean in points),
+        )
+        for line, points in drawn
+    ]
     return curves if any(len(curve.x) > 1 for curve in curves) else []
 
 
@@ -85,7 +92,7 @@ def label_of(settings: dict[str, Any], apart: Sequence[str]) -> str:
         value = settings.get(key)
         if value is None:
             continue
-        text = str(value).rpartition("/")[2].rpartition(".")[2] if "." in key else str(value)
+        text = str(value).rpartition("/")[2] if "." in key else str(value)
         named = isinstance(value, int | float) or key not in (
             "command",
             "model",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,14 @@ from lightning_inversion.report.statistics import grouped, varying
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS, _DASHES = "osD^vPX", ("-", "--", "-.", ":", "-", "--", "-.")
 MOST_LINES = len(_COLOURS)
+_MARGIN = 0.05
+"""Of a share's axis, beyond 0 and 1: a line there is not to be hidden by the frame."""
+_LETTERS = 12
+"""Of a legend, in an inch."""
+_HANDLE = 7
+"""Letters that a line's sample, and the gap to the next, take the room of."""
+_LINE = 0.17
+"""Inches that a line of a legend is high."""
 _STYLE: Any = {
     "font.size": 9.5,
     "axes.spines.top": False,
@@ -161,7 +170,7 @@ def _lines(
             axes.set_title(panel.title)
             axes.set_xlabel(axis)
             if panel.ends is not None:
-                axes.set_ylim(panel.ends[0] - 0.03, panel.ends[1] + 0.03)
+                axes.set_ylim(panel.ends[0] - _MARGIN, panel.ends[1] + _MARGIN)
             if whole:
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(canvas, panels[0].curves)
@@ -187,9 +196,26 @@ def _legend(canvas: Any, curves: Sequence[Curve]) -> None:
     left_out = len(curves) - MOST_LINES
     if left_out > 0:
         labels[-1] += f" (and {left_out} more in the table)"
-    longest = max(map(len, labels))
-    columns = 1 if longest > 60 else 2 if longest > 24 else 4
-    canvas.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
+    room = int(_LETTERS * canvas.get_figwidth())
+    columns = max(1, min(4, len(labels), room // (max(map(len, labels)) + _HANDLE)))
+    labels = [textwrap.fill(label, room // columns - _HANDLE) for label in labels]
+    canvas.legend(handles, labels, loc="outside lower center", ncols=columns)
+    # The legend takes its height from the axes; beyond two lines it is given its own.
+    each = -(-len(labels) // columns)
+    columnwise = [labels[start : start + each] for start in range(0, len(labels), each)]
+    lines = max(sum(label.count("\n") + 1 for label in column) for column in columnwise)
+    canvas.set_figheight(canvas.get_figheight() + max(0, lines - 2) * _LINE)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Write the numbers of a drawn logarithmic axis out: 20, not 2 times 10 to the 1."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    # Over many powers of ten there is no room for more than the powers.
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _candidates(results: Sequence[Result]) -> Iterator[Figure]:
@@ -217,7 +243,8 @@ def _candidates(results: Sequence[Result]) -> Iterator[Figure]:
                 label=label_of(group.settings, apart),
             )
         axes.set_xscale("log")
-        axes.set_ylim(-0.03, 1.03)
+        axes.set_ylim(-_MARGIN, 1 + _MARGIN)
+        _plain_ticks(axes.xaxis)
         axes.set_xlabel("candidates run")
         axes.set_title("share of tokens named by then")
         _legend(canvas, [Curve(label_of(g.settings, apart), (), ()) for g in groups])
@@ -233,7 +260,6 @@ def _iterations(reading: Reading) -> Iterator[Figure]:
         return
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     groups = grouped([result for result, _ in logged])
     apart = varying(groups)
@@ -248,9 +274,7 @@ def _iterations(reading: Reading) -> Iterator[Figure]:
                 label = label_of(group.settings, apart)
                 _median(axes, lines, number, label)
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            _plain_ticks(axes.yaxis)
             if name == "distance ratio":
                 axes.axhline(1, color="#5a6070", linewidth=0.8, linestyle=":")
             axes.set_xlabel("iteration")

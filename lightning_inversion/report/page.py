@@ -22,7 +22,7 @@ from lightning_inversion.report.reading import (
     Reading,
     Result,
 )
-from lightning_inversion.report.statistics import Group, Mean, grouped, varying
+from lightning_inversion.report.statistics import Group, Mean, grouped, in_percent, varying
 from lightning_inversion.report.table import Line, cell_text, without_empty
 from lightning_inversion.visible_text import visible
 
@@ -133,14 +133,16 @@ def findings(results: Sequence[Result]) -> list[str]:
     if measured:
         apart = varying(groups)
         (low, worst), (high, best) = (f(measured, key=lambda m: m[0]) for f in (min, max))
-        span = f"{high:.0%} of the tokens are read"
-        if len(measured) > 1:
+        least, most = in_percent(low), in_percent(high)
+        if least != most:
             span = (
-                f"Between {low:.0%} ({label_of(worst.settings, apart)}) and {high:.0%} "
+                f"Between {least} ({label_of(worst.settings, apart)}) and {most} "
                 f"({label_of(best.settings, apart)}) of the tokens are read"
             )
-        exact = sum(bool(result.exact) for result in results)
-        said.append(f"{span}; {exact} texts are exact.")
+        else:
+            span = f"{most} of the tokens are read{_in_all(len(measured), len(groups))}"
+        exact = [result.exact for result in results if result.exact is not None]
+        said.append(f"{span}; {sum(exact)} of {len(exact)} texts are exact.")
     marks = "".join(result.marks for result in results)
     proven = sum(marks.count(mark) for mark in (CERTIFIED, TWIN, FALSE))
     if proven:
@@ -150,6 +152,15 @@ def findings(results: Sequence[Result]) -> list[str]:
             f"{false or 'none'} of these {'is' if false < 2 else 'are'} wrong."
         )
     return said
+
+
+def _in_all(measured: int, settings: int) -> str:
+    """Where the same is read, if there is more than one setting to say it of."""
+    if settings == 1:
+        return ""
+    if measured == settings:
+        return f" in all {settings} settings"
+    return f" in the {measured} of {settings} settings whose prompts are known"
 
 
 def _title(groups: Sequence[Group]) -> str:
@@ -178,7 +189,7 @@ def _sections(groups: Sequence[Group], texts: int) -> list[Section]:
         sections.append(
             Section(
                 label_of(group.settings, apart) or "The texts",
-                "" if mean is None else f"{mean.value:.0%} of the tokens right",
+                "" if mean is None else f"{in_percent(mean.value)} of the tokens right",
                 [_text(result) for result in ordered[:most]],
                 max(0, len(ordered) - most),
             )

@@ -7,6 +7,7 @@ a record keeps one letter a token instead.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ OUTCOMES = {
 _PARTS_OF_A_CONFIG = (
     "model", "learning_rate", "token_by_token", "position_by_position", "stopping", "recovery",
 )  # fmt: skip
+_PLACE_OF_A_CLASS = re.compile(r"(?<='class_path': ')[\w.]+\.")
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 CERTIFIED, TWIN, RIGHT, IN_TOP_K, WRONG, UNKNOWN, FALSE = "ctrkwux"
@@ -253,7 +255,8 @@ class _Configs:
             text = path.read_bytes()
             if text not in self._parsed:
                 config = yaml.load(text, Loader=_YAML)
-                chosen = {part: config.get(part) for part in _PARTS_OF_A_CONFIG}
+                parts = {part: config.get(part) for part in _PARTS_OF_A_CONFIG}
+                chosen = {part: value for part, value in parts.items() if value is not None}
                 self._parsed[text] = dict(_flat(chosen, ""))
         except (OSError, yaml.YAMLError, AttributeError):
             return {}
@@ -264,9 +267,13 @@ def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for name, inner in value.items():
             below = "" if name in ("init_args", "class_path") else str(name)
-            yield from _flat(inner, ".".join(part for part in (key, below) if part))
+            short = name == "class_path" and isinstance(inner, str)
+            plain = inner.rpartition(".")[2] if short else inner  # as a row names a class
+            yield from _flat(plain, ".".join(part for part in (key, below) if part))
+    elif isinstance(value, list):
+        yield key.removeprefix("model."), _PLACE_OF_A_CLASS.sub("", str(value))
     else:
-        yield key.removeprefix("model."), str(value) if isinstance(value, list) else value
+        yield key.removeprefix("model."), value
 
 
 # What a row says itself, under another name.
@@ -274,16 +281,19 @@ _SAID = {"learnable.start": "start", "seed": "seed", "iterations": "iterations_l
 
 
 def _beside(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """What a config sets beyond what the row says itself."""
+    """What a config sets beyond what the row says itself; no option of the other command."""
+    of_predict = settings["command"] == "predict"
     return {
         key: value
         for key, value in config.items()
-        if not key.startswith("transformer.") and _SAID.get(key, key) not in (*settings, "seed")
+        if not key.startswith("transformer.")
+        and (key.partition(".")[0] == "recovery") == of_predict
+        and _SAID.get(key, key) not in (*settings, "seed")
     }
 
 
 def _keep_what_differs(results: list[Result]) -> None:
-    """Leave in each record's settings what is not the same, or not there, in all of them.
+    """Leave in each record's settings what is not the same in all of them, and not implied.
 
     The model, the depth and the command stay: no report is without them.
     """
@@ -293,9 +303,13 @@ def _keep_what_differs(results: list[Result]) -> None:
     same = {
         key
         for key in keys
-        if key not in always and len({repr(settings.get(key)) for settings in every}) == 1
+        if key not in always
+        and (
+            len({repr(settings.get(key)) for settings in every}) == 1
+            or _of_command(key, every)
+            or _follows(key, every)
+        )
     }
-    same |= {key for key in keys if key not in same and _follows(key, every)}
     for settings in every:
         ordered = [*always, *(key for key in keys if key not in always)]
         kept = {key: settings.get(key) for key in ordered if key not in same}
@@ -303,10 +317,20 @@ def _keep_what_differs(results: list[Result]) -> None:
         settings.update(kept)
 
 
+def _of_command(key: str, every: list[dict[str, Any]]) -> bool:
+    """Whether all runs of a command have the key, with one value, and no other run has it."""
+    having = [settings for settings in every if key in settings]
+    commands = {settings["command"] for settings in having}
+    return len({repr(settings[key]) for settings in having}) == 1 and len(having) == sum(
+        settings["command"] in commands for settings in every
+    )
+
+
 def _follows(key: str, every: list[dict[str, Any]]) -> bool:
     """Whether what a key belongs to decides it: as ``objective``, ``objective.relative``."""
     whole = _SAID.get(key.rpartition(".")[0], key.rpartition(".")[0])
-    if not all(whole in settings for settings in every):
+    having = [settings for settings in every if whole in settings]
+    if not having or any(key in settings and whole not in settings for settings in every):
         return False
-    pairs = {(repr(settings[whole]), repr(settings.get(key))) for settings in every}
-    return len(pairs) == len({settings[whole] for settings in every})
+    pairs = {(repr(settings[whole]), repr(settings.get(key))) for settings in having}
+    return len(pairs) == len({settings[whole] for settings in having})

@@ -76,6 +76,19 @@ class Group:
         return [count for result in self.results for count in result.candidates]
 
 
+def in_percent(share: float) -> str:
+    """A share in percent; 100% means all, and 0% none.
+
+    Example:
+        >>> in_percent(0.75), in_percent(0.999), in_percent(0.001)
+        ('75%', 'over 99%', 'under 1%')
+    """
+    percent = round(100 * share)
+    if percent == 100 and share < 1:
+        return "over 99%"
+    return "under 1%" if percent == 0 and share else f"{percent}%"
+
+
 def grouped(results: Sequence[Result], *without: str) -> list[Group]:
     """Results by their settings, those of ``without`` aside, in the order of depth and appearance.
 

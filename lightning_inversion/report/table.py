@@ -17,28 +17,35 @@ MEASURES = {
     "proven": "certified",
 }
 """A column's name, and the attribute of a result whose mean it is."""
-
+FIRST = ("command", "model", "depth", "features", "channel")
+"""Settings that a reader looks for first; the others stand behind what came of them."""
 
 Line = dict[str, Any]
 
 
 def lines_of(groups: Sequence[Group]) -> list[Line]:
-    """A line for each group: what sets it apart, how much was tried, what came of it."""
+    """A line for each group: where it looks, what came of it, and what else sets it apart."""
     apart = varying(groups) or ["model", "depth"]
     return [_line(group, apart) for group in groups]
 
 
 def _line(group: Group, apart: Sequence[str]) -> Line:
     candidates = sorted(group.candidates)
+    settings = {name: _plain(group.settings.get(name)) for name in apart}
+    seconds = group.median("seconds")
+    # A fit's prompts run together, and each of its rows holds the time of them all.
+    of_batch = group.settings.get("command") == "fit"
     return {
-        **{name: _plain(group.settings.get(name)) for name in apart},
+        **{name: value for name, value in settings.items() if name in FIRST},
         "prompts": group.prompts,
-        "seeds": group.seeds,
         **{name: group.mean(measure) for name, measure in MEASURES.items()},
         "proven and wrong": group.false_proofs,
+        **{name: value for name, value in settings.items() if name not in FIRST},
+        "seeds": group.seeds,
         "iterations (median)": group.median("iterations"),
         "candidates (median)": candidates[len(candidates) // 2] if candidates else None,
-        "seconds (median)": group.median("seconds"),
+        "seconds (median)": None if of_batch else seconds,
+        "seconds (batch, median)": seconds if of_batch else None,
     }
 
 

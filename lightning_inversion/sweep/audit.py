@@ -19,6 +19,7 @@ from rich.console import Console
 from lightning_inversion.errors import InputError
 from lightning_inversion.report.audit import Part, write_audit
 from lightning_inversion.sweep.command import print_plan, root_of, run_cells
+from lightning_inversion.sweep.estimate import depth_of
 from lightning_inversion.sweep.folder import SweepFolder
 from lightning_inversion.sweep.grid import Cell, short, written
 
@@ -149,7 +150,13 @@ def run(args: list[str]) -> int:
     _capture(sweep, plan, options.prompts, rest)
     specs = check(sweep)
     if options.dry_run:
-        print_plan(sweep, options.processes)
+        noise = {name: channel.noise for name, channel in plan.channels.items()}
+        # What noise hides takes the most candidates.
+        print_plan(
+            sweep,
+            options.processes,
+            cost=lambda cell: (depth_of(cell), noise[cell.values["channel"]]),
+        )
         return 0
     try:
         return run_cells(sweep, specs, options.processes, Console(stderr=True, file=sys.stderr))
@@ -187,7 +194,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="capture the activations, which takes seconds, and show the plan with its time",
+        help="capture the activations, run a batch of the deepest and noisiest, and show the plan "
+        "with its time",
     )
     return parser
 

@@ -10,14 +10,14 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.sweep.estimate import estimate, in_words, total
+from lightning_inversion.sweep.estimate import depth_of, estimate, in_words, total
 from lightning_inversion.sweep.folder import SweepFolder
 from lightning_inversion.sweep.grid import SEED, Axis, Cell, Part, cells_of, read_axis
 from lightning_inversion.sweep.progress import Progress
@@ -96,8 +96,15 @@ def run_cells(
     sweep.save()
     progress = Progress(sweep, processes, console)
     if left := sweep.unfinished():
-        time_needed = in_words(total(left, sweep.finished(), processes))
-        console.print(f"{len(left)} of {len(sweep.cells)} cells to run: {time_needed}")
+        seconds = total(left, sweep.finished(), processes)
+        beforehand = "; --dry-run tells it beforehand" if seconds is None else ""
+        console.print(
+            f"{sweep.path}\n{len(left)} of {len(sweep.cells)} cells to run: "
+            f"{in_words(seconds)}{beforehand}",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
     with progress.shown():
         if processes == 1:
             failed = work(sweep, specs, ended=progress.say)
@@ -138,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run",
         action="store_true",
         help="only show the plan, with the time it needs: from finished cells, or from the first "
-        "iterations of one",
+        "iterations of one; of predict, from a batch",
     )
     parser.add_argument("--join", type=Path, metavar="FOLDER", help="run cells of a sweep there is")
     return parser
@@ -179,25 +186,34 @@ def root_of(rest: list[str]) -> Path:
     return Path()
 
 
-def print_plan(sweep: SweepFolder, processes: int) -> None:
-    """The cells, what is done, and how long the rest takes."""
+def print_plan(sweep: SweepFolder, processes: int, cost: Callable[[Cell], Any] = depth_of) -> None:
+    """The cells, what is done, and how long the rest takes.
+
+    Args:
+        sweep: whose cells.
+        processes: that would share them.
+        cost: orders the cells of a command; the one with the most is tried, so that the time is
+            rather too long than too short.
+    """
     from lightning_inversion.sweep.work import probe
 
     left, timed = sweep.unfinished(), sweep.finished()
-    at_most = ""
-    for command in {cell.command for cell in left} - {cell.command for cell, _ in timed}:
-        first = next(cell for cell in left if cell.command == command)
-        seconds = probe(first)
+    measured = ""
+    untimed = {cell.command for cell in left} - {cell.command for cell, _ in timed}
+    for command in sorted(untimed):
+        costliest = max((cell for cell in left if cell.command == command), key=cost)
+        seconds = probe(costliest)
         if seconds is not None:
-            timed.append((first, seconds))
-            at_most = ", at most: from the first iterations of a cell"
+            timed.append((costliest, seconds))
+            tried = "first iterations" if command == "fit" else "first batch"
+            measured += f"; {command} from the {tried} of {costliest.name}"
     print(sweep.path)
     for cell in sweep.cells:
         seconds = estimate(cell, timed)
         said = "done" if cell not in left else in_words(seconds)
         print(f"  {cell.name}: {said}\n    {cell.command} {shlex.join(cell.arguments)}")
     needed = in_words(total(left, timed, processes))
-    print(f"{len(left)} of {len(sweep.cells)} cells to run: {needed}{at_most}")
+    print(f"{len(left)} of {len(sweep.cells)} cells to run: {needed}{measured}")
 
 
 def _share(sweep: SweepFolder, processes: int, progress: Progress) -> dict[str, str]:

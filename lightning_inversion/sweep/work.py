@@ -123,10 +123,10 @@ def work(
 
 
 def probe(cell: Cell) -> float | None:
-    """Seconds of a cell at most, from its first few iterations; its folder is not touched.
+    """Seconds of a cell, from its first few iterations; its folder is not touched.
 
     Of a command without iterations: from its first batch of prompts; None where it is not known
-    how many there are.
+    how many there are. A fit that stops early takes less, and other prompts may take more.
     """
     with tempfile.TemporaryDirectory() as folder:
         place = _logger(Path(folder), "probe", "first")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +93,30 @@ def test_settings_that_differ_are_kept_and_their_consequences_are_not(tmp_path: 
     assert [s["objective"] for s in settings] == ["L1", "L2"]
     assert [s["optimizer.lr"] for s in settings] == [0.1, 0.2]
     assert set(settings[0]) == {"command", "model", "depth", "objective", "optimizer.lr"}
+
+
+def test_a_run_has_the_settings_that_its_command_uses_and_no_others(tmp_path: Path) -> None:
+    config = (
+        "model: {objective: {class_path: x.L1}, iterations: 500, recovery: {class_path: "
+        "x.y.TokenRecovery, init_args: {order: [{class_path: x.y.%s}]}}, optimizer: {lr: %s}}"
+    )
+    for order, rate in (("LinearMap", 0.1), ("NearestTokens", 0.2)):
+        fitted = write_run(tmp_path / f"fit-{order}", [row(0, objective="L1")])
+        (fitted / "config.yaml").write_text(config % (order, rate))
+        read_back = write_run(tmp_path / f"predict-{order}", [predicted(0)])
+        (read_back / "predict.yaml").write_text(config % (order, rate))
+    by_command: dict[str, list[dict[str, Any]]] = {"fit": [], "predict": []}
+    for result in read([tmp_path]).results:
+        own = {key: value for key, value in result.settings.items() if value is not None}
+        by_command[own.pop("command")].append(own)
+    same = {"model": "a/model", "depth": 1}
+    assert by_command == {
+        "fit": [{**same, "optimizer.lr": 0.1}, {**same, "optimizer.lr": 0.2}],
+        "predict": [
+            {**same, "recovery.order": "[{'class_path': 'LinearMap'}]"},
+            {**same, "recovery.order": "[{'class_path': 'NearestTokens'}]"},
+        ],
+    }
 
 
 def test_the_kept_results_of_the_documents_experiments_are_read() -> None:

@@ -3,16 +3,19 @@
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.report import figures
 from lightning_inversion.report.command import run
-from lightning_inversion.report.curves import curves_along, numeric_settings, width_of
+from lightning_inversion.report.curves import curves_along, label_of, numeric_settings, width_of
 from lightning_inversion.report.figures import _critical, draw
 from lightning_inversion.report.page import findings, page
 from lightning_inversion.report.reading import Reading, read
@@ -88,6 +91,88 @@ def test_any_numeric_setting_has_a_curve(tmp_path: Path) -> None:
     reading = read([tmp_path])
     assert numeric_settings(reading.results) == ["noise"]
     assert [figure.name for figure in draw(reading)] == ["by_noise"]
+
+
+def test_what_came_of_a_run_stands_before_its_settings(tmp_path: Path) -> None:
+    for objective in ("L1", "L2"):
+        write_run(tmp_path / objective, [row(0, objective=objective)])
+        write_run(tmp_path / f"{objective}-2", [row(0, objective=objective, depth=2)])
+    head = list(lines_of(grouped(read([tmp_path]).results))[0])
+    assert head.index("depth") < head.index("tokens right") < head.index("objective")
+
+
+def test_the_seconds_of_a_fit_are_those_of_its_batch(runs: Path) -> None:
+    for line in lines_of(grouped(read([runs]).results)):
+        of_batch = line["command"] == "fit"
+        assert line["seconds (batch, median)"] == (1.25 if of_batch else None)
+        assert line["seconds (median)"] == (None if of_batch else 1.25)
+
+
+@pytest.fixture
+def canvases(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The figures that a test draws, as matplotlib has them, by name."""
+    seen: dict[str, Any] = {}
+    drawn = figures._drawn
+
+    def kept(name: str, title: str, canvas: Any) -> figures.Figure:
+        seen[name] = canvas
+        return drawn(name, title, canvas)
+
+    monkeypatch.setattr(figures, "_drawn", kept)
+    return seen
+
+
+def test_a_legend_stays_within_its_figure(tmp_path: Path, canvases: dict[str, Any]) -> None:
+    for number in range(5):
+        for depth in (1, 2):
+            policy = f"TokenRecovery({'+'.join(['LanguageModelPrior'] * (5 + number))})"
+            more = {"policy": policy, "note": "many words " * 12}
+            rows = [predicted(i, depth=depth) | more for i in range(2)]
+            write_run(tmp_path / f"{number}-{depth}", rows)
+    draw(read([tmp_path]))
+    assert set(canvases) == {"depth", "candidates"}
+    for canvas in canvases.values():
+        canvas.draw_without_rendering()
+        (legend,) = canvas.legends
+        box, page = legend.get_window_extent(), canvas.bbox
+        assert page.x0 <= box.x0
+        assert box.x1 <= page.x1
+        assert page.y0 <= box.y0
+        assert "many words" not in legend.get_texts()[0].get_text()  # the same in all lines
+        height = canvas.axes[0].get_window_extent().height / canvas.dpi
+        assert height > 1, "the legend has taken the room of the axes"
+
+
+def test_axes_can_be_read(runs: Path, canvases: dict[str, Any]) -> None:
+    draw(read([runs]))
+    for axes in (*canvases["depth"].axes, *canvases["candidates"].axes):
+        assert axes.get_ylim() == pytest.approx((-0.05, 1.05))
+    ticks = [label.get_text() for label in canvases["candidates"].axes[0].get_xticklabels()]
+    assert {"1", "10"} <= set(ticks)
+    assert all(float(tick) for tick in ticks)
+
+
+def test_a_label_keeps_a_number_whole() -> None:
+    assert label_of({"optimizer.lr": 0.25}, ["optimizer.lr"]) == "lr 0.25"
+
+
+def test_a_figure_scrolls_at_its_own_size(runs: Path) -> None:
+    drawn = draw(read([runs]))
+    text = page(*_read(runs), drawn, "", 0)
+    assert len(re.findall(r'<div class="scroll"[^>]*><img src="data:', text)) == len(drawn) == 2
+    assert "figure img { display: block; max-width: none;" in text
+
+
+def test_a_report_is_written_among_the_runs_given_first(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run([str(runs / "1-0"), str(runs / "p")]) == 0
+    assert run([str(runs / "1-1" / "results.jsonl")]) == 0
+    assert sorted(tmp_path.rglob("report.html")) == [
+        runs / "1-0" / "report" / "report.html",
+        runs / "1-1" / "report" / "report.html",
+    ]
 
 
 def test_a_report_is_written_whole(runs: Path, tmp_path: Path, capsys) -> None:
@@ -170,6 +255,23 @@ def test_findings_count_proofs_and_say_so_where_one_is_wrong(tmp_path: Path) -> 
     write_run(tmp_path / "bad", [wrong])
     (_, _, proofs) = findings(read([tmp_path]).results)
     assert "6 of these are wrong" in proofs
+
+
+def test_what_is_the_same_in_all_settings_is_said_once(tmp_path: Path) -> None:
+    for depth in (1, 2, 3):
+        write_run(tmp_path / str(depth), [row(i, depth=depth) for i in range(2)])
+    said = findings(read([tmp_path]).results)[1]
+    assert said == "100% of the tokens are read in all 3 settings; 6 of 6 texts are exact."
+    write_run(tmp_path / "unknown", [predicted(0, depth=4, prompt=None, ids=None)])
+    unknown = tmp_path / "unknown" / "results.jsonl"
+    made = json.loads(unknown.read_text())
+    unknown.write_text(json.dumps({**made, "token_accuracy": None, "exact": None}) + "\n")
+    said = findings(read([tmp_path]).results)[1]
+    assert "in the 3 of 4 settings whose prompts are known; 6 of 6 texts" in said
+    write_run(tmp_path / "bad", [row(0, depth=5, right=0.0)])
+    said = findings(read([tmp_path]).results)[1]
+    assert said.startswith("Between 0% (fit, depth 5) and 100% (fit, depth 1) of the tokens")
+    assert said.endswith("6 of 7 texts are exact.")
 
 
 @pytest.mark.parametrize(
