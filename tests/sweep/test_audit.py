@@ -23,7 +23,7 @@ PLAN: dict[str, Any] = {
         "the first 16": {"features": "0:16"},
     },
     "fit": {"channels": ["untouched"], "options": {"model.iterations": 12}},
-    "predict": {"options": {"model.recovery.budget": 40}},
+    "predict": {"options": {"model.recovery.budget": 300}},
 }
 
 
