@@ -10,6 +10,7 @@ from importlib import import_module
 
 from lightning_inversion import __version__
 from lightning_inversion.errors import InputError
+from lightning_inversion.output_places import ended_by
 
 HELP = """\
 lightning-inversion reads a language model's input back out of its hidden states.
@@ -45,6 +46,10 @@ options
   --help, --version
 """
 
+COMMANDS = (
+    "fit", "validate", "predict", "attribute", "capture", "sweep", "report", "audit",
+)  # fmt: skip
+"""Every command there is."""
 BESIDE_LIGHTNING = {
     "sweep": "lightning_inversion.sweep.command",
     "report": "lightning_inversion.report.command",
@@ -63,6 +68,10 @@ def main() -> int:
         print(f"lightning-inversion {__version__}")
         return 0
     try:
+        if arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
+            raise InputError(
+                f"{arguments[0]!r} is no command; choose one of {', '.join(COMMANDS)}."
+            )
         if arguments[0] in BESIDE_LIGHTNING:
             return int(import_module(BESIDE_LIGHTNING[arguments[0]]).run(arguments[1:]))
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stack traces of lost connections
@@ -72,6 +81,12 @@ def main() -> int:
     except InputError as error:
         print(f"lightning-inversion: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        sentence = ended_by(error)
+        if sentence is None:
+            raise
+        print(f"lightning-inversion: {sentence}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

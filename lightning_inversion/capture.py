@@ -19,6 +19,7 @@ from lightning_inversion.batching import pack
 from lightning_inversion.captured import Captured, Storage
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import row_generator
+from lightning_inversion.output_places import check_writable
 from lightning_inversion.prompt_files import read_prompts
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -66,6 +67,7 @@ class CaptureOptions:
             raise InputError(
                 f"--out {str(self.out)!r} exists; give another file, or --overwrite true."
             )
+        check_writable(self.out, "--out")
 
 
 def add_capture_arguments(parser: ArgumentParser) -> None:

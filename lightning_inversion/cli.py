@@ -1,20 +1,23 @@
 """The command line: fit, validate and predict of Lightning; attribute and capture beside it."""
 
-import errno
+import difflib
 import logging
 import os
 import re
 import sys
 import threading
 import warnings
-from argparse import HelpFormatter
-from collections.abc import Callable
+from argparse import ArgumentParser, HelpFormatter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -30,20 +33,28 @@ from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.capture import add_capture_arguments, run_capture
 from lightning_inversion.errors import InputError, ProcessLostError
 from lightning_inversion.module import InputInversion
+from lightning_inversion.output_places import FULL, check_writable, ended_by
 from lightning_inversion.prompts import PromptDataModule
 from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.recovery.token_recovery import TokenRecovery
+from lightning_inversion.result_files import read_rows
 from lightning_inversion.resuming import (
+    ENDED,
     FITTED,
     PREDICTED,
     differences,
     newest_run,
+    read_settings,
+    read_stored_input,
     unfinished_checkpoint,
 )
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.shared import SharedModels
 
 _PACKAGE = "lightning_inversion"
+_COMPARED = {"validate": ("transformer", "learnable", "objective"), "predict": ("transformer",)}
+"""Commands that read a fit's input, and the parts of the model that must be the fit's."""
+_SEEDS = 2**32
 POLICIES = (TokenRecovery, SIPIT)
 """What --model.recovery can choose by name."""
 # Written out, so that --print_config shows the recommended recipe and config.yaml records it; a
@@ -65,7 +76,6 @@ COMPUTED_IN = {
     "16-true": "float16", "16-mixed": "float16", "16": "float16",
 }  # fmt: skip
 """Lightning's precisions, and what the frozen model computes in."""
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -84,6 +94,7 @@ class RunCheckpoint(ModelCheckpoint):
             save_last=True,
             enable_version_counter=False,
         )
+        self._ended = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
@@ -94,8 +105,16 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the finished input too."""
+        self._ended = True
         super().on_train_end(trainer, pl_module)
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._ended = False
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say whether the batch has ended: from its end no fit goes on."""
+        checkpoint[ENDED] = self._ended
 
 
 class OneSentenceParser(LightningArgumentParser):
@@ -103,8 +122,28 @@ class OneSentenceParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the sentence without usage and exit."""
-        sys.stderr.write(f"lightning-inversion: {one_sentence(message)}\n")
+        ours = input_error_behind(ex)
+        if ours is not None:
+            sentence = str(ours)
+        elif "unrecognized arguments" in message:
+            sentence = self._unrecognized(" ".join(message.split()))
+        else:
+            sentence = one_sentence(message)
+        sys.stderr.write(f"lightning-inversion: {sentence}\n")
         raise SystemExit(2)
+
+    def _unrecognized(self, message: str) -> str:
+        """What may have been meant, or where the options are listed."""
+        word = re.search(r"unrecognized arguments: ([^\s=]+)", message)
+        near = difflib.get_close_matches(word[1], options_of(self), 1, 0.8) if word else []
+        commands = [
+            name for action in self._actions if isinstance(action.choices, Mapping)
+            for name in action.choices
+        ]  # fmt: skip
+        named = commands if len(commands) == 1 else []
+        command = " ".join([self.prog.replace(" [options]", ""), *named])
+        way_out = f"did you mean {near[0]}?" if near else f"see {command} --help."
+        return f"{message}; {way_out}"
 
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
         """Lightning's four hundred lines on the Trainer stand last."""
@@ -114,8 +153,65 @@ class OneSentenceParser(LightningArgumentParser):
         return super().format_help(formatter)
 
 
+def options_of(parser: ArgumentParser) -> list[str]:
+    """The options of a parser and of its commands, as they are written."""
+    options = list(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action.choices, Mapping):
+            options += [name for sub in action.choices.values() for name in options_of(sub)]
+    return options
+
+
+def input_error_behind(error: BaseException | None) -> InputError | None:
+    """The sentence of ours that a library has wrapped in errors of its own, if there is one."""
+    seen: list[BaseException | None] = [None]
+    while error not in seen:
+        if isinstance(error, InputError):
+            return error
+        seen.append(error)
+        assert error is not None
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def wrong_values(option: str = "") -> Iterator[None]:
+    """What a library says of the values of options is wrong input, in one sentence.
+
+    Args:
+        option: to which the values belong, if it is known.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, MisconfigurationException) as error:
+        ours = input_error_behind(error)
+        if ours is not None:
+            raise ours from error
+        if isinstance(error, UnicodeDecodeError):
+            raise InputError(
+                "--config names a file that is not UTF-8 text; give a file of YAML."
+            ) from error
+        text = " ".join(str(error).split())
+        key = re.search(r"\b(accelerator|devices|num_nodes|precision|strategy)=", text)
+        name = f"--trainer.{key[1]}" if key else option
+        raise InputError(
+            f"{name}: {text.rstrip('.')}; choose another value.".removeprefix(": ")
+        ) from error
+
+
+_KINDS = {
+    "<class 'int'>": "a whole number", "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false", "<class 'str'>": "a text", "<class 'NoneType'>": "null",
+    "<class 'list'>": "a list", "<class 'dict'>": "a mapping", "list[str]": "a list of texts",
+    "list[int]": "a list of whole numbers", "list[float]": "a list of numbers",
+}  # fmt: skip
+"""Types as jsonargparse prints them, in words."""
+
+
 def one_sentence(message: str) -> str:
-    """jsonargparse's message in one line; for a wrong class name, the names there are."""
+    """jsonargparse's message in one line; for a wrong name or type, what there is to choose."""
     text = re.sub(r"\s+", " ", message).strip()
     wanted = re.search(r'Parser key "([\w.]+)":.*<class \'(lightning_inversion[\w.]+)\'>', text)
     given = re.search(r"Given value: (.*)$", text)
@@ -124,7 +220,41 @@ def one_sentence(message: str) -> str:
         module, name = path.rsplit(".", 1)
         names = ", ".join(subclass_names(getattr(import_module(module), name)))
         return f"--{key} {given[1]} is no {name}; choose one of {names}, or give a class_path."
+    missing = re.search(r"the following arguments are required: (.*)$", text)
+    if missing:
+        options = ", ".join(f"--{name.lstrip('-')}" for name in missing[1].split(", "))
+        return f"{options} must be given; see --help."
+    wrong = re.search(
+        r'Parser key "([\w.]+)":.*?(?:Subtypes: [\[(](.*)[\])] Errors:|Expected an? (.*?)\. Got)'
+        r".*?(?:Given|Got)? value: (.*)$",
+        text,
+    )
+    if wrong:
+        key, several, one, value = wrong.groups()
+        choices = in_words(several or one)
+        if choices:
+            return f"--{key}: {value} {choices}."
     return re.sub(r'^Parser key "([\w.]+)": ', r"--\1: ", text)
+
+
+def in_words(types: str) -> str | None:
+    """What a value of none of these types is; None where there are no words for one of them."""
+    if "typing.Callable" in types:
+        return "is no class that can be found; give the path of one, as torch.optim.Adam"
+    parts = re.findall(r"typing\.Literal\[.*?\]|<class '.*?'>|[\w.]+(?:\[[^\]]*\])?", types)
+    words: list[str] = []
+    literal = False
+    for part in parts:
+        if part.startswith("typing.Literal"):
+            literal = True
+            words += re.findall(r"'(.*?)'", part)
+        elif part in _KINDS:
+            words.append(_KINDS[part])
+        else:
+            return None
+    if literal and not set(words) & (set(_KINDS.values()) - {"null"}):
+        return f"is unknown; choose one of {', '.join(words)}"
+    return f"is not {' or '.join(words)}"
 
 
 def subclass_names(base: type) -> list[str]:
@@ -144,6 +274,7 @@ class InversionCLI(LightningCLI):
 
     def __init__(self, args: list[str], models: SharedModels | None = None) -> None:
         self._args, self.models = args, models
+        self._stored: set[tuple[int, str | None]] = set()
         super().__init__(
             InputInversion,
             PromptDataModule,
@@ -182,7 +313,16 @@ class InversionCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments, whatever the process was started with."""
-        self.config = parser.parse_args(args)
+        with wrong_values():
+            self.config = parser.parse_args(args)
+        seed = self.config[self.config.subcommand].seed_everything
+        if not isinstance(seed, bool) and seed is not None and not 0 <= seed < _SEEDS:
+            raise InputError(
+                f"--seed_everything must be between 0 and {_SEEDS - 1}, and is {seed}."
+            )
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would look in a checkpoint for options, and a fit keeps none there."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our callbacks under keys of their own, and each value written once."""
@@ -205,18 +345,31 @@ class InversionCLI(LightningCLI):
         """Turn ``--ckpt_path last`` into the newest fit; ``fit`` goes on in its folder."""
         config = self.config[self.subcommand]
         compute_in_precision(config)
-        if config.trainer.strategy == "auto" and processes(config.trainer) > 1:
+        with wrong_values():
+            several = config.trainer.strategy == "auto" and processes(config.trainer) > 1
+        if several:
             config.trainer.strategy = strategy.NAME
+        root = Path(config.trainer.default_root_dir or ".") / "lightning_logs"
         if self.subcommand == "validate":
             self.save_config_callback = None  # only a fit is a run that can be resumed
             if config.ckpt_path is None:
                 raise InputError("validate scores a stored input; name it with --ckpt_path.")
+            if config.trainer.logger is None:
+                config.trainer.logger = False  # there is nothing to keep
+        elif config.trainer.logger in (None, True) and "://" not in str(root):
+            check_writable(root.parent, "--trainer.default_root_dir", folder=True)
         if self.subcommand == "predict":
             self.save_config_kwargs["config_filename"] = PREDICTED
             config.return_predictions = False  # they are in the rows
-        if config.ckpt_path != "last":
-            return
-        root = Path(config.trainer.default_root_dir or ".") / "lightning_logs"
+        if config.ckpt_path == "last":
+            self._find_last(root)
+        config = self.config[self.subcommand]
+        if self.subcommand in _COMPARED and config.ckpt_path is not None:
+            self._read_stored_input(Path(config.ckpt_path))
+
+    def _find_last(self, root: Path) -> None:
+        """Name the checkpoint of the newest run, or go on with it."""
+        config = self.config[self.subcommand]
         run = newest_run(root, PREDICTED if self.subcommand == "predict" else FITTED)
         if run is None:
             raise InputError(f"--ckpt_path last finds no run under {str(root)!r}; leave it out.")
@@ -230,16 +383,29 @@ class InversionCLI(LightningCLI):
         elif not checkpoint.exists():
             raise InputError(f"--ckpt_path last finds no checkpoint in {str(run)!r}; name one.")
 
+    def _settings(self) -> dict[str, Any]:
+        """This command's settings, as a run's folder keeps them."""
+        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
+        assert isinstance(settings, dict)
+        return settings
+
+    def _read_stored_input(self, path: Path) -> None:
+        """Refuse a checkpoint that this command cannot read, and note its texts."""
+        assert self.subcommand is not None
+        parts = _COMPARED[self.subcommand]
+        batch = read_stored_input(path, self._settings(), parts)["batch"]
+        self._stored = set(zip(batch["index"], batch["prompts"], strict=True))
+
     def _continue(self, run: Path, settings: str) -> None:
         """Let this run go on in the folder of an earlier one with the same settings."""
         command = self.subcommand
-        asked = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[command]
-        different = differences(yaml.safe_load((run / settings).read_text()), asked)
+        different = differences(read_settings(run / settings), self._settings())
         if different:
             raise InputError(
                 f"--ckpt_path last continues {str(run)!r}, which was made with another "
                 f"{different[0]}; use its settings, or leave --ckpt_path out."
             )
+        read_rows(run / self.config[command].results.file)  # a broken row is said at once
         self.config[command].trainer.logger = {
             "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
             "init_args": {
@@ -250,9 +416,16 @@ class InversionCLI(LightningCLI):
         }
         self.config = self.parser.parse_object(self.config)
 
+    def instantiate_classes(self) -> None:
+        """What the classes, Lightning's too, do not take is wrong input."""
+        with wrong_values():
+            super().instantiate_classes()
+
     def after_instantiate_classes(self) -> None:
         """Find what does not fit together before a folder is made or a model loaded."""
         self.model.check(self.trainer)
+        with wrong_values("--model.optimizer"):
+            self.model.optimizer_of([torch.zeros(1, requires_grad=True)])
         if isinstance(self.trainer.strategy, strategy.IndependentPrompts):
             self.trainer.strategy.run_by([sys.executable, "-m", _PACKAGE, *self._args])
         if self.subcommand == "validate" and self.trainer.world_size > 1:
@@ -270,8 +443,16 @@ class InversionCLI(LightningCLI):
             else:
                 self.model.use(self.models.load(self.model.spec))
         config = self.config_init[self.subcommand]
+        if self._stored and self._stored.isdisjoint(enumerate(self.datamodule.texts)):
+            self._say_that_no_text_is_stored(config.ckpt_path)
         if self.subcommand == "fit" and config.ckpt_path is not None:
             config.ckpt_path = unfinished_checkpoint(Path(config.ckpt_path), self.trainer)
+
+    def _say_that_no_text_is_stored(self, checkpoint: str) -> None:
+        """``validate`` scores the texts of the checkpoint, whatever the data."""
+        if self.subcommand == "predict" and strategy.rank_of(self.trainer) == 0:
+            print(f"{checkpoint} holds none of these texts, and nothing is taken from it.",
+                  file=sys.stderr)  # fmt: skip
 
     def after_predict(self) -> None:
         """Show what was recovered."""
@@ -343,7 +524,7 @@ def quiet_lightning() -> None:
 
 def say_once_that_the_disk_is_full(thread: threading.ExceptHookArgs) -> None:
     """TensorBoard's writing thread meets it too; the main thread says it in a sentence."""
-    if not isinstance(thread.exc_value, OSError) or thread.exc_value.errno not in _FULL:
+    if not isinstance(thread.exc_value, OSError) or thread.exc_value.errno not in FULL:
         threading.__excepthook__(thread)
 
 
@@ -365,10 +546,10 @@ def run(args: list[str]) -> int:
         print(f"lightning-inversion: {error}; the run has ended.", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in _FULL:
+        sentence = ended_by(error)
+        if sentence is None:
             raise
-        print(f"lightning-inversion: nothing more can be written ({error.strerror}); make room and "
-              "go on.", file=sys.stderr)  # fmt: skip
+        print(f"lightning-inversion: {sentence}", file=sys.stderr)
         return 1
     return 0
 

@@ -9,6 +9,8 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock
 
+from lightning_inversion.errors import InputError
+
 Row = dict[str, Any]
 
 _BLOCK = 1 << 16
@@ -19,15 +21,23 @@ def read_rows(path: Path) -> list[Row]:
 
     What a killed process was writing, a last line without its end, is left out, and so is a row
     that was written twice.
+
+    Raises:
+        InputError: another line is no row.
     """
     if not path.exists():
         return []
     rows: dict[int, Row] = {}
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
-                row = json.loads(line)
-                rows.setdefault(int(row["index"]), row)
+                try:
+                    row = json.loads(line)
+                    rows.setdefault(int(row["index"]), row)
+                except (ValueError, TypeError, LookupError) as error:
+                    raise InputError(
+                        f"{str(path)!r}, line {number} is no row; remove the line and go on."
+                    ) from error
     return [rows[index] for index in sorted(rows)]
 
 

@@ -19,6 +19,7 @@ from lightning_inversion.attribution.request import Request
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.attribution.rows import RowFile
 from lightning_inversion.errors import InputError
+from lightning_inversion.output_places import check_writable
 from lightning_inversion.prompt_files import read_prompts
 from lightning_inversion.transformer.loading import WHAT_IS_LOADED, TransformerSpec
 
@@ -146,8 +147,13 @@ def _check_files(options: Namespace) -> None:
         raise InputError("--out and --json cannot both be stdout; give one of them a file.")
     for option in ("out", "json"):
         path = options[option]
-        if path is not None and path != Path(_IN_AND_OUT) and path.is_dir():
+        if path is None or path == Path(_IN_AND_OUT):
+            continue
+        if path.is_dir():
             raise InputError(f"--{option} {str(path)!r} is a folder; give a file in it.")
+        check_writable(path, f"--{option}")
+    if options.tensorboard is not None:
+        check_writable(options.tensorboard, "--tensorboard", folder=True)
 
 
 def _check_processes(options: Namespace) -> None:

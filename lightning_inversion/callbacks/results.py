@@ -18,6 +18,7 @@ from lightning_inversion.callbacks.fitted_rows import (
 )
 from lightning_inversion.callbacks.recovered_rows import recovered_rows
 from lightning_inversion.callbacks.summary import mean, print_rows
+from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.prompts import PromptBatch, PromptDataModule
 from lightning_inversion.recovery.verification import verify_text
@@ -38,6 +39,8 @@ class Results(Callback):
     """
 
     def __init__(self, top_k: int = 5, file: str = "results.jsonl") -> None:
+        if top_k < 1:
+            raise InputError(f"--results.top_k must be at least 1, and is {top_k}.")
         self.top_k, self.file = top_k, file
         self._path = Path(file)
         self._finished: set[int] = set()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.output_places import check_writable
 from lightning_inversion.report.reading import Reading, read
 from lightning_inversion.report.statistics import grouped
 from lightning_inversion.report.table import as_json, comma_separated, lines_of, markdown
@@ -41,6 +42,7 @@ def run(args: list[str]) -> int:
         raise InputError(f"--texts must not be negative, and is {options.texts}.")
     if options.out.exists() and not options.out.is_dir():
         raise InputError(f"--out {str(options.out)!r} is a file; give a folder.")
+    check_writable(options.out, "--out", folder=True)
     reading = read(options.runs)
     for path, reason in reading.skipped:
         print(f"{path}: {reason}", file=sys.stderr)

@@ -118,6 +118,7 @@ def test_many_texts_go_on_where_they_stopped(
         (["a", "--preset", "document", "--scalar", "prob"], "--scalar"),
         (["a", "--out", "-", "--json", "-"], "--out and --json"),
         (["a", "--out", "."], "--out"),
+        (["a", "--out", "/proc/x.html"], "--out '/proc/x.html' cannot be written"),
         (["a", "--model", "no such model"], "^--model"),
         (["a", "--quantization", "int8", "--dtype", "float16"], "^--quantization"),
         (["a", "--token", "two words"], "--token"),

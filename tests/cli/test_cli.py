@@ -1,6 +1,7 @@
 """The real entry point in process: wrong use, configs, a run, a resumed run, a stored input."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,22 @@ def rows_of(root: Path, version: int = 0) -> list[dict]:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--model.transformer.dept=3"], "unrecognized arguments: --model.transformer.dept"),
+        (["--model.transformer.dept=3"], "did you mean --model.transformer.depth?"),
         (["--model.iteration=3"], "unrecognized arguments"),  # no abbreviations
         (["--model.iterations=0"], "--model.iterations must be at least 1"),
-        (["--model.iterations=x"], "--model.iterations: Expected a <class 'int'>"),
+        (["--model.iterations=x"], "--model.iterations: x is not a whole number"),
+        (["--model.transformer.depth=x"], "depth: x is not a whole number or null"),
+        (["--model.transformer.dtype=int3"], "int3 is unknown; choose one of float32, bfloat16"),
+        (["--data.tokens_per_batch=x"], "tokens_per_batch: x is not a whole number or auto"),
+        (["--nothing_like_it=1"], "see lightning-inversion fit --help"),
+        (["--results.top_k=0"], "--results.top_k must be at least 1, and is 0"),
+        (["--seed_everything=-1"], "--seed_everything must be between 0 and 4294967295"),
+        (["--trainer.accelerator=foo"], "--trainer.accelerator: "),
+        (["--trainer.devices=0"], "--trainer.devices: "),
+        (["--model.optimizer.lr=-1"], "--model.optimizer: Invalid learning rate: -1.0"),
+        (["--model.recovery.budget=-3"], "--model.recovery: candidates, most and budget must"),
+        (["--trainer.default_root_dir=/proc/x"], "--trainer.default_root_dir '/proc/x' cannot"),
+        ([f"--trainer.default_root_dir={__file__}"], "is a file; give a folder"),
         (["--model.transformer.depth=0"], "--model.transformer.depth"),
         (["--model.transformer.depth=99"], "99 blocks were asked for and the model has 4"),
         (["--model.objective=L3"], "L3 is no Objective; choose one of C"),
@@ -75,6 +88,46 @@ def test_wrong_use_ends_in_one_sentence_and_code_2(
     assert sentence in message
     assert message.count("\n") == 1, message
     assert not (tmp_path / "lightning_logs").exists()
+
+
+def test_a_config_of_other_bytes_is_one_sentence(tmp_path: Path, capsys) -> None:
+    config = tmp_path / "bytes.yaml"
+    config.write_bytes(bytes(range(128, 256)))
+    try:
+        code = run(["fit", f"--config={config}"])
+    except SystemExit as stop:
+        code = stop.code
+    message = capsys.readouterr().err
+    assert code == 2
+    assert "--config" in message
+    assert message.count("\n") == 1, message
+
+
+def test_an_unknown_command_is_told_the_known_ones(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["lightning-inversion", "fitt"])
+    monkeypatch.setattr(entry, "import_module", lambda name: pytest.fail(f"{name} was imported"))
+    assert entry.main() == 2
+    message = capsys.readouterr().err
+    assert "'fitt' is no command; choose one of fit, validate, predict, attribute" in message
+
+
+def test_options_that_must_be_given_are_named_as_they_are_written(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(["capture", "--prompts=p.txt"])
+    assert ended.value.code == 2
+    assert "--out must be given" in capsys.readouterr().err
+
+
+def test_a_file_that_fails_in_the_run_is_one_sentence_and_code_1(monkeypatch, capsys) -> None:
+    def fails(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "rows.jsonl")
+
+    monkeypatch.setattr("lightning_inversion.cli.InversionCLI", fails)
+    assert run(["fit"]) == 1
+    message = capsys.readouterr().err
+    assert message == (
+        "lightning-inversion: 'rows.jsonl' failed: Permission denied; the run has ended.\n"
+    )
 
 
 def test_a_missing_prompt_and_a_missing_checkpoint(
@@ -198,5 +251,105 @@ def test_a_damaged_checkpoint_costs_its_batch_alone(
     (folder / "results.jsonl").write_text(lines[1] + lines[0][:40])
     capsys.readouterr()
     assert run([*arguments, "--ckpt_path=last"]) == 0
-    assert "cannot be read" in capsys.readouterr().err
+    assert "last.ckpt is no whole checkpoint; its batch begins again." in capsys.readouterr().err
     assert [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(tmp_path)] == before
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of a fit that has ended; tests that change it copy it first."""
+    root = tmp_path_factory.mktemp("fitted")
+    assert run(fit(tiny_folder, root, "--model.iterations=3", "--data.batch_size=1")) == 0
+    return root
+
+
+def without_seconds(root: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(root)]
+
+
+@pytest.mark.parametrize("command", ["validate", "predict"])
+@pytest.mark.parametrize("content", ["missing", "empty", "text", "truncated", "other"])
+def test_a_checkpoint_that_cannot_be_read_is_one_sentence(
+    command: str, content: str, tiny_folder: Path, fitted: Path, tmp_path: Path, capsys
+) -> None:
+    path = tmp_path / "last.ckpt"
+    whole = (fitted / "lightning_logs/version_0/checkpoints/last.ckpt").read_bytes()
+    if content == "other":
+        torch.save({"weights": torch.zeros(1)}, path)
+    elif content != "missing":
+        path.write_bytes({"empty": b"", "text": b"This is text\n"}.get(content, whole[:-500]))
+    options = fit(tiny_folder, tmp_path, f"--ckpt_path={path}")[1:]
+    assert run([command, *options]) == 2
+    message = capsys.readouterr().err
+    assert f"--ckpt_path {str(path)!r} cannot be read: " in message
+    assert message.endswith("; name a checkpoint of a fit.\n")
+    assert message.count("\n") == 1
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "key"),
+    [
+        ("validate", "--model.transformer.depth=3", "model.transformer.depth"),
+        ("validate", "--model.learnable=VocabularyInput", "model.learnable"),
+        ("validate", "--model.objective=L1", "model.objective"),
+        ("predict", "--model.transformer.depth=3", "model.transformer.depth"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(
+    command: str, option: str, key: str, tiny_folder: Path, fitted: Path, tmp_path: Path, capsys
+) -> None:
+    path = fitted / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+    options = fit(tiny_folder, tmp_path, f"--ckpt_path={path}", option)[1:]
+    assert run([command, *options]) == 2
+    assert f"was made with another {key}" in capsys.readouterr().err
+
+
+def test_validate_prints_its_score_and_leaves_no_folder(
+    tiny_folder: Path, fitted: Path, tmp_path: Path, capsys
+) -> None:
+    path = fitted / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+    assert run(["validate", *fit(tiny_folder, tmp_path, f"--ckpt_path={path}")[1:]]) == 0
+    assert "token accuracy" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_predict_says_that_a_checkpoint_holds_none_of_its_texts(
+    tiny_folder: Path, fitted: Path, tmp_path: Path, capsys
+) -> None:
+    path = fitted / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+    options = fit(tiny_folder, tmp_path, f"--ckpt_path={path}", '--data.prompts=["other"]')[1:]
+    assert run(["predict", *options]) == 0
+    assert "holds none of these texts" in capsys.readouterr().err
+
+
+def test_a_row_that_was_cut_off_at_the_end_is_made_again_from_the_start(
+    tiny_folder: Path, fitted: Path, tmp_path: Path
+) -> None:
+    root = shutil.copytree(fitted, tmp_path / "moved")
+    before = without_seconds(root)
+    rows = root / "lightning_logs" / "version_0" / "results.jsonl"
+    rows.write_bytes(rows.read_bytes()[:-40])
+    options = ["--model.iterations=3", "--data.batch_size=1", "--ckpt_path=last"]
+    # The folder has another name now, and the run is the same.
+    assert run(fit(tiny_folder, root, *options)) == 0
+    assert without_seconds(root) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("config.yaml", "[", "config.yaml' cannot be read as the settings of a run"),
+        ("results.jsonl", "{}\n", "results.jsonl', line 1 is no row; remove the line and go on"),
+    ],
+)
+def test_a_damaged_run_is_not_gone_on_with(
+    file: str, content: str, sentence: str, tiny_folder: Path, fitted: Path, tmp_path: Path, capsys
+) -> None:
+    root = shutil.copytree(fitted, tmp_path / "moved")
+    (root / "lightning_logs" / "version_0" / file).write_text(content)
+    options = ["--model.iterations=3", "--data.batch_size=1", "--ckpt_path=last"]
+    assert run(fit(tiny_folder, root, *options)) == 2
+    message = capsys.readouterr().err
+    assert sentence in message
+    assert message.count("\n") == 1

@@ -297,3 +297,8 @@ def test_a_report_needs_neither_torch_nor_lightning(runs: Path, tmp_path: Path) 
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_runs_are_read(runs: Path) -> None:
+    with pytest.raises(InputError, match="--out '/proc/x' cannot be written"):
+        run([str(runs), "--out", "/proc/x"])

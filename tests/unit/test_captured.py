@@ -11,6 +11,7 @@ from lightning_inversion.captured import Captured, Storage
 from lightning_inversion.cli import run
 from lightning_inversion.errors import InputError
 from lightning_inversion.prompts import PromptDataModule
+from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 PROMPTS = ["The sky is blue.", "A quick brown fox"]
@@ -209,3 +210,16 @@ def test_a_capture_is_not_overwritten(tiny_folder: Path, tmp_path: Path, capsys)
     words = ["capture", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={path}"]
     assert run([*words, f"--model={tiny_folder}"]) == 2
     assert "exists; give another file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["/proc/t.safetensors", f"{__file__}/t.safetensors"])
+def test_a_place_that_takes_no_file_is_refused_before_the_model_loads(
+    place: str, tiny_folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(TransformerSpec, "load", lambda _: pytest.fail("the model was loaded"))
+    (tmp_path / "prompts.txt").write_text("a\n")
+    words = [f"--prompts={tmp_path / 'prompts.txt'}", f"--out={place}", f"--model={tiny_folder}"]
+    assert run(["capture", *words, "--depth=2"]) == 2
+    message = capsys.readouterr().err
+    assert f"--out {place!r} cannot be" in message
+    assert message.count("\n") == 1

@@ -6,6 +6,7 @@ import pytest
 from lightning_inversion.callbacks.learning_rate import LinearLearningRate
 from lightning_inversion.callbacks.summary import mean
 from lightning_inversion.errors import InputError
+from lightning_inversion.output_places import check_writable
 from lightning_inversion.prompt_files import read_prompts
 from lightning_inversion.prompts import PromptBatch, PromptDataModule
 from lightning_inversion.result_files import append_rows, read_rows
@@ -22,6 +23,27 @@ def test_rows_are_whole_or_absent_after_a_kill(tmp_path: Path) -> None:
     lines = path.read_text().splitlines()
     assert [json.loads(line)["index"] for line in lines] == [1, 0]
     assert [row["index"] for row in read_rows(path)] == [0, 1]
+
+
+@pytest.mark.parametrize("line", [b"{not JSON\n", b'{"text": "no index"}\n', b"\xff\x00\n", b"3\n"])
+def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b'{"index": 0}\n' + line + b'{"index": 1}\n')
+    with pytest.raises(InputError, match=r"results\.jsonl', line 2 is no row; remove the line"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("below", [Path("/proc"), Path(__file__)])
+def test_a_place_that_takes_no_file_is_refused(below: Path) -> None:
+    with pytest.raises(InputError, match=r"--out '.*' cannot be") as error:
+        check_writable(below / "new" / "file", "--out")
+    assert "\n" not in str(error.value)
+
+
+def test_a_place_is_looked_at_and_left_alone(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "file", "--out")
+    check_writable(tmp_path, "--out", folder=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_learning_rate_goes_from_base_to_a_hundredth() -> None:
