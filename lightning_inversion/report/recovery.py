@@ -34,8 +34,8 @@ python -m lightning_inversion.report.recovery                              # wri
   *x forward*: the time in units of one forward over all texts.
 - *s a token*: seconds for each certified token; *x recommended*: the same in units of the
   recommended policy, on the same texts in the same process. A policy that was stopped has paid for
-  its easiest tokens alone, not for the ones it was at, so that its *x recommended* is a lower bound,
-  and can fall below 1 where the easiest tokens are cheap for everybody.
+  its easiest tokens alone, not for the ones it was at: its *x recommended* is a lower bound, and
+  can fall below 1 where the easiest tokens are cheap for everybody.
 """
 
 _COLUMNS = (

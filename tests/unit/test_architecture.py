@@ -11,6 +11,7 @@ LEVELS = {
     "__main__": 6,
     "sweep": 6,
     "cli": 5,
+    "parser": 5,
     "experiments": 5,
     "protocol": 5,
     "bandwidth": 5,
@@ -42,7 +43,7 @@ LEVELS = {
     "visible_text": 0,
     "__init__": 0,
 }
-KNOWS_LIGHTNING = {"cli", "module", "prompts", "strategy", "resuming", "callbacks"}
+KNOWS_LIGHTNING = {"cli", "parser", "module", "prompts", "strategy", "resuming", "callbacks"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
