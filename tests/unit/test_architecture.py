@@ -35,6 +35,7 @@ LEVELS = {
     "report": 1,
     "batching": 0,
     "claims": 0,
+    "durations": 0,
     "prompt_files": 0,
     "result_files": 0,
     "errors": 0,
