@@ -12,6 +12,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -494,9 +495,19 @@ class InputInversion(LightningModule):
                 target,
                 batch.lengths,
                 known,
-                self.watch,
+                self._after_round,
                 self._start_of(batch),
             )
+
+    def _after_round(self, texts: list[RecoveredText]) -> None:
+        """Show what a round has recovered; end here if the process was asked to.
+
+        Lightning only notes a SIGTERM, and looks at its note between the batches of a fit alone.
+        """
+        if self.watch is not None:
+            self.watch(texts)
+        if self._trainer is not None and self.trainer.received_sigterm:
+            raise SIGTERMException
 
     def _start_of(self, batch: PromptBatch) -> Tensor | None:
         """What a fit's checkpoint holds of a batch's texts, ``[B, T, D]``, nan for the others."""
