@@ -62,7 +62,8 @@ def fit(arguments: list[str], root: Path) -> list[dict[str, Any]]:
     from lightning_inversion.resuming import newest_run
 
     logs = root / "lightning_logs"
-    quiet = ["--decoding.show=false", "--decoding.every=1000000"]  # decoded at the end alone
+    # Decoded at the end alone.
+    quiet = ["--decoding.show=false", "--decoding.every=1000000", "--decoding.early=false"]
     again = ["--ckpt_path=last"] if newest_run(logs) is not None else []
     where = [f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu"]
     with contextlib.redirect_stdout(io.StringIO()):

@@ -12,6 +12,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -112,6 +113,7 @@ class InputInversion(LightningModule):
         self.batch: PromptBatch | None = None
         self._aimed = False
         self._calibrated = False
+        self._said: set[str] = set()
         self.iteration = 0
 
     # -- the frozen half ---------------------------------------------------------------------
@@ -170,7 +172,10 @@ class InputInversion(LightningModule):
 
     def configure_model(self) -> None:
         """Load the frozen model, once; for ``predict`` the language model too, if it is used."""
-        if self._predicting and self.recovery.needs_language_model and self.whole is None:
+        needs_whole = self._predicting and self.recovery.needs_language_model
+        if self.transformer is None or (needs_whole and self.whole is None):
+            self._say(f"loading {self.spec.model}")
+        if needs_whole and self.whole is None:
             if self.transformer is None:
                 self.transformer, self.whole = self.spec.load_with_head()
             else:
@@ -187,6 +192,13 @@ class InputInversion(LightningModule):
     @property
     def _predicting(self) -> bool:
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
+
+    def _say(self, what: str) -> None:
+        """Tell on stderr what begins, where it is slow: once, and by the first process alone."""
+        if self._trainer is None or not self.trainer.is_global_zero or what in self._said:
+            return
+        self._said.add(what)
+        print(f"{what} ...", file=sys.stderr, flush=True)
 
     @property
     def frozen(self) -> TruncatedTransformer:
@@ -465,7 +477,7 @@ class InputInversion(LightningModule):
         )
         captured = None if self._data is None else self._data.captured
         channel = None if captured is None else captured.storage
-        return Instruments.measure(transformer, language_model, channel)
+        return Instruments.measure(transformer, language_model, channel, self._say)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[RecoveredText]:
         """Recover the texts of a batch token by token, with certificates."""
@@ -483,9 +495,19 @@ class InputInversion(LightningModule):
                 target,
                 batch.lengths,
                 known,
-                self.watch,
+                self._after_round,
                 self._start_of(batch),
             )
+
+    def _after_round(self, texts: list[RecoveredText]) -> None:
+        """Show what a round has recovered; end here if the process was asked to.
+
+        Lightning only notes a SIGTERM, and looks at its note between the batches of a fit alone.
+        """
+        if self.watch is not None:
+            self.watch(texts)
+        if self._trainer is not None and self.trainer.received_sigterm:
+            raise SIGTERMException
 
     def _start_of(self, batch: PromptBatch) -> Tensor | None:
         """What a fit's checkpoint holds of a batch's texts, ``[B, T, D]``, nan for the others."""

@@ -9,6 +9,7 @@ import transformers
 
 import lightning_inversion
 from lightning_inversion.attribution.tokens import token_texts
+from lightning_inversion.callbacks.recovered_rows import nothing_recovered
 from lightning_inversion.decoding import TopTokens
 from lightning_inversion.metrics import exact_match, token_accuracy, top_k_accuracy
 from lightning_inversion.module import InputInversion
@@ -127,14 +128,22 @@ def _scores(batch: PromptBatch, top: TopTokens, row: int) -> Row:
     }
 
 
-def bad_row(module: InputInversion, index: int, prompt: str | None, reason: str) -> Row:
-    """The row of a prompt that could not be run: why, and nothing recovered."""
-    nothing = {"exact": False, "token_accuracy": 0.0, "verified": False, "verified_tokens": 0}
-    empty: Row = {key: [] for key in ("ids", "recovered_ids", "recovered_scores", "top_k_ids")}
+def bad_row(module: InputInversion, index: int, prompt: str | None, reason: str, top_k: int) -> Row:
+    """The row of a prompt that could not be fitted: why, and nothing recovered."""
     return {
-        "schema": SCHEMA, "index": index, "prompt": prompt, "error": reason, "recovered": None,
-        **nothing, "iterations": 0, "seconds": 0.0, **empty, **describe(module),
-    }  # fmt: skip
+        "schema": SCHEMA,
+        **nothing_recovered(index, prompt, reason),
+        "top_k_accuracy": 0.0,
+        "hamming": 1.0,
+        "top_k": top_k,
+        "distance_ratio": None,
+        "criterion_met": False,
+        "criterion_met_at": None,
+        "iterations": 0,
+        "recovered_scores": [],
+        "top_k_ids": [],
+        **describe(module),
+    }
 
 
 def finite(number: float) -> float | None:

@@ -69,6 +69,47 @@ def recovered_rows(
     return rows
 
 
+def nothing_recovered(index: int, prompt: str | None, reason: str) -> Row:
+    """What the rows of either command say of a prompt that could not be run."""
+    return {
+        "index": index,
+        "prompt": prompt,
+        "error": reason,
+        "recovered": None,
+        "recovered_tokens": None,
+        "exact": False,
+        "token_accuracy": 0.0,
+        "verified": False,
+        "verified_tokens": 0,
+        "unresolved": [],
+        "token_residuals": [],
+        "tolerances": [],
+        "indistinguishable": [],
+        "seconds": 0.0,
+        "ids": [],
+        "recovered_ids": [],
+    }
+
+
+def bad_recovered_row(index: int, prompt: str | None, reason: str, shared: Row) -> Row:
+    """The row of a text that could not be recovered: why, and nothing beside it.
+
+    Args:
+        index: of the prompt.
+        prompt: its text, if it is known.
+        reason: why it could not be run.
+        shared: the settings and versions of the run.
+    """
+    lists = ("certified", "margins", "candidates", "orders", "token_seconds", "alternatives")
+    return {
+        **nothing_recovered(index, prompt, reason),
+        **{key: [] for key in lists},
+        "known_tokens": 0,
+        "forwards": 0,
+        **shared,
+    }
+
+
 def rounded(value: float | None) -> float | None:
     """To a few significant digits: a row is read by people too."""
     return None if value is None else float(f"{value:.{SIGNIFICANT}g}")

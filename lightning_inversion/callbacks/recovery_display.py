@@ -10,13 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_inversion.callbacks.live_display import LiveDisplay
+from lightning_inversion.callbacks.shown_tokens import shown_tokens
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.prompts import PromptBatch
 from lightning_inversion.recovery.certificate import RecoveredText
 
 _SECONDS = 5.0
-"""Between two plain lines where there is no terminal."""
+"""Between two plain lines at least, where there is no terminal."""
 
 
 class RecoveryDisplay(LiveDisplay):
@@ -32,7 +33,8 @@ class RecoveryDisplay(LiveDisplay):
             raise InputError(f"display.prompts must be at least 1, and is {prompts}.")
         super().__init__("tokens", show)
         self.prompts = prompts
-        self._said = time.monotonic()
+        self._said_at = time.monotonic()
+        self._said = ""
 
     def on_predict_batch_start(
         self,
@@ -57,11 +59,17 @@ class RecoveryDisplay(LiveDisplay):
             self._bar.update(task, completed=done)
             if self._live is not None:
                 self._live.update(Group(self._bar, self._table(module, batch, texts)))
-            elif time.monotonic() - self._said > _SECONDS:
-                self._said = time.monotonic()
-                print(f"{done} of {sum(batch.lengths)} tokens", file=sys.stderr, flush=True)
+            else:
+                self._say(f"{done} of {sum(batch.lengths)} tokens")
 
         pl_module.watch = watch
+
+    def _say(self, line: str) -> None:
+        """Print a line that is news, if the last one was some time ago."""
+        if line == self._said or time.monotonic() - self._said_at < _SECONDS:
+            return
+        self._said_at, self._said = time.monotonic(), line
+        print(line, file=sys.stderr, flush=True)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the live display."""
@@ -72,10 +80,9 @@ class RecoveryDisplay(LiveDisplay):
         tokenizer = module.frozen.tokenizer
         for row, recovered in enumerate(texts[: self.prompts]):
             text = Text()
-            for place, token in enumerate(recovered.ids):
+            for place, piece in enumerate(shown_tokens(tokenizer, recovered.ids)):
                 proof = place - len(recovered.known)
                 sure = proof < 0 or recovered.tokens[proof].certified
-                piece = str(tokenizer.decode([token])) if tokenizer else f"[{token}]"
-                text.append(piece.replace("\n", "\\n"), "green" if sure else "yellow")
+                text.append(piece, "green" if sure else "yellow")
             table.add_row(f"{batch.index[row] + 1}", text)
         return table

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_inversion.callbacks.fitted_rows import (
     SCHEMA,
@@ -16,8 +17,9 @@ from lightning_inversion.callbacks.fitted_rows import (
     describe_recovery,
     result_rows,
 )
-from lightning_inversion.callbacks.recovered_rows import recovered_rows
+from lightning_inversion.callbacks.recovered_rows import bad_recovered_row, recovered_rows
 from lightning_inversion.callbacks.summary import mean, print_rows
+from lightning_inversion.durations import readable_time
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.prompts import PromptBatch, PromptDataModule
@@ -95,8 +97,7 @@ class Results(Callback):
         """Write the rows of the texts that were recovered."""
         assert isinstance(pl_module, InputInversion)
         tokenizer = pl_module.frozen.tokenizer
-        shared = {"schema": SCHEMA, "command": "predict", **describe_recovery(pl_module)}
-        rows = recovered_rows(batch, outputs, tokenizer, shared)
+        rows = recovered_rows(batch, outputs, tokenizer, _shared(pl_module))
         self._write(trainer, pl_module, rows)
         self._log(trainer, rows)
         self._say_how_far(trainer, batch)
@@ -131,7 +132,9 @@ class Results(Callback):
         """Say what is finished, and how to go on."""
         texts = len(trainer.datamodule.texts) if _has_data(trainer) else 0  # type: ignore[attr-defined]
         rows = len(read_rows(self._path))
-        if trainer.is_global_zero and rows:
+        if isinstance(exception, SIGTERMException):
+            exception.code = 1  # Lightning would end as if all were done
+        if trainer.is_global_zero and (rows or isinstance(exception, SIGTERMException)):
             print(
                 f"{rows} of {texts} prompts are finished, in {self._path}; the same command with "
                 "--ckpt_path last goes on.",
@@ -152,10 +155,18 @@ class Results(Callback):
         data = _data(trainer)
         rows = [row for row in rows if row["index"] not in self._finished]
         bad = [index for index in data.bad if index not in self._finished]
-        rows += [bad_row(module, index, data.texts[index], data.bad[index]) for index in bad]
+        rows += [self._bad_row(trainer, module, index) for index in bad]
         self._finished |= {row["index"] for row in rows}
         if rows and own:
             append_rows(self._path, rows)
+
+    def _bad_row(self, trainer: Trainer, module: InputInversion, index: int) -> Row:
+        """Why a prompt could not be run, with the keys that the command's other rows have."""
+        data = _data(trainer)
+        prompt, reason = data.texts[index], data.bad[index]
+        if trainer.predicting:
+            return bad_recovered_row(index, prompt, reason, _shared(module))
+        return bad_row(module, index, prompt, reason, self.top_k)
 
     def _say_how_far(self, trainer: Trainer, batch: PromptBatch) -> None:
         """How many prompts all processes have finished, and how long the others will take."""
@@ -201,6 +212,11 @@ class Results(Callback):
             trainer.logger.log_metrics(metrics, trainer.global_step)
 
 
+def _shared(module: InputInversion) -> Row:
+    """What every row of ``predict`` says."""
+    return {"schema": SCHEMA, "command": "predict", **describe_recovery(module)}
+
+
 def _has_data(trainer: Trainer) -> bool:
     return isinstance(trainer.datamodule, PromptDataModule)  # type: ignore[attr-defined]
 
@@ -209,10 +225,3 @@ def _data(trainer: Trainer) -> PromptDataModule:
     data = trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(data, PromptDataModule), "Results needs a PromptDataModule"
     return data
-
-
-def readable_time(seconds: float) -> str:
-    """``40 s``, ``12 min``, ``3.5 h``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

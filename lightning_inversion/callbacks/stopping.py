@@ -71,7 +71,9 @@ class StoppingCriterion(Callback):
         distance = row_distance(features, module.target, module.batch.mask)
         progress.ratio = distance / self.shifted_distance(module)
         first = (progress.ratio < self.threshold) & (progress.met_at < 0)
-        progress.met_at[first] = module.iteration
+        # A row that has ended was as it is now when it did.
+        at = progress.stopped_at.where(progress.stopped, module.iteration)
+        progress.met_at[first] = at[first]
         if self.stop:
             module.stop_rows(progress.met_at >= 0)
 

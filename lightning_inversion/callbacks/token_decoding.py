@@ -14,10 +14,14 @@ from torch import Tensor
 
 from lightning_inversion.callbacks.live_display import LiveDisplay
 from lightning_inversion.callbacks.nearest_tokens import nearest_distances, picture
+from lightning_inversion.callbacks.shown_tokens import shown_tokens
 from lightning_inversion.decoding import TopTokens
 from lightning_inversion.errors import InputError
 from lightning_inversion.metrics import token_accuracy
 from lightning_inversion.module import InputInversion
+
+_EARLY = (0, 5, 10, 20)
+"""At these, from 0, a fit tries candidates by default; many prove their last token so early."""
 
 
 class TokenDecoding(LiveDisplay):
@@ -34,10 +38,16 @@ class TokenDecoding(LiveDisplay):
         prompts: how many prompts of a batch are decoded and shown; the accuracy is theirs. Scoring
             a vocabulary for every position of many prompts would cost more than iterations do.
         show: the terminal display; False leaves only TensorBoard.
+        early: decode at a few of the first iterations as well, where many a fit ends.
     """
 
     def __init__(
-        self, every: int = 50, top_k: int = 5, prompts: int = 8, show: bool = True
+        self,
+        every: int = 50,
+        top_k: int = 5,
+        prompts: int = 8,
+        show: bool = True,
+        early: bool = True,
     ) -> None:
         if min(every, top_k, prompts) < 1:
             raise InputError(
@@ -46,6 +56,7 @@ class TokenDecoding(LiveDisplay):
             )
         super().__init__("iterations", show)
         self.every, self.top_k, self.prompts = every, top_k, prompts
+        self.early = _EARLY if early else ()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the live display where there is a terminal."""
@@ -64,14 +75,14 @@ class TokenDecoding(LiveDisplay):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Decode and show, every few iterations and at the last."""
+        """Decode and show: a few early iterations, then every few, and the last."""
         assert isinstance(pl_module, InputInversion)
         if self._live is not None and self._bar.task_ids:
             self._bar.update(self._bar.task_ids[0], completed=batch_idx + 1)
         if pl_module.batch is None:
             return
         ended = batch_idx + 1 == pl_module.iterations or bool(pl_module.progress.stopped.all())
-        if (batch_idx + 1) % self.every and not ended:
+        if (batch_idx + 1) % self.every and batch_idx not in self.early and not ended:
             return
         self._report(trainer, pl_module)
 
@@ -104,10 +115,11 @@ class TokenDecoding(LiveDisplay):
         if not self.show:
             return
         distance = float(module.distances.detach().mean())
-        summary = f"iteration {module.iteration + 1}: distance {distance:.4g}"
+        # The tokens are of the input as the iteration has left it, with those it has proven.
+        summary = f"iteration {module.iteration + 1}: distance {distance:.4g} at its start, then "
         if "accuracy" in shares:
-            summary += f", token accuracy {shares['accuracy']:.3f}"
-        summary += f", proven {shares['proven']:.3f}"
+            summary += f"token accuracy {shares['accuracy']:.3f}, "
+        summary += f"proven {shares['proven']:.3f}"
         if self._live is not None:
             self._live.update(Group(self._bar, summary, self._table(module, top, texts)))
         else:
@@ -120,10 +132,11 @@ class TokenDecoding(LiveDisplay):
         ids = module.batch.ids
         wrong = torch.zeros(length) if ids is None else top.best[row] != ids[row]
         text = Text()
-        for position in range(length):
+        pieces = shown_tokens(module.frozen.tokenizer, top.best[row, :length].tolist())
+        for position, piece in enumerate(pieces):
             proven = bool(module.progress.proven[row, position])
             style = "green" if proven else "bright_black" if bool(wrong[position]) else ""
-            text.append(_readable(module, top.best[row, position]), style)
+            text.append(piece, style)
         return text
 
     def _table(self, module: InputInversion, top: TopTokens, texts: list[Text]) -> Group:
@@ -132,10 +145,16 @@ class TokenDecoding(LiveDisplay):
         for row, text in enumerate(texts):
             prompts.add_row(f"{module.batch.index[row] + 1}", text)
         ranks = Table(box=None, show_header=False, pad_edge=False)
-        for rank in range(top.ids.shape[-1]):
-            tokens = top.ids[0, : module.batch.lengths[0], rank]
-            ranks.add_row(f"top {rank + 1}", "".join(_readable(module, token) for token in tokens))
+        for rank, pieces in enumerate(self._ranks(module, top), start=1):
+            ranks.add_row(f"top {rank}", Text("".join(pieces)))
         return Group(prompts, Text(f"prompt {module.batch.index[0] + 1}", style="bold"), ranks)
+
+    @staticmethod
+    def _ranks(module: InputInversion, top: TopTokens) -> list[list[str]]:
+        """The first prompt's j-th best tokens of every position, for each j."""
+        assert module.batch is not None
+        by_rank = top.ids[0, : module.batch.lengths[0]].T.tolist()
+        return [shown_tokens(module.frozen.tokenizer, ids) for ids in by_rank]
 
     def _picture(self, module: InputInversion) -> Tensor:
         """The distances of the first prompt's positions to the tokens nearest to them."""
@@ -153,18 +172,10 @@ class TokenDecoding(LiveDisplay):
         ranks = range(top.ids.shape[-1])
         lines += ["", f"| position | {' | '.join(f'top {rank + 1}' for rank in ranks)} |"]
         lines += ["|---" * (len(ranks) + 1) + "|"]
-        for position in range(module.batch.lengths[0]):
-            cells = [_cell(_readable(module, token)) for token in top.ids[0, position]]
-            lines.append(f"| {position} | {' | '.join(cells)} |")
+        for position, pieces in enumerate(zip(*self._ranks(module, top), strict=True)):
+            lines.append(f"| {position} | {' | '.join(map(_cell, pieces))} |")
         return "\n".join(lines)
 
 
-def _readable(module: InputInversion, token: Tensor) -> str:
-    tokenizer = module.frozen.tokenizer
-    if tokenizer is None:
-        return f"[{int(token)}]"
-    return str(tokenizer.decode([int(token)])).replace("\n", "\\n").replace("\r", "\\r")
-
-
 def _cell(text: str) -> str:
-    return "`" + text.replace("|", "\\|").replace("`", "'") + "`"
+    return "" if not text else "`" + text.replace("|", "\\|").replace("`", "'") + "`"

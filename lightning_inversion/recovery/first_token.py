@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_inversion.recovery.frontier import Frontier
+from lightning_inversion.recovery.instruments import say_nothing
 from lightning_inversion.recovery.orders import CandidateOrder
 from lightning_inversion.transformer.cache import cached_folder
 from lightning_inversion.transformer.readout import Readout
@@ -36,7 +38,8 @@ class FirstToken(CandidateOrder):
     def begin(self, frontier: Frontier) -> None:
         """Read the scan from the cache, or make it."""
         self._directions = directions(frontier.transformer.feature_size).to(frontier.target.device)
-        self._scan = scan(frontier.transformer, frontier.readout).to(frontier.target.device)
+        kept = scan(frontier.transformer, frontier.readout, frontier.instruments.say)
+        self._scan = kept.to(frontier.target.device)
 
     def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
         """The nearest tokens first."""
@@ -52,14 +55,22 @@ def directions(features: int) -> Tensor:
     return scaled
 
 
-def scan(transformer: TruncatedTransformer, readout: Readout) -> Tensor:
-    """``[V, 64]`` projected, standardised features of each token as a text of its own."""
+def scan(
+    transformer: TruncatedTransformer, readout: Readout, say: Callable[[str], None] = say_nothing
+) -> Tensor:
+    """``[V, 64]`` projected, standardised features of each token as a text of its own.
+
+    Args:
+        transformer: the frozen model.
+        readout: its linear guess, which standardises.
+        say: is told where the scan is made, and not only read, and no terminal shows a bar.
+    """
     described = json.dumps(transformer.description, sort_keys=True)
     scale = readout.scale[0].cpu().numpy().tobytes()
     key = hashlib.sha256(described.encode() + scale).hexdigest()[:24]
 
     def build(folder: Path) -> None:
-        save_file({"scan": _scanned(transformer, readout)}, folder / _FILE)
+        save_file({"scan": _scanned(transformer, readout, say)}, folder / _FILE)
 
     folder = cached_folder(f"first-tokens-{key}", build, lambda f: (f / _FILE).exists())
     kept: Tensor = load_file(folder / _FILE)["scan"]
@@ -67,13 +78,23 @@ def scan(transformer: TruncatedTransformer, readout: Readout) -> Tensor:
 
 
 @torch.no_grad()
-def _scanned(transformer: TruncatedTransformer, readout: Readout) -> Tensor:
+def _scanned(
+    transformer: TruncatedTransformer, readout: Readout, say: Callable[[str], None]
+) -> Tensor:
     ids = torch.arange(transformer.embedding.vocabulary_size, device=transformer.device)
     onto = directions(transformer.feature_size).to(transformer.device)
     parts = []
     chunks = torch.split(ids, _AT_A_TIME)
     console = Console(stderr=True)
-    for chunk in track(chunks, "scanning first tokens", console=console, transient=True):
+    if not console.is_terminal:
+        say("scanning the vocabulary for first tokens, once for this model and depth")
+    for chunk in track(
+        chunks,
+        "scanning first tokens",
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,  # it would leave an empty line in a file
+    ):
         features = transformer.features_of(chunk[:, None])
         first = torch.zeros(len(chunk), 1, dtype=torch.long, device=chunk.device)
         parts.append((readout.standardize(features, first)[:, 0] @ onto).cpu())

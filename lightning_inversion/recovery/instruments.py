@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -10,6 +11,10 @@ from lightning_inversion.recovery.calibration import Calibration, Channel
 from lightning_inversion.transformer.language_model import LanguageModel, own_text
 from lightning_inversion.transformer.readout import Readout
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+
+def say_nothing(what: str) -> None:
+    """Where nobody waits to be told."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Instruments:
         calibration: when a target counts as reproduced.
         language_model: the whole model; None where no order asks for it.
         text: ``[N, T]`` ids that it wrote; None without it.
+        say: is told what begins, where it is slow.
     """
 
     transformer: TruncatedTransformer
@@ -29,6 +35,7 @@ class Instruments:
     calibration: Calibration
     language_model: LanguageModel | None = None
     text: Tensor | None = None
+    say: Callable[[str], None] = field(default=say_nothing, repr=False, compare=False)
 
     @classmethod
     def measure(
@@ -36,6 +43,7 @@ class Instruments:
         transformer: TruncatedTransformer,
         language_model: LanguageModel | None = None,
         channel: Channel | None = None,
+        say: Callable[[str], None] = say_nothing,
     ) -> Instruments:
         """Everything for a model; the text it writes is kept in the cache folder.
 
@@ -43,8 +51,11 @@ class Instruments:
             transformer: the frozen model.
             language_model: the whole model, of the same weights.
             channel: what has happened to the targets.
+            say: is told what begins, where it is slow.
         """
+        say("measuring the linear map from features to tokens")
         text = None if language_model is None else own_text(language_model)
         readout = Readout.fit(transformer, text=text)
+        say("measuring how exactly a token reproduces its features")
         calibration = Calibration.measure(transformer, readout, channel, text)
-        return cls(transformer, readout, calibration, language_model, text)
+        return cls(transformer, readout, calibration, language_model, text, say)

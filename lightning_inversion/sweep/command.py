@@ -7,10 +7,12 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -83,7 +85,9 @@ def run(args: list[str]) -> int:
 def run_cells(
     sweep: SweepFolder, specs: Sequence[TransformerSpec], processes: int, console: Console
 ) -> int:
-    """Run what is not done yet, and show how it goes; returns the exit code, 1 if a cell failed.
+    """Run what is not done yet, and show how it goes; returns the exit code.
+
+    It is 1 if a cell failed, or the run was stopped: by a SIGTERM or from the keyboard.
 
     Args:
         sweep: whose cells.
@@ -105,15 +109,33 @@ def run_cells(
             markup=False,
             highlight=False,
         )
-    with progress.shown():
-        if processes == 1:
-            failed = work(sweep, specs, ended=progress.say)
-        else:
-            failed = _share(sweep, processes, progress)
+    try:
+        with _ended_by_sigterm(), progress.shown():
+            if processes == 1:
+                failed = work(sweep, specs, ended=progress.say)
+            else:
+                failed = _share(sweep, processes, progress)
+    except (KeyboardInterrupt, SystemExit):
+        print("lightning-inversion: stopped; the same command goes on.", file=sys.stderr)
+        return 1
     Console().print(progress.table())
     for name, message in failed.items():
         print(f"lightning-inversion: {name} failed, {message}", file=sys.stderr)
     return 1 if failed else 0
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let a SIGTERM end the block at once, so that other processes, locks and tables end too."""
+
+    def end(*_: Any) -> NoReturn:
+        raise SystemExit(1)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 _WITH_COMMAND = tuple([command] for command in COMMANDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_inversion.durations import readable_time
 from lightning_inversion.sweep.grid import Cell
 
 
@@ -41,11 +42,7 @@ def in_words(seconds: float | None) -> str:
     """'about 3 min', or that it is not known."""
     if seconds is None:
         return "not known before a cell has finished"
-    if seconds < 60:
-        return f"about {max(1, round(seconds))} s"
-    if seconds < 5400:
-        return f"about {round(seconds / 60)} min"
-    return f"about {seconds / 3600:.1f} h"
+    return f"about {readable_time(seconds)}"
 
 
 def _likeness(ours: Cell, theirs: Cell) -> int:

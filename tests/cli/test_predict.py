@@ -70,6 +70,35 @@ def test_it_goes_on_where_it_stopped(tiny_folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "lightning_logs" / "version_1").exists()
 
 
+def test_what_is_slow_is_said_once_and_no_line_is_empty(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(predict(tiny_folder, tmp_path, "--data.batch_size=1")) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.endswith(" ...")] == [
+        f"loading {tiny_folder} ...",
+        "measuring the linear map from features to tokens ...",
+        "measuring how exactly a token reproduces its features ...",
+        "scanning the vocabulary for first tokens, once for this model and depth ...",
+    ]
+    assert all(lines)
+
+
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_a_prompt_that_cannot_be_run_has_a_row_with_the_keys_of_the_others(
+    command: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    prompts = '--data.prompts=["", "The sky is blue."]'
+    options = predict(tiny_folder, tmp_path, prompts, "--model.iterations=2")[1:]
+    assert run([command, *options]) == 0
+    bad, good = rows_of(tmp_path)
+    assert bad["error"] == "is empty; give it a text."
+    assert bad.keys() == good.keys()
+    assert [bad.get("policy"), bad.get("objective")] == [
+        good.get("policy"), good.get("objective"),
+    ]  # fmt: skip
+
+
 def test_another_policy_by_name(tiny_folder: Path, tmp_path: Path) -> None:
     order = "--model.recovery.order=lightning_inversion.recovery.orders.Exhaustive"
     assert run(predict(tiny_folder, tmp_path, "--model.recovery=TokenRecovery", order)) == 0

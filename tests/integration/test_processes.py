@@ -166,6 +166,25 @@ def test_interrupted_by_the_keyboard(tiny_folder: Path, tmp_path: Path) -> None:
     assert not Path(f"/proc/{child}").exists()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("predict", [False, True], ids=["fit", "predict"])
+def test_asked_to_end(processes: int, predict: bool, tiny_folder: Path, tmp_path: Path) -> None:
+    run = Run(tiny_folder, tmp_path, predict)
+    slow = ["--model.recovery=lightning_inversion.recovery.sipit.SIPIT"] if predict else []
+    process = run.start(processes, *slow)
+    run.wait_for(2, process)
+    children = children_of(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 1
+    messages = run.messages.read_text()
+    assert f"of {len(run.prompts)} prompts are finished, in" in messages
+    assert "the same command with --ckpt_path last goes on" in messages
+    assert "Traceback" not in messages
+    assert len(run.lines()) < len(run.prompts)
+    time.sleep(2)  # the other ends too
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
 def test_a_full_disk(alone: list[dict], tiny_folder: Path, tmp_path: Path) -> None:
     mounted = tmp_path / "small"
     mounted.mkdir()

@@ -1,6 +1,8 @@
 """An audit by the real entry point: what it captures, runs, says, and how it goes on."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,14 @@ def test_an_audit_says_what_its_rows_say(
     assert f"gradient inversion reads {in_percent(sum(accuracy) / len(accuracy))} of" in page
     assert "&lt;b&gt;brown" in page
     assert "<b>" not in page
+
+
+def test_an_audit_that_is_asked_to_end_says_that_it_goes_on(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(InputInversion, "begin", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert run([*options, "--depths", "2"]) == 1
+    assert "stopped; the same command goes on" in capsys.readouterr().err
 
 
 def test_a_plan_runs_nothing(options: list[str], tmp_path: Path, capsys) -> None:

@@ -102,7 +102,14 @@ def test_time_is_guessed_from_the_cells_most_alike() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(None, "not known"), (0.2, "about 1 s"), (59, "about 59 s"), (600, "10 min"), (7200, "2.0 h")],
+    [
+        (None, "not known"),
+        (0.2, "about 1 s"),
+        (89, "about 89 s"),
+        (90, "about 2 min"),
+        (600, "10 min"),
+        (7200, "2.0 h"),
+    ],
 )
 def test_time_in_words(seconds: float | None, words: str) -> None:
     assert words in in_words(seconds)

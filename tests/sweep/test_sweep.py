@@ -1,7 +1,9 @@
 """The command in process: cells are normal runs, the model loads once, a stopped sweep goes on."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +152,30 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(
     assert len(rows_of(folder / "depth=3")) == 2
     assert run(sweep) == 0
     assert len(rows_of(folder / "depth=2")) == 2
+
+
+def test_a_sweep_that_is_asked_to_end_says_that_it_goes_on(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    begin = InputInversion.begin
+
+    def asked_to_end(module: InputInversion, batch: Any) -> None:
+        if module.spec.depth == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        begin(module, batch)
+
+    before = signal.getsignal(signal.SIGTERM)
+    sweep = [*options, "--over=transformer.depth=1,2,3", "--name=ended"]
+    with monkeypatch.context() as patched:
+        patched.setattr(InputInversion, "begin", asked_to_end)
+        assert run(sweep) == 1
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert "stopped; the same command goes on" in capsys.readouterr().err
+    folder = tmp_path / "lightning_logs" / "ended"
+    assert len(rows_of(folder / "depth=1")) == 2
+    assert not (folder / "depth=3").exists()
+    assert run(sweep) == 0
+    assert len(rows_of(folder / "depth=3")) == 2
 
 
 def test_a_plan_has_a_time_and_leaves_nothing(

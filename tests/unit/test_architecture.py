@@ -37,6 +37,7 @@ LEVELS = {
     "batching": 0,
     "claims": 0,
     "output_places": 0,
+    "durations": 0,
     "prompt_files": 0,
     "result_files": 0,
     "errors": 0,

@@ -122,6 +122,19 @@ def test_an_epoch_ends_when_each_row_has_stopped(
     assert all(row["criterion_met"] and row["criterion_met_at"] == 0 for row in rows)
 
 
+def test_a_row_that_has_ended_meets_the_criterion_no_later(
+    tiny_transformer: TruncatedTransformer,
+) -> None:
+    module = InputInversion().use(tiny_transformer)
+    module.configure_model()
+    module.begin(PromptBatch.collate([(0, "a", [5, 6, 7]), (1, "b", [8, 9])]))
+    module.iteration = 3
+    module.stop_rows(torch.tensor([True, False]))
+    module.iteration = 10
+    StoppingCriterion().judge(module, module.target)
+    assert module.progress.met_at.tolist() == [3, 10]
+
+
 def test_the_criterion_is_the_documents(
     tiny_folder: Path, tiny_transformer: TruncatedTransformer, tmp_path: Path
 ) -> None:
