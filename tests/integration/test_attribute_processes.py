@@ -35,6 +35,8 @@ class Run:
                 stdout=subprocess.DEVNULL,
                 stderr=messages,
                 start_new_session=True,  # a group of its own, as a terminal gives it
+                # A shell starts what it runs in the background with Ctrl-C ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def finish(self, process: subprocess.Popen[bytes]) -> bytes:

@@ -44,13 +44,19 @@ class Run:
     def start(
         self, processes: int, *more: str, limit: Callable[[], None] | None = None
     ) -> subprocess.Popen[bytes]:
+        def prepare() -> None:
+            # A shell starts what it runs in the background with Ctrl-C ignored, and so the tests.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if limit is not None:
+                limit()
+
         with self.messages.open("ab") as messages:
             return subprocess.Popen(
                 [*self.command, f"--trainer.devices={processes}", *more],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdout=subprocess.DEVNULL,
                 stderr=messages,
-                preexec_fn=limit,
+                preexec_fn=prepare,
             )
 
     def finish(self, process: subprocess.Popen[bytes]) -> list[dict]:
