@@ -77,8 +77,8 @@ FAULTS = (
     Fault(
         "the worst tokens are decoded for the best",
         "decoding.py",
-        "chunk_scores.topk(min(k, chunk_scores.shape[-1]), dim=-1)",
-        "chunk_scores.topk(min(k, chunk_scores.shape[-1]), dim=-1, largest=False)",
+        "all_scores.topk(k, dim=-1)",
+        "all_scores.topk(k, dim=-1, largest=False)",
         "tests/unit/test_decoding.py",
     ),
     Fault(
