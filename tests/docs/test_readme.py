@@ -58,6 +58,7 @@ RUN = [
 ]
 
 
+@pytest.mark.integration  # a whole run each
 @pytest.mark.parametrize("shown", RUN)
 def test_a_command_of_the_table(shown: str, folder: Path, tiny_folder: Path, enter) -> None:
     arguments = words(shown)
