@@ -72,6 +72,7 @@ def test_compiled_blocks_give_the_same(tiny_folder: Path) -> None:
     for ours, theirs in zip(
         features_and_gradient(compiled), features_and_gradient(plain), strict=True
     ):
-        # Fused kernels sum in another order, which each processor's own instructions decide.
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+        # Fused kernels sum in another order, which each processor's own instructions decide: a
+        # number that nearly cancels may be off by more, the whole may not.
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
     assert compiled.caches
