@@ -16,7 +16,7 @@ _KEPT = 16
 _STATE = ("tried", "rounds", "reach", "_errors", "_closest", "_corrected")
 _FARTHEST = 64
 """Places of one run at most."""
-_FIRST_REACH = 8
+_FIRST_REACH = 16
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,10 @@ class Frontier:
     def guess(self, rows: Tensor) -> Tensor:
         """``[R, D]`` the linear guess, corrected by the wrong candidates that came closest.
 
-        Each wrong candidate shows by how much the readout misses in this context: its embedding,
-        plus the readout's difference between target and candidate, is a guess without that miss
-        (a secant step). The closer a candidate came, the more it counts.
+        Each wrong candidate shows by how much the readout misses in this context: what the readout
+        makes of such a token on average, plus its difference between target and candidate, is a
+        guess without that miss (a secant step). The closer a candidate came, the more it counts.
+        A first token has no context, so that what another one shows says nothing of it.
         """
         errors = self._errors[rows]
         known = torch.isfinite(errors)
@@ -114,7 +115,8 @@ class Frontier:
         weights = torch.softmax(-squares / (0.3 * middle).clamp_min(1e-12), dim=1)
         weights = weights.masked_fill(~known, 0.0)
         corrected = (weights[..., None] * self._corrected[rows]).sum(1)
-        return torch.where(known.any(1, keepdim=True), corrected, self.linear_guess(rows))
+        in_context = known.any(1) & (self.positions(rows) > 0)
+        return torch.where(in_context[:, None], corrected, self.linear_guess(rows))
 
     def closest(self, rows: Tensor, count: int) -> Tensor:
         """``[R, K, D]`` embeddings of the wrong candidates that came closest, nearest first.
@@ -201,7 +203,7 @@ class Frontier:
         pick = torch.arange(len(rows), device=rows.device)[:, None]
         vectors = self.transformer.embedding(ids[pick, closest])
         corrected = (
-            vectors
+            self.readout.expected(vectors, positions[pick, closest])
             + self.linear_guess(rows)[:, None]
             - self.readout(features[pick, closest], positions[pick, closest])
         )

@@ -2,64 +2,102 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from lightning_inversion.recovery.frontier import Frontier
 from lightning_inversion.recovery.orders import CandidateOrder, Candidates
+from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.readout import Readout
 
-_TEMPERS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+_TEMPERS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.01, 0.003)
+_SURPRISE = 0.05
+"""Share of the probability spread evenly, as the language model's own is."""
+_ENOUGH = (13.0, 6.5)
+"""How many times the bits that name a token the directions must tell that are used: at position 0,
+where errors are farthest from Gaussian, and later."""
 _AT_A_TIME = 1024
-"""Tokens that are measured at a time: the products with two matrices are three times as large."""
+"""Tokens that are measured at a time."""
 _AHEAD = 8
 """Tokens of a place that are kept ready."""
 _HELD_BACK = 192
 """Positions of the model's own text on which the temper is chosen."""
 
 
-class LinearMap(CandidateOrder):
-    """Tokens whose embedding is likely, given the readout's guess and how it errs.
+@dataclass(frozen=True)
+class _Measured:
+    """A vocabulary along the directions that tell most at one kind of position.
 
-    The log-likelihood is Gaussian with the covariance of the readout's errors. Those are not
-    Gaussian, so it is tempered by what makes real tokens likeliest beside the language model's
-    prior, measured on the model's own text.
-
-    Args:
-        later: whether a mixture should listen in later rounds too. Off, because what is tried later
-            is better judged by the model itself, where another order asks it.
+    Attributes:
+        mean: ``[D]``.
+        directions: ``[D, R]``.
+        tokens: ``[V, R]`` each token's place.
+        half_squares: ``[V]`` of what the guess has of it.
     """
 
-    def __init__(self, later: bool = False) -> None:
-        self.later = later
+    mean: Tensor
+    directions: Tensor
+    tokens: Tensor
+    half_squares: Tensor
+
+    @classmethod
+    def of(cls, readout: Readout, kind: int, embedding: TokenEmbedding) -> _Measured:
+        """For position 0 (``kind`` 0) or later ones (1)."""
+        signal = readout.signal[kind].clamp_min(1.0)
+        bits = (signal.log2() / 2).cumsum(0)
+        enough = int((bits < _ENOUGH[kind] * math.log2(embedding.vocabulary_size)).sum()) + 1
+        mean, directions = readout.bias[kind], readout.directions[kind, :, :enough].contiguous()
+        heard = 1 - 1 / signal[:enough]
+        ids = torch.arange(embedding.vocabulary_size, device=mean.device)
+        tokens = torch.empty(len(ids), directions.shape[1], device=mean.device)
+        half_squares = torch.empty(len(ids), device=mean.device)
+        for chunk in torch.split(ids, _AT_A_TIME):
+            tokens[chunk] = (embedding(chunk) - mean) @ directions
+            half_squares[chunk] = (tokens[chunk].square() @ heard) / 2
+        return cls(mean, directions, tokens, half_squares)
+
+    def scores(self, guess: Tensor) -> Tensor:
+        """``[N, V]`` of guesses ``[N, D]``."""
+        told = (guess - self.mean) @ self.directions
+        return torch.addmm(self.half_squares, told, self.tokens.T, beta=-1)
+
+
+class LinearMap(CandidateOrder):
+    """Tokens that the readout's guess speaks for, given how it errs.
+
+    The guess is a regression's, hence drawn towards the mean token by all that it cannot tell. So a
+    token is compared not with the guess but with what the guess would be for it on average: with q
+    the guess and a the token in the readout's directions, where errors have variance 1 and tokens
+    variance s, log p(q | a) = sum of q a - (1 - 1 / s) a^2 / 2, up to a constant. Directions that
+    tell nothing (s = 1) drop out by themselves, and after those that tell several times what names
+    a token the others are left out.
+
+    Errors are not Gaussian: the sum is tempered by what makes real tokens likeliest beside the
+    language model's prior, measured on the model's own text, and a share of the probability is
+    spread over all tokens, because now and then the guess is far off and others must be heard.
+    """
+
+    def __init__(self) -> None:
         self._readout: Readout | None = None
 
     def begin(self, frontier: Frontier) -> None:
-        """Measure the vocabulary by how the readout errs, once for each readout."""
+        """Measure the vocabulary along the readout's directions, once for each readout."""
         self._ahead: Tensor | None = None
-        if self._readout is frontier.readout:
-            return
-        self._readout, embedding = frontier.readout, frontier.transformer.embedding
-        self._precision = self._readout.whitening @ self._readout.whitening.mT
-        ids = torch.arange(embedding.vocabulary_size, device=frontier.target.device)
-        self._half_squares = torch.empty(2, len(ids), device=ids.device)
-        for chunk in torch.split(ids, _AT_A_TIME):
-            vectors = embedding(chunk)
-            squares = (vectors @ self._precision).mul_(vectors).sum(-1)
-            self._half_squares[:, chunk] = squares / 2
-        self._temper: float | None = None
-
-    def speaks(self, later: bool) -> bool:
-        """In the first round, and in later ones as asked."""
-        return self.later or not later
+        if self._readout is not frontier.readout:
+            self._readout = frontier.readout
+            self._embedding = frontier.transformer.embedding
+            self._measured: dict[int, _Measured] = {}
+            self._temper: float | None = None
 
     def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
         """Of the linear guess, corrected by what was tried."""
         if self._temper is None:  # which the best tokens do not depend on
             self._temper = self._best_temper(frontier)
-        return self._temper * self._likelihood(
-            frontier, frontier.guess(rows), frontier.positions(rows)
-        )
+        likelihood = self._likelihood(frontier.guess(rows), frontier.positions(rows))
+        return _with_surprise(self._temper * likelihood)
 
     def ahead(self, frontier: Frontier, rows: Tensor, width: int, count: int) -> Candidates:
         """Of the linear guess at each place, which no other place has a part in."""
@@ -83,16 +121,26 @@ class LinearMap(CandidateOrder):
         for places in torch.split(order, embedding.at_a_time):
             where = places % T
             guess = frontier.readout(targets[places], where)
-            best[places] = self._likelihood(frontier, guess, where).topk(count, dim=1).indices
+            best[places] = self._likelihood(guess, where).topk(count, dim=1).indices
         return best.view(B, T, count)
 
-    def _likelihood(self, frontier: Frontier, guess: Tensor, positions: Tensor) -> Tensor:
-        first, later = (guess @ precision for precision in self._precision)
-        weighed = torch.where((positions == 0)[:, None], first, later)
-        kinds = positions.clamp(max=1)
-        # Later places share one row: a copy for each would be as large as the scores themselves.
-        half_squares = self._half_squares[1 if bool(kinds.all()) else kinds]
-        return frontier.transformer.embedding.dot(weighed).sub_(half_squares)
+    def _likelihood(self, guess: Tensor, positions: Tensor) -> Tensor:
+        """``[N, V]`` of guesses ``[N, D]`` at ``positions`` [N]."""
+        first = positions == 0
+        if not first.any():
+            return self._tokens_at(1).scores(guess)
+        if first.all():
+            return self._tokens_at(0).scores(guess)
+        scores = self._tokens_at(1).scores(guess)
+        scores[first] = self._tokens_at(0).scores(guess[first])
+        return scores
+
+    def _tokens_at(self, kind: int) -> _Measured:
+        """The vocabulary measured for position 0 or for later ones, when first asked for."""
+        assert self._readout is not None
+        if kind not in self._measured:
+            self._measured[kind] = _Measured.of(self._readout, kind, self._embedding)
+        return self._measured[kind]
 
     def _best_temper(self, frontier: Frontier) -> float:
         text, language_model = frontier.instruments.text, frontier.instruments.language_model
@@ -104,11 +152,17 @@ class LinearMap(CandidateOrder):
         for one in text[:, None]:  # a text at a time: each place has scores of the whole vocabulary
             features = frontier.transformer.features_of(one)[0, 1:]
             later = torch.ones(len(features), dtype=torch.long, device=features.device)
-            likelihood = self._likelihood(frontier, frontier.readout(features, later), later)
+            likelihood = self._likelihood(frontier.readout(features, later), later)
             prior = language_model.log_probabilities(one)[0, :-1]
             right = one[0, 1:, None]
             for number, temper in enumerate(_TEMPERS):
-                mixed = torch.add(prior, likelihood, alpha=temper)
+                mixed = prior + _with_surprise(temper * likelihood)
                 right_is = mixed.gather(1, right)[:, 0] - mixed.logsumexp(-1)
                 chances[number] += float(right_is.sum())
         return _TEMPERS[chances.index(max(chances))]
+
+
+def _with_surprise(scores: Tensor) -> Tensor:
+    """Scores ``[N, V]`` as log-probabilities of which a share is spread evenly."""
+    even = torch.tensor(math.log(_SURPRISE / scores.shape[1]), device=scores.device)
+    return torch.logaddexp(scores.log_softmax(-1) + math.log1p(-_SURPRISE), even)

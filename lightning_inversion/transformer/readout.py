@@ -40,15 +40,22 @@ class Readout:
         mean: ``[2, F]`` mean of each feature over random tokens.
         scale: ``[2, F]`` its standard deviation.
         matrix: ``[2, F, D]`` from standardised features to embeddings.
-        bias: ``[2, D]``.
-        whitening: ``[2, D, D]``; an error of the guess times this has unit covariance.
+        bias: ``[2, D]`` the mean embedding of the tokens it was fitted on.
+        directions: ``[2, D, D]``; along each column the guess's error has variance 1 and none in
+            common with the others, and so have the tokens, but for their variance.
+        signal: ``[2, D]`` the variance of the tokens along each, in units of the error's, the most
+            first.
+        shrinkage: ``[2, D, D]``; a token's difference from the mean, times this, is what the guess
+            has of it on average. A regression leaves out what it cannot tell.
     """
 
     mean: Tensor
     scale: Tensor
     matrix: Tensor
     bias: Tensor
-    whitening: Tensor
+    directions: Tensor
+    signal: Tensor
+    shrinkage: Tensor
 
     def standardize(self, features: Tensor, positions: Tensor) -> Tensor:
         """Features ``[..., F]`` at ``positions`` [...] in units of their spread."""
@@ -59,6 +66,13 @@ class Readout:
         """Features ``[..., F]`` at ``positions`` [...] -> guessed embeddings ``[..., D]``."""
         standard = self.standardize(features, positions)
         first, later = (standard @ self.matrix[kind] + self.bias[kind] for kind in (0, 1))
+        return torch.where((positions == 0)[..., None], first, later)
+
+    def expected(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        """The mean guess ``[..., D]`` for tokens ``[..., D]`` at ``positions`` [...]."""
+        first, later = (
+            self.bias[kind] + (vectors - self.bias[kind]) @ self.shrinkage[kind] for kind in (0, 1)
+        )
         return torch.where((positions == 0)[..., None], first, later)
 
     @classmethod
@@ -100,8 +114,8 @@ def _as_frequent_as_in_text(vocabulary: int, tokens: int, generator: torch.Gener
 
 def _regression(
     transformer: TruncatedTransformer, texts: list[Tensor], positions: slice
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Mean, scale, matrix, bias and whitening, from sums over chunks of tokens."""
+) -> tuple[Tensor, ...]:
+    """What a readout has of one kind of position, from sums over chunks of tokens."""
     device = transformer.device
     F, D = transformer.feature_size, transformer.embedding.width
     count = 0
@@ -133,14 +147,20 @@ def _regression(
     correlation.diagonal().add_(_RIDGE)
     shared = products.div_(count).sub_(torch.outer(mean, bias)).div_(scale[:, None])
     matrix = torch.linalg.solve(correlation, shared)
-    errors = spread.div_(count).sub_(torch.outer(bias, bias)).sub_(shared.T @ matrix)
-    whitening = _whitening(errors)
-    return mean.float(), scale.float(), matrix.float(), bias.float(), whitening.float()
+    spread.div_(count).sub_(torch.outer(bias, bias))
+    told = _told(spread, spread - shared.T @ matrix)
+    return tuple(part.float() for part in (mean, scale, matrix, bias, *told))
 
 
-def _whitening(covariance: Tensor) -> Tensor:
-    """W with W W' = covariance^-1; directions that hardly err count as erring a little."""
-    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    floor = _SMALLEST_ERROR * values.mean().clamp_min(1e-30)
-    whitening: Tensor = vectors / values.clamp_min(floor).sqrt()
-    return whitening
+def _told(tokens: Tensor, errors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Directions, signal and shrinkage, from the covariances ``[D, D]`` of tokens and of errors."""
+    variances, axes = torch.linalg.eigh((errors + errors.T) / 2)
+    # Directions that hardly err count as erring a little.
+    deviations = variances.clamp_min(_SMALLEST_ERROR * variances.mean().clamp_min(1e-30)).sqrt()
+    whitening = axes / deviations
+    signal, turned = torch.linalg.eigh(whitening.T @ tokens @ whitening)
+    signal, turned = signal.flip(0), turned.flip(1)
+    directions = whitening @ turned
+    heard = 1 - 1 / signal.clamp_min(1.0)
+    back = turned.T @ (axes * deviations).T
+    return directions, signal, (directions * heard) @ back

@@ -97,7 +97,7 @@ def test_candidates_are_never_repeated_and_end_with_the_vocabulary(
     vectors = instruments.transformer.embedding(ids)
     frontier = Frontier(instruments, instruments.transformer.features_of(ids) + 1.0)  # none fits
     frontier.prefix.begin(row, vectors, torch.tensor([1]))
-    linear_map = LinearMap(later=True)
+    linear_map = LinearMap()
     linear_map.begin(frontier)
     order = Mixture([linear_map, OptimizedInput(vectors)], alone=1.0)
     named: set[int] = set()
