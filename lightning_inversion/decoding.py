@@ -103,7 +103,11 @@ def decode(
     k = min(k, embedding.vocabulary_size)
     ids = torch.zeros(rows * length, k, dtype=torch.long, device=values.device)
     scores = torch.zeros(rows * length, k, device=values.device)
-    for places in torch.split(wanted, embedding.at_a_time):
+    scored, which = wanted, torch.arange(len(wanted), device=values.device)
+    if channels == embedding.width and (disallowed is None or disallowed.dim() == 1):
+        which = first_of_equals(values[wanted])  # a proven token has one vector wherever it stands
+        scored = wanted[torch.unique(which)]
+    for places in torch.split(scored, embedding.at_a_time):
         chunk = values[places]
         all_scores = chunk
         if decoder is not None:
@@ -113,8 +117,22 @@ def decode(
             all_scores.masked_fill_(hidden, masked_score)
         best = all_scores.topk(k, dim=-1)
         ids[places], scores[places] = best.indices, best.values
+    ids[wanted], scores[wanted] = ids[wanted[which]], scores[wanted[which]]
     shape = (rows, length, k)
     return TopTokens(ids.view(shape), scores.view(shape))
+
+
+def first_of_equals(vectors: Tensor) -> Tensor:
+    """For each of vectors ``[N, D]`` the number ``[N]`` of the first that equals it.
+
+    Example:
+        >>> first_of_equals(torch.tensor([[1.0], [2.0], [1.0]]))
+        tensor([0, 1, 0])
+    """
+    _, which = torch.unique(vectors, dim=0, return_inverse=True)
+    numbers = torch.arange(len(vectors), device=vectors.device)
+    first = torch.full_like(numbers, len(vectors)).scatter_reduce(0, which, numbers, "amin")
+    return first[which]
 
 
 def natural_decoder(learnable: LearnableInput) -> Decoder | None:

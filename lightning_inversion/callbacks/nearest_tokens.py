@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_inversion.decoding import first_of_equals
 from lightning_inversion.transformer.embedding import TokenEmbedding
 
 _SQUARE = 12
@@ -21,14 +22,14 @@ def nearest_distances(vectors: Tensor, embedding: TokenEmbedding, k: int) -> Ten
     """
     halves, k = embedding.norms.square() / 2, min(k, embedding.vocabulary_size)
     nearest = torch.empty(len(vectors), k, device=vectors.device)
-    every = torch.arange(len(vectors), device=vectors.device)
-    for places in torch.split(every, embedding.at_a_time):
+    which = first_of_equals(vectors)
+    for places in torch.split(torch.unique(which), embedding.at_a_time):
         some = vectors[places].float()
         # Half the squared distance is |e|^2 / 2 + |v|^2 / 2 - v e: the most of what is negative.
         most = embedding.dot(some).sub_(halves).topk(k, dim=-1).values
         nearest[places] = some.square().sum(-1, keepdim=True) - 2 * most
     unit = embedding.spread * math.sqrt(embedding.width)
-    return nearest.clamp_min(0).sqrt() / unit
+    return nearest[which].clamp_min(0).sqrt() / unit
 
 
 def picture(distances: Tensor) -> Tensor:

@@ -70,3 +70,24 @@ def test_only_allowed_tokens_are_decoded(embedding: TokenEmbedding) -> None:
     # The document's mask multiplies by 0: a disallowed token then beats a negative score.
     by_zero = decode(learnable, embedding, None, disallowed=disallowed, masked_score=0.0)
     assert by_zero.best.item() not in (3, 4)
+
+
+def test_equal_vectors_are_scored_once(embedding: TokenEmbedding) -> None:
+    scored = []
+
+    class Watched(L2Decoder):
+        def __call__(self, vectors, embedding):
+            scored.append(len(vectors))
+            return super().__call__(vectors, embedding)
+
+    learnable = EmbeddingInput()
+    ids = torch.tensor([[3, 5, 3, 3], [5, 3, 7, 0]])
+    mask = torch.tensor([[True] * 4, [True, True, True, False]])
+    learnable.allocate((2, 4, embedding.width))
+    with torch.no_grad():
+        learnable.values.copy_(embedding(ids))
+    top = decode(learnable, embedding, Watched(), 2, mask=mask)
+    assert scored == [3]
+    assert torch.equal(top.best[mask], ids[mask])
+    each = decode(learnable, embedding, L2Decoder(), 2)
+    assert torch.equal(top.ids[mask], each.ids[mask])
