@@ -4,7 +4,8 @@ The constructor is the experiment: its arguments are the keys of a YAML file.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -71,9 +72,11 @@ class InputInversion(LightningModule):
     """
 
     features: Tensor | None
+    """``[B, T, F]`` of the input as it stands; None where they have not been computed."""
     prefix: KnownPrefix
     target: Tensor
-    distances: Tensor
+    distances: Tensor | None
+    """``[B]`` of the latest iteration; None before the first."""
     _before_step: Tensor
 
     def __init__(
@@ -115,6 +118,7 @@ class InputInversion(LightningModule):
         self._calibrated = False
         self._said: set[str] = set()
         self.iteration = 0
+        self.features = self.distances = None
 
     # -- the frozen half ---------------------------------------------------------------------
 
@@ -243,6 +247,7 @@ class InputInversion(LightningModule):
         given = Given(self.embedding, self.target, lambda: self.readout, values)
         self.learnable.begin(self.noise("start"), given)
         self.progress.allocate(batch.mask.shape, self.device)
+        self.features = self.distances = None
         self._hold_known_prefix()
         if self._trainer is not None:
             self.trainer.strategy.setup_optimizers(self.trainer)
@@ -296,6 +301,18 @@ class InputInversion(LightningModule):
         if self.batch.target is not None:
             return self.frozen.features_of(ids, self.batch.mask)
         return self.features_of(self.learnable.encode(ids, self.embedding))
+
+    def features_of_best(self, best: Tensor) -> Tensor:
+        """Features ``[B, T, F]`` of decoded tokens ``[B, T]``, run again if the input holds others.
+
+        They are the input's own where each of its vectors is the token's.
+        """
+        assert self.batch is not None
+        if self.features is not None and not self.alone:
+            held, tokens = self.learnable.values, self.learnable.encode(best, self.embedding)
+            if torch.equal(held[self.batch.mask], tokens[self.batch.mask]):
+                return self.features
+        return self.features_of_tokens(best)
 
     def noise(self, stream: str) -> Tensor:
         """Standard normal ``[B, T, C]``, each row's own; ``stream`` says what it is for."""
@@ -389,29 +406,40 @@ class InputInversion(LightningModule):
         """The optimiser of the input: the only parameter there is."""
         return self.optimizer_of([self.learnable.values])
 
-    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> int | None:
-        """Begin the epoch's batch; -1 ends the epoch when each of its rows has stopped."""
-        if batch_idx and self.batch is None:
-            return -1  # it was too large
+    @property
+    def step(self) -> int:
+        """Where a metric stands in the logs: iterations so far, and one for each batch before."""
+        return int(self.trainer.global_step + self.trainer.current_epoch)
+
+    def take_up(self, batch: PromptBatch, batch_idx: int) -> bool:
+        """Before an iteration: begin the batch if it is new; False where it is too large.
+
+        Callbacks that act before an iteration come before the module, and call it too.
+        """
+        self.iteration = batch_idx
+        if self._data is not None and self._data.current is None:
+            return False  # given up
         if self.batch is None or self.batch.index != batch.index:
-            try:
+            with self.giving_up_if_too_large():
                 self.begin(batch)
-            except (RuntimeError, MemoryError) as error:
-                self._give_up(error)
-                return -1
         elif not self._aimed:  # resumed within the epoch, with the input but without its target
             self.batch = batch
             self._aim()
-        if not self._calibrated:
+        if self.batch is not None and not self._calibrated:
             self.objective.calibrate(lambda: self.readout)  # here, the model is on its device
             self._calibrated = True
+        return self.batch is not None
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> int | None:
+        """Begin the epoch's batch; -1 ends the epoch when each of its rows has stopped."""
+        if not self.take_up(batch, batch_idx):
+            return -1
         return -1 if bool(self.progress.stopped.all()) else None
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor | None:
         """One iteration: the summed distance of the rows that still move."""
         if self.batch is None:
             return None
-        self.iteration = batch_idx
         looked_at = batch.mask & self.progress.focus & ~self.progress.stopped[:, None]
         if (window := self._window(looked_at)) is None:
             features = self.generated()
@@ -424,7 +452,7 @@ class InputInversion(LightningModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.iteration % every == 0 and self.logger is not None:
             distance = float(self.distances.detach().mean())
-            self.logger.log_metrics({"match/distance": distance}, self.global_step)
+            self.logger.log_metrics({"match/distance": distance}, self.step)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -435,13 +463,20 @@ class InputInversion(LightningModule):
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
         """Step, then put held positions back: momentum must not move them."""
-        try:
+        with self.giving_up_if_too_large():
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            self.learnable.restore_held(self._before_step)
+            self.features = None
+        if self.batch is None:
+            optimizer_closure()  # Lightning wants the outcome of a step: there is none
+
+    @contextmanager
+    def giving_up_if_too_large(self) -> Iterator[None]:
+        """Where what is done does not fit the memory, end the epoch of the batch."""
+        try:
+            yield
         except (RuntimeError, MemoryError) as error:
             self._give_up(error)
-            optimizer_closure()  # Lightning wants the outcome of a step: there is none
-            return
-        self.learnable.restore_held(self._before_step)
 
     def _give_up(self, error: BaseException) -> None:
         """End the epoch of a batch that does not fit the memory: it comes again as two halves.

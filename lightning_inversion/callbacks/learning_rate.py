@@ -46,4 +46,4 @@ class LinearLearningRate(Callback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.logger is not None and pl_module.iteration % every == 0:
             rate = optimizer.param_groups[0]["lr"]
-            trainer.logger.log_metrics({"optimizer/learning_rate": rate}, trainer.global_step)
+            trainer.logger.log_metrics({"optimizer/learning_rate": rate}, pl_module.step)

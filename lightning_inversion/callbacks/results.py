@@ -78,7 +78,7 @@ class Results(Callback):
             return
         rows = self._rows(pl_module)
         self._write(trainer, pl_module, rows)
-        self._log(trainer, rows)
+        self._log(trainer, pl_module, rows)
         self._say_how_far(trainer, pl_module.batch)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,7 +99,7 @@ class Results(Callback):
         tokenizer = pl_module.frozen.tokenizer
         rows = recovered_rows(batch, outputs, tokenizer, _shared(pl_module))
         self._write(trainer, pl_module, rows)
-        self._log(trainer, rows)
+        self._log(trainer, pl_module, rows)
         self._say_how_far(trainer, batch)
 
     def on_validation_batch_end(
@@ -108,7 +108,7 @@ class Results(Callback):
         """Score a stored input."""
         assert isinstance(pl_module, InputInversion)
         rows = self._rows(pl_module)
-        self._log(trainer, rows)
+        self._log(trainer, pl_module, rows)
         print_rows(rows)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -198,7 +198,7 @@ class Results(Callback):
         assert batch is not None
         top = module.top_tokens(self.top_k)
         verdict = verify_text(
-            module.features_of_tokens(top.best),
+            module.features_of_best(top.best),
             module.target,
             batch.mask,
             module.instruments,
@@ -206,10 +206,10 @@ class Results(Callback):
         seconds = time.monotonic() - self._began
         return result_rows(module, batch, top, verdict, seconds)
 
-    def _log(self, trainer: Trainer, rows: list[Row]) -> None:
+    def _log(self, trainer: Trainer, module: InputInversion, rows: list[Row]) -> None:
         if trainer.logger is not None:
             metrics = {f"final/{name}": value for name, value in mean(rows).items()}
-            trainer.logger.log_metrics(metrics, trainer.global_step)
+            trainer.logger.log_metrics(metrics, module.step)
 
 
 def _shared(module: InputInversion) -> Row:

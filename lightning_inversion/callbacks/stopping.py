@@ -90,16 +90,22 @@ class StoppingCriterion(Callback):
             self.judge(pl_module, pl_module.features)
         elif pl_module.iteration % self.log_every == 0:
             self._judge_values(pl_module)
-        judged = pl_module.batch is not None and pl_module.batch.ids is not None
-        if judged and pl_module.iteration % self.log_every == 0 and trainer.logger is not None:
-            ratio = float(pl_module.progress.ratio.mean())
-            trainer.logger.log_metrics({"match/distance_ratio": ratio}, trainer.global_step)
+        if pl_module.iteration % self.log_every == 0:
+            self._log(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge where the last step has left the input; a batch that was given up has none."""
         assert isinstance(pl_module, InputInversion)
         if pl_module.batch is not None:
             self._judge_values(pl_module)
+            self._log(trainer, pl_module)
+
+    @staticmethod
+    def _log(trainer: Trainer, module: InputInversion) -> None:
+        judged = module.batch is not None and module.batch.ids is not None
+        if judged and trainer.logger is not None:
+            ratio = float(module.progress.ratio.mean())
+            trainer.logger.log_metrics({"match/distance_ratio": ratio}, module.step)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
@@ -110,4 +116,6 @@ class StoppingCriterion(Callback):
     def _judge_values(self, module: LightningModule) -> None:
         assert isinstance(module, InputInversion)
         with torch.no_grad():
-            self.judge(module, module.generated())
+            if module.features is None:
+                module.features = module.generated()
+            self.judge(module, module.features)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput
 from lightning_inversion.module import InputInversion
+from lightning_inversion.prompts import PromptBatch
 from lightning_inversion.recovery.frontier import Frontier, Trial
 from lightning_inversion.recovery.linear_map import LinearMap
 from lightning_inversion.recovery.optimized_input import OptimizedInput
@@ -53,7 +54,7 @@ class TokenByToken(Callback):
             )
         self.every, self.candidates, self.most, self.window = every, candidates, most, window
         self._frontier: Frontier | None = None
-        self._map = LinearMap(later=True)
+        self._map = LinearMap()
         self._index: tuple[int, ...] | None = None
         self._stored: dict[str, Tensor] | None = None
         self._said = False
@@ -78,17 +79,23 @@ class TokenByToken(Callback):
         assert isinstance(pl_module, InputInversion)
         self.check(pl_module)
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int
     ) -> None:
-        """A round of candidates for the input as it stands, before it moves on."""
+        """A round of candidates for the input as it stands, before the iteration moves it on.
+
+        Prompts that are proven by what the linear map says of them need no iteration at all.
+        """
         assert isinstance(pl_module, InputInversion)
-        if not self.every or not self._can_prove(pl_module):
+        if not self.every or not pl_module.take_up(batch, batch_idx):
             return
-        frontier = self._frontier_of(pl_module)
-        if pl_module.iteration % self.every == 0:
-            self._advance(pl_module, frontier, optimizer)
-        self._focus(pl_module)
+        if not self._can_prove(pl_module):
+            return
+        with pl_module.giving_up_if_too_large():
+            frontier = self._frontier_of(pl_module)
+            if batch_idx % self.every == 0:
+                self._advance(pl_module, frontier, trainer.optimizers[0])
+            self._focus(pl_module)
 
     def _can_prove(self, module: InputInversion) -> bool:
         able = bool((module.instruments.calibration.tolerance > 0).all())

@@ -57,6 +57,7 @@ class TokenDecoding(LiveDisplay):
         super().__init__("iterations", show)
         self.every, self.top_k, self.prompts = every, top_k, prompts
         self.early = _EARLY if early else ()
+        self._reported = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the live display where there is a terminal."""
@@ -75,16 +76,20 @@ class TokenDecoding(LiveDisplay):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Decode and show: a few early iterations, then every few, and the last."""
+        """Decode and show: a few early iterations, then every few."""
         assert isinstance(pl_module, InputInversion)
         if self._live is not None and self._bar.task_ids:
             self._bar.update(self._bar.task_ids[0], completed=batch_idx + 1)
         if pl_module.batch is None:
             return
-        ended = batch_idx + 1 == pl_module.iterations or bool(pl_module.progress.stopped.all())
-        if (batch_idx + 1) % self.every and batch_idx not in self.early and not ended:
-            return
-        self._report(trainer, pl_module)
+        if (batch_idx + 1) % self.every == 0 or batch_idx in self.early:
+            self._report(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Decode and show what the batch has come to, if its last iteration was not shown."""
+        assert isinstance(pl_module, InputInversion)
+        if pl_module.batch is not None and self._reported != pl_module.step:
+            self._report(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the live display."""
@@ -92,6 +97,7 @@ class TokenDecoding(LiveDisplay):
 
     @rank_zero_only
     def _report(self, trainer: Trainer, module: InputInversion) -> None:
+        self._reported = module.step
         if not self.show and trainer.logger is None:
             return  # nobody would see it
         batch = module.batch
@@ -105,18 +111,22 @@ class TokenDecoding(LiveDisplay):
         texts = [self._tokens(module, top, row) for row in range(shown)]
         if trainer.logger is not None:
             metrics = {f"tokens/{name}": share for name, share in shares.items()}
-            trainer.logger.log_metrics(metrics, trainer.global_step)
+            trainer.logger.log_metrics(metrics, module.step)
         if isinstance(trainer.logger, TensorBoardLogger):
             markdown = self._markdown(module, top, [text.plain for text in texts])
-            trainer.logger.experiment.add_text("tokens/top_k", markdown, trainer.global_step)
+            trainer.logger.experiment.add_text("tokens/top_k", markdown, module.step)
             trainer.logger.experiment.add_image(
-                "tokens/distance_to_nearest", self._picture(module), trainer.global_step
+                "tokens/distance_to_nearest", self._picture(module), module.step
             )
         if not self.show:
             return
-        distance = float(module.distances.detach().mean())
         # The tokens are of the input as the iteration has left it, with those it has proven.
-        summary = f"iteration {module.iteration + 1}: distance {distance:.4g} at its start, then "
+        summary = "before the first iteration: "
+        if module.distances is not None:
+            distance = float(module.distances.detach().mean())
+            summary = (
+                f"iteration {module.iteration + 1}: distance {distance:.4g} at its start, then "
+            )
         if "accuracy" in shares:
             summary += f"token accuracy {shares['accuracy']:.3f}, "
         summary += f"proven {shares['proven']:.3f}"

@@ -34,8 +34,8 @@ def test_a_short_fit_is_shown_at_several_iterations(
         "--model.transformer.depth=1",
         f'--data.prompts=["{TEXT}"]',
         "--model.iterations=200",
-        "--token_by_token.candidates=2",
-        "--token_by_token.most=2",
+        "--token_by_token.candidates=1",
+        "--token_by_token.most=1",
         f"--trainer.default_root_dir={tmp_path}",
         "--trainer.accelerator=cpu",
     ]

@@ -122,6 +122,21 @@ def test_an_epoch_ends_when_each_row_has_stopped(
     assert all(row["criterion_met"] and row["criterion_met_at"] == 0 for row in rows)
 
 
+def test_prompts_that_the_map_reads_need_no_iteration(
+    tiny_folder: Path, tiny_transformer: TruncatedTransformer, tmp_path: Path
+) -> None:
+    module, trainer = invert(
+        tiny_folder, tiny_transformer, PROMPTS, tmp_path,
+        TokenByToken(), StoppingCriterion(stop=False), Results(),
+    )  # fmt: skip
+    assert trainer.global_step == 0
+    rows = read_rows(tmp_path / "results.jsonl")
+    assert [row["recovered"] for row in rows] == PROMPTS
+    assert all(row["verified"] and row["criterion_met"] for row in rows)
+    assert [row["iterations"] for row in rows] == [0, 0, 0]
+    assert module.learnable.values.grad is None
+
+
 def test_a_row_that_has_ended_meets_the_criterion_no_later(
     tiny_transformer: TruncatedTransformer,
 ) -> None:
