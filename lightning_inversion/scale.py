@@ -176,8 +176,9 @@ def memory(
         libraries: what the process holds before.
     """
     V, D = shape.vocabulary, shape.width
-    # The readout's matrices and whitenings and the linear map's precisions, two of each.
-    readout = 6 * 4.0 * D * D
+    # The readout's matrices, directions and shrinkages, two of each; and the tokens' places along
+    # the directions that the linear map uses, for first and later positions.
+    readout = 6 * 4.0 * D * D + 4.0 * V * D / 3
     weights = V * D * number_bytes + shape.blocks * shape.parameters * weight_bytes + readout
     of_a_block = shape.saved * number_bytes  # for a token
     held = _KEPT_COPIES * tokens * (channels or D) * 4.0

@@ -32,16 +32,19 @@ class _Measured:
     """A vocabulary along the directions that tell most at one kind of position.
 
     Attributes:
+        embedding: the model's.
         mean: ``[D]``.
         directions: ``[D, R]``.
-        tokens: ``[V, R]`` each token's place.
-        half_squares: ``[V]`` of what the guess has of it.
+        half_squares: ``[V]`` of what the guess has of each token.
+        tokens: ``[V, R]`` each token's place; None where that would not be much smaller than the
+            embedding, which then serves itself.
     """
 
+    embedding: TokenEmbedding
     mean: Tensor
     directions: Tensor
-    tokens: Tensor
     half_squares: Tensor
+    tokens: Tensor | None
 
     @classmethod
     def of(cls, readout: Readout, kind: int, embedding: TokenEmbedding) -> _Measured:
@@ -52,16 +55,21 @@ class _Measured:
         mean, directions = readout.bias[kind], readout.directions[kind, :, :enough].contiguous()
         heard = 1 - 1 / signal[:enough]
         ids = torch.arange(embedding.vocabulary_size, device=mean.device)
-        tokens = torch.empty(len(ids), directions.shape[1], device=mean.device)
+        few = 2 * directions.shape[1] <= embedding.width
+        tokens = torch.empty(len(ids), directions.shape[1], device=mean.device) if few else None
         half_squares = torch.empty(len(ids), device=mean.device)
         for chunk in torch.split(ids, _AT_A_TIME):
-            tokens[chunk] = (embedding(chunk) - mean) @ directions
-            half_squares[chunk] = (tokens[chunk].square() @ heard) / 2
-        return cls(mean, directions, tokens, half_squares)
+            places = (embedding(chunk) - mean) @ directions
+            half_squares[chunk] = (places.square() @ heard) / 2
+            if tokens is not None:
+                tokens[chunk] = places
+        return cls(embedding, mean, directions, half_squares, tokens)
 
     def scores(self, guess: Tensor) -> Tensor:
-        """``[N, V]`` of guesses ``[N, D]``."""
+        """``[N, V]`` of guesses ``[N, D]``, up to a constant for each."""
         told = (guess - self.mean) @ self.directions
+        if self.tokens is None:
+            return self.embedding.dot(told @ self.directions.T).sub_(self.half_squares)
         return torch.addmm(self.half_squares, told, self.tokens.T, beta=-1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,19 @@ def test_scores_are_the_likelihood_of_the_guess() -> None:
     gaussian = -((guess - heard * tokens).square() / heard).sum(1) / 2
     differences = scores(readout, tokens, guess) - gaussian
     torch.testing.assert_close(differences, differences[:1].expand(6), atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_need_no_places_where_nearly_all_directions_are_used() -> None:
+    tokens = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    readout = told([4.0] * 6)
+    shifted = replace(readout, bias=readout.bias + 0.3)
+    all_used = _Measured.of(shifted, 1, TokenEmbedding(tokens))
+    assert all_used.tokens is None
+    placed = replace(all_used, tokens=(tokens - all_used.mean) @ all_used.directions)
+    guess = torch.tensor([[0.4, 1.0, -2.0, 0.3, 0.0, -0.5]])
+    one, other = all_used.scores(guess)[0], placed.scores(guess)[0]
+    torch.testing.assert_close(one - one[0], other - other[0], atol=1e-5, rtol=1e-5)
+    assert _Measured.of(told([1e9] * 6), 1, TokenEmbedding(tokens)).tokens is not None
 
 
 def test_directions_tell_tokens_and_errors_apart(instruments: Instruments) -> None:

@@ -1,0 +1,84 @@
+"""How far down the linear map ranks the right token, and what its parts are worth.
+
+    python -m tests.benchmarks.linear_map --depths 1 8 15 30
+
+The protocol's texts, positions after the first, each token ranked once among the whole vocabulary
+with nothing tried. `nearest` is the comparison of tokens with the guess itself, in units of its
+errors; `all` the map with every direction, `map` the map as it is used, `with prior` beside the
+language model's.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_inversion.protocol import protocol_texts
+from lightning_inversion.recovery.frontier import Frontier
+from lightning_inversion.recovery.instruments import Instruments
+from lightning_inversion.recovery.linear_map import LinearMap
+from lightning_inversion.recovery.prior import LanguageModelPrior
+from lightning_inversion.transformer.language_model import LanguageModel
+from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+TEXTS = Path("configs/recovery/prompts.jsonl")
+
+
+def ranks(scores: Tensor, right: Tensor) -> Tensor:
+    """``[N]`` tokens that stand before the right one ``[N]``."""
+    return (scores > scores.gather(1, right[:, None])).sum(1)
+
+
+def directions(instruments: Instruments, guess: Tensor, shrunk: bool) -> Tensor:
+    """Scores ``[N, V]`` by all directions, of tokens or of what the guess has of them."""
+    readout, embedding = instruments.readout, instruments.transformer.embedding
+    tokens = (embedding.matrix.float() - readout.bias[1]) @ readout.directions[1]
+    told = (guess - readout.bias[1]) @ readout.directions[1]
+    heard = 1 - 1 / readout.signal[1].clamp_min(1) if shrunk else torch.ones(tokens.shape[1])
+    return told @ tokens.T - (tokens.square() @ heard) / 2
+
+
+def main() -> None:
+    """Print a row for each depth and way of ranking."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 8, 15, 30])
+    depths = parser.parse_args().depths
+    model, tokenizer = TransformerSpec().load_causal_lm()
+    texts = protocol_texts(tokenizer, model.config.vocab_size, TEXTS, 20)
+    ids = torch.tensor(texts)
+    print("| depth | ranked by | first | in the first 8 | mean of ranks, geometric | largest |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for depth in depths:
+        transformer = TruncatedTransformer.from_model(model, tokenizer, depth=depth)
+        instruments = Instruments.measure(transformer, LanguageModel(model, transformer.caches))
+        found: dict[str, list[Tensor]] = {"nearest": [], "all": [], "map": [], "with prior": []}
+        for text in ids[:, None]:
+            frontier = Frontier(instruments, transformer.features_of(text))
+            order, prior = LinearMap(), LanguageModelPrior()
+            order.begin(frontier)
+            prior.begin(frontier)
+            row = torch.zeros(1, dtype=torch.long)
+            for place in range(text.shape[1]):
+                if place:
+                    right, guess = text[0, place, None], frontier.guess(row)
+                    likely = order.scores(frontier, row)
+                    found["nearest"].append(ranks(directions(instruments, guess, False), right))
+                    found["all"].append(ranks(directions(instruments, guess, True), right))
+                    found["map"].append(ranks(likely, right))
+                    both = likely + prior.scores(frontier, row)
+                    found["with prior"].append(ranks(both, right))
+                frontier.accept(row, text[:, place])
+                prior.advance(row, text[:, place])
+        for name, parts in found.items():
+            rank = torch.cat(parts).double()
+            mean = math.exp(float((rank + 1).log().mean()))
+            print(f"| {depth} | {name} | {(rank < 1).double().mean():.3f} | "
+                  f"{(rank < 8).double().mean():.3f} | {mean:.2f} | {int(rank.max()) + 1} |",
+                  flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
