@@ -126,7 +126,7 @@ class TokenByToken(Callback):
         totals = module.batch.mask.sum(1)
         rows = self._unfinished(module, totals)
         # Where every token was tried, the gradient is left.
-        rows = rows[~frontier.tried[rows].all(1)]
+        rows = rows[frontier.count[rows] < module.embedding.vocabulary_size]
         vectors = module.learnable(module.embedding)
         # Before the first step the input knows nothing that the map does not.
         input_order = [OptimizedInput(vectors)] if module.iteration else []

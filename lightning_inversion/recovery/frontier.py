@@ -13,7 +13,7 @@ from lightning_inversion.transformer.known_prefix import KnownPrefix
 
 _KEPT = 16
 """Wrong candidates that correct the guess, the closest ones."""
-_STATE = ("tried", "rounds", "reach", "_errors", "_closest", "_corrected")
+_STATE = ("tried", "count", "rounds", "reach", "_errors", "_closest", "_corrected")
 _FARTHEST = 64
 """Places of one run at most."""
 _FIRST_REACH = 16
@@ -55,6 +55,7 @@ class Frontier:
     Attributes:
         prefix: the tokens known so far.
         tried: ``[B, V]`` bool, tokens that were run at the row's position.
+        count: ``[B]`` how many these are.
         rounds: ``[B]`` rounds of candidates at the row's position alone.
         reach: ``[B]`` for how many places first guesses are worth running together: twice as many
             as before where all were right, else half.
@@ -68,6 +69,7 @@ class Frontier:
         B, device, embedding = len(target), target.device, self.transformer.embedding
         self.prefix = prefix or KnownPrefix(self.transformer, B)
         self.tried = torch.zeros(B, embedding.vocabulary_size, dtype=torch.bool, device=device)
+        self.count = torch.zeros(B, dtype=torch.long, device=device)
         self.rounds = torch.zeros(B, dtype=torch.long, device=device)
         self.reach = torch.full((B,), _FIRST_REACH, device=device)
         self._errors = torch.full((B, _KEPT), torch.inf, device=device)
@@ -173,15 +175,17 @@ class Frontier:
         positions, calibration = self.positions(rows), self.instruments.calibration
         places = positions[:, None].expand(ids.shape)
         residuals = calibration.residual(features, self.target_at(rows)[:, None], places)
-        self.tried[rows[:, None], ids] = True
-        tried = self.tried[rows].sum(1)
+        count = self.count[rows] + (~self.tried[rows[:, None], ids]).sum(1)
         closest, chosen = residuals.min(dim=1)
         tolerance = calibration.tolerance[positions.clamp(max=1)]
         certified = closest <= tolerance
         wrong = ~certified
+        # A row that goes on forgets what was tried: most do with their first token.
+        self.tried[rows[wrong, None], ids[wrong]] = True
+        self.count[rows[wrong]] = count[wrong]
         self._learn(rows[wrong], ids[wrong], features[wrong])
         best = ids.gather(1, chosen[:, None])[:, 0]
-        return Trial(rows, ids, residuals, tolerance, best, certified, tried), chosen
+        return Trial(rows, ids, residuals, tolerance, best, certified, count), chosen
 
     def accept(self, rows: Tensor, ids: Tensor) -> None:
         """Go on behind tokens ``[R]`` that nothing certifies."""
@@ -220,6 +224,7 @@ class Frontier:
 
     def _leave(self, rows: Tensor) -> None:
         """A new position begins in ``rows``."""
-        self.tried[rows] = False
+        self.tried[rows[self.count[rows] > 0]] = False
+        self.count[rows] = 0
         self.rounds[rows] = 0
         self._errors[rows] = torch.inf

@@ -60,7 +60,7 @@ def round_of(
 
 def _widths(frontier: Frontier, rows: Tensor, left: Tensor) -> Tensor:
     """``[R]`` places to run together: a power of two, so that many rows are alike."""
-    fresh = ~frontier.tried[rows].any(dim=1)
+    fresh = frontier.count[rows] == 0
     reach = torch.minimum(frontier.reach[rows], left).clamp(min=1)
     powers = 2 ** reach.double().log2().floor().long()
     return torch.where(fresh, powers, 1)

@@ -157,7 +157,7 @@ class _Batch:
 
     def _round(self, rows: Tensor, order: CandidateOrder) -> None:
         frontier = self.frontier
-        left = self.limit - frontier.tried[rows].sum(1)
+        left = self.limit - frontier.count[rows]
         sizes = torch.minimum(self.policy.sizes(frontier.rounds[rows]), left).clamp(min=1)
         began = time.monotonic()
         places_left = self.totals[rows] - frontier.positions(rows)

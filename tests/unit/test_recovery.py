@@ -81,6 +81,7 @@ def test_no_wrong_token_is_ever_proven(instruments: Instruments) -> None:
     rows, vectors = torch.arange(2), instruments.transformer.embedding(ids)
     frontier.prefix.begin(rows, vectors, torch.tensor([1, 1]))
     frontier.tried[0, 4] = True  # the right token of row 0 is withheld
+    frontier.count[0] = 1
     order = OptimizedInput(vectors)
     ((trial, _),) = round_of(frontier, order, rows, torch.tensor([299, 299]), torch.ones(2))
     assert trial.certified.tolist() == [False, True]
