@@ -1,7 +1,12 @@
-"""Fixtures shared by all tests: a tiny model in a folder, the same loaded, and the real one."""
+"""Fixtures shared by all tests: a tiny model in a folder, the same loaded, and the real one.
+
+What takes seconds to import is imported where it is used: pytest reads this file in a process that
+runs no test as well.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,15 +17,20 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.tiny import save_tiny
-
 if TYPE_CHECKING:
     from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+
+def pytest_collection_finish() -> None:
+    """Let no garbage collection go through what was imported, which stays: it is most there is."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved Llama of 4 blocks, width 32, 300 tokens, with a tokenizer of any text."""
+    from tests.tiny import save_tiny
+
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
