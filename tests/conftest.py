@@ -43,6 +43,21 @@ def tiny_transformer(tiny_folder: Path) -> TruncatedTransformer:
 
 
 @pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where tests without the real model keep what is measured once for a model and depth."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _no_user_cache(
+    request: pytest.FixtureRequest, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user's cache keeps the real model, and nothing of tiny ones."""
+    if "integration" not in request.keywords:
+        monkeypatch.setenv("LIGHTNING_INVERSION_CACHE", str(cache))
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> TruncatedTransformer:
     """SmolLM2-135M cut after its first block: trained, real. For tests marked integration."""
     from lightning_inversion.transformer.loading import TransformerSpec
