@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,19 @@ def _no_user_cache(
     """The user's cache keeps the real model, and nothing of tiny ones."""
     if "integration" not in request.keywords:
         monkeypatch.setenv("LIGHTNING_INVERSION_CACHE", str(cache))
+
+
+@pytest.fixture(autouse=True)
+def _made_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs that tests start in this process share what is the same for all.
+
+    Tests marked integration, and fixtures that tests share, make their own, as a user's run does.
+    """
+    if "lightning_inversion.cli" in sys.modules and "integration" not in request.keywords:
+        from tests.made_once import share_instruments, share_parsers
+
+        share_parsers(monkeypatch)
+        share_instruments(monkeypatch)
 
 
 @pytest.fixture(scope="session")
