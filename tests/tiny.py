@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,12 @@ def tiny_model(family: str, attention: str | None = None, seed: int = 0) -> hf.P
                 if parameter.dim() > 1:
                     parameter.mul_(5)
     return model.eval()
+
+
+@cache
+def shared_tiny_model(family: str, attention: str | None = None) -> hf.PreTrainedModel:
+    """The same, made once: for tests that leave it as it is."""
+    return tiny_model(family, attention)
 
 
 def tiny_tokenizer() -> hf.PreTrainedTokenizerFast:

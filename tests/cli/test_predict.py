@@ -12,17 +12,13 @@ from lightning_inversion.cli import run
 from lightning_inversion.transformer.cache import ENVIRONMENT
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "cache"))
-
-
 def predict(folder: Path, root: Path, *more: str) -> list[str]:
     return [
         "predict",
         f"--model.transformer.model={folder}",
         "--model.transformer.depth=2",
         '--data.prompts=["The sky is blue.", "A quick brown fox", "The wipers"]',
+        "--data.tokens_per_batch=100",
         f"--trainer.default_root_dir={root}",
         "--trainer.accelerator=cpu",
         *more,
@@ -71,8 +67,10 @@ def test_it_goes_on_where_it_stopped(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_slow_is_said_once_and_no_line_is_empty(
-    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "cache"))
     assert run(predict(tiny_folder, tmp_path, "--data.batch_size=1")) == 0
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line.endswith(" ...")] == [

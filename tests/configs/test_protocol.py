@@ -43,19 +43,9 @@ def test_the_texts_are_of_one_length_and_two_are_random() -> None:
     assert texts == protocol_texts(tokenizer, 300, CONFIGS / "prompts.jsonl", 20)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 def test_two_policies_side_by_side_and_their_table(
-    tiny_folder: Path,
-    tmp_path: Path,
-    cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("LIGHTNING_INVERSION_CACHE", str(cache))
     results = tmp_path / "results"
 
     def run(*policies: str) -> list[dict[str, object]]:
@@ -154,10 +144,7 @@ def test_scores_by_hand() -> None:
     )
 
 
-def test_a_cap_stops_between_rounds(
-    tiny_folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LIGHTNING_INVERSION_CACHE", str(cache))
+def test_a_cap_stops_between_rounds(tiny_folder: Path, tmp_path: Path) -> None:
     arguments = [f"--model={tiny_folder}", "--depths=1", "--prompts=2", "--length=5", "--cap=0"]
     arguments += [f"--out={tmp_path}", f"--configs={CONFIGS}", "--policies=sipit"]
     assert main(arguments) == 0

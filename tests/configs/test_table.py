@@ -127,7 +127,7 @@ def small(tmp_path: Path, tiny_folder: Path) -> Path:
             "transformer": {"model": str(tiny_folder), "features": "0:8"},
             "iterations": 8,
         },
-        "data": {"prompts": ["The sky is blue."]},
+        "data": {"prompts": ["The sky is blue."], "tokens_per_batch": 100},
     }
     (configs / "a.yaml").write_text(yaml.safe_dump(settings))
     claims = {"A section": [{"name": "one", "config": "a.yaml", "claim": "a claim"}]}

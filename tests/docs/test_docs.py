@@ -40,6 +40,7 @@ def test_public_parts_have_examples() -> None:
         assert any(test.examples for test in finder.find(module)), name
 
 
+@pytest.mark.integration  # five whole fits
 def test_the_tour(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

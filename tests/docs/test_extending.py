@@ -13,7 +13,6 @@ import yaml
 from torch.nn.functional import cosine_similarity
 
 from lightning_inversion.cli import run
-from lightning_inversion.transformer.cache import ENVIRONMENT
 from lightning_inversion.transformer.families import FAMILIES
 from lightning_inversion.transformer.loading import TransformerSpec
 from tests.tiny import save_tiny, tiny_tokenizer
@@ -37,8 +36,8 @@ def my_parts(tmp_path_factory: pytest.TempPathFactory):
 def fit(folder: Path, root: Path, *more: str) -> tuple[list[dict], dict]:
     arguments = [
         "fit", f"--model.transformer.model={folder}", '--data.prompts=["The sky is blue."]',
-        "--model.iterations=3", f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu",
-        *more,
+        "--model.iterations=3", "--data.tokens_per_batch=100",
+        f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", *more,
     ]  # fmt: skip
     assert run(arguments) == 0
     made = root / "lightning_logs" / "version_0"
@@ -75,8 +74,8 @@ def test_a_decoder(my_parts: ModuleType, tiny_folder: Path, tmp_path: Path) -> N
 def predict(folder: Path, root: Path, *order: str) -> dict:
     arguments = [
         "predict", f"--model.transformer.model={folder}", "--model.transformer.depth=2",
-        '--data.prompts=["The sky is blue."]', f"--trainer.default_root_dir={root}",
-        "--trainer.accelerator=cpu", *order,
+        '--data.prompts=["The sky is blue."]', "--data.tokens_per_batch=100",
+        f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", *order,
     ]  # fmt: skip
     assert run(arguments) == 0
     (line,) = (root / "lightning_logs/version_0/results.jsonl").read_text().splitlines()
@@ -86,10 +85,7 @@ def predict(folder: Path, root: Path, *order: str) -> dict:
     return row
 
 
-def test_a_candidate_order(
-    my_parts: ModuleType, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "cache"))
+def test_a_candidate_order(my_parts: ModuleType, tiny_folder: Path, tmp_path: Path) -> None:
     option = "--model.recovery.order=my_parts.SuspectedText"
     likely, unlikely = (
         predict(tiny_folder, tmp_path / name, option, f"--model.recovery.order.text={text}")

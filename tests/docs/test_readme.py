@@ -21,6 +21,7 @@ def smaller(command: str, model: Path, root: Path) -> list[str]:
     run = [
         f"--model.transformer.model={model}", "--model.transformer.depth=2",
         f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu",
+        "--data.tokens_per_batch=100",
     ]  # fmt: skip
     if command == "predict":
         return [*run, "--model.recovery.budget=50"]

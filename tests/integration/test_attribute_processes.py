@@ -4,56 +4,32 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.integration.started_run import StartedRun
+
 pytestmark = pytest.mark.integration
 TEXTS = [f"The wipers on the bus go swish {'swish ' * (index % 5)}{index}" for index in range(24)]
 
 
-class Run:
-    """An attribution of many texts with the tiny model, started as a user would."""
+class Run(StartedRun):
+    """An attribution of many texts with the tiny model."""
 
     def __init__(self, folder: Path, root: Path) -> None:
         texts = root / "texts.txt"
         texts.write_text("\n".join(TEXTS), encoding="utf-8")
-        self.rows = root / "rows.jsonl"
-        self.messages = root / "messages.txt"
-        self.command = [
-            sys.executable, "-m", "lightning_inversion", "attribute", f"--texts={texts}",
-            f"--model={folder}", f"--json={self.rows}", "--method=integrated", "--steps=200",
+        rows = root / "rows.jsonl"
+        arguments = [
+            "attribute", f"--texts={texts}", f"--model={folder}", f"--json={rows}",
+            "--method=integrated", "--steps=200",
         ]  # fmt: skip
+        super().__init__(arguments, rows, root / "messages.txt")
 
-    def start(self, processes: int) -> subprocess.Popen[bytes]:
-        with self.messages.open("ab") as messages:
-            return subprocess.Popen(
-                [*self.command, f"--processes={processes}"],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.DEVNULL,
-                stderr=messages,
-                start_new_session=True,  # a group of its own, as a terminal gives it
-                # A shell starts what it runs in the background with Ctrl-C ignored.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )
-
-    def finish(self, process: subprocess.Popen[bytes]) -> bytes:
-        assert process.wait(300) == 0, self.messages.read_text()
-        return self.rows.read_bytes()
-
-    def lines(self) -> list[bytes]:
-        """The whole rows there are now."""
-        whole = self.rows.read_bytes().split(b"\n") if self.rows.exists() else []
-        return [line for line in whole[:-1] if json.loads(line)]
-
-    def wait_for(self, lines: int, process: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + 120
-        while len(self.lines()) < lines:
-            assert process.poll() is None, self.messages.read_text()
-            assert time.monotonic() < deadline, self.messages.read_text()
-            time.sleep(0.02)
+    def by(self, processes: int) -> subprocess.Popen[bytes]:
+        return self.start(f"--processes={processes}")
 
 
 def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
@@ -83,7 +59,7 @@ def is_alive(pid: int) -> bool:
 def alone(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The rows of one process that nothing disturbed."""
     run = Run(tiny_folder, tmp_path_factory.mktemp("alone"))
-    rows = run.finish(run.start(1))
+    rows = run.finish(run.by(1))
     assert [json.loads(row)["text"] for row in rows.splitlines()] == TEXTS
     return rows
 
@@ -92,7 +68,7 @@ def test_two_processes_leave_the_rows_of_one(
     alone: bytes, tiny_folder: Path, tmp_path: Path
 ) -> None:
     run = Run(tiny_folder, tmp_path)
-    assert run.finish(run.start(2)) == alone
+    assert run.finish(run.by(2)) == alone
     said = run.messages.read_text().splitlines()
     assert said == [f"{n} of {len(TEXTS)}: written to {run.rows}." for n in range(1, 25)]
 
@@ -101,7 +77,7 @@ def test_killed_and_resumed_by_another_number_of_processes(
     alone: bytes, tiny_folder: Path, tmp_path: Path
 ) -> None:
     run = Run(tiny_folder, tmp_path)
-    killed = run.start(2)
+    killed = run.by(2)
     run.wait_for(3, killed)
     workers = workers_of(killed)
     assert len(workers) == 2
@@ -112,14 +88,14 @@ def test_killed_and_resumed_by_another_number_of_processes(
     assert len(kept) < len(TEXTS)
     assert "Traceback" not in run.messages.read_text()
     run.messages.unlink()
-    assert run.finish(run.start(3)) == alone
+    assert run.finish(run.by(3)) == alone
     assert set(kept) < set(alone.split(b"\n"))
     assert len(run.messages.read_text().splitlines()) == len(TEXTS) - len(kept)
 
 
 def test_a_process_that_dies_ends_the_run(tiny_folder: Path, tmp_path: Path) -> None:
     run = Run(tiny_folder, tmp_path)
-    process = run.start(2)
+    process = run.by(2)
     run.wait_for(2, process)
     first, second = workers_of(process)
     os.kill(first, signal.SIGKILL)
@@ -133,7 +109,7 @@ def test_a_process_that_dies_ends_the_run(tiny_folder: Path, tmp_path: Path) -> 
 
 def test_interrupted_by_the_keyboard(tiny_folder: Path, tmp_path: Path) -> None:
     run = Run(tiny_folder, tmp_path)
-    process = run.start(2)
+    process = run.by(2)
     run.wait_for(2, process)
     workers = workers_of(process)
     os.killpg(process.pid, signal.SIGINT)

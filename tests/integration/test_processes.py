@@ -6,76 +6,49 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.integration.started_run import StartedRun
+
 pytestmark = pytest.mark.integration
 WORDS = ("the", "sky", "is", "blue", "or", "red", "depending", "on", "time", "of", "day", "bus")
 CHANGING = {"seconds", "token_seconds"}
 
 
-class Run:
-    """A run of the tiny model in a folder of its own, started as a user would."""
+class Run(StartedRun):
+    """A run of the tiny model in a folder of its own."""
 
     def __init__(self, folder: Path, root: Path, predict: bool = False) -> None:
         rng = random.Random(0)
         self.prompts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 10))) for _ in range(16)]
         self.prompts.insert(3, "")  # a bad one, which must not stop the others
-        self.root = root
-        self.folder = root / "lightning_logs" / "version_0"
-        self.results = self.folder / "results.jsonl"
-        self.messages = root / "messages.txt"
         own = [] if predict else [
             "--model.learnable.start=NormalStart", "--model.iterations=250",
             "--token_by_token.candidates=2", "--token_by_token.most=2", "--checkpoint.every=10",
         ]  # fmt: skip
-        self.command = [
-            sys.executable, "-m", "lightning_inversion", "predict" if predict else "fit",
+        arguments = [
+            "predict" if predict else "fit",
             f"--model.transformer.model={folder}", "--model.transformer.depth=3",
             f"--data.prompts={json.dumps(self.prompts)}", "--data.tokens_per_batch=40",
             f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", *own,
         ]  # fmt: skip
         root.mkdir(exist_ok=True)
+        results = root / "lightning_logs" / "version_0" / "results.jsonl"
+        super().__init__(arguments, results, root / "messages.txt")
 
-    def start(
+    def by(
         self, processes: int, *more: str, limit: Callable[[], None] | None = None
     ) -> subprocess.Popen[bytes]:
-        def prepare() -> None:
-            # A shell starts what it runs in the background with Ctrl-C ignored, and so the tests.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            if limit is not None:
-                limit()
+        return self.start(f"--trainer.devices={processes}", *more, limit=limit)
 
-        with self.messages.open("ab") as messages:
-            return subprocess.Popen(
-                [*self.command, f"--trainer.devices={processes}", *more],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.DEVNULL,
-                stderr=messages,
-                preexec_fn=prepare,
-            )
-
-    def finish(self, process: subprocess.Popen[bytes]) -> list[dict]:
-        assert process.wait(300) == 0, self.messages.read_text()
-        rows = [json.loads(line) for line in self.results.read_text().splitlines()]
+    def rows_of(self, process: subprocess.Popen[bytes]) -> list[dict]:
+        rows = [json.loads(line) for line in self.finish(process).splitlines()]
         assert [row["index"] for row in rows] == list(range(len(self.prompts)))
         return [{key: value for key, value in row.items() if key not in CHANGING} for row in rows]
-
-    def lines(self) -> list[bytes]:
-        """What is in the results now; every line of it whole."""
-        whole = self.results.read_bytes().split(b"\n") if self.results.exists() else []
-        return [line for line in whole[:-1] if json.loads(line)]
-
-    def wait_for(self, lines: int, process: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + 120
-        while len(self.lines()) < lines:
-            assert process.poll() is None, self.messages.read_text()
-            assert time.monotonic() < deadline, self.messages.read_text()
-            time.sleep(0.05)
 
 
 def children_of(process: subprocess.Popen[bytes]) -> list[int]:
@@ -87,14 +60,14 @@ def children_of(process: subprocess.Popen[bytes]) -> list[int]:
 def alone(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """The rows of one process that nothing disturbed."""
     run = Run(tiny_folder, tmp_path_factory.mktemp("alone"))
-    return run.finish(run.start(1))
+    return run.rows_of(run.by(1))
 
 
 def test_two_processes_leave_the_rows_of_one(
     alone: list[dict], tiny_folder: Path, tmp_path: Path
 ) -> None:
     run = Run(tiny_folder, tmp_path)
-    rows = run.finish(run.start(2))
+    rows = run.rows_of(run.by(2))
     assert rows == alone
     assert [row["index"] for row in rows if row["error"]] == [3]
     assert "prompt 4 is empty" in run.messages.read_text()
@@ -108,7 +81,7 @@ def test_killed_three_times_and_resumed_by_other_numbers_of_processes(
     moments = random.Random(1)
     kept: list[bytes] = []
     for attempt, processes in enumerate((4, 2, 3)):
-        killed = run.start(processes, *(["--ckpt_path=last"] if attempt else []))
+        killed = run.by(processes, *(["--ckpt_path=last"] if attempt else []))
         run.wait_for(len(kept) + 1, killed)
         time.sleep(moments.uniform(0, 1))
         killed.send_signal(signal.SIGKILL)
@@ -118,36 +91,36 @@ def test_killed_three_times_and_resumed_by_other_numbers_of_processes(
         assert lines[: len(kept)] == kept
         kept = lines
     assert len(kept) < len(run.prompts)
-    assert run.finish(run.start(1, "--ckpt_path=last")) == alone
+    assert run.rows_of(run.by(1, "--ckpt_path=last")) == alone
 
 
 def test_exact_recovery_by_two_processes_killed_and_resumed_by_one(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     alone = Run(tiny_folder, tmp_path / "alone", predict=True)
-    expected = alone.finish(alone.start(1))
+    expected = alone.rows_of(alone.by(1))
     assert sum(row["verified"] for row in expected) >= 15
     run = Run(tiny_folder, tmp_path / "killed", predict=True)
-    killed = run.start(2)
+    killed = run.by(2)
     run.wait_for(2, killed)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     time.sleep(2)  # the other notices
     kept = run.lines()
-    rows = run.finish(run.start(1, "--ckpt_path=last"))
+    rows = run.rows_of(run.by(1, "--ckpt_path=last"))
     assert rows == expected
     assert {json.loads(line)["index"] for line in kept} <= {row["index"] for row in rows}
 
 
 def test_more_processes_than_batches(alone: list[dict], tiny_folder: Path, tmp_path: Path) -> None:
     run = Run(tiny_folder, tmp_path)
-    rows = run.finish(run.start(2, "--data.tokens_per_batch=100000", "--model.iterations=3"))
+    rows = run.rows_of(run.by(2, "--data.tokens_per_batch=100000", "--model.iterations=3"))
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in alone]
 
 
 def test_a_process_that_dies_ends_the_run(tiny_folder: Path, tmp_path: Path) -> None:
     run = Run(tiny_folder, tmp_path)
-    process = run.start(2)
+    process = run.by(2)
     run.wait_for(2, process)
     (child,) = children_of(process)
     os.kill(child, signal.SIGKILL)
@@ -161,7 +134,7 @@ def test_a_process_that_dies_ends_the_run(tiny_folder: Path, tmp_path: Path) -> 
 
 def test_interrupted_by_the_keyboard(tiny_folder: Path, tmp_path: Path) -> None:
     run = Run(tiny_folder, tmp_path)
-    process = run.start(2)
+    process = run.by(2)
     run.wait_for(2, process)
     (child,) = children_of(process)
     process.send_signal(signal.SIGINT)
@@ -177,7 +150,7 @@ def test_interrupted_by_the_keyboard(tiny_folder: Path, tmp_path: Path) -> None:
 def test_asked_to_end(processes: int, predict: bool, tiny_folder: Path, tmp_path: Path) -> None:
     run = Run(tiny_folder, tmp_path, predict)
     slow = ["--model.recovery=lightning_inversion.recovery.sipit.SIPIT"] if predict else []
-    process = run.start(processes, *slow)
+    process = run.by(processes, *slow)
     run.wait_for(2, process)
     children = children_of(process)
     process.send_signal(signal.SIGTERM)
@@ -204,14 +177,14 @@ def test_a_full_disk(alone: list[dict], tiny_folder: Path, tmp_path: Path) -> No
     run = Run(tiny_folder, mounted if is_small else tmp_path)
     run.messages = tmp_path / "messages.txt"
     try:
-        assert run.start(1, limit=limit).wait(120) == 1
+        assert run.by(1, limit=limit).wait(120) == 1
         messages = run.messages.read_text()
         assert "nothing more can be written" in messages
         assert "Traceback" not in messages
         finished = run.lines()
         if is_small:
             subprocess.run(["mount", "-o", "remount,size=64m", str(mounted)], check=True)
-        rows = run.finish(run.start(1, "--ckpt_path=last"))
+        rows = run.rows_of(run.by(1, "--ckpt_path=last"))
         assert rows == alone
         assert all(json.loads(line)["index"] in range(len(rows)) for line in finished)
     finally:

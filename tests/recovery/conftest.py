@@ -1,8 +1,8 @@
-"""A tiny model with its instruments; nothing is written to the user's cache."""
+"""A tiny model with its instruments."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,19 +14,12 @@ from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.tiny import tiny_model
 
 
-@pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Scans and texts of tiny models go to a folder of the test session."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv(ENVIRONMENT, str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
 @pytest.fixture(scope="session")
-def instruments(own_cache: None) -> Instruments:
+def instruments(cache: Path) -> Instruments:
     """Of a random Llama of 4 blocks, cut after the third."""
     model = tiny_model("llama")
     torch.manual_seed(0)
     transformer = TruncatedTransformer.from_model(model, depth=3)
-    return Instruments.measure(transformer, LanguageModel(model, transformer.caches))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENVIRONMENT, str(cache))
+        return Instruments.measure(transformer, LanguageModel(model, transformer.caches))

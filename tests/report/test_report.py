@@ -84,6 +84,21 @@ def test_curves_and_the_critical_width(tmp_path: Path) -> None:
     assert _critical([curve]) == (288,)
 
 
+@pytest.fixture
+def canvases(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The figures that a test draws, as matplotlib has them, by name; no file is made of them."""
+    seen: dict[str, Any] = {}
+
+    def kept(name: str, title: str, canvas: Any) -> figures.Figure:
+        canvas.draw_without_rendering()
+        seen[name] = canvas
+        return figures.Figure(name, title, b"", b"")
+
+    monkeypatch.setattr(figures, "_drawn", kept)
+    return seen
+
+
+@pytest.mark.usefixtures("canvases")
 def test_any_numeric_setting_has_a_curve(tmp_path: Path) -> None:
     for noise, right in ((0.0, 1.0), (0.1, 0.6), (0.5, 0.0)):
         rows = [row(i, right=right, noise=noise) for i in range(6)]
@@ -108,20 +123,6 @@ def test_the_seconds_of_a_fit_are_those_of_its_batch(runs: Path) -> None:
         assert line["seconds (median)"] == (None if of_batch else 1.25)
 
 
-@pytest.fixture
-def canvases(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The figures that a test draws, as matplotlib has them, by name."""
-    seen: dict[str, Any] = {}
-    drawn = figures._drawn
-
-    def kept(name: str, title: str, canvas: Any) -> figures.Figure:
-        seen[name] = canvas
-        return drawn(name, title, canvas)
-
-    monkeypatch.setattr(figures, "_drawn", kept)
-    return seen
-
-
 def test_a_legend_stays_within_its_figure(tmp_path: Path, canvases: dict[str, Any]) -> None:
     for number in range(5):
         for depth in (1, 2):
@@ -132,7 +133,6 @@ def test_a_legend_stays_within_its_figure(tmp_path: Path, canvases: dict[str, An
     draw(read([tmp_path]))
     assert set(canvases) == {"depth", "candidates"}
     for canvas in canvases.values():
-        canvas.draw_without_rendering()
         (legend,) = canvas.legends
         box, page = legend.get_window_extent(), canvas.bbox
         assert page.x0 <= box.x0
@@ -156,6 +156,7 @@ def test_a_label_keeps_a_number_whole() -> None:
     assert label_of({"optimizer.lr": 0.25}, ["optimizer.lr"]) == "lr 0.25"
 
 
+@pytest.mark.usefixtures("canvases")
 def test_a_figure_scrolls_at_its_own_size(runs: Path) -> None:
     drawn = draw(read([runs]))
     text = page(*_read(runs), drawn, "", 0)

@@ -15,29 +15,32 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.report.statistics import in_percent
 from lightning_inversion.sweep.audit import CONFIG, AuditPlan, run
-from lightning_inversion.transformer.cache import ENVIRONMENT
 
 PLAN: dict[str, Any] = {
     "channels": {
         "untouched": {},
-        "as bfloat16": {"store": "bfloat16"},
         "loud": {"noise": 100.0},
-        "the first 16": {"features": "0:16"},
+        "16 in bfloat16": {"store": "bfloat16", "features": "0:16"},
     },
     "fit": {"channels": ["untouched"], "options": {"model.iterations": 12}},
     "predict": {"options": {"model.recovery.budget": 300}},
 }
+SMALL: dict[str, Any] = {**PLAN, "channels": {"untouched": {}, "loud": {"noise": 100.0}}}
+
+
+def write_plan(root: Path, plan: dict[str, Any]) -> None:
+    (root / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
 
 
 @pytest.fixture
-def options(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "cache"))
-    (tmp_path / "prompts.txt").write_text("The sky is blue.\nA quick <b>brown</b> fox\n")
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN, sort_keys=False))
+def options(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    (tmp_path / "prompts.txt").write_text("The sky is blue.\nA <b>fox\n")
+    write_plan(tmp_path, PLAN)
     return [
         f"--prompts={tmp_path / 'prompts.txt'}",
         f"--model={tiny_folder}",
         f"--config={tmp_path / 'plan.yaml'}",
+        "--data.tokens_per_batch=100",
         f"--trainer.default_root_dir={tmp_path}",
         "--trainer.accelerator=cpu",
     ]
@@ -64,13 +67,13 @@ def test_an_audit_says_what_its_rows_say(
     (folder,) = (tmp_path / "lightning_logs").iterdir()
     said = capsys.readouterr()
     assert said.out.splitlines()[-1] == str(folder / "audit.html")
-    assert "the-first-16 failed, RuntimeError" in said.err
+    assert "16-in-bfloat16 failed, RuntimeError" in said.err
     page = (folder / "audit.html").read_text()
-    assert "This is a part of the audit: 4 of 5 runs are done." in page
-    assert "at depth 2, the first 16 (RuntimeError: lost &lt;i&gt;power" in page
+    assert "This is a part of the audit: 3 of 4 runs are done." in page
+    assert "at depth 2, 16 in bfloat16 (RuntimeError: lost &lt;i&gt;power" in page
     assert '<td class="note">failed</td>' in page
 
-    kept = Captured.read(folder / "targets" / "depth=2,as-bfloat16.safetensors")
+    kept = Captured.read(folder / "targets" / "depth=2,16-in-bfloat16.safetensors")
     assert kept.storage == Storage("bfloat16")
     assert kept.transformer["layers"] == [2]
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
@@ -92,23 +95,25 @@ def test_an_audit_says_what_its_rows_say(
     (fit,) = folder.glob("fit,*")
     accuracy = [row["token_accuracy"] for row in rows_of(fit)]
     assert f"gradient inversion reads {in_percent(sum(accuracy) / len(accuracy))} of" in page
-    assert "&lt;b&gt;brown" in page
+    assert "&lt;b&gt;fox" in page
     assert "<b>" not in page
 
 
 def test_an_audit_that_is_asked_to_end_says_that_it_goes_on(
-    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
+    write_plan(tmp_path, SMALL)
     monkeypatch.setattr(InputInversion, "begin", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert run([*options, "--depths", "2"]) == 1
     assert "stopped; the same command goes on" in capsys.readouterr().err
 
 
 def test_a_plan_runs_nothing(options: list[str], tmp_path: Path, capsys) -> None:
+    write_plan(tmp_path, SMALL)
     assert run([*options, "--depths", "2", "--dry-run"]) == 0
     plan = capsys.readouterr().out
-    assert "predict,depth=2,as-bfloat16: about" in plan
-    assert "5 of 5 cells to run: about" in plan
+    assert "predict,depth=2,untouched: about" in plan
+    assert "3 of 3 cells to run: about" in plan
     assert "; fit from the first iterations of fit,depth=2,untouched; " in plan
     assert "predict from the first batch of predict,depth=2,loud\n" in plan  # the costliest
     assert not list(tmp_path.rglob("results.jsonl"))
@@ -150,7 +155,7 @@ def test_wrong_use_ends_before_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys,
 ) -> None:  # fmt: skip
     plan = {**PLAN, **({"fit": {"channels": []}, "predict": {}} if "channels" in change else {})}
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**plan, **change}))
+    write_plan(tmp_path, {**plan, **change})
     monkeypatch.setattr(InputInversion, "begin", lambda *_: pytest.fail("a batch was begun"))
     monkeypatch.setattr("sys.argv", ["lightning-inversion", "audit", *options, *arguments])
     try:

@@ -1,11 +1,15 @@
 """The command in process: cells are normal runs, the model loads once, a stopped sweep goes on."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +21,30 @@ from lightning_inversion import cli
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.sweep.command import run
-from lightning_inversion.transformer.cache import ENVIRONMENT
 from lightning_inversion.transformer.loading import TransformerSpec
 
 OF_A_PLACE = {"seconds"}
 
 
-@pytest.fixture
-def options(tiny_folder: Path, tmp_path: Path) -> list[str]:
+def options_of(folder: Path, root: Path) -> list[str]:
     return [
-        f"--model.transformer.model={tiny_folder}",
+        f"--model.transformer.model={folder}",
         '--data.prompts=["The sky is blue.", "A quick brown fox"]',
+        "--data.tokens_per_batch=100",
         "--model.iterations=12",
-        f"--trainer.default_root_dir={tmp_path}",
+        f"--trainer.default_root_dir={root}",
         "--trainer.accelerator=cpu",
     ]
 
 
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The depths that are loaded while a test runs."""
+def options(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    return options_of(tiny_folder, tmp_path)
+
+
+@contextlib.contextmanager
+def counted_loads() -> Iterator[list[int]]:
+    """The depths that are loaded meanwhile."""
     seen: list[int] = []
     load_blocks = TransformerSpec.load_blocks
 
@@ -44,8 +52,42 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(depth)
         return load_blocks(spec, depth)
 
-    monkeypatch.setattr(TransformerSpec, "load_blocks", counted)
-    return seen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TransformerSpec, "load_blocks", counted)
+        yield seen
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take longer than cells, and one sweep that shows them is enough."""
+    monkeypatch.setattr("lightning_inversion.sweep.ending.write_report", lambda sweep: "no report")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A sweep of a fit over two depths that has ended, what it said, and how it was asked for."""
+
+    options: list[str]
+    over: list[str]
+    config: Path
+    folder: Path
+    loads: list[int]
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    root = tmp_path_factory.mktemp("finished")
+    config = root / "c.yaml"
+    config.write_text("token_by_token: {window: 1}\n")
+    options = [f"--config={config}", *options_of(tiny_folder, root)]
+    over = ["--over=transformer.depth=2,4", "--name=depths"]
+    out, err = io.StringIO(), io.StringIO()
+    with counted_loads() as loads, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert run([*options, *over]) == 0
+    folder = root / "lightning_logs" / "depths"
+    return Finished(options, over, config, folder, loads, out.getvalue(), err.getvalue())
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -54,31 +96,28 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_depth_sweep_loads_once_and_its_cells_are_the_runs_they_name(
-    options: list[str], tmp_path: Path, loads: list[int], capsys: pytest.CaptureFixture[str]
+    finished: Finished, tmp_path: Path
 ) -> None:
-    assert run([*options, "--over", "transformer.depth=1,2,3,4", "--name=depths"]) == 0
-    assert loads == [4]
-    sweep = tmp_path / "lightning_logs" / "depths"
-    out = capsys.readouterr()
-    assert str(sweep / "report" / "report.html") in out.out
-    figures = EventAccumulator(str(sweep / "report"))
+    assert finished.loads == [4]
+    assert str(finished.folder / "report" / "report.html") in finished.out
+    figures = EventAccumulator(str(finished.folder / "report"))
     figures.Reload()
     assert "sweep/depth" in figures.Tags()["images"]
-    assert "4/4 depth=4: done" in out.err
-    for depth in (1, 2, 3, 4):
-        cell = sweep / f"depth={depth}"
+    assert "2/2 depth=4: done" in finished.err
+    for depth in (2, 4):
+        cell = finished.folder / f"depth={depth}"
         assert {"config.yaml", "checkpoints", "results.jsonl"} <= {p.name for p in cell.iterdir()}
         alone = tmp_path / f"alone-{depth}"
-        assert cli.run(["fit", *options, f"--model.transformer.depth={depth}",
-                        f"--trainer.default_root_dir={alone}"]) == 0  # fmt: skip
+        with counted_loads() as loads:
+            assert cli.run(["fit", *finished.options, f"--model.transformer.depth={depth}",
+                            f"--trainer.default_root_dir={alone}"]) == 0  # fmt: skip
+        assert loads == [depth]
         assert rows_of(cell) == rows_of(alone / "lightning_logs" / "version_0")
-    assert loads == [4, 1, 2, 3, 4]
 
 
 def test_a_sweep_of_predict_loads_once_and_its_cells_are_the_runs_they_name(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None
 ) -> None:
-    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "cache"))
     wholes: list[str] = []
     load_whole = TransformerSpec.load_causal_lm
     monkeypatch.setattr(
@@ -110,29 +149,34 @@ def test_a_sweep_of_predict_loads_once_and_its_cells_are_the_runs_they_name(
 
 
 def test_only_what_is_not_done_runs_again(
-    options: list[str], tmp_path: Path, loads: list[int], monkeypatch: pytest.MonkeyPatch
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None
 ) -> None:
-    begun: list[int | None] = []
+    begun: list[str] = []
     begin = InputInversion.begin
     monkeypatch.setattr(
-        InputInversion, "begin", lambda s, b: (begun.append(s.spec.depth), begin(s, b))[1]
+        InputInversion,
+        "begin",
+        lambda s, b: (begun.append(type(s.objective).__name__), begin(s, b))[1],
     )
-    sweep = [*options, "--over=transformer.depth=1,2", "--over=objective=L1,L2"]
-    assert run(sweep) == 0
+    sweep = [*options, "--over=transformer.depth=2", "--over=objective=L1,L2,CosineDistance"]
+    with counted_loads() as loads:
+        assert run(sweep) == 0
+    assert loads == [2]
     (folder,) = (tmp_path / "lightning_logs").iterdir()
     assert folder.name.startswith("fit-depth-objective-")
-    assert begun == [1, 1, 2, 2]
+    assert begun == ["L1", "L2", "CosineDistance"]
     before = {cell.name: rows_of(cell) for cell in folder.glob("depth=*")}
     (folder / "depth=2,objective=L1" / "cell.json").unlink()  # killed behind its last row
     shutil.rmtree(folder / "depth=2,objective=L2")
-    assert run(sweep) == 0
-    assert begun == [1, 1, 2, 2, 2]
+    with counted_loads() as loads:
+        assert run(sweep) == 0
+    assert loads == [2]
+    assert begun[3:] == ["L2"]
     assert {name: rows_of(folder / name) for name in before} == before
-    assert loads == [2, 2]
 
 
 def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, no_report: None
 ) -> None:
     begin = InputInversion.begin
 
@@ -141,7 +185,7 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(
             raise RuntimeError("out of memory")
         begin(module, batch)
 
-    sweep = [*options, "--over=transformer.depth=1,2,3", "--name=broken"]
+    sweep = [*options, "--over=transformer.depth=2,3", "--name=broken"]
     with monkeypatch.context() as patched:
         patched.setattr(InputInversion, "begin", failing)
         assert run(sweep) == 1
@@ -155,7 +199,7 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(
 
 
 def test_a_sweep_that_is_asked_to_end_says_that_it_goes_on(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, no_report: None
 ) -> None:
     begin = InputInversion.begin
 
@@ -188,16 +232,17 @@ def test_a_plan_has_a_time_and_leaves_nothing(
     assert "4 of 4 cells to run: about" in plan
     assert plan.endswith("; fit from the first iterations of depth=2,seed=0\n")
     assert not (tmp_path / "lightning_logs").exists()
-    assert run(sweep) == 0
-    said = capsys.readouterr().err
-    assert said.startswith(
-        f"{tmp_path / 'lightning_logs' / 'planned'}\n4 of 4 cells to run: "
+
+
+def test_a_plan_of_what_is_done(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finished.err.startswith(
+        f"{finished.folder}\n2 of 2 cells to run: "
         "not known before a cell has finished; --dry-run tells it beforehand\n"
     )
-    assert run([*sweep, "--dry-run"]) == 0
+    assert run([*finished.options, *finished.over, "--dry-run"]) == 0
     plan = capsys.readouterr().out
-    assert "depth=2,seed=1: done" in plan
-    assert "0 of 4 cells to run" in plan
+    assert "depth=4: done" in plan
+    assert "0 of 2 cells to run" in plan
 
 
 @pytest.mark.parametrize(
@@ -234,20 +279,19 @@ def test_wrong_use_ends_before_a_cell_runs(
     assert not (tmp_path / "lightning_logs").exists()
 
 
-def test_a_folder_of_other_options_is_not_gone_on_with(options: list[str]) -> None:
-    assert run([*options, "--over=transformer.depth=1", "--name=mine"]) == 0
+def test_a_folder_of_other_options_is_not_gone_on_with(finished: Finished) -> None:
     with pytest.raises(InputError, match="holds a sweep with other options"):
-        run([*options, "--over=transformer.depth=1,2", "--name=mine"])
+        run([*finished.options, "--over=transformer.depth=2", "--name=depths"])
 
 
-def test_a_changed_config_file_is_not_gone_on_with(options: list[str], tmp_path: Path) -> None:
-    config = tmp_path / "c.yaml"
-    config.write_text("token_by_token: {window: 1}\n")
-    sweep = [f"--config={config}", *options, "--over=transformer.depth=1", "--name=changed"]
-    assert run(sweep) == 0
-    config.write_text("token_by_token: {window: 3}\n")
-    with pytest.raises(InputError, match=r"made with another token_by_token\.window"):
-        run(sweep)
+def test_a_changed_config_file_is_not_gone_on_with(finished: Finished) -> None:
+    before = finished.config.read_text()
+    finished.config.write_text("token_by_token: {window: 3}\n")
+    try:
+        with pytest.raises(InputError, match=r"made with another token_by_token\.window"):
+            run([*finished.options, *finished.over])
+    finally:
+        finished.config.write_text(before)
 
 
 def test_a_sweep_of_seeds_alone_has_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from lightning_inversion.transformer.known_prefix import KnownPrefix
 from lightning_inversion.transformer.surgery import Surgery
 from lightning_inversion.transformer.truncated import TruncatedTransformer
-from tests.tiny import CONFIGS, FAMILIES, VOCABULARY, tiny_model
+from tests.tiny import CONFIGS, FAMILIES, VOCABULARY, shared_tiny_model, tiny_model
 
 TEXTS = torch.arange(3 * 7).reshape(3, 7) * 13 % VOCABULARY
 OTHERS = torch.arange(3 * 4).reshape(3, 4) * 29 % VOCABULARY
@@ -39,14 +39,14 @@ def walked(transformer: TruncatedTransformer, rows: torch.Tensor) -> torch.Tenso
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_plain_forwards(family: str) -> None:
-    transformer = TruncatedTransformer.from_model(tiny_model(family), depth=3)
+    transformer = TruncatedTransformer.from_model(shared_tiny_model(family), depth=3)
     found = walked(transformer, torch.arange(3))
     torch.testing.assert_close(found, transformer.features_of(TEXTS), atol=2e-4, rtol=1e-4)
 
 
 def test_most_families_keep_keys_and_values() -> None:
     kept = {
-        family: TruncatedTransformer.from_model(tiny_model(family), depth=2).caches
+        family: TruncatedTransformer.from_model(shared_tiny_model(family), depth=2).caches
         for family in ("gpt2", "gptj", "llama", "qwen3", "gemma2", "opt", "bloom")
     }
     assert kept == {**dict.fromkeys(kept, True), "bloom": False}  # ALiBi takes the keys' order
@@ -64,7 +64,7 @@ def test_surgery_runs_plainly() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_gradient_of_a_candidate(family: str) -> None:
-    transformer = TruncatedTransformer.from_model(tiny_model(family), depth=2)
+    transformer = TruncatedTransformer.from_model(shared_tiny_model(family), depth=2)
     prefix = KnownPrefix(transformer, 2)
     prefix.begin(torch.arange(2), transformer.embedding(TEXTS[:2]), torch.tensor([5, 5]))
     embeds = transformer.embedding(TEXTS[:2, 5:6]).requires_grad_()
@@ -82,7 +82,7 @@ SOME = torch.tensor([0, 1, 3])
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_follows_is_as_in_the_whole_text(family: str) -> None:
-    transformer = TruncatedTransformer.from_model(tiny_model(family), depth=2)
+    transformer = TruncatedTransformer.from_model(shared_tiny_model(family), depth=2)
     ids = torch.randint(VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(1))
     vectors = transformer.embedding(ids).requires_grad_()
     whole = transformer(vectors)
@@ -100,7 +100,7 @@ def test_what_follows_is_as_in_the_whole_text(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_a_token_can_be_taken_back(family: str) -> None:
-    transformer = TruncatedTransformer.from_model(tiny_model(family), depth=2)
+    transformer = TruncatedTransformer.from_model(shared_tiny_model(family), depth=2)
     rows = torch.arange(3)
     prefix = KnownPrefix(transformer, 3)
     prefix.begin(rows, transformer.embedding(TEXTS), torch.tensor([2, 3, 4]))

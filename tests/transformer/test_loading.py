@@ -13,7 +13,15 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer import TransformerSpec, TruncatedTransformer
-from tests.tiny import BLOCKS, CONFIGS, FAMILIES, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import (
+    BLOCKS,
+    CONFIGS,
+    FAMILIES,
+    save_tiny,
+    shared_tiny_model,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 IDS = torch.tensor([[5, 9, 77, 120, 33], [4, 3, 2, 1, 6]])
 
@@ -21,7 +29,7 @@ IDS = torch.tensor([[5, 9, 77, 120, 33], [4, 3, 2, 1, 6]])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_loaded_model_is_the_one_in_memory(family: str, tmp_path: Path) -> None:
     transformer = TransformerSpec(model=str(save_tiny(tmp_path, family)), depth=2).load()
-    memory = TruncatedTransformer.from_model(tiny_model(family, "eager"), depth=2)
+    memory = TruncatedTransformer.from_model(shared_tiny_model(family, "eager"), depth=2)
     torch.testing.assert_close(transformer.features_of(IDS), memory.features_of(IDS))
     assert transformer.fingerprint == memory.fingerprint
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel
 
 from lightning_inversion.transformer import TruncatedTransformer
-from tests.tiny import BLOCKS, CONFIGS, FAMILIES, VOCABULARY, tiny_model
+from tests.tiny import BLOCKS, CONFIGS, FAMILIES, VOCABULARY, shared_tiny_model, tiny_model
 
 DEPTH = 2
 EAGER_ONLY = {"gptj", "gpt_neo", "gemma2", "bloom", "mpt"}
@@ -36,7 +36,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 @cases
 def test_features_are_the_hidden_states(family: str, attention: str) -> None:
-    model = tiny_model(family, attention)
+    model = shared_tiny_model(family, attention)
     transformer = TruncatedTransformer.from_model(model, depth=DEPTH)
     for ids in (ids_of(1, 7), ids_of(3, 7)):
         with torch.no_grad():
@@ -61,7 +61,7 @@ def test_gradients_are_the_models(family: str, attention: str) -> None:
 
 @cases
 def test_padded_rows_are_the_rows_alone(family: str, attention: str) -> None:
-    transformer = TruncatedTransformer.from_model(tiny_model(family, attention), depth=DEPTH)
+    transformer = TruncatedTransformer.from_model(shared_tiny_model(family, attention), depth=DEPTH)
     lengths = torch.tensor([7, 4, 1])
     ids = ids_of(3, 7)
     mask = torch.arange(7) < lengths[:, None]
@@ -74,7 +74,7 @@ def test_padded_rows_are_the_rows_alone(family: str, attention: str) -> None:
 
 @cases
 def test_padding_has_no_influence_and_no_gradient(family: str, attention: str) -> None:
-    transformer = TruncatedTransformer.from_model(tiny_model(family, attention), depth=DEPTH)
+    transformer = TruncatedTransformer.from_model(shared_tiny_model(family, attention), depth=DEPTH)
     mask = torch.tensor([[True] * 3 + [False] * 2])
     embeds = transformer.embedding(ids_of(1, 5))
     other = embeds.clone()
@@ -89,7 +89,7 @@ def test_padding_has_no_influence_and_no_gradient(family: str, attention: str) -
 
 @families
 def test_all_blocks_and_the_final_norm_are_the_last_hidden_state(family: str) -> None:
-    model = tiny_model(family, "eager")
+    model = shared_tiny_model(family, "eager")
     transformer = TruncatedTransformer.from_model(model, final_norm=True)
     ids = ids_of(2, 5)
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_from_model_leaves_the_model_as_it_was(family: str) -> None:
 
 @families
 def test_from_model_shares_the_weights(family: str) -> None:
-    model = tiny_model(family, "eager")
+    model = shared_tiny_model(family, "eager")
     transformer = TruncatedTransformer.from_model(model, depth=2)
     theirs = {parameter.data_ptr() for parameter in model.parameters()}
     assert {parameter.data_ptr() for parameter in transformer.parameters()} <= theirs
@@ -133,7 +133,7 @@ def test_from_model_shares_the_weights(family: str) -> None:
 
 @families
 def test_only_the_input_has_a_gradient(family: str) -> None:
-    transformer = TruncatedTransformer.from_model(tiny_model(family, "eager"), depth=1)
+    transformer = TruncatedTransformer.from_model(shared_tiny_model(family, "eager"), depth=1)
     embeds = transformer.embedding(ids_of(1, 3)).requires_grad_()
     transformer(embeds).sum().backward()
     assert embeds.grad is not None

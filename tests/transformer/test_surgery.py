@@ -13,7 +13,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.transformer import Surgery, TransformerSpec, TruncatedTransformer
 from lightning_inversion.transformer.families import FAMILIES as ROWS
 from lightning_inversion.transformer.families import family_of
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, shared_tiny_model, tiny_model
 
 IDS = torch.tensor([[5, 9, 77, 120, 33], [4, 3, 2, 1, 6]])
 DISMANTLED = [family for family in FAMILIES if family not in {"bloom", "mpt"}]
@@ -47,7 +47,7 @@ def test_each_tiny_family_has_a_row() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_switched_off_is_the_model(family: str) -> None:
-    model = tiny_model(family)
+    model = shared_tiny_model(family)
     assert torch.equal(cut(model, 2), hidden(model, 2))
 
 
@@ -78,7 +78,7 @@ def test_without_norms(family: str) -> None:
 
 @pytest.mark.parametrize("family", DISMANTLED)
 def test_attention_alone_is_what_attention_adds(family: str) -> None:
-    model = tiny_model(family)
+    model = shared_tiny_model(family)
     alone = cut(model, mlp=False, residuals=False)
     assert close(alone + hidden(model, 0), cut(model, mlp=False))
 
@@ -121,7 +121,7 @@ def test_the_documents_self_attention_alone() -> None:
 @pytest.mark.parametrize("family", DISMANTLED)
 def test_without_positions_order_before_a_token_is_nothing(family: str) -> None:
     """The last token's features do not change when the tokens before it are permuted."""
-    model = tiny_model(family)
+    model = shared_tiny_model(family)
     shuffled = IDS[:, [2, 0, 3, 1, 4]]
     for positions in ("first", "none"):
         transformer = TruncatedTransformer.from_model(
@@ -138,7 +138,7 @@ def test_without_positions_order_before_a_token_is_nothing(family: str) -> None:
 
 @pytest.mark.parametrize("family", DISMANTLED)
 def test_the_first_position_is_right_for_the_first_token(family: str) -> None:
-    model = tiny_model(family)
+    model = shared_tiny_model(family)
     assert close(cut(model, positions="first")[:, 0], cut(model)[:, 0])
     learned = ROWS[family].position_embedding is not None
     assert close(cut(model, positions="none")[:, 0], cut(model)[:, 0]) != learned
@@ -155,7 +155,7 @@ def test_the_documents_first_position_in_gpt2() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_causality_every_token_sees_every_other(family: str) -> None:
-    model = tiny_model(family)
+    model = shared_tiny_model(family)
     if family in {"gpt_neo", "bloom"}:
         with pytest.raises(InputError, match=r"--model\.transformer\.causal:"):
             cut(model, causal=False)
@@ -187,7 +187,7 @@ def test_the_first_block_in_the_place_of_each(family: str) -> None:
 @pytest.mark.parametrize("parts", [{"mlp": False, "residuals": False}, {"positions": "none"}])
 def test_candidates_after_surgery(parts: dict[str, Any]) -> None:
     transformer = TruncatedTransformer.from_model(
-        tiny_model("llama"), depth=2, surgery=Surgery(**parts)
+        shared_tiny_model("llama"), depth=2, surgery=Surgery(**parts)
     )
     embeds = transformer.embedding(IDS)
     assert transformer.tree_attention
@@ -210,7 +210,7 @@ def test_gradients_reach_the_input_through_every_surgery(family: str) -> None:
 @pytest.mark.parametrize("family", ["bloom", "mpt"])
 def test_families_that_cannot_do_without_say_why(family: str, option: str) -> None:
     with pytest.raises(InputError, match=rf"--model\.transformer\.{option}: .* because"):
-        cut(tiny_model(family), **{option: False})
+        cut(shared_tiny_model(family), **{option: False})
 
 
 def test_alibi_has_no_positions_to_leave_out() -> None:

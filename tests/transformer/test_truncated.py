@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer import TruncatedTransformer
 from lightning_inversion.transformer.candidates import plain_candidates, tree_candidates
-from tests.tiny import BLOCKS, CONFIGS, FAMILIES, VOCABULARY, WIDTH, tiny_model
+from tests.tiny import BLOCKS, CONFIGS, FAMILIES, VOCABULARY, WIDTH, shared_tiny_model, tiny_model
 
 IDS = torch.tensor([[5, 9, 77, 120, 33]])
 
@@ -51,12 +51,12 @@ def test_a_slice_of_the_features(features: str, size: int) -> None:
 )
 def test_options_that_do_not_fit_name_themselves(options: dict[str, object], option: str) -> None:
     with pytest.raises(InputError, match=rf"--model\.transformer\.{option}:"):
-        TruncatedTransformer.from_model(tiny_model("llama"), **options)  # type: ignore[arg-type]
+        TruncatedTransformer.from_model(shared_tiny_model("llama"), **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_candidates_are_plain_rows(family: str) -> None:
-    transformer = TruncatedTransformer.from_model(tiny_model(family, "eager"), depth=2)
+    transformer = TruncatedTransformer.from_model(shared_tiny_model(family, "eager"), depth=2)
     assert transformer.tree_attention == (family not in {"bloom", "mpt"})
     ids = torch.randint(1, VOCABULARY, (3, 4), generator=torch.Generator().manual_seed(1))
     lengths = torch.tensor([4, 0, 2])

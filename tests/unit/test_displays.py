@@ -33,6 +33,7 @@ def test_a_short_fit_is_shown_at_several_iterations(
         f"--model.transformer.model={tiny_folder}",
         "--model.transformer.depth=1",
         f'--data.prompts=["{TEXT}"]',
+        "--data.tokens_per_batch=100",
         "--model.iterations=200",
         "--token_by_token.candidates=1",
         "--token_by_token.most=1",

@@ -85,6 +85,7 @@ def fit(folder: Path, root: Path, *more: str) -> int:
             "fit",
             f"--model.transformer.model={folder}",
             '--data.prompts=["The sky is blue."]',
+            "--data.tokens_per_batch=100",
             f"--trainer.default_root_dir={root}",
             "--trainer.accelerator=cpu",
             "--token_by_token.every=0",

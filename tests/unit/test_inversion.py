@@ -33,7 +33,9 @@ def invert(
     module = InputInversion(
         TransformerSpec(model=str(folder), depth=2), iterations=iterations, **settings
     ).use(transformer)
-    data = PromptDataModule(prompts=prompts, tokenizer=str(folder), iterations=iterations)
+    data = PromptDataModule(
+        prompts=prompts, tokenizer=str(folder), iterations=iterations, tokens_per_batch=100
+    )
     trainer = Trainer(
         default_root_dir=root,
         max_epochs=-1,

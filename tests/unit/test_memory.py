@@ -37,7 +37,7 @@ def test_a_batch_too_large_comes_as_two(
         return features
 
     transformer.run = limited
-    module = InputInversion(TransformerSpec(model=str(tiny_folder), depth=2), iterations=8)
+    module = InputInversion(TransformerSpec(model=str(tiny_folder), depth=2), iterations=4)
     module.use(transformer)
     if when == "begin":
         begin = module.begin
@@ -49,7 +49,7 @@ def test_a_batch_too_large_comes_as_two(
 
         module.begin = limited_begin
     data = PromptDataModule(
-        prompts=PROMPTS, tokenizer=str(tiny_folder), iterations=8, tokens_per_batch=10_000
+        prompts=PROMPTS, tokenizer=str(tiny_folder), iterations=4, tokens_per_batch=10_000
     )
     trainer = Trainer(
         default_root_dir=tmp_path, max_epochs=-1, accelerator="cpu", logger=False,
@@ -65,7 +65,7 @@ def test_a_batch_too_large_comes_as_two(
     errors = [row["error"] for row in rows]
     assert errors[:3] == [None] * 3
     assert "does not fit the memory alone" in errors[3]
-    assert all(row["iterations"] == 8 for row in rows[:3])
+    assert all(row["iterations"] == 4 for row in rows[:3])
     assert "4 prompts" in (said := capsys.readouterr().err)
     assert "are too many for the memory; they are run as two batches." in said
 

@@ -9,7 +9,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.scale import Machine, Shape, main, memory, seconds, tokens_that_fit
 from lightning_inversion.transformer.embedding import scored_at_a_time
 from lightning_inversion.transformer.loading import TransformerSpec
-from tests.tiny import CONFIGS, FAMILIES, tiny_model
+from tests.tiny import CONFIGS, FAMILIES, shared_tiny_model
 
 UNCOUNTED = {"mixtral", "bloom"}
 
@@ -28,7 +28,9 @@ def test_parameters_and_operations(family: str) -> None:
 def block_parameters(family: str, blocks: int) -> list[torch.Tensor]:
     from lightning_inversion.transformer.truncated import TruncatedTransformer
 
-    return list(TruncatedTransformer.from_model(tiny_model(family), depth=blocks).parameters())
+    return list(
+        TruncatedTransformer.from_model(shared_tiny_model(family), depth=blocks).parameters()
+    )
 
 
 def test_a_model_that_needs_numbers_is_said_so() -> None:

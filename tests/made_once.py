@@ -1,0 +1,57 @@
+"""What every run makes anew and is the same each time: tests that start many runs share it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lightning_inversion import cli, module
+from lightning_inversion.recovery.instruments import Instruments, say_nothing
+from lightning_inversion.transformer.cache import cache_root
+
+_PARSERS: dict[tuple[str, ...], dict[str, Any]] = {}
+_INSTRUMENTS: dict[tuple[Any, ...], Instruments] = {}
+
+
+def share_parsers(patch: pytest.MonkeyPatch) -> None:
+    """A command's parser takes half as long to build as to use, and nothing changes it."""
+    build = cli.InversionCLI.setup_parser
+
+    def setup_parser(self: Any, *settings: Any) -> None:
+        commands = tuple(self.subcommands())
+        if commands not in _PARSERS:
+            before = set(vars(self))
+            build(self, *settings)
+            _PARSERS[commands] = {k: v for k, v in vars(self).items() if k not in before}
+        vars(self).update(_PARSERS[commands])
+
+    patch.setattr(cli.InversionCLI, "setup_parser", setup_parser)
+
+
+def share_instruments(patch: pytest.MonkeyPatch) -> None:
+    """Measuring a tiny model takes longer than most fits with it.
+
+    Those of captured targets are measured each time, as noise draws from the global generator; and
+    so are those behind a cache folder of its own.
+    """
+
+    class Shared(Instruments):
+        @classmethod
+        def measure(
+            cls, transformer: Any, language_model: Any = None, channel: Any = None,
+            say: Any = say_nothing,
+        ) -> Instruments:  # fmt: skip
+            if channel is not None:
+                return Instruments.measure(transformer, language_model, channel, say)
+            described = json.dumps(transformer.description, sort_keys=True)
+            key = (cache_root(), described, str(transformer.device), language_model is None)
+            if key not in _INSTRUMENTS:
+                _INSTRUMENTS[key] = Instruments.measure(transformer, language_model, None, say)
+            return replace(
+                _INSTRUMENTS[key], transformer=transformer, language_model=language_model, say=say
+            )
+
+    patch.setattr(module, "Instruments", Shared)
