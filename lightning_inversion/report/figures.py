@@ -193,6 +193,8 @@ def _legend(canvas: Any, curves: Sequence[Curve]) -> None:
     if len(curves) < 2:
         return
     handles, labels = canvas.axes[0].get_legend_handles_labels()
+    if not labels:  # no fit needed an iteration
+        return
     left_out = len(curves) - MOST_LINES
     if left_out > 0:
         labels[-1] += f" (and {left_out} more in the table)"
