@@ -28,6 +28,12 @@ def capture(folder: Path, root: Path, *more: str) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def captured(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A capture of the prompts' features alone; no test changes it."""
+    return capture(tiny_folder, tmp_path_factory.mktemp("captured"))
+
+
 def fit(folder: Path, root: Path, *data: str) -> list[str]:
     return [
         "fit", f"--model.transformer.model={folder}", "--model.transformer.depth=2",
@@ -167,11 +173,10 @@ def test_features_after_a_known_prefix(
     assert row["verified"]
 
 
-def test_predict_knows_no_prompt(tiny_folder: Path, tmp_path: Path, capsys) -> None:
-    path = capture(tiny_folder, tmp_path)
+def test_predict_knows_no_prompt(tiny_folder: Path, captured: Path, tmp_path: Path) -> None:
     words = [
         "predict", f"--model.transformer.model={tiny_folder}", "--model.transformer.depth=2",
-        f"--data.targets={path}", f"--trainer.default_root_dir={tmp_path}",
+        f"--data.targets={captured}", f"--trainer.default_root_dir={tmp_path}",
         "--trainer.accelerator=cpu",
     ]  # fmt: skip
     assert run(words) == 0
@@ -188,14 +193,13 @@ def test_predict_knows_no_prompt(tiny_folder: Path, tmp_path: Path, capsys) -> N
     ],
 )
 def test_cheap_mismatches_come_before_the_model(
-    tiny_folder: Path, tmp_path: Path, capsys, monkeypatch, more, sentence
+    tiny_folder: Path, captured: Path, tmp_path: Path, capsys, monkeypatch, more, sentence
 ) -> None:
-    path = capture(tiny_folder, tmp_path)
     monkeypatch.setattr(
         "lightning_inversion.transformer.loading.TransformerSpec.load",
         lambda _: pytest.fail("loaded"),
     )
-    assert run([*fit(tiny_folder, tmp_path, f"--data.targets={path}"), *more]) == 2
+    assert run([*fit(tiny_folder, tmp_path, f"--data.targets={captured}"), *more]) == 2
     assert sentence in capsys.readouterr().err
 
 
@@ -212,9 +216,8 @@ def test_a_fit_proves_what_a_coarse_capture_lets_it(
         path.unlink()
 
 
-def test_a_capture_is_not_overwritten(tiny_folder: Path, tmp_path: Path, capsys) -> None:
-    path = capture(tiny_folder, tmp_path)
-    words = ["capture", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={path}"]
+def test_a_capture_is_not_overwritten(tiny_folder: Path, captured: Path, capsys) -> None:
+    words = ["capture", f"--prompts={captured.with_name('prompts.txt')}", f"--out={captured}"]
     assert run([*words, f"--model={tiny_folder}"]) == 2
     assert "exists; give another file" in capsys.readouterr().err
 
