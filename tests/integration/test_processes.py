@@ -24,7 +24,7 @@ class Run(StartedRun):
 
     def __init__(self, folder: Path, root: Path, predict: bool = False) -> None:
         rng = random.Random(0)
-        self.prompts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 10))) for _ in range(16)]
+        self.prompts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 10))) for _ in range(24)]
         self.prompts.insert(3, "")  # a bad one, which must not stop the others
         own = [] if predict else [
             "--model.learnable.start=NormalStart", "--model.iterations=250",
@@ -99,7 +99,7 @@ def test_exact_recovery_by_two_processes_killed_and_resumed_by_one(
 ) -> None:
     alone = Run(tiny_folder, tmp_path / "alone", predict=True)
     expected = alone.rows_of(alone.by(1))
-    assert sum(row["verified"] for row in expected) >= 15
+    assert sum(row["verified"] for row in expected) >= len(alone.prompts) - 2
     run = Run(tiny_folder, tmp_path / "killed", predict=True)
     killed = run.by(2)
     run.wait_for(2, killed)
