@@ -20,12 +20,13 @@ from lightning_inversion.recovery.rounds import round_of
 
 
 class TokenByToken(Callback):
-    """Every few iterations, runs the tokens nearest to the input behind the proven prefix.
+    """Runs likely tokens behind the proven prefix, before the first iteration and every few after.
 
     A token whose features reproduce the target is fixed to its exact embedding. The objective looks
     only at the few positions behind the prefix, because later ones settle in wrong minima while
     what they attend to is wrong. A row whose tokens are all proven has ended. Candidates come from
-    the input and, in equal shares, from the linear map, corrected by the candidates that failed.
+    the linear map, corrected by those that failed, and, once it has moved, in equal shares from the
+    input.
 
     Where the tolerance cannot tell right tokens from wrong ones (targets with much noise), nothing
     can be proven: that is said, and the input is optimised as a whole.

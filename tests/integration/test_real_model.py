@@ -33,6 +33,8 @@ def test_gradient_steps_find_what_the_linear_guess_does_not(tmp_path: Path) -> N
         "fit",
         '--data.prompts=["The wipers on the bus go swish swish", "Call me Ishmael."]',
         "--model.transformer.depth=8",
+        "--token_by_token.candidates=1",  # so that what comes first must be right
+        "--token_by_token.most=1",
         f"--trainer.default_root_dir={tmp_path}",
     ]
     assert run(arguments) == 0
