@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.recovery.frontier import Frontier
-from lightning_inversion.recovery.orders import CandidateOrder, Candidates
+from lightning_inversion.recovery.orders import CandidateOrder, Candidates, with_surprise
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.readout import Readout
 
@@ -49,11 +49,10 @@ class _Measured:
     @classmethod
     def of(cls, readout: Readout, kind: int, embedding: TokenEmbedding) -> _Measured:
         """For position 0 (``kind`` 0) or later ones (1)."""
-        signal = readout.signal[kind].clamp_min(1.0)
-        bits = (signal.log2() / 2).cumsum(0)
+        bits = (readout.signal[kind].clamp_min(1.0).log2() / 2).cumsum(0)
         enough = int((bits < _ENOUGH[kind] * math.log2(embedding.vocabulary_size)).sum()) + 1
         mean, directions = readout.bias[kind], readout.directions[kind, :, :enough].contiguous()
-        heard = 1 - 1 / signal[:enough]
+        heard = readout.heard[kind, :enough]
         ids = torch.arange(embedding.vocabulary_size, device=mean.device)
         few = 2 * directions.shape[1] <= embedding.width
         tokens = torch.empty(len(ids), directions.shape[1], device=mean.device) if few else None
@@ -105,7 +104,7 @@ class LinearMap(CandidateOrder):
         if self._temper is None:  # which the best tokens do not depend on
             self._temper = self._best_temper(frontier)
         likelihood = self._likelihood(frontier.guess(rows), frontier.positions(rows))
-        return _with_surprise(self._temper * likelihood)
+        return with_surprise((self._temper * likelihood).log_softmax(-1), _SURPRISE)
 
     def ahead(self, frontier: Frontier, rows: Tensor, width: int, count: int) -> Candidates:
         """Of the linear guess at each place, which no other place has a part in."""
@@ -164,13 +163,8 @@ class LinearMap(CandidateOrder):
             prior = language_model.log_probabilities(one)[0, :-1]
             right = one[0, 1:, None]
             for number, temper in enumerate(_TEMPERS):
-                mixed = prior + _with_surprise(temper * likelihood)
+                chance = (temper * likelihood).log_softmax(-1)
+                mixed = prior + with_surprise(chance, _SURPRISE)
                 right_is = mixed.gather(1, right)[:, 0] - mixed.logsumexp(-1)
                 chances[number] += float(right_is.sum())
         return _TEMPERS[chances.index(max(chances))]
-
-
-def _with_surprise(scores: Tensor) -> Tensor:
-    """Scores ``[N, V]`` as log-probabilities of which a share is spread evenly."""
-    even = torch.tensor(math.log(_SURPRISE / scores.shape[1]), device=scores.device)
-    return torch.logaddexp(scores.log_softmax(-1) + math.log1p(-_SURPRISE), even)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -78,6 +79,19 @@ def best_untried(scores: Tensor, tried: Tensor, count: int) -> Tensor:
     scores = scores.masked_fill(tried, -torch.inf)
     ids: Tensor = scores.topk(min(count, scores.shape[1]), dim=1).indices
     return ids
+
+
+def with_surprise(log_probabilities: Tensor, share: float) -> Tensor:
+    """Log-probabilities ``[R, V]`` of which a share is spread evenly, so that nothing is ruled out.
+
+    Args:
+        log_probabilities: normalised.
+        share: between 0 and 1.
+    """
+    even = torch.tensor(
+        math.log(share / log_probabilities.shape[1]), device=log_probabilities.device
+    )
+    return torch.logaddexp(log_probabilities + math.log1p(-share), even)
 
 
 class Exhaustive(CandidateOrder):

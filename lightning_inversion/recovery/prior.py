@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.frontier import Frontier
-from lightning_inversion.recovery.orders import CandidateOrder
+from lightning_inversion.recovery.orders import CandidateOrder, with_surprise
 from lightning_inversion.transformer.language_model import Continuations
 
 
@@ -55,6 +53,5 @@ class LanguageModelPrior(CandidateOrder):
         begun = self._begun[rows]
         if begun.any():
             chances = self._continuations.log_probabilities(rows[begun]).to(rows.device)
-            floor = torch.tensor(math.log(self.surprise / V), device=rows.device)
-            scores[begun] = torch.logaddexp(chances + math.log1p(-self.surprise), floor)
+            scores[begun] = with_surprise(chances, self.surprise)
         return scores

@@ -57,6 +57,11 @@ class Readout:
     signal: Tensor
     shrinkage: Tensor
 
+    @property
+    def heard(self) -> Tensor:
+        """``[2, D]`` the share of a token's place that its guess has along each direction."""
+        return _heard(self.signal)
+
     def standardize(self, features: Tensor, positions: Tensor) -> Tensor:
         """Features ``[..., F]`` at ``positions`` [...] in units of their spread."""
         kind = positions.clamp(max=1)
@@ -161,6 +166,9 @@ def _told(tokens: Tensor, errors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     signal, turned = torch.linalg.eigh(whitening.T @ tokens @ whitening)
     signal, turned = signal.flip(0), turned.flip(1)
     directions = whitening @ turned
-    heard = 1 - 1 / signal.clamp_min(1.0)
     back = turned.T @ (axes * deviations).T
-    return directions, signal, (directions * heard) @ back
+    return directions, signal, (directions * _heard(signal)) @ back
+
+
+def _heard(signal: Tensor) -> Tensor:
+    return 1 - 1 / signal.clamp_min(1.0)

@@ -37,7 +37,7 @@ def directions(instruments: Instruments, guess: Tensor, shrunk: bool) -> Tensor:
     readout, embedding = instruments.readout, instruments.transformer.embedding
     tokens = (embedding.matrix.float() - readout.bias[1]) @ readout.directions[1]
     told = (guess - readout.bias[1]) @ readout.directions[1]
-    heard = 1 - 1 / readout.signal[1].clamp_min(1) if shrunk else torch.ones(tokens.shape[1])
+    heard = readout.heard[1] if shrunk else torch.ones(tokens.shape[1])
     return told @ tokens.T - (tokens.square() @ heard) / 2
 
 

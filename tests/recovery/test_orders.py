@@ -54,6 +54,7 @@ def test_a_mixture_names_no_token_twice_and_says_who_named_it(instruments: Instr
         "LinearMap", "GradientProxy", "LanguageModelPrior",
     }  # fmt: skip
     for row in range(2):
+        assert len(set(first.ids[row].tolist())) == 12
         new = set(later.ids[row].tolist())
         assert len(new) == 12
         assert new.isdisjoint(wrong[row].tolist())
