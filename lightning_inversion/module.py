@@ -573,6 +573,10 @@ class InputInversion(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the input and its prompts; leave the frozen model out."""
+        # Lightning goes on behind the last iteration where the totals say that it had ended, and an
+        # epoch that is ended before an iteration leaves them uneven: the next one alone counts.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress["total"] = dict(progress["current"])
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {
             k: v for k, v in state.items() if not k.startswith(("transformer.", "whole."))

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from lightning_inversion import __main__ as entry
+from lightning_inversion.callbacks.stopping import StoppingCriterion
+from lightning_inversion.callbacks.token_by_token import TokenByToken
 from lightning_inversion.cli import RECOMMENDED, run
+from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.transformer.loading import TransformerSpec
 
@@ -266,6 +269,43 @@ def fitted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def without_seconds(root: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(root)]
+
+
+def test_a_fit_goes_on_behind_a_batch_that_ended_early(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [
+        "--model.transformer.depth=3", "--model.iterations=400", "--data.batch_size=1",
+        "--model.learnable.start=NormalStart", "--checkpoint.every=1",
+        "--token_by_token.candidates=1", "--token_by_token.most=1",
+    ]  # fmt: skip
+    assert run(fit(tiny_folder, tmp_path / "whole", *options)) == 0
+    iterations = [row["iterations"] for row in rows_of(tmp_path / "whole")]
+    assert 7 < min(iterations)
+    assert max(iterations) < 400
+
+    judge = StoppingCriterion.on_before_optimizer_step
+
+    def stop_in_the_second_batch(self, trainer, pl_module, optimizer) -> None:
+        judge(self, trainer, pl_module, optimizer)
+        if trainer.current_epoch == 1 and pl_module.iteration == 7:
+            raise InputError("stopped")
+
+    arguments = fit(tiny_folder, tmp_path / "stopped", *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(StoppingCriterion, "on_before_optimizer_step", stop_in_the_second_batch)
+        assert run(arguments) == 2
+    taken: list[int] = []
+    begin = TokenByToken.on_train_batch_start
+
+    def watched(self, trainer, pl_module, batch, batch_idx) -> None:
+        taken.append(batch_idx)
+        begin(self, trainer, pl_module, batch, batch_idx)
+
+    monkeypatch.setattr(TokenByToken, "on_train_batch_start", watched)
+    assert run([*arguments, "--ckpt_path=last"]) == 0
+    assert taken[0] == 7
+    assert without_seconds(tmp_path / "stopped") == without_seconds(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("command", ["validate", "predict"])

@@ -27,7 +27,7 @@ class Run(StartedRun):
         self.prompts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 10))) for _ in range(16)]
         self.prompts.insert(3, "")  # a bad one, which must not stop the others
         own = [] if predict else [
-            "--model.learnable.start=NormalStart", "--model.iterations=250",
+            "--model.learnable.start=NormalStart", "--model.iterations=750",
             "--token_by_token.candidates=2", "--token_by_token.most=2", "--checkpoint.every=10",
         ]  # fmt: skip
         arguments = [
@@ -80,10 +80,7 @@ def test_killed_three_times_and_resumed_by_other_numbers_of_processes(
     run = Run(tiny_folder, tmp_path)
     moments = random.Random(1)
     kept: list[bytes] = []
-    left: list[int] = []
     for attempt, processes in enumerate((4, 2, 3)):
-        if attempt and not left[-1]:
-            break  # a fast machine had finished them before the last kill
         killed = run.by(processes, *(["--ckpt_path=last"] if attempt else []))
         run.wait_for(len(kept) + 1, killed)
         time.sleep(moments.uniform(0, 1))
@@ -93,8 +90,7 @@ def test_killed_three_times_and_resumed_by_other_numbers_of_processes(
         lines = run.lines()
         assert lines[: len(kept)] == kept
         kept = lines
-        left.append(len(run.prompts) - len(kept))
-    assert left[0]
+    assert len(kept) < len(run.prompts)
     assert run.rows_of(run.by(1, "--ckpt_path=last")) == alone
 
 
