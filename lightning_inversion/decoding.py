@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightning_inversion.inputs import EmbeddingInput, LearnableInput
+from lightning_inversion.transformer.best_tokens import best_tokens
 from lightning_inversion.transformer.embedding import TokenEmbedding
 
 
@@ -115,7 +116,7 @@ def decode(
         if disallowed is not None:
             hidden = disallowed if disallowed.dim() == 1 else disallowed[places // length]
             all_scores.masked_fill_(hidden, masked_score)
-        best = all_scores.topk(k, dim=-1)
+        best = best_tokens(all_scores, k)
         ids[places], scores[places] = best.indices, best.values
     ids[wanted], scores[wanted] = ids[wanted[which]], scores[wanted[which]]
     shape = (rows, length, k)

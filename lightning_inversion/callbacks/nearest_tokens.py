@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.decoding import first_of_equals
+from lightning_inversion.transformer.best_tokens import best_tokens
 from lightning_inversion.transformer.embedding import TokenEmbedding
 
 _SQUARE = 12
@@ -26,7 +27,7 @@ def nearest_distances(vectors: Tensor, embedding: TokenEmbedding, k: int) -> Ten
     for places in torch.split(torch.unique(which), embedding.at_a_time):
         some = vectors[places].float()
         # Half the squared distance is |e|^2 / 2 + |v|^2 / 2 - v e: the most of what is negative.
-        most = embedding.dot(some).sub_(halves).topk(k, dim=-1).values
+        most = best_tokens(embedding.dot(some).sub_(halves), k).values
         nearest[places] = some.square().sum(-1, keepdim=True) - 2 * most
     unit = embedding.spread * math.sqrt(embedding.width)
     return nearest[which].clamp_min(0).sqrt() / unit

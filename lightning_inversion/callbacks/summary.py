@@ -6,10 +6,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import MetricCollection
 
 from lightning_inversion.metrics import ExactMatch, Hamming, TokenAccuracy, TopKAccuracy
 from lightning_inversion.result_files import Row
+
+_AT_A_TIME = 256
+"""Rows that are averaged together: bounds the memory."""
+_SHOWN = 50
+"""Rows of the table at most."""
 
 
 def mean(rows: list[Row]) -> dict[str, float]:
@@ -39,24 +46,35 @@ def _right(rows: list[Row]) -> dict[str, float]:
     # A collection's groups join metrics that agree on the first row, for good: none of these may.
     top_1 = MetricCollection([TokenAccuracy(), ExactMatch()], compute_groups=False)
     top_k = MetricCollection([TopKAccuracy(), Hamming()], compute_groups=False)
-    for row in rows:
-        ids = torch.tensor([row["ids"]])
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        top_1.update(torch.tensor([row["recovered_ids"]]), ids, mask)
-        if "top_k_ids" in row:
-            top_k.update(torch.tensor([row["top_k_ids"]]), ids, mask)
+    for start in range(0, len(rows), _AT_A_TIME):
+        some = rows[start : start + _AT_A_TIME]
+        ids = _padded(some, "ids")
+        mask = _padded(some, "ids", padding=-1) >= 0
+        top_1.update(_padded(some, "recovered_ids"), ids, mask)
+        if "top_k_ids" in rows[0]:
+            top_k.update(_padded(some, "top_k_ids"), ids, mask)
     values = {**top_1.compute(), **(top_k.compute() if "top_k_ids" in rows[0] else {})}
     return {name: float(value) for name, value in values.items()}
 
 
+def _padded(rows: list[Row], key: str, padding: int = 0) -> Tensor:
+    return pad_sequence([torch.tensor(row[key]) for row in rows], True, padding)
+
+
 def print_rows(rows: list[Row]) -> None:
-    """The recovered texts as a table on stdout; verified tokens green, others red."""
+    """The recovered texts as a table on stdout; verified texts green, others red.
+
+    Of many rows those are shown that were not verified, then the first ones.
+    """
+    doubtful_first = sorted(rows, key=lambda row: bool(row["verified"]))
+    shown = sorted(doubtful_first[:_SHOWN], key=lambda row: int(row["index"]))
+    left_out = doubtful_first[_SHOWN:]
     table = Table(box=None, header_style="bold", pad_edge=False)
     predicted = "candidates" in rows[0]
     effort = ("candidates", "seconds") if predicted else ("iterations", "ratio")
     for column in ("#", "recovered", "right", "verified", *effort):
         table.add_column(column, justify="left" if column == "recovered" else "right")
-    for row in rows:
+    for row in shown:
         count = len(row["recovered_ids"])
         if row["error"]:
             table.add_row(str(row["index"] + 1), Text(row["error"], style="red"))
@@ -75,6 +93,10 @@ def print_rows(rows: list[Row]) -> None:
         )
     console = Console(file=sys.stdout)
     console.print(table)
+    if left_out:
+        doubtful = sum(not row["verified"] for row in left_out)
+        which = f"{doubtful} of them not verified" if doubtful else "all of them verified"
+        console.print(f"... and {len(left_out)} more, {which}")
     averages = mean(rows)
     if not averages:
         return

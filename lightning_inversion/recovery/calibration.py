@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_inversion.transformer.best_tokens import best_tokens
 from lightning_inversion.transformer.known_prefix import KnownPrefix
 from lightning_inversion.transformer.readout import Readout
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -134,7 +135,7 @@ def _candidates(transformer: TruncatedTransformer, right: Tensor, seed: int) -> 
     near = embedding.dot(embedding(right)) - embedding.norms.square() / 2
     count = min(_NEIGHBOURS, embedding.vocabulary_size - 1)
     near.scatter_(1, right[:, None], -torch.inf)
-    neighbours = near.topk(count, dim=1).indices
+    neighbours = best_tokens(near, count).indices
     generator = torch.Generator().manual_seed(seed)
     size = (len(right), _STRANGERS)
     strangers = torch.randint(embedding.vocabulary_size, size, generator=generator)

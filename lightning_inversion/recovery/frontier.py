@@ -15,8 +15,7 @@ _KEPT = 16
 """Wrong candidates that correct the guess, the closest ones."""
 _STATE = ("tried", "count", "rounds", "reach", "_errors", "_closest", "_corrected")
 _FARTHEST = 64
-"""Places of one run at most."""
-_FIRST_REACH = 16
+"""Places of one run at most, and of the first."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Frontier:
         self.tried = torch.zeros(B, embedding.vocabulary_size, dtype=torch.bool, device=device)
         self.count = torch.zeros(B, dtype=torch.long, device=device)
         self.rounds = torch.zeros(B, dtype=torch.long, device=device)
-        self.reach = torch.full((B,), _FIRST_REACH, device=device)
+        self.reach = torch.full((B,), _FARTHEST, device=device)
         self._errors = torch.full((B, _KEPT), torch.inf, device=device)
         self._closest = torch.zeros(B, _KEPT, embedding.width, device=device)
         self._corrected = torch.zeros_like(self._closest)
@@ -130,14 +129,19 @@ class Frontier:
 
     def try_out(self, rows: Tensor, ids: Tensor) -> Trial:
         """Run candidates ``[R, K]``; learn from them; go on behind one that is certified."""
-        return next(self.run_ahead(rows, ids[:, None]))
+        return next(self.run_ahead(rows, ids[:, None], torch.ones_like(rows)))
 
     @torch.no_grad()
-    def run_ahead(self, rows: Tensor, ids: Tensor) -> Iterator[Trial]:
+    def run_ahead(self, rows: Tensor, ids: Tensor, left: Tensor) -> Iterator[Trial]:
         """Run candidates ``[R, W, K]`` of the next W places together (speculative decoding).
 
         Those of a place stand behind the first ones of the places before, and show something as
         long as these are certified.
+
+        Args:
+            rows: ``[R]``.
+            ids: ``[R, W, K]``.
+            left: ``[R]`` places that each has still to find; what is run behind them is ignored.
 
         Yields:
             One trial a place, of the rows that have come as far; they have gone on, or have learned
@@ -161,6 +165,7 @@ class Frontier:
             self._leave(trial.rows[trial.certified])
             on_course[some] = trial.certified & (chosen == 0)
             came += on_course
+            on_course &= left > place + 1
             if place == W - 1 or not on_course.any():
                 self._learn_reach(rows, came, W)
             yield replace(trial, again=place > 0)

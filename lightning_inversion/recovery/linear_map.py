@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_inversion.recovery.frontier import Frontier
 from lightning_inversion.recovery.orders import CandidateOrder, Candidates, with_surprise
+from lightning_inversion.transformer.best_tokens import best_tokens
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.readout import Readout
 
@@ -36,8 +37,9 @@ class _Measured:
         mean: ``[D]``.
         directions: ``[D, R]``.
         half_squares: ``[V]`` of what the guess has of each token.
-        tokens: ``[V, R]`` each token's place; None where that would not be much smaller than the
-            embedding, which then serves itself.
+        tokens: ``[V, R + 1]`` each token's place, and less its half square, so that one product
+            gives the scores; None where that would not be much smaller than the embedding, which
+            then serves itself.
     """
 
     embedding: TokenEmbedding
@@ -55,13 +57,13 @@ class _Measured:
         heard = readout.heard[kind, :enough]
         ids = torch.arange(embedding.vocabulary_size, device=mean.device)
         few = 2 * directions.shape[1] <= embedding.width
-        tokens = torch.empty(len(ids), directions.shape[1], device=mean.device) if few else None
+        tokens = torch.empty(len(ids), directions.shape[1] + 1, device=mean.device) if few else None
         half_squares = torch.empty(len(ids), device=mean.device)
         for chunk in torch.split(ids, _AT_A_TIME):
             places = (embedding(chunk) - mean) @ directions
             half_squares[chunk] = (places.square() @ heard) / 2
             if tokens is not None:
-                tokens[chunk] = places
+                tokens[chunk, :-1], tokens[chunk, -1] = places, -half_squares[chunk]
         return cls(embedding, mean, directions, half_squares, tokens)
 
     def scores(self, guess: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ class _Measured:
         told = (guess - self.mean) @ self.directions
         if self.tokens is None:
             return self.embedding.dot(told @ self.directions.T).sub_(self.half_squares)
-        return torch.addmm(self.half_squares, told, self.tokens.T, beta=-1)
+        return torch.cat([told, torch.ones_like(told[:, :1])], dim=1) @ self.tokens.T
 
 
 class LinearMap(CandidateOrder):
@@ -128,7 +130,7 @@ class LinearMap(CandidateOrder):
         for places in torch.split(order, embedding.at_a_time):
             where = places % T
             guess = frontier.readout(targets[places], where)
-            best[places] = self._likelihood(guess, where).topk(count, dim=1).indices
+            best[places] = best_tokens(self._likelihood(guess, where), count).indices
         return best.view(B, T, count)
 
     def _likelihood(self, guess: Tensor, positions: Tensor) -> Tensor:

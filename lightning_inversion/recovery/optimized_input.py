@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_inversion.recovery.frontier import Frontier
 from lightning_inversion.recovery.orders import CandidateOrder, Candidates
+from lightning_inversion.transformer.best_tokens import best_tokens
 
 SHARPNESS = 0.15
 """Weight of the squared distance, in units of the embedding's spread, in the log-likelihood."""
@@ -16,7 +17,8 @@ class OptimizedInput(CandidateOrder):
     """Tokens near the vectors that an optimised input holds.
 
     Args:
-        vectors: ``[B, T, D]``; nan where there is none, of which nothing is expected.
+        vectors: ``[B, T, D]``; nan where there is none, of which nothing is expected: behind a
+            text's end, and for all of a text that the fit has not had.
     """
 
     def __init__(self, vectors: Tensor) -> None:
@@ -27,12 +29,14 @@ class OptimizedInput(CandidateOrder):
         return self._nearness(frontier, self.vectors[rows, frontier.positions(rows)])
 
     def ahead(self, frontier: Frontier, rows: Tensor, width: int, count: int) -> Candidates | None:
-        """Where all the places have a vector."""
+        """Where each of the texts has vectors: a text has all of them or none."""
+        last = self.vectors.shape[1] - 1
         places = frontier.positions(rows)[:, None] + torch.arange(width, device=rows.device)
-        vectors = self.vectors[rows[:, None], places]
-        if vectors.isnan().any():
+        vectors = self.vectors[rows[:, None], places.clamp(max=last)]
+        if vectors[:, 0].isnan().any():
             return None
-        ids = [self._nearness(frontier, some).topk(count).indices for some in vectors.unbind(1)]
+        nearness = (self._nearness(frontier, some) for some in vectors.unbind(1))
+        ids = [best_tokens(scores, count).indices for scores in nearness]
         return Candidates(torch.stack(ids, dim=1), (self.name,) * count)
 
     def _nearness(self, frontier: Frontier, vectors: Tensor) -> Tensor:

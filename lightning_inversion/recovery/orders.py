@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.frontier import Frontier
+from lightning_inversion.transformer.best_tokens import best_tokens
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,7 @@ def best_untried(scores: Tensor, tried: Tensor, count: int) -> Tensor:
     A row with fewer left repeats tried ones at its end.
     """
     scores = scores.masked_fill(tried, -torch.inf)
-    ids: Tensor = scores.topk(min(count, scores.shape[1]), dim=1).indices
-    return ids
+    return best_tokens(scores, min(count, scores.shape[1])).indices
 
 
 def with_surprise(log_probabilities: Tensor, share: float) -> Tensor:

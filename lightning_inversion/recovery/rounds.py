@@ -42,11 +42,11 @@ def round_of(
     # An order may speak in another voice once a first round has shown something.
     kinds = torch.stack([(frontier.rounds[rows] > 0).long(), sizes, widths], dim=1)
     for kind in torch.unique(kinds, dim=0):
-        alike = rows[(kinds == kind).all(dim=1)]
-        size, width = int(kind[1]), int(kind[2])
+        alike = (kinds == kind).all(dim=1).nonzero()[:, 0]
+        size, width = int(kind[1]), int(torch.minimum(kind[2], left[alike].max()))
         count = max(beside, size // width)
-        for members in torch.split(alike, frontier.transformer.embedding.at_a_time):
-            proposed = None
+        for some in torch.split(alike, frontier.transformer.embedding.at_a_time):
+            members, proposed = rows[some], None
             if width > 1 and frontier.prefix.reaches(members, width, count):
                 proposed = order.ahead(frontier, members, width, count)
             if proposed is None:
@@ -54,13 +54,13 @@ def round_of(
             ids = proposed.ids.view(len(members), -1, len(proposed.orders))
             at_a_time = max(1, _AT_A_TIME // ids[0].numel())
             for part in torch.split(torch.arange(len(members), device=rows.device), at_a_time):
-                for trial in frontier.run_ahead(members[part], ids[part]):
+                for trial in frontier.run_ahead(members[part], ids[part], left[some[part]]):
                     yield trial, proposed.orders
 
 
 def _widths(frontier: Frontier, rows: Tensor, left: Tensor) -> Tensor:
-    """``[R]`` places to run together: a power of two, so that many rows are alike."""
+    """``[R]`` places to run together: up to a power of two, so that many rows are alike."""
     fresh = frontier.count[rows] == 0
     reach = torch.minimum(frontier.reach[rows], left).clamp(min=1)
-    powers = 2 ** reach.double().log2().floor().long()
+    powers = 2 ** reach.double().log2().ceil().long()
     return torch.where(fresh, powers, 1)

@@ -77,8 +77,8 @@ FAULTS = (
     Fault(
         "the worst tokens are decoded for the best",
         "decoding.py",
-        "all_scores.topk(k, dim=-1)",
-        "all_scores.topk(k, dim=-1, largest=False)",
+        "best_tokens(all_scores, k)",
+        "best_tokens(-all_scores, k)",
         "tests/unit/test_decoding.py",
     ),
     Fault(

@@ -56,7 +56,9 @@ def test_tokens_need_no_places_where_nearly_all_directions_are_used() -> None:
     shifted = replace(readout, bias=readout.bias + 0.3)
     all_used = _Measured.of(shifted, 1, TokenEmbedding(tokens))
     assert all_used.tokens is None
-    placed = replace(all_used, tokens=(tokens - all_used.mean) @ all_used.directions)
+    places = (tokens - all_used.mean) @ all_used.directions
+    columns = torch.cat([places, -all_used.half_squares[:, None]], dim=1)
+    placed = replace(all_used, tokens=columns)
     guess = torch.tensor([[0.4, 1.0, -2.0, 0.3, 0.0, -0.5]])
     one, other = all_used.scores(guess)[0], placed.scores(guess)[0]
     torch.testing.assert_close(one - one[0], other - other[0], atol=1e-5, rtol=1e-5)

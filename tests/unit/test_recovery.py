@@ -116,7 +116,7 @@ def test_places_are_proven_together_up_to_the_first_wrong_guess(instruments: Ins
     guesses = torch.stack([ids, ids + 20], dim=2)  # of two candidates the first is right
     guesses[1, 2] = torch.tensor([40, 41])  # neither is
     guesses[2, 1] = guesses[2, 1].flip(0)  # the second is: those behind stand behind a wrong one
-    trials = list(frontier.run_ahead(rows, guesses))
+    trials = list(frontier.run_ahead(rows, guesses, torch.full((3,), 4)))
     assert [trial.rows.tolist() for trial in trials] == [[0, 1, 2], [0, 1, 2], [0, 1], [0]]
     assert frontier.positions(rows).tolist() == [4, 2, 2]
     assert [trial.again for trial in trials] == [False, True, True, True]
@@ -129,6 +129,25 @@ def test_places_are_proven_together_up_to_the_first_wrong_guess(instruments: Ins
     # The keys and values that were kept are those of the right tokens.
     trial = frontier.try_out(rows[1:], ids[1:, 2:3])
     assert trial.certified.all()
+
+
+def test_texts_that_end_are_run_with_longer_ones(instruments: Instruments) -> None:
+    ids = torch.tensor([[3, 4, 5, 6], [9, 8, 0, 0]])
+    rows, vectors = torch.arange(2), instruments.transformer.embedding(ids)
+    vectors[1, 2:] = torch.nan  # a fit holds nothing behind a text's end
+    frontier = Frontier(instruments, instruments.transformer.features_of(ids))
+    left = torch.tensor([4, 2])
+    frontier.reach[:] = torch.tensor([3, 64])
+    trials = list(round_of(frontier, OptimizedInput(vectors), rows, torch.ones(2).long(), left))
+    assert [trial.rows.tolist() for trial, _ in trials] == [[1], [1], [0], [0], [0], [0]]
+    assert frontier.positions(rows).tolist() == [4, 2]
+    frontier = Frontier(instruments, instruments.transformer.features_of(ids))
+    frontier.reach[:] = 4
+    left = torch.tensor([4, 3])  # both up to four places, of which the second has three
+    trials = list(round_of(frontier, OptimizedInput(vectors), rows, torch.ones(2).long(), left))
+    assert [trial.rows.tolist() for trial, _ in trials][:3] == [[0, 1], [0, 1], [0, 1]]
+    assert trials[-1][0].rows.tolist() == [0]
+    assert frontier.positions(rows)[0] == 4
 
 
 def test_several_places_in_one_forward_are_those_places_one_by_one(

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from lightning_inversion.callbacks.learning_rate import LinearLearningRate
-from lightning_inversion.callbacks.summary import mean
+from lightning_inversion.callbacks.summary import mean, print_rows
 from lightning_inversion.errors import InputError
 from lightning_inversion.output_places import check_writable
 from lightning_inversion.prompt_files import read_prompts
@@ -38,6 +38,35 @@ def test_a_place_that_takes_no_file_is_refused(below: Path) -> None:
     with pytest.raises(InputError, match=r"--out '.*' cannot be") as error:
         check_writable(below / "new" / "file", "--out")
     assert "\n" not in str(error.value)
+
+
+def fitted(index: int, right: bool) -> dict[str, object]:
+    ids = [1, 2, 3][: 1 + index % 3]
+    read = ids if right else [ids[0], *[9 for _ in ids[1:]]]
+    return {
+        "index": index, "error": None, "recovered": f"text {index}", "verified": read == ids,
+        "verified_tokens": 1, "token_accuracy": 1.0, "iterations": 5, "distance_ratio": None,
+        "ids": ids, "recovered_ids": read, "top_k_ids": [[token, 7] for token in read],
+    }  # fmt: skip
+
+
+def test_texts_of_unequal_length_count_alike() -> None:
+    averages = mean([fitted(index, right=index != 2) for index in range(300)])
+    assert averages["TokenAccuracy"] == pytest.approx((299 + 1 / 3) / 300)
+    assert averages["TopKAccuracy"] == pytest.approx((299 + 1 / 3) / 300)
+    assert averages["ExactMatch"] == pytest.approx(299 / 300)
+
+
+def test_of_many_rows_the_doubtful_ones_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    print_rows([fitted(index, right=index != 299) for index in range(300)])
+    printed = capsys.readouterr().out
+    assert "text 299" in printed
+    assert "text 48 " in printed
+    assert "text 49 " not in printed
+    assert "... and 250 more, all of them verified" in printed
+    assert "verified 0.997 of 300 prompts" in printed
+    print_rows([fitted(index, right=index % 3 == 0) for index in range(90)])
+    assert "... and 40 more, 10 of them not verified" in capsys.readouterr().out
 
 
 def test_a_place_is_looked_at_and_left_alone(tmp_path: Path) -> None:
