@@ -29,7 +29,8 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput, Given, LearnableInput, row_noise
 from lightning_inversion.objectives import Objective, Standardized
 from lightning_inversion.progress import Progress
-from lightning_inversion.prompts import PromptBatch, PromptDataModule
+from lightning_inversion.prompt_batch import PromptBatch
+from lightning_inversion.prompts import PromptDataModule
 from lightning_inversion.recovery.certificate import RecoveredText
 from lightning_inversion.recovery.instruments import Instruments
 from lightning_inversion.recovery.policy import RecoveryPolicy, recovered
@@ -41,6 +42,7 @@ from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.readout import Readout
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.window import Window
 
 
 class InputInversion(LightningModule):
@@ -338,48 +340,12 @@ class InputInversion(LightningModule):
         singles = self.frozen(vectors.flatten(0, 1)[:, None], mask.flatten()[:, None])
         return singles.float().view(*mask.shape, -1)  # type: ignore[no-any-return]
 
-    def _window(self, looked_at: Tensor) -> tuple[Tensor, Tensor, int] | None:
-        """Where the objective sees little more than what is held: that need not run each time.
-
-        Args:
-            looked_at: ``[B, T]`` where the objective looks.
-
-        Returns:
-            The rows ``[R]`` that still move, how many positions each begins with that are held
-            ``[R]``, and how many behind them are to be run. None where the whole rows are.
-        """
+    def _window(self, looked_at: Tensor) -> Window | None:
+        """What an iteration has to run; None for whole rows."""
         if self.alone or not self.frozen.causal or not self.objective.by_row:
             return None
-        rows = looked_at.any(dim=1).nonzero()[:, 0]
-        if not len(rows):
-            return None
-        positions = torch.arange(looked_at.shape[1], device=rows.device)
-        lengths = self.learnable.held[rows].cummin(dim=1).values.sum(dim=1)
-        ends = torch.where(looked_at[rows], positions + 1, 0).amax(dim=1)
-        width = int((ends - lengths).max())
-        if 2 * width > looked_at.shape[1] or not self.frozen.caches:
-            return None  # nothing to save
-        return rows, lengths, width
-
-    def _distances_in(self, window: tuple[Tensor, Tensor, int], looked_at: Tensor) -> Tensor:
-        """The distance of each row ``[B]``, from its window alone."""
-        rows, lengths, width = window
-        vectors = self.learnable(self.embedding)
-        self.prefix.begin(rows, vectors[rows], lengths)
-        # Position 0 has statistics of its own in a readout: nothing else may stand in column 0.
-        columns = torch.arange(width + 1, device=rows.device)
-        shift = (lengths > 0).long()[:, None]
-        places = (lengths[:, None] + columns - shift).clamp(max=looked_at.shape[1] - 1)
-        inside = (columns >= shift) & (columns < width + shift)
-        inside &= lengths[:, None] + columns - shift < looked_at.shape[1]
-        run = (lengths[:, None] + columns[:width]).clamp(max=looked_at.shape[1] - 1)
-        features = self.prefix.followed_by(rows, vectors[rows[:, None], run])
-        features = features.gather(
-            1, (columns - shift).clamp(0, width - 1)[..., None].expand(-1, -1, features.shape[-1])
-        )
-        mask = looked_at[rows[:, None], places] & inside
-        distances = self.objective(features, self.target[rows[:, None], places], mask)
-        return torch.zeros_like(self.progress.ratio).index_put((rows,), distances)
+        window = Window.of(looked_at, self.learnable.held)
+        return window if window is not None and self.frozen.caches else None
 
     def stop_rows(self, rows: Tensor) -> None:
         """Hold ``rows`` [B] bool still from this iteration on."""
@@ -447,7 +413,8 @@ class InputInversion(LightningModule):
             self.distances = self.objective(features, self.target, looked_at)
         else:
             self.features = None
-            self.distances = self._distances_in(window, looked_at)
+            vectors = self.learnable(self.embedding)
+            self.distances = window.distances(vectors, self.prefix, self.objective, self.target)
         loss = self.distances.sum()
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.iteration % every == 0 and self.logger is not None:
@@ -582,24 +549,14 @@ class InputInversion(LightningModule):
             k: v for k, v in state.items() if not k.startswith(("transformer.", "whole."))
         }
         if self.batch is not None:
-            checkpoint["batch"] = {
-                "index": list(self.batch.index),
-                "prompts": list(self.batch.prompts),
-                "ids": None if self.batch.ids is None else self.batch.ids.cpu(),
-                "mask": self.batch.mask.cpu(),
-                "target": None if self.batch.target is None else self.batch.target.cpu(),
-                "known_prefix": list(self.batch.known_prefix),
-            }
+            checkpoint["batch"] = self.batch.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make room for the stored input before it is read."""
         if "batch" not in checkpoint:
             return
         stored = checkpoint["batch"]
-        self.batch = PromptBatch(
-            tuple(stored["index"]), tuple(stored["prompts"]), stored["ids"], stored["mask"],
-            stored.get("target"), tuple(stored.get("known_prefix", ())),
-        )  # fmt: skip
+        self.batch = PromptBatch.of_state(stored)
         shape = checkpoint["state_dict"]["learnable.values"].shape
         if self._predicting:
             self._check_start(shape)

@@ -13,7 +13,7 @@ from lightning_inversion.callbacks.recovered_rows import nothing_recovered
 from lightning_inversion.decoding import TopTokens
 from lightning_inversion.metrics import exact_match, token_accuracy, top_k_accuracy
 from lightning_inversion.module import InputInversion
-from lightning_inversion.prompts import PromptBatch
+from lightning_inversion.prompt_batch import PromptBatch
 from lightning_inversion.recovery.verification import Verdict
 from lightning_inversion.result_files import Row
 

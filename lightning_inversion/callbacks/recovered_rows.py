@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from lightning_inversion.attribution.tokens import token_texts
-from lightning_inversion.prompts import PromptBatch
+from lightning_inversion.prompt_batch import PromptBatch
 from lightning_inversion.recovery.certificate import RecoveredText
 from lightning_inversion.result_files import Row
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput
 from lightning_inversion.module import InputInversion
-from lightning_inversion.prompts import PromptBatch
+from lightning_inversion.prompt_batch import PromptBatch
 from lightning_inversion.recovery.frontier import Frontier, Trial
 from lightning_inversion.recovery.linear_map import LinearMap
 from lightning_inversion.recovery.optimized_input import OptimizedInput

@@ -12,7 +12,7 @@ import yaml
 
 from lightning_inversion.cli import InversionCLI, run
 from lightning_inversion.module import InputInversion
-from lightning_inversion.prompts import PromptBatch
+from lightning_inversion.prompt_batch import PromptBatch
 from lightning_inversion.report.claims import read_claims
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -12,7 +12,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import VocabularyInput
 from lightning_inversion.module import InputInversion
 from lightning_inversion.objectives import L1, L2, CosineDistance, Narrowed, Standardized
-from lightning_inversion.prompts import PromptBatch
+from lightning_inversion.prompt_batch import PromptBatch
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 

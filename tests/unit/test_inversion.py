@@ -13,7 +13,8 @@ from lightning_inversion.callbacks.token_by_token import TokenByToken
 from lightning_inversion.inputs import EmbeddingInput, NormalStart, VocabularyInput
 from lightning_inversion.module import InputInversion
 from lightning_inversion.objectives import L1, L2, CosineDistance, Objective, Standardized
-from lightning_inversion.prompts import PromptBatch, PromptDataModule
+from lightning_inversion.prompt_batch import PromptBatch
+from lightning_inversion.prompts import PromptDataModule
 from lightning_inversion.result_files import read_rows
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -228,7 +229,8 @@ def test_behind_what_is_held_the_distance_and_its_gradient_are_the_same(
     looked_at = module.batch.mask & ~module.learnable.held & (positions < known[:, None] + 2)
     window = module._window(looked_at)
     assert window is not None
-    ours = module._distances_in(window, looked_at)
+    vectors = module.learnable(module.embedding)
+    ours = window.distances(vectors, module.prefix, objective, module.target)
     whole = objective(module.generated(), module.target, looked_at)
     torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-4)
     behind = ~module.learnable.held

@@ -7,8 +7,9 @@ from lightning_inversion.callbacks.learning_rate import LinearLearningRate
 from lightning_inversion.callbacks.summary import mean, print_rows
 from lightning_inversion.errors import InputError
 from lightning_inversion.output_places import check_writable
+from lightning_inversion.prompt_batch import PromptBatch
 from lightning_inversion.prompt_files import read_prompts
-from lightning_inversion.prompts import PromptBatch, PromptDataModule
+from lightning_inversion.prompts import PromptDataModule
 from lightning_inversion.result_files import append_rows, read_rows
 from lightning_inversion.resuming import differences
 
