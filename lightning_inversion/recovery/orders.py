@@ -58,7 +58,8 @@ class CandidateOrder(ABC):
     def ahead(self, frontier: Frontier, rows: Tensor, width: int, count: int) -> Candidates | None:
         """The ``count`` best tokens of each of the next ``width`` places.
 
-        None, as here, where the tokens in between must be known to say anything.
+        None, as here, where the tokens in between must be known to say anything. A place may lie
+        behind a text's end: what is said of it is ignored.
         """
         return None
 

@@ -43,12 +43,15 @@ def round_of(
     kinds = torch.stack([(frontier.rounds[rows] > 0).long(), sizes, widths], dim=1)
     for kind in torch.unique(kinds, dim=0):
         alike = (kinds == kind).all(dim=1).nonzero()[:, 0]
-        size, width = int(kind[1]), int(torch.minimum(kind[2], left[alike].max()))
-        count = max(beside, size // width)
+        size, widest = int(kind[1]), int(torch.minimum(kind[2], left[alike].max()))
         for some in torch.split(alike, frontier.transformer.embedding.at_a_time):
-            members, proposed = rows[some], None
-            if width > 1 and frontier.prefix.reaches(members, width, count):
-                proposed = order.ahead(frontier, members, width, count)
+            members, width, proposed = rows[some], widest, None
+            while width > 1 and not frontier.prefix.reaches(
+                members, width, max(beside, size // width)
+            ):
+                width //= 2
+            if width > 1:
+                proposed = order.ahead(frontier, members, width, max(beside, size // width))
             if proposed is None:
                 proposed = order.propose(frontier, members, size)
             ids = proposed.ids.view(len(members), -1, len(proposed.orders))

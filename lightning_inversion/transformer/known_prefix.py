@@ -67,7 +67,8 @@ class KnownPrefix:
         Differentiable in ``embeds``. The latest call is what `keep` chooses from.
         """
         self._latest = embeds.detach()
-        if self.reaches(rows, 1, embeds.shape[1]):
+        longest = int(self.lengths[rows].max())
+        if self._keeps(longest + 1, longest + embeds.shape[1]):
             beside = torch.eye(embeds.shape[1], dtype=torch.bool, device=embeds.device)
             return self._behind(rows, embeds, beside)
         return self._plain(rows, embeds)
@@ -75,7 +76,7 @@ class KnownPrefix:
     def reaches(self, rows: Tensor, width: int, count: int) -> bool:
         """Whether `ahead` can run ``count`` candidates at each of the next ``width`` places."""
         longest = int(self.lengths[rows].max())
-        return self._keeps(longest + width, longest + width * count)
+        return self._fits(longest + width, longest + width * count)
 
     def ahead(self, rows: Tensor, embeds: Tensor) -> Tensor:
         """Features ``[R, W, K, F]`` of candidates ``[R, W, K, D]`` for the next W places.
@@ -145,9 +146,13 @@ class KnownPrefix:
 
     def _keeps(self, length: int, places: int) -> bool:
         """Whether keys and values serve for a tree of this size; once one outgrows them, never."""
-        if self._cache is not None and not tree_fits(self.transformer.model.config, length, places):
+        if not self._fits(length, places):
             self._cache = None
         return self._cache is not None
+
+    def _fits(self, length: int, places: int) -> bool:
+        config = self.transformer.model.config
+        return self._cache is not None and tree_fits(config, length, places)
 
     def _behind(self, rows: Tensor, embeds: Tensor, sees: Tensor) -> Tensor:
         assert self._cache is not None

@@ -139,3 +139,14 @@ def test_a_prefix_that_outgrows_a_sliding_window_is_run_plainly() -> None:
     behind = prefix.followed_by(torch.arange(3), vectors[:, 3:])
     whole = transformer.features_of(TEXTS)[:, 3:]
     torch.testing.assert_close(behind, whole, atol=2e-4, rtol=1e-4)
+
+
+def test_a_tree_that_is_too_wide_leaves_what_is_kept() -> None:
+    config = CONFIGS["gpt2"]()
+    config.n_positions = 16  # the causal mask's size: candidates side by side count one by one
+    model = AutoModelForCausalLM.from_config(config).eval()
+    transformer = TruncatedTransformer.from_model(model, depth=2)
+    prefix, rows = KnownPrefix(transformer, 3), torch.arange(3)
+    prefix.begin(rows, transformer.embedding(TEXTS), torch.tensor([3, 3, 2]))
+    assert not prefix.reaches(rows, 8, 2)
+    assert prefix.reaches(rows, 4, 2)
