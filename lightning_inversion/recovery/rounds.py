@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.recovery.frontier import Frontier, Trial
-from lightning_inversion.recovery.orders import CandidateOrder
+from lightning_inversion.recovery.orders import CandidateOrder, Candidates
 
 _AT_A_TIME = 4096
 """Candidates of one forward, over all rows: bounds the memory."""
@@ -45,20 +45,26 @@ def round_of(
         alike = (kinds == kind).all(dim=1).nonzero()[:, 0]
         size, widest = int(kind[1]), int(torch.minimum(kind[2], left[alike].max()))
         for some in torch.split(alike, frontier.transformer.embedding.at_a_time):
-            members, width, proposed = rows[some], widest, None
-            while width > 1 and not frontier.prefix.reaches(
-                members, width, max(beside, size // width)
-            ):
-                width //= 2
-            if width > 1:
-                proposed = order.ahead(frontier, members, width, max(beside, size // width))
-            if proposed is None:
-                proposed = order.propose(frontier, members, size)
+            members = rows[some]
+            proposed = _proposed(frontier, order, members, size, widest, beside)
             ids = proposed.ids.view(len(members), -1, len(proposed.orders))
             at_a_time = max(1, _AT_A_TIME // ids[0].numel())
             for part in torch.split(torch.arange(len(members), device=rows.device), at_a_time):
                 for trial in frontier.run_ahead(members[part], ids[part], left[some[part]]):
                     yield trial, proposed.orders
+
+
+def _proposed(
+    frontier: Frontier, order: CandidateOrder, rows: Tensor, size: int, width: int, beside: int
+) -> Candidates:
+    """For the next ``width`` places or as many as can be run together, else the next alone."""
+    while width > 1:
+        count = max(beside, size // width)
+        if frontier.prefix.reaches(rows, width, count):
+            ahead = order.ahead(frontier, rows, width, count)
+            return order.propose(frontier, rows, size) if ahead is None else ahead
+        width //= 2
+    return order.propose(frontier, rows, size)
 
 
 def _widths(frontier: Frontier, rows: Tensor, left: Tensor) -> Tensor:

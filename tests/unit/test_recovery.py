@@ -150,6 +150,18 @@ def test_texts_that_end_are_run_with_longer_ones(instruments: Instruments) -> No
     assert frontier.positions(rows)[0] == 4
 
 
+def test_more_places_than_the_model_has_room_for_are_halved(
+    instruments: Instruments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, row = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]]), torch.tensor([0])
+    vectors = instruments.transformer.embedding(ids)
+    frontier = Frontier(instruments, instruments.transformer.features_of(ids))
+    monkeypatch.setattr(frontier.prefix, "reaches", lambda rows, width, count: width <= 2)
+    trials = list(round_of(frontier, OptimizedInput(vectors), row, torch.ones(1).long(), row + 8))
+    assert [trial.again for trial, _ in trials] == [False, True]
+    assert frontier.positions(row).tolist() == [2]
+
+
 def test_several_places_in_one_forward_are_those_places_one_by_one(
     instruments: Instruments,
 ) -> None:
