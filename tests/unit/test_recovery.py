@@ -141,13 +141,13 @@ def test_texts_that_end_are_run_with_longer_ones(instruments: Instruments) -> No
     trials = list(round_of(frontier, OptimizedInput(vectors), rows, torch.ones(2).long(), left))
     assert [trial.rows.tolist() for trial, _ in trials] == [[1], [1], [0], [0], [0], [0]]
     assert frontier.positions(rows).tolist() == [4, 2]
+    ids = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])  # the last token is behind the second's end
     frontier = Frontier(instruments, instruments.transformer.features_of(ids))
-    frontier.reach[:] = 4
-    left = torch.tensor([4, 3])  # both up to four places, of which the second has three
-    trials = list(round_of(frontier, OptimizedInput(vectors), rows, torch.ones(2).long(), left))
-    assert [trial.rows.tolist() for trial, _ in trials][:3] == [[0, 1], [0, 1], [0, 1]]
-    assert trials[-1][0].rows.tolist() == [0]
-    assert frontier.positions(rows)[0] == 4
+    order = OptimizedInput(instruments.transformer.embedding(ids))
+    left = torch.tensor([4, 3])
+    trials = list(round_of(frontier, order, rows, torch.ones(2).long(), left))
+    assert [trial.rows.tolist() for trial, _ in trials] == [[0, 1], [0, 1], [0, 1], [0]]
+    assert frontier.positions(rows).tolist() == [4, 3]
 
 
 def test_more_places_than_the_model_has_room_for_are_halved(
