@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from lightning_inversion.attribution import attribute
-from lightning_inversion.cli import run
+from lightning_inversion.cli.lightning import run
 from lightning_inversion.report.command import run as report
 from lightning_inversion.sweep.command import run as sweep
 from lightning_inversion.transformer import TransformerSpec

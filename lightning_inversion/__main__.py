@@ -10,7 +10,7 @@ from importlib import import_module
 
 from lightning_inversion import __version__
 from lightning_inversion.errors import InputError
-from lightning_inversion.output_places import ended_by
+from lightning_inversion.files import ended_by
 
 HELP = """\
 lightning-inversion reads a language model's input back out of its hidden states.
@@ -75,7 +75,7 @@ def main() -> int:
         if arguments[0] in BESIDE_LIGHTNING:
             return int(import_module(BESIDE_LIGHTNING[arguments[0]]).run(arguments[1:]))
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stack traces of lost connections
-        cli = import_module("lightning_inversion.cli")
+        cli = import_module("lightning_inversion.cli.lightning")
         threading.excepthook = cli.say_once_that_the_disk_is_full
         return int(cli.run(arguments))
     except InputError as error:

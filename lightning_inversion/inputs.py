@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.embedding import TokenEmbedding
-from lightning_inversion.transformer.readout import Readout
+from lightning_inversion.transformer.linear_probe import Readout
 
 
 def row_noise(

@@ -18,6 +18,8 @@ from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_e
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_inversion.data.batch import PromptBatch
+from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.decoding import (
     Decoder,
     TopTokens,
@@ -28,19 +30,17 @@ from lightning_inversion.decoding import (
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput, Given, LearnableInput, row_noise
 from lightning_inversion.objectives import Objective, Standardized
-from lightning_inversion.progress import Progress
-from lightning_inversion.prompt_batch import PromptBatch
-from lightning_inversion.prompts import PromptDataModule
 from lightning_inversion.recovery.certificate import RecoveredText
 from lightning_inversion.recovery.instruments import Instruments
 from lightning_inversion.recovery.policy import RecoveryPolicy, recovered
 from lightning_inversion.recovery.token_recovery import TokenRecovery
+from lightning_inversion.state import Progress
 from lightning_inversion.strategy import check_strategy
 from lightning_inversion.transformer.embedding import TokenEmbedding
-from lightning_inversion.transformer.known_prefix import KnownPrefix
 from lightning_inversion.transformer.language_model import LanguageModel
+from lightning_inversion.transformer.linear_probe import Readout
 from lightning_inversion.transformer.loading import TransformerSpec
-from lightning_inversion.transformer.readout import Readout
+from lightning_inversion.transformer.prefix import KnownPrefix
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.window import Window
 

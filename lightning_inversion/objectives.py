@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.transformer.readout import Readout
+from lightning_inversion.transformer.linear_probe import Readout
 from lightning_inversion.transformer.selection import check_slice, slice_of
 
 _SMALLEST_NORM = 1e-8

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.objectives import Objective
-from lightning_inversion.transformer.known_prefix import KnownPrefix
+from lightning_inversion.transformer.prefix import KnownPrefix
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def _made_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
     Tests marked integration, and fixtures that tests share, make their own, as a user's run does.
     """
-    if "lightning_inversion.cli" in sys.modules and "integration" not in request.keywords:
+    if "lightning_inversion.cli.lightning" in sys.modules and "integration" not in request.keywords:
         from tests.made_once import share_instruments, share_parsers
 
         share_parsers(monkeypatch)

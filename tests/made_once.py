@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from lightning_inversion import cli, module
+from lightning_inversion import module
+from lightning_inversion.cli import lightning as cli
+from lightning_inversion.files import cache_root
 from lightning_inversion.recovery.instruments import Instruments, say_nothing
-from lightning_inversion.transformer.cache import cache_root
 
 _PARSERS: dict[tuple[str, ...], dict[str, Any]] = {}
 _INSTRUMENTS: dict[tuple[Any, ...], Instruments] = {}

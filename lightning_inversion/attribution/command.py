@@ -11,16 +11,16 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lightning_inversion.attribution.choices import Choices, Look, with_preset
+from lightning_inversion.attribution.attribute import encode, to_stderr
+from lightning_inversion.attribution.config import Choices, Look, with_preset
 from lightning_inversion.attribution.many_texts import run_texts
 from lightning_inversion.attribution.naming import named_token, replacement_for
-from lightning_inversion.attribution.one_call import encode, to_stderr
 from lightning_inversion.attribution.request import Request
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.attribution.rows import RowFile
+from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.errors import InputError
-from lightning_inversion.output_places import check_writable
-from lightning_inversion.prompt_files import read_prompts
+from lightning_inversion.files import check_writable
 from lightning_inversion.transformer.loading import WHAT_IS_LOADED, TransformerSpec
 
 _IN_AND_OUT = "-"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.attribution.batching import tokens_at_a_time
-from lightning_inversion.attribution.choices import Reduce
-from lightning_inversion.attribution.reading import Reader
+from lightning_inversion.attribution.config import Reduce
+from lightning_inversion.attribution.model import Reader
 from lightning_inversion.attribution.scores import Measure, reduce_embedding
 
 # Each row of a batch may end at another position, and the logits of all of them are computed.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_inversion.attribution.choices import Reduce
+from lightning_inversion.attribution.config import Reduce
 from lightning_inversion.attribution.gradient import gradients
-from lightning_inversion.attribution.reading import Reader
+from lightning_inversion.attribution.model import Reader
 from lightning_inversion.attribution.scores import Measure, reduce_embedding
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lightning_inversion.attribution.one_call import to_stderr
+from lightning_inversion.attribution.attribute import to_stderr
 from lightning_inversion.attribution.processes import run_in_processes
 from lightning_inversion.attribution.request import Request
 from lightning_inversion.attribution.rows import RowFile
-from lightning_inversion.result_files import settle_rows
+from lightning_inversion.results import settle_rows
 
 
 def run_texts(request: Request, rows: RowFile, processes: int) -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_inversion.attribution.reading import Reader
-from lightning_inversion.attribution.tokens import token_text
+from lightning_inversion.attribution.model import Reader
 from lightning_inversion.errors import InputError
+from lightning_inversion.transformer.tokens import token_text
 
 _SPECIAL = ("pad", "eos", "unk", "bos")
 

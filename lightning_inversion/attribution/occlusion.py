@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.attribution.batching import rows_at_a_time
+from lightning_inversion.attribution.model import Reader
 from lightning_inversion.attribution.prefix import CleanPrefix
-from lightning_inversion.attribution.reading import Reader
 from lightning_inversion.attribution.scores import Measure
 
 # How far logits of a continued pass may be from those of a whole one, relative to their size.

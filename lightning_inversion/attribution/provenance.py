@@ -13,7 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import lightning_inversion
-from lightning_inversion.attribution.choices import Choices, Look, different, with_preset
+from lightning_inversion.attribution.config import Choices, Look, different, with_preset
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 LONGEST_IN_COMMAND = 500

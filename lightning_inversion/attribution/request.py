@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_inversion.attribution.choices import Choices, Look
-from lightning_inversion.attribution.one_call import attribute, to_stderr
+from lightning_inversion.attribution.attribute import attribute, to_stderr
+from lightning_inversion.attribution.config import Choices, Look
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.transformer.loading import WHAT_IS_LOADED, TransformerSpec
 

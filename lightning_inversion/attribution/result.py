@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_inversion.attribution.choices import Choices, Look, Method
+from lightning_inversion.attribution.config import Choices, Look, Method
 from lightning_inversion.attribution.shading import strengths
-from lightning_inversion.attribution.tokens import Piece
+from lightning_inversion.transformer.tokens import Piece
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -208,12 +208,12 @@ class AttributionResult:
 
     def to_html(self) -> str:
         """A page of its own: no script, nothing fetched, everything escaped."""
-        from lightning_inversion.attribution.page import page
+        from lightning_inversion.attribution.render import page
 
         return page(self)
 
     def _repr_html_(self) -> str:
-        from lightning_inversion.attribution.page import fragment
+        from lightning_inversion.attribution.render import fragment
 
         return fragment(self)
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning_inversion.claims import claimed
 from lightning_inversion.errors import InputError
-from lightning_inversion.result_files import Row, append_rows, read_rows
+from lightning_inversion.files import claimed
+from lightning_inversion.results import Row, append_rows, read_rows
 
 
 class RowFile:

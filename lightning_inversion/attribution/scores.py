@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_inversion.attribution.choices import Distance, Reduce, Scalar
+from lightning_inversion.attribution.config import Distance, Reduce, Scalar
 
 
 def scalar_of(logits: Tensor, tokens: Tensor, scalar: Scalar) -> Tensor:

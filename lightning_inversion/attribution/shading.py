@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_inversion.attribution.choices import Look, Palette
+from lightning_inversion.attribution.config import Look, Palette
 
 Colour = tuple[int, int, int]
 

@@ -7,7 +7,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.attribution.shading import strengths, strip
-from lightning_inversion.visible_text import one_line
+from lightning_inversion.files import one_line
 
 _BAR = 10
 

@@ -16,7 +16,7 @@ from lightning_inversion.attribution.shading import (
     legend_stops,
     strengths,
 )
-from lightning_inversion.visible_text import one_line, visible
+from lightning_inversion.files import one_line, visible
 
 
 def lines(result: AttributionResult) -> Iterator[Text]:

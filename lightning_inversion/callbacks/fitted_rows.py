@@ -8,14 +8,14 @@ import torch
 import transformers
 
 import lightning_inversion
-from lightning_inversion.attribution.tokens import token_texts
 from lightning_inversion.callbacks.recovered_rows import nothing_recovered
+from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.decoding import TopTokens
 from lightning_inversion.metrics import exact_match, token_accuracy, top_k_accuracy
 from lightning_inversion.module import InputInversion
-from lightning_inversion.prompt_batch import PromptBatch
 from lightning_inversion.recovery.verification import Verdict
-from lightning_inversion.result_files import Row
+from lightning_inversion.results import Row
+from lightning_inversion.transformer.tokens import token_texts
 
 SCHEMA = 3
 """Version of a row's keys."""

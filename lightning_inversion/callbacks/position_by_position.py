@@ -7,9 +7,9 @@ from lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_inversion.callbacks.token_by_token import TokenByToken
+from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
-from lightning_inversion.prompts import PromptDataModule
 
 
 class PositionByPosition(Callback):

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_inversion.attribution.tokens import token_texts
-from lightning_inversion.prompt_batch import PromptBatch
+from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.recovery.certificate import RecoveredText
-from lightning_inversion.result_files import Row
+from lightning_inversion.results import Row
+from lightning_inversion.transformer.tokens import token_texts
 
 SIGNIFICANT = 4
 """Digits that are kept of residuals, margins and seconds."""

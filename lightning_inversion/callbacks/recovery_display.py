@@ -11,9 +11,9 @@ from rich.text import Text
 
 from lightning_inversion.callbacks.live_display import LiveDisplay
 from lightning_inversion.callbacks.shown_tokens import shown_tokens
+from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
-from lightning_inversion.prompt_batch import PromptBatch
 from lightning_inversion.recovery.certificate import RecoveredText
 
 _SECONDS = 5.0

@@ -19,13 +19,13 @@ from lightning_inversion.callbacks.fitted_rows import (
 )
 from lightning_inversion.callbacks.recovered_rows import bad_recovered_row, recovered_rows
 from lightning_inversion.callbacks.summary import mean, print_rows
-from lightning_inversion.durations import readable_time
+from lightning_inversion.data.batch import PromptBatch
+from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import readable_time
 from lightning_inversion.module import InputInversion
-from lightning_inversion.prompt_batch import PromptBatch
-from lightning_inversion.prompts import PromptDataModule
 from lightning_inversion.recovery.verification import verify_text
-from lightning_inversion.result_files import Row, append_rows, read_rows, settle_rows
+from lightning_inversion.results import Row, append_rows, read_rows, settle_rows
 from lightning_inversion.strategy import ROWS_ARE_WRITTEN, IndependentPrompts
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_inversion.attribution.tokens import token_texts
+from lightning_inversion.transformer.tokens import token_texts
 
 
 def shown_tokens(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int]) -> list[str]:

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import MetricCollection
 
 from lightning_inversion.metrics import ExactMatch, Hamming, TokenAccuracy, TopKAccuracy
-from lightning_inversion.result_files import Row
+from lightning_inversion.results import Row
 
 _AT_A_TIME = 256
 """Rows that are averaged together: bounds the memory."""

@@ -8,15 +8,15 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput
 from lightning_inversion.module import InputInversion
-from lightning_inversion.prompt_batch import PromptBatch
-from lightning_inversion.recovery.frontier import Frontier, Trial
 from lightning_inversion.recovery.linear_map import LinearMap
 from lightning_inversion.recovery.optimized_input import OptimizedInput
-from lightning_inversion.recovery.orders import Mixture
+from lightning_inversion.recovery.proposals import Mixture
 from lightning_inversion.recovery.rounds import round_of
+from lightning_inversion.recovery.search import Frontier, Trial
 
 
 class TokenByToken(Callback):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.transformer.best_tokens import best_tokens
-from lightning_inversion.transformer.known_prefix import KnownPrefix
-from lightning_inversion.transformer.readout import Readout
+from lightning_inversion.transformer.linear_probe import Readout
+from lightning_inversion.transformer.prefix import KnownPrefix
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 Channel = Callable[[Tensor], Tensor]

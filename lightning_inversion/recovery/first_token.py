@@ -13,11 +13,11 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_inversion.recovery.frontier import Frontier
+from lightning_inversion.files import cached_folder
 from lightning_inversion.recovery.instruments import say_nothing
-from lightning_inversion.recovery.orders import CandidateOrder
-from lightning_inversion.transformer.cache import cached_folder
-from lightning_inversion.transformer.readout import Readout
+from lightning_inversion.recovery.proposals import CandidateOrder
+from lightning_inversion.recovery.search import Frontier
+from lightning_inversion.transformer.linear_probe import Readout
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 _DIMENSIONS = 64

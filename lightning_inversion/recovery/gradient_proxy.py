@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.frontier import Frontier
-from lightning_inversion.recovery.orders import CandidateOrder
+from lightning_inversion.recovery.proposals import CandidateOrder
+from lightning_inversion.recovery.search import Frontier
 
 
 class GradientProxy(CandidateOrder):

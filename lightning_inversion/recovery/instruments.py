@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_inversion.recovery.calibration import Calibration, Channel
 from lightning_inversion.transformer.language_model import LanguageModel, own_text
-from lightning_inversion.transformer.readout import Readout
+from lightning_inversion.transformer.linear_probe import Readout
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 

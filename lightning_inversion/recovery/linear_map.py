@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.frontier import Frontier
-from lightning_inversion.recovery.orders import CandidateOrder, Candidates, with_surprise
+from lightning_inversion.recovery.proposals import CandidateOrder, Candidates, with_surprise
+from lightning_inversion.recovery.search import Frontier
 from lightning_inversion.transformer.best_tokens import best_tokens
 from lightning_inversion.transformer.embedding import TokenEmbedding
-from lightning_inversion.transformer.readout import Readout
+from lightning_inversion.transformer.linear_probe import Readout
 
 _TEMPERS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.01, 0.003)
 _SURPRISE = 0.05

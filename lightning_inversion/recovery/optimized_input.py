@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.frontier import Frontier
-from lightning_inversion.recovery.orders import CandidateOrder, Candidates
+from lightning_inversion.recovery.proposals import CandidateOrder, Candidates
+from lightning_inversion.recovery.search import Frontier
 from lightning_inversion.transformer.best_tokens import best_tokens
 
 SHARPNESS = 0.15

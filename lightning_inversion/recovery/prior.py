@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.frontier import Frontier
-from lightning_inversion.recovery.orders import CandidateOrder, with_surprise
+from lightning_inversion.recovery.proposals import CandidateOrder, with_surprise
+from lightning_inversion.recovery.search import Frontier
 from lightning_inversion.transformer.language_model import Continuations
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.frontier import Frontier, Trial
-from lightning_inversion.recovery.orders import CandidateOrder, Candidates
+from lightning_inversion.recovery.proposals import CandidateOrder, Candidates
+from lightning_inversion.recovery.search import Frontier, Trial
 
 _AT_A_TIME = 4096
 """Candidates of one forward, over all rows: bounds the memory."""

@@ -11,16 +11,16 @@ from torch import Tensor
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.certificate import RecoveredText, TokenCertificate
 from lightning_inversion.recovery.first_token import FirstToken
-from lightning_inversion.recovery.frontier import Frontier, Trial
 from lightning_inversion.recovery.gradient_proxy import GradientProxy
 from lightning_inversion.recovery.instruments import Instruments
 from lightning_inversion.recovery.linear_map import LinearMap
 from lightning_inversion.recovery.look_back import LookBack
 from lightning_inversion.recovery.optimized_input import OptimizedInput
-from lightning_inversion.recovery.orders import CandidateOrder, Mixture
 from lightning_inversion.recovery.policy import RecoveryPolicy
 from lightning_inversion.recovery.prior import LanguageModelPrior
+from lightning_inversion.recovery.proposals import CandidateOrder, Mixture
 from lightning_inversion.recovery.rounds import round_of
+from lightning_inversion.recovery.search import Frontier, Trial
 
 _ALTERNATIVES = 5
 _BESIDE = 2

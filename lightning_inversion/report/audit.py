@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.report.load import Reading, Result, read
 from lightning_inversion.report.page import page
-from lightning_inversion.report.reading import Reading, Result, read
 from lightning_inversion.report.statistics import Group, grouped, in_percent
-from lightning_inversion.report.table import lines_of
+from lightning_inversion.report.tables import lines_of
 
 ATTACKS = {"predict": "exact recovery", "fit": "gradient inversion"}
 """What each command is called, the stronger first."""

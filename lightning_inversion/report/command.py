@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.output_places import check_writable
-from lightning_inversion.report.reading import Reading, read
+from lightning_inversion.files import check_writable
+from lightning_inversion.report.load import Reading, read
 from lightning_inversion.report.statistics import grouped
-from lightning_inversion.report.table import as_json, comma_separated, lines_of, markdown
+from lightning_inversion.report.tables import as_json, comma_separated, lines_of, markdown
 
 DESCRIPTION = """\
 Gather the results of any number of runs: a table (markdown, CSV, JSON), figures (PNG, SVG) and a

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_inversion.report.reading import Result
+from lightning_inversion.report.load import Result
 from lightning_inversion.report.statistics import Mean, grouped, mean_of, varying
 
 Measure = Callable[[Result], float | None]

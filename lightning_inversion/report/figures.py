@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_inversion.report.channel import critical_widths
-from lightning_inversion.report.claims import RECOVERED
+from lightning_inversion.replication.channel import critical_widths
+from lightning_inversion.replication.claims import RECOVERED
 from lightning_inversion.report.curves import (
     Curve,
     as_number,
@@ -24,7 +24,7 @@ from lightning_inversion.report.curves import (
     width_of,
 )
 from lightning_inversion.report.events import TAGS, Points, scalars_of
-from lightning_inversion.report.reading import Reading, Result
+from lightning_inversion.report.load import Reading, Result
 from lightning_inversion.report.statistics import grouped, varying
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_inversion import __version__
+from lightning_inversion.files import visible
 from lightning_inversion.report.curves import label_of
-from lightning_inversion.report.reading import (
+from lightning_inversion.report.load import (
     CERTIFIED,
     FALSE,
     IN_TOP_K,
@@ -23,8 +24,7 @@ from lightning_inversion.report.reading import (
     Result,
 )
 from lightning_inversion.report.statistics import Group, Mean, grouped, in_percent, varying
-from lightning_inversion.report.table import Line, cell_text, without_empty
-from lightning_inversion.visible_text import visible
+from lightning_inversion.report.tables import Line, cell_text, without_empty
 
 if TYPE_CHECKING:
     from lightning_inversion.report.figures import Figure

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_inversion.report.reading import FALSE, Result
+from lightning_inversion.report.load import FALSE, Result
 
 _DRAWS, _TOGETHER = 500, 50
 _LEVEL = 95

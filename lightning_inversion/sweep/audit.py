@@ -132,8 +132,8 @@ def run(args: list[str]) -> int:
     if any(option.partition("=")[0] == "--config" for option in rest):
         raise InputError("audit: --config is given twice; name the plan alone.")
 
-    from lightning_inversion.prompt_files import read_prompts
-    from lightning_inversion.sweep.work import check
+    from lightning_inversion.data.texts import read_prompts
+    from lightning_inversion.sweep.run import check
 
     prompts = read_prompts(options.prompts, "--prompts")
     said = [prompts, sorted(options.depths), asdict(plan), rest]
@@ -229,8 +229,8 @@ def _transformer(channel: Channel, depth: int) -> list[str]:
 
 def _capture(sweep: SweepFolder, plan: AuditPlan, prompts: Path, rest: list[str]) -> None:
     """Write the activations that each run starts from, where they are not there yet."""
-    from lightning_inversion.capture import CaptureOptions, capture
-    from lightning_inversion.sweep.work import spec_of
+    from lightning_inversion.data.capture import CaptureOptions, capture
+    from lightning_inversion.sweep.run import spec_of
     from lightning_inversion.transformer.shared import SharedModels
 
     wanted: dict[Path, tuple[Channel, TransformerSpec]] = {}

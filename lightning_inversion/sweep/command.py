@@ -65,7 +65,7 @@ def run(args: list[str]) -> int:
     else:
         sweep = _planned(command, options, rest)
 
-    from lightning_inversion.sweep.work import check  # torch, Lightning: not spent on --help
+    from lightning_inversion.sweep.run import check  # torch, Lightning: not spent on --help
 
     specs = check(sweep)
     if options.dry_run:
@@ -95,7 +95,7 @@ def run_cells(
         processes: that share them; in this one if 1.
         console: where the progress goes.
     """
-    from lightning_inversion.sweep.work import work
+    from lightning_inversion.sweep.run import work
 
     sweep.save()
     progress = Progress(sweep, processes, console)
@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _planned(command: str, options: argparse.Namespace, rest: list[str]) -> SweepFolder:
     """The sweep that the options ask for."""
-    from lightning_inversion.sweep.work import MODEL_KEYS
+    from lightning_inversion.sweep.run import MODEL_KEYS
 
     axes = [read_axis(text, MODEL_KEYS) for text in options.over]
     if options.seeds is not None:
@@ -217,7 +217,7 @@ def print_plan(sweep: SweepFolder, processes: int, cost: Callable[[Cell], Any] =
         cost: orders the cells of a command; the one with the most is tried, so that the time is
             rather too long than too short.
     """
-    from lightning_inversion.sweep.work import probe
+    from lightning_inversion.sweep.run import probe
 
     left, timed = sweep.unfinished(), sweep.finished()
     measured = ""

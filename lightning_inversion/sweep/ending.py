@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_inversion.report.command import write
-from lightning_inversion.report.reading import read
+from lightning_inversion.report.load import read
 from lightning_inversion.sweep.folder import SweepFolder
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_inversion.durations import readable_time
+from lightning_inversion.files import readable_time
 from lightning_inversion.sweep.grid import Cell
 
 

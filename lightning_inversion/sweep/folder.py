@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_inversion.claims import claimed
 from lightning_inversion.errors import InputError
-from lightning_inversion.result_files import Row, read_rows
+from lightning_inversion.files import claimed
+from lightning_inversion.results import Row, read_rows
 from lightning_inversion.sweep.grid import Cell
 
 State = Literal["waiting", "running", "done", "failed"]

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_inversion.result_files import Row
+from lightning_inversion.results import Row
 from lightning_inversion.sweep.estimate import in_words, total
 from lightning_inversion.sweep.folder import Standing, SweepFolder
 from lightning_inversion.sweep.grid import Cell

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from lightning_inversion.transformer.cache import cached_folder
+from lightning_inversion.files import cached_folder
 from lightning_inversion.transformer.candidates import tree_fits
 from lightning_inversion.transformer.ragged_cache import RaggedCache
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.status import Status
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.transformer.cache import cache_root, cached_folder
+from lightning_inversion.files import cache_root, cached_folder
 from lightning_inversion.transformer.gguf_files import CONVERSION, convert_gguf, is_converted
 from lightning_inversion.transformer.wheels import OPTION, Wheel, sha256_of
 

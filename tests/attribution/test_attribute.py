@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lightning_inversion.attribution.choices import Choices, Look, with_preset
-from lightning_inversion.attribution.one_call import attribute
+from lightning_inversion.attribution.attribute import attribute
+from lightning_inversion.attribution.config import Choices, Look, with_preset
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.truncated import TruncatedTransformer

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_inversion.attribution.choices import Reduce
+from lightning_inversion.attribution.config import Reduce
 from lightning_inversion.attribution.gradient import gradient_times_input
 from lightning_inversion.attribution.integrated import integrated_gradients
+from lightning_inversion.attribution.model import LogitReader
 from lightning_inversion.attribution.occlusion import occlusion
-from lightning_inversion.attribution.reading import LogitReader
 from lightning_inversion.attribution.scores import TokenMeasure
 from tests.attribution import captum_reference as captum
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, PreTrainedModel
 
 from lightning_inversion.attribution.gradient import gradient_times_input
+from lightning_inversion.attribution.model import LogitReader, check_gradients, undisturbed
 from lightning_inversion.attribution.occlusion import clean_pass, occlusion
-from lightning_inversion.attribution.reading import LogitReader, check_gradients, undisturbed
 from lightning_inversion.attribution.scores import TokenMeasure
 from lightning_inversion.errors import InputError
 from tests.tiny import FAMILIES, tiny_model

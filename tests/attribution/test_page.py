@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lightning_inversion.attribution.choices import Choices, Look
-from lightning_inversion.attribution.one_call import attribute
+from lightning_inversion.attribution.attribute import attribute
+from lightning_inversion.attribution.config import Choices, Look
 from lightning_inversion.attribution.provenance import command_line
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.attribution.shading import (
@@ -25,8 +25,8 @@ from lightning_inversion.attribution.shading import (
     strip,
 )
 from lightning_inversion.attribution.tensorboard import image_strip, markdown_table
-from lightning_inversion.attribution.tokens import Piece, pieces
-from lightning_inversion.visible_text import one_line, visible
+from lightning_inversion.files import one_line, visible
+from lightning_inversion.transformer.tokens import Piece, pieces
 
 HARD = '<script>alert(1)</script> & "q"\n\tשלום مرحبا 👩‍👧 \u202eend\x00'
 

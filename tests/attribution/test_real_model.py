@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_inversion.attribution.choices import Choices, Reduce
-from lightning_inversion.attribution.one_call import attribute
+from lightning_inversion.attribution.attribute import attribute
+from lightning_inversion.attribution.config import Choices, Reduce
 from lightning_inversion.attribution.scores import reduce_embedding
 from lightning_inversion.transformer.loading import TransformerSpec
 from tests.attribution import captum_reference as captum

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_inversion.attribution.choices import Reduce, Scalar
+from lightning_inversion.attribution.config import Reduce, Scalar
 from lightning_inversion.attribution.integrated import gauss_legendre
 from lightning_inversion.attribution.scores import (
     FeatureMeasure,

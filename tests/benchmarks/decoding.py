@@ -17,10 +17,10 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
-from lightning_inversion.cli import run
+from lightning_inversion.cli.lightning import run
 from lightning_inversion.decoding import L2Decoder, decode
 from lightning_inversion.inputs import EmbeddingInput, EmbeddingStart
-from lightning_inversion.recovery.orders import best_untried
+from lightning_inversion.recovery.proposals import best_untried
 from lightning_inversion.transformer.embedding import TokenEmbedding
 
 _LENGTH = 32

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from lightning_inversion.captured import Storage
-from lightning_inversion.protocol import protocol_texts
+from lightning_inversion.data.targets import Storage
 from lightning_inversion.recovery.instruments import Instruments
 from lightning_inversion.recovery.policy import recovered
 from lightning_inversion.recovery.token_recovery import TokenRecovery
+from lightning_inversion.replication.policies import protocol_texts
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 

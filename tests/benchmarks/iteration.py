@@ -19,11 +19,11 @@ from lightning_inversion.callbacks.learning_rate import LinearLearningRate
 from lightning_inversion.callbacks.results import Results
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
-from lightning_inversion.cli import RunCheckpoint, quiet_lightning
+from lightning_inversion.cli.lightning import RunCheckpoint, quiet_lightning
+from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.inputs import EmbeddingInput, EmbeddingStart
 from lightning_inversion.module import InputInversion
 from lightning_inversion.objectives import L1
-from lightning_inversion.prompts import PromptDataModule
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 

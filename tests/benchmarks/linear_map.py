@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_inversion.protocol import protocol_texts
-from lightning_inversion.recovery.frontier import Frontier
 from lightning_inversion.recovery.instruments import Instruments
 from lightning_inversion.recovery.linear_map import LinearMap
 from lightning_inversion.recovery.prior import LanguageModelPrior
+from lightning_inversion.recovery.search import Frontier
+from lightning_inversion.replication.policies import protocol_texts
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer

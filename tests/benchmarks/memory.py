@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 FLOOR = """
-import lightning_inversion.cli, resource
+import lightning_inversion.cli.lightning, resource
 from lightning_inversion.transformer.loading import TransformerSpec
 spec = TransformerSpec(depth=1)
 spec.load_tokenizer()
@@ -21,7 +21,7 @@ print(before // 1024 + 4 * (config.vocab_size * config.hidden_size + block) // 2
 """
 FIT = """
 import resource, sys, tempfile
-from lightning_inversion.cli import run
+from lightning_inversion.cli.lightning import run
 with tempfile.TemporaryDirectory() as folder:
     code = run(["fit", "--config=configs/quickstart.yaml", f"--trainer.default_root_dir={folder}"])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from lightning_inversion.attribution.model import LogitReader, undisturbed
 from lightning_inversion.attribution.occlusion import occlusion
-from lightning_inversion.attribution.reading import LogitReader, undisturbed
 from lightning_inversion.attribution.scores import TokenMeasure
 from lightning_inversion.transformer.loading import TransformerSpec
 from tests.attribution import captum_reference as captum

@@ -12,12 +12,19 @@ import sys
 
 import torch
 
-from lightning_inversion.scale import LIBRARIES, Machine, Shape, memory, model_seconds, seconds
+from lightning_inversion.data.memory import (
+    LIBRARIES,
+    Machine,
+    Shape,
+    memory,
+    model_seconds,
+    seconds,
+)
 from lightning_inversion.transformer.loading import TransformerSpec
 
 PEAK = """
 import resource, sys, tempfile, torch
-from lightning_inversion.cli import run
+from lightning_inversion.cli.lightning import run
 with tempfile.TemporaryDirectory() as root:
     run(["fit", f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", *sys.argv[1:]])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

@@ -10,7 +10,7 @@ import torch
 from lightning_inversion import __main__ as entry
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_by_token import TokenByToken
-from lightning_inversion.cli import RECOMMENDED, run
+from lightning_inversion.cli.lightning import RECOMMENDED, run
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.transformer.loading import TransformerSpec
@@ -126,7 +126,7 @@ def test_a_file_that_fails_in_the_run_is_one_sentence_and_code_1(monkeypatch, ca
     def fails(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "rows.jsonl")
 
-    monkeypatch.setattr("lightning_inversion.cli.InversionCLI", fails)
+    monkeypatch.setattr("lightning_inversion.cli.lightning.InversionCLI", fails)
     assert run(["fit"]) == 1
     message = capsys.readouterr().err
     assert message == (

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lightning_inversion.cli import run
-from lightning_inversion.transformer.cache import ENVIRONMENT
+from lightning_inversion.cli.lightning import run
+from lightning_inversion.files import ENVIRONMENT
 
 
 def predict(folder: Path, root: Path, *more: str) -> list[str]:
@@ -98,7 +98,7 @@ def test_a_prompt_that_cannot_be_run_has_a_row_with_the_keys_of_the_others(
 
 
 def test_another_policy_by_name(tiny_folder: Path, tmp_path: Path) -> None:
-    order = "--model.recovery.order=lightning_inversion.recovery.orders.Exhaustive"
+    order = "--model.recovery.order=lightning_inversion.recovery.proposals.Exhaustive"
     assert run(predict(tiny_folder, tmp_path, "--model.recovery=TokenRecovery", order)) == 0
     rows = rows_of(tmp_path)
     assert all(row["exact"] for row in rows)

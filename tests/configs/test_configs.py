@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-from lightning_inversion.cli import InversionCLI, run
+from lightning_inversion.cli.lightning import InversionCLI, run
+from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.module import InputInversion
-from lightning_inversion.prompt_batch import PromptBatch
-from lightning_inversion.report.claims import read_claims
+from lightning_inversion.replication.claims import read_claims
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 OVERLAYS = sorted((CONFIGS / "document_models").glob("*.yaml"))

@@ -8,9 +8,9 @@ import torch
 from lightning_inversion.recovery.instruments import Instruments
 from lightning_inversion.recovery.policy import recovered
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.transformer.known_prefix import KnownPrefix
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.transformer.prefix import KnownPrefix
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 pytestmark = pytest.mark.integration

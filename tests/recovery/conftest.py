@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_inversion.files import ENVIRONMENT
 from lightning_inversion.recovery.instruments import Instruments
-from lightning_inversion.transformer.cache import ENVIRONMENT
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.tiny import tiny_model

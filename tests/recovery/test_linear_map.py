@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.frontier import Frontier
 from lightning_inversion.recovery.instruments import Instruments
 from lightning_inversion.recovery.linear_map import LinearMap, _Measured
+from lightning_inversion.recovery.search import Frontier
 from lightning_inversion.transformer.embedding import TokenEmbedding
-from lightning_inversion.transformer.readout import Readout
+from lightning_inversion.transformer.linear_probe import Readout
 from tests.tiny import VOCABULARY
 
 

@@ -10,9 +10,9 @@ import torch
 from lightning_inversion.recovery import look_back
 from lightning_inversion.recovery.instruments import Instruments
 from lightning_inversion.recovery.look_back import LookBack
-from lightning_inversion.recovery.orders import CandidateOrder
 from lightning_inversion.recovery.policy import recovered
 from lightning_inversion.recovery.prior import LanguageModelPrior
+from lightning_inversion.recovery.proposals import CandidateOrder
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from tests.tiny import VOCABULARY
 

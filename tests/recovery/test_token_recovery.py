@@ -14,9 +14,9 @@ from lightning_inversion.recovery.certificate import RecoveredText
 from lightning_inversion.recovery.gradient_proxy import GradientProxy
 from lightning_inversion.recovery.instruments import Instruments
 from lightning_inversion.recovery.linear_map import LinearMap
-from lightning_inversion.recovery.orders import CandidateOrder, Exhaustive, Mixture
 from lightning_inversion.recovery.policy import recovered
 from lightning_inversion.recovery.prior import LanguageModelPrior
+from lightning_inversion.recovery.proposals import CandidateOrder, Exhaustive, Mixture
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from tests.tiny import VOCABULARY
 

@@ -17,10 +17,10 @@ from lightning_inversion.report import figures
 from lightning_inversion.report.command import run
 from lightning_inversion.report.curves import curves_along, label_of, numeric_settings, width_of
 from lightning_inversion.report.figures import _critical, draw
+from lightning_inversion.report.load import Reading, read
 from lightning_inversion.report.page import findings, page
-from lightning_inversion.report.reading import Reading, read
 from lightning_inversion.report.statistics import grouped, mean_of
-from lightning_inversion.report.table import Line, as_json, comma_separated, lines_of, markdown
+from lightning_inversion.report.tables import Line, as_json, comma_separated, lines_of, markdown
 from tests.report.rows import WORDS, predicted, row, write_run
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lightning_inversion import __main__ as entry
-from lightning_inversion.captured import Captured, Storage
+from lightning_inversion.data.targets import Captured, Storage
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.report.statistics import in_percent

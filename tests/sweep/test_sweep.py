@@ -17,7 +17,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_inversion import __main__ as entry
-from lightning_inversion import cli
+from lightning_inversion.cli import lightning as cli
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.sweep.command import run
@@ -297,7 +297,7 @@ def test_a_changed_config_file_is_not_gone_on_with(finished: Finished) -> None:
 def test_a_sweep_of_seeds_alone_has_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is left over for the command: no option names the folder."""
     seen: list[Any] = []
-    monkeypatch.setattr("lightning_inversion.sweep.work.check", seen.append)
+    monkeypatch.setattr("lightning_inversion.sweep.run.check", seen.append)
     monkeypatch.setattr("lightning_inversion.sweep.command.print_plan", lambda *_: None)
     assert run(["--seeds=2", "--dry-run"]) == 0
     assert seen[0].path.parent == Path("lightning_logs")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_inversion.transformer.known_prefix import KnownPrefix
 from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.transformer.prefix import KnownPrefix
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 IDS = torch.arange(24).reshape(2, 12)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import cached_folder
 from lightning_inversion.transformer import check_source, resolve_source, sources
-from lightning_inversion.transformer.cache import cached_folder
 from lightning_inversion.transformer.gguf_files import is_converted
 
 

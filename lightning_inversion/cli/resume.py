@@ -1,0 +1,145 @@
+"""Which run a command goes on with, and from which of its checkpoints."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning import Trainer
+
+from lightning_inversion import strategy
+from lightning_inversion.errors import InputError
+from lightning_inversion.results import read_rows
+
+FITTED = "config.yaml"
+"""The settings of a fit, in its run's folder."""
+PREDICTED = "predict.yaml"
+"""The settings of a predict, in its run's folder."""
+RESUMING = ("ckpt_path", "default_root_dir", "logger", "devices", "num_nodes", "strategy")
+"""Keys in which a run may differ from the one that it continues: they change no row."""
+HOW_IT_RUNS = ("device_map", "checkpointing", "compile")
+"""Keys of model.transformer in which a fit and what reads its input may differ."""
+ENDED = "batch_has_ended"
+"""Key of a checkpoint, true where its batch had ended."""
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint of a fit holds, on the CPU.
+
+    Raises:
+        InputError: there is no whole checkpoint.
+    """
+    reason = "it is no whole checkpoint"
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(checkpoint, dict) and "state_dict" in checkpoint:
+            return checkpoint
+    except OSError as error:
+        reason = error.strerror or reason
+    except Exception:  # on bytes of any other kind torch fails in many ways
+        pass
+    raise InputError(f"--ckpt_path {str(path)!r} cannot be read: {reason}; "
+                     "name a checkpoint of a fit.")  # fmt: skip
+
+
+def read_stored_input(path: Path, asked: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint holds for a command that only reads its input.
+
+    Args:
+        path: of the checkpoint.
+        asked: the settings of the command.
+        parts: of the model, in which the fit must have had the same settings.
+
+    Raises:
+        InputError: it cannot be read, holds no input, or is of a fit with other settings.
+    """
+    checkpoint = read_checkpoint(path)
+    if "batch" not in checkpoint:
+        raise InputError(f"--ckpt_path {str(path)!r} holds no input; name a checkpoint of a fit.")
+    settings = path.parent.parent / FITTED
+    if settings.exists():
+        fitted = read_settings(settings).get("model", {})
+        for part in parts:
+            theirs = asked["model"].get(part)
+            different = differences(fitted.get(part), theirs, f"model.{part}", HOW_IT_RUNS)
+            if different:
+                raise InputError(
+                    f"--ckpt_path {str(path)!r} was made with another {different[0]}; use the "
+                    f"settings in {str(settings)!r}, or name another checkpoint."
+                )
+    return checkpoint
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that an earlier run left.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise _no_settings(path) from error
+    if not isinstance(settings, dict):
+        raise _no_settings(path)
+    return settings
+
+
+def _no_settings(path: Path) -> InputError:
+    return InputError(
+        f"--ckpt_path: {str(path)!r} cannot be read as the settings of a run; restore it, or leave "
+        "--ckpt_path out."
+    )
+
+
+def unfinished_checkpoint(path: Path, trainer: Trainer) -> str | None:
+    """This process's checkpoint of a run, unless its batch has ended: then there is none.
+
+    A batch that has ended and whose rows are not on disk any more begins again: its input would be
+    moved beyond what was asked for.
+
+    Checkpoints of processes that are no more are removed, and their batches begin again.
+    """
+    mine = strategy.checkpoint_of(str(path), strategy.rank_of(trainer))
+    if strategy.rank_of(trainer) == 0:
+        for rank in range(trainer.world_size, len(list(path.parent.glob("*"))) + 1):
+            Path(strategy.checkpoint_of(str(path), rank)).unlink(missing_ok=True)
+    run_is_there = path.parent.parent.joinpath(FITTED).exists()
+    if not Path(mine).exists():
+        if mine == str(path) and not run_is_there:
+            raise InputError(f"--ckpt_path {mine!r} does not exist; name a checkpoint, or last.")
+        return None
+    try:
+        checkpoint = read_checkpoint(Path(mine))
+    except InputError:
+        if not run_is_there:
+            raise
+        print(f"{mine} is no whole checkpoint; its batch begins again.", file=sys.stderr)
+        return None
+    running = set(checkpoint.get("batch", {}).get("index", ()))
+    rows = {row["index"] for row in read_rows(path.parent.parent / "results.jsonl")}
+    return None if running <= rows or checkpoint.get(ENDED, False) else mine
+
+
+def newest_run(root: Path, settings: str = FITTED) -> Path | None:
+    """The ``version_N`` folder under ``root`` with the highest N that holds such a config."""
+    runs = [run for run in root.glob("version_*") if (run / settings).exists()]
+    return max(runs, key=lambda run: int(run.name.removeprefix("version_")), default=None)
+
+
+def differences(
+    ours: Any, theirs: Any, key: str = "", ignored: tuple[str, ...] = RESUMING
+) -> list[str]:
+    """The keys in which two configs differ, but for those that say how to resume."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return [
+            name
+            for part in sorted({*ours, *theirs})
+            if part not in ignored
+            for name in differences(
+                ours.get(part), theirs.get(part), f"{key}.{part}" if key else part, ignored
+            )
+        ]
+    return [] if ours == theirs else [key]

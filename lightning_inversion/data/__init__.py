@@ -1,0 +1,1 @@
+"""What is recovered: prompts, or captured features without them."""

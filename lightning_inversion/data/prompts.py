@@ -1,0 +1,322 @@
+"""Prompts or captured targets -> batches. An epoch is one batch, a step is one iteration on it."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_inversion.data.batch import PromptBatch
+from lightning_inversion.data.memory import tokens_that_fit
+from lightning_inversion.data.packing import pack
+from lightning_inversion.data.targets import OPTION, Captured
+from lightning_inversion.data.texts import read_prompts
+from lightning_inversion.errors import InputError
+from lightning_inversion.strategy import take
+from lightning_inversion.transformer.loading import TransformerSpec
+
+EFFICIENT = 2048
+"""Tokens of a batch beyond which a CPU gains nothing."""
+
+
+class Iterations:
+    """A loader whose epoch is one batch, given once for each iteration.
+
+    It has a state because Lightning asks that of a loader which is left in the middle of an epoch;
+    the place itself is kept by Lightning's own loop.
+    """
+
+    def __init__(self, batch: Callable[[], PromptBatch | None], iterations: int) -> None:
+        self.batch, self.iterations = batch, iterations
+
+    def __len__(self) -> int:
+        return self.iterations
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        batch = self.batch()
+        for _ in range(self.iterations if batch is not None else 0):
+            assert batch is not None
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to remember."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to remember."""
+
+
+class Batches:
+    """A loader that gives each batch once, to whichever process asks first."""
+
+    def __init__(self, take: Callable[[], PromptBatch | None]) -> None:
+        self.take = take
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        while (batch := self.take()) is not None:
+            yield batch
+
+
+class PromptDataModule(LightningDataModule):
+    """Prompts to be recovered, from the command line, a text file or JSONL; or captured targets.
+
+    Prompts of like length share a batch. All processes form the same batches, in the same order,
+    the longest prompts first, and each takes the next that nobody has taken and whose rows are
+    not finished yet.
+
+    Args:
+        prompts: texts; quote them in YAML, where a bare yes or 12 is not a string.
+        file: a text file with one prompt a line, or a .jsonl file whose lines have a key "prompt".
+        targets: a file of captured features instead, as ``lightning-inversion capture`` or a system
+            of your own writes it; the prompts need not be known.
+        tokenizer: the model whose tokenizer is used; the command line takes model.transformer's.
+        revision: revision of that model on the hub.
+        special_tokens: let the tokenizer add its special tokens (a BOS, say); captured targets say
+            themselves which they have.
+        repeat: rows of each prompt, one after another; each row starts from noise of its own.
+        tokens_per_batch: tokens of one batch, hence of one epoch, with their padding; auto takes
+            as many as make it efficient and fit the memory.
+        batch_size: rows of one batch at most.
+        iterations: iterations of an epoch; the command line takes model.iterations.
+
+    Attributes:
+        captured: the features that were read, and where they come from; None for prompts.
+        texts: the prompt of each row; None where it is not known.
+        batches: all of them, the same in every process.
+        bad: why a prompt cannot be run, by its number; the others are.
+        finished: numbers of the prompts whose rows are on disk.
+        current: the batch of this epoch; None when there is no more.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str] | None = None,
+        file: str | None = None,
+        targets: str | None = None,
+        tokenizer: str = TransformerSpec.model,
+        revision: str | None = None,
+        special_tokens: bool = False,
+        tokens_per_batch: int | Literal["auto"] = "auto",
+        batch_size: int | None = None,
+        iterations: int = 500,
+        repeat: int = 1,
+    ) -> None:
+        super().__init__()
+        sources = {"--data.prompts": prompts, "--data.file": file, OPTION: targets}
+        given = [option for option, value in sources.items() if value is not None]
+        if len(given) != 1:
+            raise InputError(
+                f"Give one of {', '.join(sources)}; "
+                f"{' and '.join(given) or 'none'} {'were' if given else 'was'} given."
+            )
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"--data.batch_size must be at least 1, and is {batch_size}.")
+        if tokens_per_batch != "auto" and tokens_per_batch < 1:
+            raise InputError(
+                f"--data.tokens_per_batch must be at least 1, or auto, and is {tokens_per_batch}."
+            )
+        if repeat < 1:
+            raise InputError(f"--data.repeat must be at least 1, and is {repeat}.")
+        self.captured = None if targets is None else Captured.read(Path(targets))
+        texts: Sequence[str | None]
+        if self.captured is not None:
+            texts = self.captured.prompts or [None] * len(self.captured.targets)
+        else:
+            given_texts = read_prompts(Path(file), "--data.file") if file else list(prompts or ())
+            if not given_texts:
+                raise InputError("--data.prompts holds no prompt; give one or more.")
+            if not any(text.strip() for text in given_texts):
+                raise InputError("--data.prompts, prompt 1 is empty; give it a text.")
+            texts = given_texts
+        self.texts: list[str | None] = [text for text in texts for _ in range(repeat)]
+        self.repeat = repeat
+        self.tokenizer, self.revision, self.special_tokens = tokenizer, revision, special_tokens
+        self.tokens_per_batch, self.batch_size = tokens_per_batch, batch_size
+        self.iterations = iterations
+        self.batches: list[PromptBatch] = []
+        self.bad: dict[int, str] = {}
+        self.finished: set[int] = set()
+        self.current: PromptBatch | None = None
+        self._next = 0
+        self._mine: list[PromptBatch] = []
+        self._most: int | None = None
+        self._taken: set[int] = set()
+        self._epochs: int | None = None
+        self._round = 0
+
+    # -- all batches -------------------------------------------------------------------------
+
+    def setup(self, stage: str | None = None) -> None:
+        """Tokenise every prompt, before the model is loaded, and form the batches."""
+        if not self.batches:
+            self.batches = (
+                self._prompt_batches()
+                if self.captured is None
+                else self._captured_batches(self.captured)
+            )
+            if not self.batches:
+                number, reason = next(iter(self.bad.items()))
+                what = "--data.prompts, prompt" if self.captured is None else f"{OPTION}, text"
+                raise InputError(f"{what} {number + 1} {reason}")
+            if self.trainer is None or self.trainer.is_global_zero:
+                for index, reason in self.bad.items():
+                    print(f"prompt {index + 1} {reason} The others go on.", file=sys.stderr)
+        self._next, self._mine, self._taken = 0, [], set()
+        self._round += 1
+        if self.trainer is not None:
+            self._epochs = self.trainer.max_epochs
+
+    def _prompt_batches(self) -> list[PromptBatch]:
+        rows = self._tokenized()
+        groups = self._packed([len(ids) for _, _, ids in rows])
+        return [PromptBatch.collate([rows[row] for row in group]) for group in groups]
+
+    def _captured_batches(self, captured: Captured) -> list[PromptBatch]:
+        longest = self._longest(TransformerSpec(model=self.tokenizer, revision=self.revision))
+        lengths = {
+            index: captured.lengths[index // self.repeat] for index in range(len(self.texts))
+        }
+        self.bad = {
+            index: _too_long(length, longest)
+            for index, length in lengths.items()
+            if longest is not None and length > longest
+        }
+        rows = [(index, index // self.repeat) for index in lengths if index not in self.bad]
+        groups = self._packed([lengths[index] for index, _ in rows])
+        return [PromptBatch.of_captured([rows[row] for row in group], captured) for group in groups]
+
+    def _packed(self, lengths: list[int]) -> list[list[int]]:
+        return pack(lengths, self._budget(), self.batch_size, self.repeat)
+
+    @staticmethod
+    def _longest(spec: TransformerSpec) -> int | None:
+        return getattr(spec.config(), "max_position_embeddings", None)
+
+    def _tokenized(self) -> list[tuple[int, str, list[int]]]:
+        spec = TransformerSpec(model=self.tokenizer, revision=self.revision)
+        tokenizer = spec.load_tokenizer()
+        longest = self._longest(spec)
+        rows = []
+        for index, text in enumerate(self.texts):
+            assert text is not None
+            ids = tokenizer(text, add_special_tokens=self.special_tokens)["input_ids"]
+            if not text.strip():
+                self.bad[index] = "is empty; give it a text."
+            elif not ids:
+                self.bad[index] = "has no tokens; remove it."
+            elif longest is not None and len(ids) > longest:
+                self.bad[index] = _too_long(len(ids), longest)
+            else:
+                rows.append((index, text, list(ids)))
+        return rows
+
+    def _budget(self) -> int:
+        """Tokens of a batch: as many as are efficient, fewer where the memory is small."""
+        if self.tokens_per_batch != "auto":
+            return self.tokens_per_batch
+        module = None if self.trainer is None else self.trainer.lightning_module
+        spec = getattr(module, "spec", TransformerSpec(model=self.tokenizer))
+        learnable = getattr(module, "learnable", None)
+        try:
+            return min(EFFICIENT, tokens_that_fit(spec, self._memory(), learnable))
+        except InputError:  # a model that cannot be counted: a batch too large comes as two
+            return EFFICIENT
+
+    def _memory(self) -> float:
+        """Bytes of this process's device, or its share of the machine's."""
+        if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda":
+            device = torch.cuda.get_device_properties(self.trainer.strategy.root_device)
+            return float(device.total_memory)
+        processes = 1 if self.trainer is None else self.trainer.num_devices
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes
+
+    # -- the batches of this process ---------------------------------------------------------
+
+    def take(self) -> PromptBatch | None:
+        """The next batch for this process; None when all are taken or finished."""
+        while not self._mine:
+            if self._next == len(self.batches):
+                return None
+            number, batch = self._next, self.batches[self._next]
+            self._next += 1
+            if not self.finished.issuperset(batch.index) and self._take(number):
+                self._mine.append(batch)
+        while self._most is not None and self._mine[0].size > self._most:
+            if len(self._mine[0].index) == 1:
+                break
+            self._mine[:1] = self._mine[0].halves()
+        return self._mine.pop(0)
+
+    def _take(self, number: int) -> bool:
+        if number in self._taken:
+            return False
+        self._taken.add(number)
+        return self.trainer is None or take(self.trainer.strategy, f"{self._round}/{number}")
+
+    def advance(self) -> None:
+        """Take the batch of the next epoch; the fit ends when there is none."""
+        assert self.trainer is not None
+        self.current = self.take()
+        loop = self.trainer.fit_loop
+        ended: Any = loop.epoch_progress.current
+        epochs = ended.processed + (self.current is not None)
+        loop.max_epochs = epochs if self._epochs in (None, -1) else min(epochs, self._epochs)
+
+    def halve(self) -> bool:
+        """Put the current batch back as two halves; False, and it is bad, if it is one prompt."""
+        assert self.current is not None
+        batch, self.current = self.current, None
+        if len(batch.index) == 1:
+            self.bad[batch.index[0]] = (
+                "does not fit the memory alone; shorten it, or keep fewer blocks."
+            )
+            return False
+        halves = batch.halves()
+        self._mine[:0] = halves
+        self._most = halves[1].size
+        return True
+
+    def train_dataloader(self) -> Iterations:
+        """The batch of the current epoch, once for each iteration."""
+        self.advance()
+        return Iterations(lambda: self.current, self.iterations)
+
+    def predict_dataloader(self) -> Batches:
+        """Every batch that no other process takes and whose rows are not finished, once."""
+        return Batches(self.take)
+
+    def val_dataloader(self) -> Iterations:
+        """One step for ``validate``, which reads its rows from the checkpoint; none for ``fit``."""
+        validating = self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING
+        return Iterations(lambda: self.batches[0], int(validating))
+
+    # -- checkpoints -------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which rows are being run."""
+        return {} if self.current is None else {"index": list(self.current.index)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take their batch again, before another process can."""
+        assert self.trainer is not None
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        rows = set(state["index"])
+        for number, batch in enumerate(self.batches):
+            if rows <= set(batch.index) and self._take(number):
+                inside = [row for row, index in enumerate(batch.index) if index in rows]
+                others = [row for row, index in enumerate(batch.index) if index not in rows]
+                parts = (inside, others) if others else (inside,)  # it had been halved
+                self._mine = [batch.rows(part) for part in parts]
+                return
+        raise InputError(
+            "--ckpt_path is of a run with other batches; use its --data options, or leave it out."
+        )
+
+
+def _too_long(length: int, longest: int) -> str:
+    return f"has {length} tokens, and the model reads at most {longest}; shorten it."

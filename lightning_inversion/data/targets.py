@@ -1,0 +1,333 @@
+"""Targets without a prompt: features in a safetensors file, with a manifest that says of what.
+
+The file holds tensors named '0', '1', ..., each ``[T_i, F]`` of any floating type, one a text. What
+the manifest may say is in ``manifest.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_inversion.data.manifest import FORMAT, is_whole, read_manifest
+from lightning_inversion.errors import InputError
+
+OPTION = "--data.targets"
+LAYER = "output of block depth, Hugging Face hidden_states[depth] (the last after the final norm \
+only where final_norm is true)"
+
+_OF_THE_WEIGHTS = (
+    "model", "revision", "weights", "weights_seed", "embedding", "embedding_seed",
+)  # fmt: skip
+"""What the hash of the weights says better, wherever their files lie."""
+_ROUNDING_ALONE = "attention"  # sdpa and eager compute the same
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What happens to features between the model and the file: noise, then rounding.
+
+    Args:
+        dtype: the type that they are rounded to.
+        noise: standard deviation of the Gaussian noise added, in the features' own units.
+    """
+
+    dtype: str = "float32"
+    noise: float = 0.0
+
+    def __call__(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Features ``[..., F]`` as they come out of the file, in the type that they had."""
+        if self.noise:
+            # Drawn on the CPU, so that it does not depend on the device.
+            drawn = torch.randn(features.shape, generator=generator)
+            features = features + self.noise * drawn.to(features)
+        return features.to(_float_type(self.dtype)).to(features.dtype)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Captured features and their manifest.
+
+    Attributes:
+        targets: ``[T_i, F]`` of each text, as stored.
+        transformer: what made them, as ``TruncatedTransformer.description`` says it, or part of it.
+        storage: what happened to them since.
+        first_position: the position of their first row in the text.
+        known_prefix: the tokens with which every text begins.
+        prompts: the texts, where they are known.
+        ids: the tokens of each text from position 0 on, where they are known.
+        versions: of the packages that made the file.
+        name: of the file, for messages.
+    """
+
+    targets: Sequence[Tensor]
+    transformer: dict[str, Any]
+    storage: Storage = Storage()
+    first_position: int = 0
+    known_prefix: tuple[int, ...] = ()
+    prompts: Sequence[str] | None = None
+    ids: Sequence[Sequence[int]] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    name: str = ""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text, those before the first position stored among them."""
+        return [self.first_position + len(target) for target in self.targets]
+
+    @property
+    def width(self) -> int:
+        """F."""
+        return int(self.targets[0].shape[1])
+
+    def target(self, text: int) -> Tensor:
+        """Features of one text from position 0 on, ``[T, F]`` float32; nan where none is stored."""
+        stored = self.targets[text].float()
+        missing = torch.full((self.first_position, self.width), torch.nan)
+        return torch.cat([missing, stored])
+
+    # -- files -------------------------------------------------------------------------------
+
+    def manifest(self) -> dict[str, Any]:
+        """What is written beside the tensors."""
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "transformer": self.transformer,
+            "layer": LAYER,
+            "storage": asdict(self.storage),
+            "positions": self.first_position or "all",
+            "known_prefix": list(self.known_prefix),
+            "versions": self.versions,
+        }
+        if self.prompts is not None:
+            manifest["prompts"] = list(self.prompts)
+        if self.ids is not None:
+            manifest["ids"] = [list(ids) for ids in self.ids]
+        return manifest
+
+    def write(self, path: Path) -> None:
+        """Write the file whole or not at all; one that is there is replaced.
+
+        Raises:
+            InputError: the features overflow the type that they are stored in.
+        """
+        dtype = _float_type(self.storage.dtype)
+        tensors = {
+            str(text): target.to(dtype).contiguous() for text, target in enumerate(self.targets)
+        }
+        for text, target in tensors.items():
+            if not bool(target.float().isfinite().all()):
+                raise InputError(
+                    f"The features of text {int(text) + 1} are not finite numbers as "
+                    f"{self.storage.dtype}; give --store bfloat16 or float32, or another --dtype."
+                )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(tensors, partial, {"manifest": json.dumps(self.manifest())})
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, path: Path) -> Captured:
+        """Read a file, and its manifest in it or beside it.
+
+        Raises:
+            InputError: the file or its manifest cannot be used; says why, and the way out.
+        """
+        where = f"{OPTION} {str(path)!r}"
+        tensors, metadata = _read_tensors(path, where)
+        manifest = read_manifest(path, metadata, where)
+        targets = _in_order(tensors, where)
+        own = str(targets[0].dtype).removeprefix("torch.")
+        storage = {"dtype": own, **manifest.get("storage", {})}
+        captured = cls(
+            targets,
+            _with_defaults(manifest["transformer"]),
+            Storage(storage["dtype"], float(storage.get("noise", 0.0))),
+            _first_position(manifest.get("positions", "all"), where),
+            tuple(manifest.get("known_prefix", ())),
+            manifest.get("prompts"),
+            manifest.get("ids"),
+            dict(manifest.get("versions", {})),
+            path.name,
+        )
+        _check_positions(captured, where)
+        _check_texts(captured, where)
+        return captured
+
+    # -- the model ---------------------------------------------------------------------------
+
+    def check(self, description: dict[str, Any], width: int | None = None) -> None:
+        """Refuse a model other than the one that made the features.
+
+        Where both sides know the hash of the weights, it decides, whatever the model's name; where
+        the file knows one and the model is not loaded yet, its name is left to that.
+
+        Args:
+            description: ``TruncatedTransformer.description``, or as much as is known of it before
+                the model is loaded.
+            width: F of the model's features, where it is known.
+
+        Raises:
+            InputError: lists each difference, and the options that would remove it.
+        """
+        theirs = self.transformer
+        left_out = {_ROUNDING_ALONE, "depth"}  # the layers say the depth
+        if "weights_sha256" in theirs and (
+            theirs["weights_sha256"] == description.get("weights_sha256", theirs["weights_sha256"])
+        ):
+            left_out.update(_OF_THE_WEIGHTS)
+        different = [
+            key
+            for key in theirs
+            if key in description and key not in left_out and theirs[key] != description[key]
+        ]
+        said = [_difference(key, theirs[key], description[key]) for key in different]
+        options = [_option(key, theirs[key]) for key in different if key != "weights_sha256"]
+        if width is not None and width != self.width:
+            said.append(f"the features are {self.width} in the file and {width} in the model")
+        if said:
+            way_out = f"set {' '.join(options)}" if options else "give the model that made it"
+            raise InputError(
+                f"{OPTION} {self.name!r} does not fit the model: {', '.join(said)}; {way_out}."
+            )
+        if self.first_position and not description.get("causal", True):
+            raise InputError(
+                f"{OPTION} {self.name!r} begins at position {self.first_position}, and without a "
+                "causal mask the features before it depend on the whole text; capture all "
+                "positions."
+            )
+
+
+def _difference(key: str, file: Any, model: Any) -> str:
+    if key == "weights_sha256":
+        file, model = f"{file[:12]}...", f"{model[:12]}..."
+    if key == "layers" and len(file) == len(model) == 1:
+        key, file, model = "depth", file[0], model[0]
+    return f"{key} is {file} in the file and {model} in the model"
+
+
+def _option(key: str, value: Any) -> str:
+    if key == "layers" and len(value) == 1:
+        key, value = "depth", value[0]
+    written = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    return f"--model.transformer.{key} {written}"
+
+
+def _with_defaults(transformer: dict[str, Any]) -> dict[str, Any]:
+    """What a short manifest means."""
+    return {
+        "layers": [transformer["depth"]], "features": None, "final_norm": False, **transformer,
+    }  # fmt: skip
+
+
+def _float_type(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+# -- reading ---------------------------------------------------------------------------------
+
+
+def _read_tensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with path.open("rb") as file:
+            begins = file.read(2)
+        with safe_open(path, framework="pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            return tensors, dict(stored.metadata() or {})
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error.strerror or error}.") from error
+    except SafetensorError as error:
+        kind = "is a pickle, which could run code" if begins in (b"PK", b"\x80\x02") else (
+            "is no whole safetensors file"
+        )  # fmt: skip
+        raise InputError(
+            f"{where} {kind}; write the tensors with safetensors.torch.save_file."
+        ) from error
+
+
+def _in_order(tensors: dict[str, Tensor], where: str) -> list[Tensor]:
+    names = [str(text) for text in range(len(tensors))]
+    if not tensors or set(tensors) != set(names):
+        found = ", ".join(sorted(tensors)[:3]) or "none"
+        raise InputError(f"{where} holds the tensors {found}; name them 0, 1, 2, ..., one a text.")
+    targets = [tensors[name] for name in names]
+    for name, target in zip(names, targets, strict=True):
+        tensor = f"{where}: tensor {name}"
+        if target.dim() != 2 or not target.numel():
+            raise InputError(f"{tensor} has shape {list(target.shape)}; store [tokens, features].")
+        if target.shape[1] != targets[0].shape[1]:
+            raise InputError(
+                f"{tensor} has {target.shape[1]} features and tensor 0 has "
+                f"{targets[0].shape[1]}; store the same of every text."
+            )
+        if not target.is_floating_point():
+            raise InputError(f"{tensor} holds {target.dtype}; store floating-point features.")
+        if not bool(target.float().isfinite().all()):
+            raise InputError(
+                f"{tensor} holds nan or infinite values, which float16 gives above 65504; "
+                "capture it as bfloat16 or float32."
+            )
+    return targets
+
+
+def _first_position(positions: Any, where: str) -> int:
+    if positions == "all":
+        return 0
+    if is_whole(positions) and positions >= 0:
+        return int(positions)
+    if positions == "last":
+        _refuse_unknown_prefix(f"{where} holds the last position only")
+    raise InputError(
+        f"{where}: its manifest has positions {positions!r}; write all, or the number of the first "
+        "position stored."
+    )
+
+
+def _refuse_unknown_prefix(what: str) -> NoReturn:
+    raise InputError(
+        f"{what}, whose features depend through attention on unknown tokens before it, none of "
+        "which can be verified on the way; capture all positions, or give every token before it "
+        "as known_prefix and its number as positions."
+    )
+
+
+def _check_positions(captured: Captured, where: str) -> None:
+    first, known = captured.first_position, len(captured.known_prefix)
+    if known < first:
+        begins = f"{where} begins at position {first}, and {known} tokens before it are known"
+        _refuse_unknown_prefix(begins)
+    if known > min(captured.lengths):
+        raise InputError(
+            f"{where}: its known_prefix has {known} tokens and the shortest text "
+            f"{min(captured.lengths)}; correct it."
+        )
+
+
+def _check_texts(captured: Captured, where: str) -> None:
+    """Prompts and ids that fit the targets: both, or neither."""
+    if (captured.prompts is None) != (captured.ids is None):
+        raise InputError(
+            f"{where}: its manifest has only one of prompts and ids; give both, or leave both out."
+        )
+    if captured.prompts is None or captured.ids is None:
+        return
+    lengths = [len(ids) for ids in captured.ids]
+    if len(captured.prompts) != len(captured.targets) or lengths != captured.lengths:
+        raise InputError(
+            f"{where}: its manifest's prompts and ids are not those of its "
+            f"{len(captured.targets)} tensors; give one for each, with an id for every position."
+        )

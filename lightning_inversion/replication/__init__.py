@@ -1,0 +1,1 @@
+"""The experiments of the source, repeated; nothing else imports this."""

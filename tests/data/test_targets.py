@@ -1,0 +1,235 @@
+"""Captured targets: the file, its manifest, what is refused, and fits that know no prompt."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lightning_inversion.cli.lightning import run
+from lightning_inversion.data.prompts import PromptDataModule
+from lightning_inversion.data.targets import Captured, Storage
+from lightning_inversion.errors import InputError
+from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+PROMPTS = ["The sky is blue.", "A quick brown fox"]
+
+
+def capture(folder: Path, root: Path, *more: str) -> Path:
+    (root / "prompts.txt").write_text("\n".join(PROMPTS))
+    out = root / "targets.safetensors"
+    words = [
+        "capture", f"--prompts={root / 'prompts.txt'}", f"--out={out}",
+        f"--model={folder}", "--depth=2", *more,
+    ]  # fmt: skip
+    assert run(words) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def captured(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A capture of the prompts' features alone; no test changes it."""
+    return capture(tiny_folder, tmp_path_factory.mktemp("captured"))
+
+
+def fit(folder: Path, root: Path, *data: str) -> list[str]:
+    return [
+        "fit", f"--model.transformer.model={folder}", "--model.transformer.depth=2",
+        f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu",
+        "--data.tokens_per_batch=100", "--model.iterations=12", "--token_by_token.candidates=2",
+        "--token_by_token.most=2", *data,
+    ]  # fmt: skip
+
+
+def rows_of(root: Path, version: int = 0) -> list[dict]:
+    lines = (
+        (root / "lightning_logs" / f"version_{version}" / "results.jsonl").read_text().splitlines()
+    )
+    return [json.loads(line) for line in lines]
+
+
+def own_file(path: Path, manifest: object = None, **tensors: torch.Tensor) -> Path:
+    save_file(tensors or {"0": torch.ones(3, 32)}, path)
+    if manifest is not None:
+        path.with_name(path.name + ".manifest.json").write_text(json.dumps(manifest))
+    return path
+
+
+def test_a_file_comes_back_as_it_was_written(
+    tiny_folder: Path, tiny_transformer: TruncatedTransformer, tmp_path: Path
+) -> None:
+    path = capture(tiny_folder, tmp_path, "--store=bfloat16", "--keep_prompts=true")
+    captured = Captured.read(path)
+    captured.check(tiny_transformer.description, 32)
+    assert captured.prompts == PROMPTS
+    assert captured.storage == Storage("bfloat16")
+    for target, ids in zip(captured.targets, captured.ids or (), strict=True):
+        whole = tiny_transformer.features_of(torch.tensor([ids]))[0]
+        torch.testing.assert_close(target, whole.bfloat16(), atol=1e-2, rtol=1e-2)
+    again = tmp_path / "again.safetensors"
+    captured.write(again)
+    assert Captured.read(again).manifest() == captured.manifest()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_every_difference_from_the_model_is_listed(
+    tiny_transformer: TruncatedTransformer, tmp_path: Path
+) -> None:
+    transformer = {"model": "other", "depth": 3, "dtype": "bfloat16"}
+    path = own_file(tmp_path / "own.safetensors", {"transformer": transformer})
+    with pytest.raises(InputError) as refusal:
+        Captured.read(path).check(tiny_transformer.description, 64)
+    message = str(refusal.value)
+    for part in (
+        "model is other in the file", "depth is 3 in the file and 2 in the model",
+        "dtype is bfloat16 in the file and float32", "features are 32 in the file and 64",
+        "--model.transformer.depth 3", "--model.transformer.dtype bfloat16",
+    ):  # fmt: skip
+        assert part in message
+    # The hash decides, wherever the files lie.
+    sha = tiny_transformer.fingerprint
+    transformer = {"model": "other", "depth": 2, "weights_sha256": sha}
+    own_file(path, {"transformer": transformer})
+    Captured.read(path).check(tiny_transformer.description, 32)
+    own_file(path, {"transformer": {**transformer, "weights_sha256": "0" * 64}})
+    with pytest.raises(InputError, match="weights_sha256 is 000000000000"):
+        Captured.read(path).check(tiny_transformer.description)
+
+
+MINIMAL = {"transformer": {"model": "m", "depth": 2}}
+
+
+@pytest.mark.parametrize(
+    ("manifest", "tensors", "sentence"),
+    [
+        (None, {}, "has no manifest"),
+        ({"transformer": {"depth": 2}}, {}, "does not name the model"),
+        ({**MINIMAL, "postions": "all"}, {}, "has a key 'postions'"),
+        ({**MINIMAL, "positions": "last"}, {}, "holds the last position only"),
+        ({**MINIMAL, "positions": 2, "known_prefix": [1]}, {}, "unknown tokens before it"),
+        (MINIMAL, {"a": torch.ones(3, 32)}, "name them 0, 1, 2"),
+        (MINIMAL, {"0": torch.ones(1, 3, 32)}, r"has shape \[1, 3, 32\]"),
+        (MINIMAL, {"0": torch.ones(3, 32), "1": torch.ones(3, 31)}, "has 31 features"),
+        (MINIMAL, {"0": torch.full((3, 32), torch.nan)}, "holds nan"),
+        (MINIMAL, {"0": torch.full((3, 32), torch.inf).half()}, "infinite"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(manifest, tensors, sentence, tmp_path: Path) -> None:
+    path = own_file(tmp_path / "own.safetensors", manifest, **tensors)
+    with pytest.raises(InputError, match=sentence) as refusal:
+        PromptDataModule(targets=str(path))
+    assert "--data.targets" in str(refusal.value)
+
+
+def test_a_pickle_is_not_read(tmp_path: Path) -> None:
+    torch.save({"0": torch.ones(3, 32)}, tmp_path / "own.pt")
+    with pytest.raises(InputError, match=r"--data.targets .* is a pickle"):
+        Captured.read(tmp_path / "own.pt")
+
+
+@pytest.fixture(scope="module")
+def of_prompts(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The rows of a fit that was given the prompts themselves."""
+    root = tmp_path_factory.mktemp("of-prompts")
+    assert run(fit(tiny_folder, root, f"--data.prompts={json.dumps(PROMPTS)}")) == 0
+    return rows_of(root)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_fit_of_captured_targets_is_that_of_the_prompts(
+    tiny_folder: Path, tmp_path: Path, of_prompts: list[dict], kept: bool
+) -> None:
+    path = capture(tiny_folder, tmp_path, f"--keep_prompts={str(kept).lower()}")
+    assert run(fit(tiny_folder, tmp_path / "a", f"--data.targets={path}")) == 0
+    scores = {"prompt", "ids", "exact", "token_accuracy", "top_k_accuracy", "hamming"}
+    unknown = set() if kept else scores | {"distance_ratio", "criterion_met", "criterion_met_at"}
+    for ours, theirs in zip(rows_of(tmp_path / "a"), of_prompts, strict=True):
+        assert all(ours[key] is None for key in scores) is not kept
+        for key in set(theirs) - unknown - {"seconds"}:
+            assert ours[key] == theirs[key], key
+    before = rows_of(tmp_path / "a")
+    again = fit(tiny_folder, tmp_path / "a", f"--data.targets={path}", "--ckpt_path=last")
+    assert run(again) == 0
+    assert rows_of(tmp_path / "a") == before
+    assert run(["validate", *again[1:]]) == 0
+
+
+def test_features_after_a_known_prefix(
+    tiny_folder: Path, tiny_transformer: TruncatedTransformer, tmp_path: Path
+) -> None:
+    ids = torch.tensor([[5, 9, 40, 41, 42]])
+    manifest = {
+        "transformer": {"model": str(tiny_folder), "depth": 2},
+        "positions": 2, "known_prefix": [5, 9],
+    }  # fmt: skip
+    path = tmp_path / "own.safetensors"
+    own_file(path, manifest, **{"0": tiny_transformer.features_of(ids)[0, 2:].contiguous()})
+    words = fit(tiny_folder, tmp_path, f"--data.targets={path}", "--token_by_token.most=64")
+    assert run([*words, "--token_by_token.candidates=64"]) == 0
+    (row,) = rows_of(tmp_path)
+    assert row["recovered_ids"] == ids[0].tolist()
+    assert row["verified"]
+
+
+def test_predict_knows_no_prompt(tiny_folder: Path, captured: Path, tmp_path: Path) -> None:
+    words = [
+        "predict", f"--model.transformer.model={tiny_folder}", "--model.transformer.depth=2",
+        f"--data.targets={captured}", f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.accelerator=cpu",
+    ]  # fmt: skip
+    assert run(words) == 0
+    rows = rows_of(tmp_path)
+    assert [row["recovered"] for row in rows] == PROMPTS
+    assert all(row["verified"] and row["exact"] is None for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--model.transformer.depth=1"], "depth is 2 in the file and 1 in the model"),
+        (["--model.own_tokens=true"], "--model.own_tokens decodes the tokens of prompts"),
+    ],
+)
+def test_cheap_mismatches_come_before_the_model(
+    tiny_folder: Path, captured: Path, tmp_path: Path, capsys, monkeypatch, more, sentence
+) -> None:
+    monkeypatch.setattr(
+        "lightning_inversion.transformer.loading.TransformerSpec.load",
+        lambda _: pytest.fail("loaded"),
+    )
+    assert run([*fit(tiny_folder, tmp_path, f"--data.targets={captured}"), *more]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_fit_proves_what_a_coarse_capture_lets_it(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, (noise, proven) in enumerate((("0.01", True), ("3.0", False))):
+        path = capture(tiny_folder, tmp_path, "--store=float16", f"--noise={noise}")
+        more = ("--token_by_token.candidates=64", "--token_by_token.most=64")
+        assert run(fit(tiny_folder, tmp_path, f"--data.targets={path}", *more)) == 0
+        assert ("none can be proven" in capsys.readouterr().err) is not proven
+        for row in rows_of(tmp_path, version=number):
+            assert row["verified"] is proven
+        path.unlink()
+
+
+def test_a_capture_is_not_overwritten(tiny_folder: Path, captured: Path, capsys) -> None:
+    words = ["capture", f"--prompts={captured.with_name('prompts.txt')}", f"--out={captured}"]
+    assert run([*words, f"--model={tiny_folder}"]) == 2
+    assert "exists; give another file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["/proc/t.safetensors", f"{__file__}/t.safetensors"])
+def test_a_place_that_takes_no_file_is_refused_before_the_model_loads(
+    place: str, tiny_folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(TransformerSpec, "load", lambda _: pytest.fail("the model was loaded"))
+    (tmp_path / "prompts.txt").write_text("a\n")
+    words = [f"--prompts={tmp_path / 'prompts.txt'}", f"--out={place}", f"--model={tiny_folder}"]
+    assert run(["capture", *words, "--depth=2"]) == 2
+    message = capsys.readouterr().err
+    assert f"--out {place!r} cannot be" in message
+    assert message.count("\n") == 1
