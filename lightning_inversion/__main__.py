@@ -20,7 +20,7 @@ usage: lightning-inversion COMMAND [options]
 commands
   fit         optimise an input until its features match a prompt's; shows the tokens as they emerge
   validate    decode and score the input that a checkpoint holds
-  predict     name the tokens one by one, each proven by running it, with certificates
+  predict     name the tokens one by one, each verified by running it, with certificates
   attribute   paint each token of a text by its share in the prediction; HTML, JSON, terminal
   capture     write the features of prompts to a file, which fit and predict take as --data.targets
   sweep       run a command over a grid of its options; resumes, shares cells over processes

@@ -106,7 +106,9 @@ def decode(
     scores = torch.zeros(rows * length, k, device=values.device)
     scored, which = wanted, torch.arange(len(wanted), device=values.device)
     if channels == embedding.width and (disallowed is None or disallowed.dim() == 1):
-        which = first_of_equals(values[wanted])  # a proven token has one vector wherever it stands
+        which = first_of_equals(
+            values[wanted]
+        )  # a verified token has one vector wherever it stands
         scored = wanted[torch.unique(which)]
     for places in torch.split(scored, embedding.at_a_time):
         chunk = values[places]

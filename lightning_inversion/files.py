@@ -1,15 +1,17 @@
-"""Files and folders: writable places, claims, the cache, and text that is safe to show."""
+"""Files and folders: writable places, claims, JSON lines, the cache; text that is safe to print."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import platformdirs
 from filelock import FileLock, Timeout
@@ -149,3 +151,96 @@ def cached_folder(
             build(built)
             built.rename(folder)
     return folder
+
+
+# -- JSON lines ------------------------------------------------------------------------------
+
+Record = dict[str, Any]
+"""One line of a file of JSON lines: an object with an ``index``."""
+_BLOCK = 1 << 16
+
+
+def read_records(path: Path) -> list[Record]:
+    """The whole records of a file in the order of their ``index``; [] where there is no file.
+
+    A last line without its end, which a killed process was writing, is left out. Of two records
+    with one index, the first counts.
+
+    Raises:
+        InputError: another line is no record.
+    """
+    if not path.exists():
+        return []
+    records: dict[int, Record] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n"):
+                try:
+                    record = json.loads(line)
+                    records.setdefault(int(record["index"]), record)
+                except (ValueError, TypeError, LookupError) as error:
+                    raise InputError(
+                        f"{str(path)!r}, line {number} is no row; remove the line and run again."
+                    ) from error
+    return [records[index] for index in sorted(records)]
+
+
+def append_records(path: Path, records: Sequence[Record]) -> None:
+    """Append records with one write, one process at a time; a torn last line is cut off first.
+
+    Raises:
+        OSError: the disk is full; what was there is whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = _lines(records)
+    with _locked(path), path.open("ab+", buffering=0) as file:
+        end = _end_of_whole_lines(file)
+        file.truncate(end)
+        try:
+            _write(file, text)
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def sort_records(path: Path) -> list[Record]:
+    """Put the records of a file in the order of their ``index``; a kill leaves old or new."""
+    with _locked(path):
+        records = read_records(path)
+        if records:
+            ordered = path.with_name(f"{path.name}.writing")
+            with ordered.open("wb", buffering=0) as file:
+                _write(file, _lines(records))
+            ordered.replace(path)
+    return records
+
+
+def _lines(records: Sequence[Record]) -> bytes:
+    lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+    return "".join(lines).encode()
+
+
+def _write(file: BinaryIO, text: bytes) -> None:
+    left = memoryview(text)
+    while left:
+        left = left[file.write(left) :]
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """No other process writes the file meanwhile; a killed one blocks nobody."""
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        yield
+
+
+def _end_of_whole_lines(file: BinaryIO) -> int:
+    """Where the last line break ends, searched from the end of the file."""
+    start = file.seek(0, os.SEEK_END)
+    while start > 0:
+        start = max(0, start - _BLOCK)
+        file.seek(start)
+        found = file.read(_BLOCK).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+    return 0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.embedding import TokenEmbedding
-from lightning_inversion.transformer.linear_probe import Readout
+from lightning_inversion.transformer.linear_probe import LinearProbe
 
 
 def row_noise(
@@ -54,17 +54,17 @@ class Given:
     Attributes:
         embedding: the model's token embedding.
         features: ``[B, T, F]`` the target's features.
-        readout: fits, when asked, the linear guess from features to embeddings.
+        probe: fits, when asked, the linear guess from features to embeddings.
         values: ``[B, T, C]`` the values of the prompt itself, where it is known.
     """
 
     embedding: TokenEmbedding
     features: Tensor
-    readout: Callable[[], Readout]
+    probe: Callable[[], LinearProbe]
     values: Tensor | None
 
 
-class Start(ABC):
+class Initializer(ABC):
     """Where an input begins: standard normal noise -> starting values, both ``[B, T, C]``."""
 
     @abstractmethod
@@ -72,7 +72,7 @@ class Start(ABC):
         """Turn noise into a start."""
 
 
-class NormalStart(Start):
+class NormalInitializer(Initializer):
     """Independent normal values: N(1/2, 1/20) as the document prints it.
 
     Args:
@@ -87,43 +87,43 @@ class NormalStart(Start):
         return self.mean + self.std * noise
 
 
-class EmbeddingStart(Start):
-    """The mean of the model's embeddings plus noise in units of their spread.
+class MeanInitializer(Initializer):
+    """The mean of the model's embeddings plus noise in units of their std.
 
     Args:
-        spread: standard deviations of the embedding to add; 0 starts every position at the mean.
+        std: standard deviations of the embedding to add; 0 starts every position at the mean.
     """
 
-    def __init__(self, spread: float = 0.0) -> None:
-        if spread < 0:
-            raise InputError(f"start.spread must not be negative, and is {spread}.")
-        self.spread = spread
+    def __init__(self, std: float = 0.0) -> None:
+        if std < 0:
+            raise InputError(f"initializer.std must not be negative, and is {std}.")
+        self.std = std
 
     def __call__(self, noise: Tensor, given: Given) -> Tensor:
         _check_width(self, noise, given.embedding)
-        return given.embedding.mean + self.spread * given.embedding.spread * noise
+        return given.embedding.mean + self.std * given.embedding.std * noise
 
 
-class ReadoutStart(Start):
-    """A linear guess of the embeddings from the target's features; see ``Readout``.
+class ProbeInitializer(Initializer):
+    """A linear guess of the embeddings from the target's features; see ``LinearProbe``.
 
     Args:
-        spread: standard deviations of the embedding to add as noise.
+        std: standard deviations of the embedding to add as noise.
     """
 
-    def __init__(self, spread: float = 0.0) -> None:
-        if spread < 0:
-            raise InputError(f"start.spread must not be negative, and is {spread}.")
-        self.spread = spread
+    def __init__(self, std: float = 0.0) -> None:
+        if std < 0:
+            raise InputError(f"initializer.std must not be negative, and is {std}.")
+        self.std = std
 
     def __call__(self, noise: Tensor, given: Given) -> Tensor:
         _check_width(self, noise, given.embedding)
         positions = torch.arange(noise.shape[1], device=noise.device).expand(noise.shape[:2])
-        guess = given.readout()(given.features, positions)
-        return guess + self.spread * given.embedding.spread * noise
+        guess = given.probe()(given.features, positions)
+        return guess + self.std * given.embedding.std * noise
 
 
-class WarmStart(Start):
+class PromptInitializer(Initializer):
     """s * N(0, 1) + t * e: the prompt's own values under noise, to ask how wide its basin is.
 
     Args:
@@ -137,16 +137,16 @@ class WarmStart(Start):
     def __call__(self, noise: Tensor, given: Given) -> Tensor:
         if given.values is None:
             raise InputError(
-                "WarmStart needs known prompts; choose NormalStart or EmbeddingStart "
+                "PromptInitializer needs known prompts; choose NormalInitializer or MeanInitializer "
                 "for captured targets."
             )
         return self.noise * noise + self.target * given.values
 
 
-def _check_width(start: Start, noise: Tensor, embedding: TokenEmbedding) -> None:
+def _check_width(initializer: Initializer, noise: Tensor, embedding: TokenEmbedding) -> None:
     if noise.shape[-1] != embedding.width:
         raise InputError(
-            f"{type(start).__name__} starts an EmbeddingInput; choose NormalStart or WarmStart for "
+            f"{type(initializer).__name__} starts an EmbeddingInput; choose NormalInitializer or PromptInitializer for "
             "--model.learnable VocabularyInput."
         )
 
@@ -155,15 +155,15 @@ class LearnableInput(nn.Module, ABC):
     """The parameter ``values [B, T, C]`` and its reading as vectors ``[B, T, D]``.
 
     Args:
-        start: where the values begin.
+        initializer: where the values begin.
     """
 
     values: nn.Parameter
     held: Tensor
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, initializer: Initializer) -> None:
         super().__init__()
-        self.start = start
+        self.initializer = initializer
         self.allocate((0, 0, 0))
 
     def allocate(self, shape: Sequence[int]) -> None:
@@ -174,9 +174,9 @@ class LearnableInput(nn.Module, ABC):
 
     @torch.no_grad()
     def begin(self, noise: Tensor, given: Given) -> None:
-        """Start afresh from standard normal ``noise`` [B, T, C]."""
+        """Initializer afresh from standard normal ``noise`` [B, T, C]."""
         self.allocate(noise.shape)
-        self.values.copy_(self.start(noise, given))
+        self.values.copy_(self.initializer(noise, given))
 
     @abstractmethod
     def channels(self, embedding: TokenEmbedding) -> int:
@@ -204,11 +204,11 @@ class EmbeddingInput(LearnableInput):
     """Embeddings ``[B, T, D]`` are optimised: the document's indirect method.
 
     Args:
-        start: where the embeddings begin.
+        initializer: where the embeddings begin.
     """
 
-    def __init__(self, start: Start | None = None) -> None:
-        super().__init__(start or ReadoutStart())
+    def __init__(self, initializer: Initializer | None = None) -> None:
+        super().__init__(initializer or ProbeInitializer())
 
     def channels(self, embedding: TokenEmbedding) -> int:
         return embedding.width
@@ -225,7 +225,7 @@ class VocabularyInput(LearnableInput):
     """A vector over the vocabulary for each position, ``[B, T, V]``: the document's direct method.
 
     Args:
-        start: where the vectors begin.
+        initializer: where the vectors begin.
         target: how a token is written as a vector: `one_hot` (`scale` at the token, 0 elsewhere)
             or `pinv` (W+ E(a)).
         scale: the value of a one-hot vector at its token; the document uses 10.
@@ -233,11 +233,11 @@ class VocabularyInput(LearnableInput):
 
     def __init__(
         self,
-        start: Start | None = None,
+        initializer: Initializer | None = None,
         target: Literal["one_hot", "pinv"] = "one_hot",
         scale: float = 10.0,
     ) -> None:
-        super().__init__(start or NormalStart())
+        super().__init__(initializer or NormalInitializer())
         self.target, self.scale = target, scale
 
     def channels(self, embedding: TokenEmbedding) -> int:
@@ -253,7 +253,7 @@ class VocabularyInput(LearnableInput):
         return embedding.mix(values)
 
 
-class Shift(ABC):
+class Perturbation(ABC):
     """Makes the shifted input a' of the stopping criterion ||O(a_g) - O(a)|| < ||O(a') - O(a)||."""
 
     @abstractmethod
@@ -263,7 +263,7 @@ class Shift(ABC):
         """The shifted values ``[B, T, C]`` of prompts ``ids [B, T]``; ``noise [B, T, C]``."""
 
 
-class GaussianShift(Shift):
+class GaussianPerturbation(Perturbation):
     """a' = a + N(0, std), on the learnable input's own values (the document's choice).
 
     Args:
@@ -272,7 +272,7 @@ class GaussianShift(Shift):
 
     def __init__(self, std: float = 0.05) -> None:
         if std <= 0:
-            raise InputError(f"stopping.shift.std must be positive, and is {std}.")
+            raise InputError(f"stopping.perturbation.std must be positive, and is {std}.")
         self.std = std
 
     def __call__(
@@ -281,7 +281,7 @@ class GaussianShift(Shift):
         return learnable.encode(ids, embedding) + self.std * noise
 
 
-class NeighbourShift(Shift):
+class NeighbourPerturbation(Perturbation):
     """a' = the prompt with one token replaced by the token of the nearest other embedding.
 
     Harder than a Gaussian shift, whose size is arbitrary beside the distance between tokens. The

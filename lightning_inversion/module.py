@@ -30,15 +30,15 @@ from lightning_inversion.decoding import (
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput, Given, LearnableInput, row_noise
 from lightning_inversion.objectives import Objective, Standardized
-from lightning_inversion.recovery.certificate import RecoveredText
-from lightning_inversion.recovery.instruments import Instruments
+from lightning_inversion.recovery.certificate import RecoveredPrompt
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveryPolicy, recovered
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.state import Progress
 from lightning_inversion.strategy import check_strategy
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.language_model import LanguageModel
-from lightning_inversion.transformer.linear_probe import Readout
+from lightning_inversion.transformer.linear_probe import LinearProbe
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.prefix import KnownPrefix
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -110,7 +110,7 @@ class InputInversion(LightningModule):
         self.own_tokens, self.alone = own_tokens, alone
         self.recovery = recovery or TokenRecovery()
         self.whole: PreTrainedModel | None = None  # with its head; for predict
-        self.watch: Callable[[list[RecoveredText]], None] | None = None
+        self.watch: Callable[[list[RecoveredPrompt]], None] | None = None
         self.disallowed: Tensor | None = None
         self.iterations, self.seed = iterations, seed
         self.period = iterations  # iterations after which the learning rate starts again
@@ -218,9 +218,9 @@ class InputInversion(LightningModule):
         return self.frozen.embedding
 
     @property
-    def readout(self) -> Readout:
+    def probe(self) -> LinearProbe:
         """The linear guess from features to embeddings, fitted when it is first asked for."""
-        return self.instruments.readout
+        return self.measurements.probe
 
     def _allowed_ids(self) -> list[int]:
         if not isinstance(self.allowed_tokens, str):
@@ -246,7 +246,7 @@ class InputInversion(LightningModule):
         self._aim()
         ids = batch.ids
         values = None if ids is None else self.learnable.encode(ids, self.embedding)
-        given = Given(self.embedding, self.target, lambda: self.readout, values)
+        given = Given(self.embedding, self.target, lambda: self.probe, values)
         self.learnable.begin(self.noise("start"), given)
         self.progress.allocate(batch.mask.shape, self.device)
         self.features = self.distances = None
@@ -267,14 +267,14 @@ class InputInversion(LightningModule):
             self.target = self.features_of_tokens(self.batch.ids)
 
     def _hold_known_prefix(self) -> None:
-        """Fix the tokens that are known, as if they had been proven."""
+        """Fix the tokens that are known, as if they had been verified."""
         assert self.batch is not None
         known = torch.tensor(self.batch.known_prefix, dtype=torch.long, device=self.device)
         if len(known) and isinstance(self.learnable, EmbeddingInput):
             here = slice(len(known))
             self.learnable.values[:, here] = self.learnable.encode(known, self.embedding)
             self.learnable.held[:, here] = True
-            self.progress.proven[:, here] = True
+            self.progress.verified[:, here] = True
 
     @torch.no_grad()
     def captured_target(self, batch: PromptBatch) -> Tensor:
@@ -392,7 +392,7 @@ class InputInversion(LightningModule):
             self.batch = batch
             self._aim()
         if self.batch is not None and not self._calibrated:
-            self.objective.calibrate(lambda: self.readout)  # here, the model is on its device
+            self.objective.calibrate(lambda: self.probe)  # here, the model is on its device
             self._calibrated = True
         return self.batch is not None
 
@@ -471,7 +471,7 @@ class InputInversion(LightningModule):
             data.advance()
 
     @cached_property
-    def instruments(self) -> Instruments:
+    def measurements(self) -> Measurements:
         """What recovery needs to know of the model, measured when it is first asked for."""
         transformer = self.frozen
         language_model = (
@@ -479,9 +479,9 @@ class InputInversion(LightningModule):
         )
         captured = None if self._data is None else self._data.captured
         channel = None if captured is None else captured.storage
-        return Instruments.measure(transformer, language_model, channel, self._say)
+        return Measurements.measure(transformer, language_model, channel, self._say)
 
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[RecoveredText]:
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[RecoveredPrompt]:
         """Recover the texts of a batch token by token, with certificates."""
         # Lightning predicts in inference mode, where no gradient can ever be taken.
         with torch.inference_mode(False), torch.no_grad():
@@ -493,7 +493,7 @@ class InputInversion(LightningModule):
             known = torch.tensor(batch.known_prefix, dtype=torch.long, device=target.device)
             return recovered(
                 self.recovery,
-                self.instruments,
+                self.measurements,
                 target,
                 batch.lengths,
                 known,
@@ -501,7 +501,7 @@ class InputInversion(LightningModule):
                 self._start_of(batch),
             )
 
-    def _after_round(self, texts: list[RecoveredText]) -> None:
+    def _after_round(self, texts: list[RecoveredPrompt]) -> None:
         """Show what a round has recovered; end here if the process was asked to.
 
         Lightning only notes a SIGTERM, and looks at its note between the batches of a fit alone.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.transformer.linear_probe import Readout
+from lightning_inversion.transformer.linear_probe import LinearProbe
 from lightning_inversion.transformer.selection import check_slice, slice_of
 
 _SMALLEST_NORM = 1e-8
@@ -29,7 +29,7 @@ class Objective(nn.Module, ABC):
 
     by_row = True
 
-    def calibrate(self, readout: Callable[[], Readout]) -> None:
+    def calibrate(self, probe: Callable[[], LinearProbe]) -> None:
         """Learn what is needed of the frozen model; most objectives need nothing."""
 
     @abstractmethod
@@ -135,19 +135,19 @@ class Standardized(Objective):
         self.objective = objective or WeightedSum(
             first=CosineDistance(each_position=True), second=L2(relative=True, squared=True)
         )
-        self.readout: Readout | None = None
+        self.probe: LinearProbe | None = None
         self.by_row = self.objective.by_row
 
-    def calibrate(self, readout: Callable[[], Readout]) -> None:
-        """Take the spread of each feature from the model's readout."""
-        self.readout = readout()
+    def calibrate(self, probe: Callable[[], LinearProbe]) -> None:
+        """Take the spread of each feature from the model's probe."""
+        self.probe = probe()
 
     def forward(self, generated: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        assert self.readout is not None, "calibrate has not run"
+        assert self.probe is not None, "calibrate has not run"
         positions = torch.arange(target.shape[1], device=target.device)
         distance: Tensor = self.objective(
-            self.readout.standardize(generated, positions),
-            self.readout.standardize(target, positions),
+            self.probe.standardize(generated, positions),
+            self.probe.standardize(target, positions),
             mask,
         )
         return distance
@@ -180,10 +180,10 @@ class WeightedSum(Objective):
         self.first, self.second = first or CosineDistance(), second or L1()
         self.by_row = self.first.by_row and self.second.by_row
 
-    def calibrate(self, readout: Callable[[], Readout]) -> None:
+    def calibrate(self, probe: Callable[[], LinearProbe]) -> None:
         """Both objectives learn what they need."""
-        self.first.calibrate(readout)
-        self.second.calibrate(readout)
+        self.first.calibrate(probe)
+        self.second.calibrate(probe)
 
     def forward(self, generated: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         first: Tensor = self.first(generated, target, mask)
@@ -218,9 +218,9 @@ class Narrowed(Objective):
                 "Narrowed into Standardized.objective instead."
             )
 
-    def calibrate(self, readout: Callable[[], Readout]) -> None:
+    def calibrate(self, probe: Callable[[], LinearProbe]) -> None:
         """The inner objective learns what it needs."""
-        self.objective.calibrate(readout)
+        self.objective.calibrate(probe)
 
     def forward(self, generated: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         """The distance of each row within its range."""

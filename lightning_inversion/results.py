@@ -1,103 +1,232 @@
-"""Rows of JSON, one a line, each whole or not at all: a killed run loses no finished row."""
+"""``ResultRow``: the one schema of ``results.jsonl``."""
 
-import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from filelock import FileLock
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import Record, append_records, read_records, sort_records
 
-Row = dict[str, Any]
-
-_BLOCK = 1 << 16
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The whole rows of a file in the order of their ``index``; [] where there is no file.
-
-    What a killed process was writing, a last line without its end, is left out, and so is a row
-    that was written twice.
-
-    Raises:
-        InputError: another line is no row.
-    """
-    if not path.exists():
-        return []
-    rows: dict[int, Row] = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.endswith(b"\n"):
-                try:
-                    row = json.loads(line)
-                    rows.setdefault(int(row["index"]), row)
-                except (ValueError, TypeError, LookupError) as error:
-                    raise InputError(
-                        f"{str(path)!r}, line {number} is no row; remove the line and go on."
-                    ) from error
-    return [rows[index] for index in sorted(rows)]
+SCHEMA = 4
+"""Version of a row's keys."""
+FILE = "results.jsonl"
+"""The name of the file in a run's folder."""
 
 
-def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Append rows with one write, one process at a time; a torn last line is cut off first.
+def _setting(default: Any = None) -> Any:
+    return field(default=default, metadata={"kind": "setting"})
+
+
+def _outcome(default: Any = None) -> Any:
+    return field(default=default, metadata={"kind": "outcome"})
+
+
+def _per_token() -> Any:
+    return field(default_factory=list, metadata={"kind": "outcome"})
+
+
+def _version() -> Any:
+    return field(default=None, metadata={"kind": "version"})
+
+
+@dataclass(kw_only=True)
+class ResultRow:
+    """What one run recovered of one prompt, and the settings that made it.
+
+    Every field is a setting, an outcome or a version of a package. Rows with equal settings are
+    results of one experiment; versions are kept and not compared. A field that a command does not
+    have keeps its default. Lists have one entry a token, from the first position on.
 
     Raises:
-        OSError: the disk is full; what was there is whole.
+        TypeError: a key that the schema does not have.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = _lines(rows)
-    with _alone(path), path.open("ab+", buffering=0) as file:
-        end = _end_of_whole_lines(file)
-        file.truncate(end)
+
+    schema: int = field(default=SCHEMA, metadata={"kind": "version"})
+    index: int = field(metadata={"kind": "outcome"})
+    """Number of the prompt in the data set, from 0."""
+    prompt: str | None = _outcome()
+    """None where only its hidden states are known."""
+    error: str | None = _outcome()
+    """Why the prompt could not be run; None where it was."""
+
+    recovered: str | None = _outcome()
+    """The decoded tokens as text; None without a tokenizer."""
+    recovered_tokens: list[str] | None = _outcome()
+    """The text of each token."""
+    recovered_ids: list[int] = _per_token()
+    recovered_scores: list[float | None] = _per_token()
+    """The decoder's score of each best token (``fit``)."""
+    top_k_ids: list[list[int]] = _per_token()
+    """The k best tokens of each position, best first (``fit``)."""
+    alternatives: list[list[int]] = _per_token()
+    """The best candidates where a token is not verified, itself first (``predict``)."""
+    ids: list[int] | None = _outcome()
+    """The prompt's own tokens; None where they are not known."""
+
+    exact: bool | None = _outcome()
+    """Whether all tokens are right; this and the next three are None without ``ids``."""
+    token_accuracy: float | None = _outcome()
+    top_k_accuracy: float | None = _outcome()
+    hamming: float | None = _outcome()
+
+    verified: bool = _outcome(False)
+    """Whether every token that was not given is verified."""
+    verified_tokens: int = _outcome(0)
+    """How many tokens are verified; tokens that were given do not count."""
+    token_verified: list[bool] = _per_token()
+    """False for a token that was given."""
+    unresolved: list[int] = _per_token()
+    """Positions that are neither given nor verified."""
+    duplicates: list[int] = _per_token()
+    """Positions whose token has the same embedding as another token."""
+    token_residuals: list[float | None] = _per_token()
+    """Distance to the target in std of each feature; None where it is not finite or was given."""
+    thresholds: list[float | None] = _per_token()
+    """The residual up to which a token is verified; None where it was given."""
+    margins: list[float | None] = _per_token()
+    """Residual of the best rival in units of the threshold; None without a rival (``predict``)."""
+    known_tokens: int = _outcome(0)
+    """How many tokens were given at the beginning."""
+
+    candidates: list[int] = _per_token()
+    """Tokens run for each position (``predict``)."""
+    proposers: list[str] = _per_token()
+    """What proposed each token (``predict``)."""
+    token_seconds: list[float] = _per_token()
+    forwards: int | None = _outcome()
+    """Forwards of the truncated model that the prompt took part in (``predict``)."""
+    distance_ratio: float | None = _outcome()
+    """||O(a_g) - O(a)|| / ||O(a') - O(a)||, the source's stopping criterion (``fit``)."""
+    criterion_met: bool | None = _outcome()
+    criterion_met_at: int | None = _outcome()
+    iterations: int | None = _outcome()
+    """Iterations until the row stopped (``fit``)."""
+    seconds: float = _outcome(0.0)
+
+    command: Literal["fit", "predict"] = field(default="fit", metadata={"kind": "setting"})
+    model: str | None = _setting()
+    revision: str | None = _setting()
+    weights: str | None = _setting()
+    weights_seed: int | None = _setting()
+    quantization: str | None = _setting()
+    embedding: str | None = _setting()
+    embedding_seed: int | None = _setting()
+    depth: int | None = _setting()
+    layers: list[int] | None = _setting()
+    features: str | None = _setting()
+    final_norm: bool | None = _setting()
+    mlp: bool | None = _setting()
+    norms: bool | None = _setting()
+    residuals: bool | None = _setting()
+    positions: str | None = _setting()
+    causal: bool | None = _setting()
+    repeat_first: bool | None = _setting()
+    dtype: str | None = _setting()
+    attention: str | None = _setting()
+    learnable: str | None = _setting()
+    initializer: str | None = _setting()
+    objective: str | None = _setting()
+    decoder: str | None = _setting()
+    schedule: str | None = _setting()
+    policy: str | None = _setting()
+    iterations_limit: int | None = _setting()
+    top_k: int | None = _setting()
+    seed: int | None = _outcome()
+    """Rows of several seeds are results of one experiment."""
+
+    weights_sha256: str | None = _version()
+    version: str | None = _version()
+    version_torch: str | None = _version()
+    version_lightning: str | None = _version()
+    version_transformers: str | None = _version()
+    version_python: str | None = _version()
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that say which experiment the row belongs to."""
+        return {name: getattr(self, name) for name in names("setting")}
+
+    def to_record(self) -> Record:
+        """The row as it is written: every field, in the order of the schema."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_record(cls, record: Any) -> ResultRow:
+        """The row of a record that was read.
+
+        Raises:
+            ValueError: it is no row of this schema; says what is wrong.
+        """
+        if not isinstance(record, dict):
+            raise ValueError("is no JSON object")
+        schema = record.get("schema")
+        if schema != SCHEMA:
+            raise ValueError(f"has schema {schema!r}, and {SCHEMA} is read")
+        for key, value in record.items():
+            if key not in _types():
+                raise ValueError(f"has an unknown key {key!r}")
+            if not _is_a(value, _types()[key]):
+                raise ValueError(f"has a {key} of the wrong type")
+        if not isinstance(record.get("index"), int) or record["index"] < 0:
+            raise ValueError("has no index")
+        return cls(**record)
+
+
+@cache
+def names(kind: Literal["setting", "outcome", "version"]) -> tuple[str, ...]:
+    """The fields of one kind, in the order of the schema."""
+    return tuple(f.name for f in fields(ResultRow) if f.metadata["kind"] == kind)
+
+
+@cache
+def _types() -> dict[str, Any]:
+    return get_type_hints(ResultRow)
+
+
+def _is_a(value: Any, wanted: Any) -> bool:
+    """Whether a JSON value has a field's type; JSON's whole numbers serve as floats."""
+    origin, inner = get_origin(wanted), get_args(wanted)
+    if origin in (Union, types.UnionType):
+        return any(_is_a(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is list:
+        return isinstance(value, list) and all(_is_a(one, inner[0]) for one in value)
+    if wanted is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    if wanted is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, wanted)
+
+
+def read_rows(path: Path) -> list[ResultRow]:
+    """The rows of a run, in the order of the prompts; [] where there is no file.
+
+    Raises:
+        InputError: a line is no row; names the file and what is wrong.
+    """
+    rows = []
+    for record in read_records(path):
         try:
-            _write(file, text)
-        except OSError:
-            file.truncate(end)
-            raise
-
-
-def settle_rows(path: Path) -> list[Row]:
-    """Put the rows of a finished run in the order of their ``index``; a kill leaves old or new."""
-    with _alone(path):
-        rows = read_rows(path)
-        if rows:
-            ordered = path.with_name(f"{path.name}.writing")
-            with ordered.open("wb", buffering=0) as file:
-                _write(file, _lines(rows))
-            ordered.replace(path)
+            rows.append(ResultRow.from_record(record))
+        except ValueError as error:
+            raise InputError(
+                f"{str(path)!r}: the row of prompt {record['index'] + 1} {error}; "
+                "remove its line and run again."
+            ) from error
     return rows
 
 
-def _lines(rows: Sequence[Row]) -> bytes:
-    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    return "".join(lines).encode()
+def append_rows(path: Path, rows: Sequence[ResultRow]) -> None:
+    """Append rows, each whole or not at all; see ``files.append_records``."""
+    append_records(path, [row.to_record() for row in rows])
 
 
-def _write(file: BinaryIO, text: bytes) -> None:
-    left = memoryview(text)
-    while left:
-        left = left[file.write(left) :]
-    os.fsync(file.fileno())
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """No other process of the run writes meanwhile; a killed one holds nothing up."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    with lock:
-        yield
-
-
-def _end_of_whole_lines(file: BinaryIO) -> int:
-    """Where the last line break ends, looked for from the end of the file."""
-    start = file.seek(0, os.SEEK_END)
-    while start > 0:
-        start = max(0, start - _BLOCK)
-        file.seek(start)
-        found = file.read(_BLOCK).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-    return 0
+def sort_rows(path: Path) -> list[ResultRow]:
+    """Put the rows of a finished run in the order of the prompts, and return them."""
+    sort_records(path)
+    return read_rows(path)

@@ -13,14 +13,14 @@ class Progress(nn.Module):
         met_at: ``[B]`` iteration at which the stopping criterion was first met, -1 before.
         stopped_at: ``[B]`` iteration at which the row stopped moving, -1 while it moves.
         ratio: ``[B]`` the latest distance ratio of the stopping criterion, nan before the first.
-        proven: ``[B, T]`` True where the token was verified and fixed.
+        verified: ``[B, T]`` True where the token was verified and fixed.
         focus: ``[B, T]`` True where the objective looks; callbacks narrow it.
     """
 
     met_at: Tensor
     stopped_at: Tensor
     ratio: Tensor
-    proven: Tensor
+    verified: Tensor
     focus: Tensor
 
     def __init__(self) -> None:
@@ -33,9 +33,9 @@ class Progress(nn.Module):
         self.register_buffer("met_at", torch.full((rows,), -1, device=device))
         self.register_buffer("stopped_at", torch.full((rows,), -1, device=device))
         self.register_buffer("ratio", torch.full((rows,), float("nan"), device=device))
-        proven = torch.zeros(rows, length, dtype=torch.bool, device=device)
-        self.register_buffer("proven", proven)
-        self.register_buffer("focus", torch.ones_like(proven))
+        verified = torch.zeros(rows, length, dtype=torch.bool, device=device)
+        self.register_buffer("verified", verified)
+        self.register_buffer("focus", torch.ones_like(verified))
 
     @property
     def stopped(self) -> Tensor:

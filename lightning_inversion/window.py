@@ -57,7 +57,7 @@ class Window:
         """
         rows, lengths, width, last = self.rows, self.lengths, self.width, target.shape[1] - 1
         prefix.begin(rows, vectors[rows], lengths)
-        # Position 0 has statistics of its own in a readout: nothing else may stand in column 0.
+        # Position 0 has statistics of its own in a probe: nothing else may stand in column 0.
         columns = torch.arange(width + 1, device=rows.device)
         shift = (lengths > 0).long()[:, None]
         places = (lengths[:, None] + columns - shift).clamp(max=last)

@@ -11,10 +11,10 @@ import pytest
 from lightning_inversion import module
 from lightning_inversion.cli import lightning as cli
 from lightning_inversion.files import cache_root
-from lightning_inversion.recovery.instruments import Instruments, say_nothing
+from lightning_inversion.recovery.measurements import Measurements, say_nothing
 
 _PARSERS: dict[tuple[str, ...], dict[str, Any]] = {}
-_INSTRUMENTS: dict[tuple[Any, ...], Instruments] = {}
+_INSTRUMENTS: dict[tuple[Any, ...], Measurements] = {}
 
 
 def share_parsers(patch: pytest.MonkeyPatch) -> None:
@@ -39,20 +39,20 @@ def share_instruments(patch: pytest.MonkeyPatch) -> None:
     so are those behind a cache folder of its own.
     """
 
-    class Shared(Instruments):
+    class Shared(Measurements):
         @classmethod
         def measure(
             cls, transformer: Any, language_model: Any = None, channel: Any = None,
             say: Any = say_nothing,
-        ) -> Instruments:  # fmt: skip
+        ) -> Measurements:  # fmt: skip
             if channel is not None:
-                return Instruments.measure(transformer, language_model, channel, say)
+                return Measurements.measure(transformer, language_model, channel, say)
             described = json.dumps(transformer.description, sort_keys=True)
             key = (cache_root(), described, str(transformer.device), language_model is None)
             if key not in _INSTRUMENTS:
-                _INSTRUMENTS[key] = Instruments.measure(transformer, language_model, None, say)
+                _INSTRUMENTS[key] = Measurements.measure(transformer, language_model, None, say)
             return replace(
                 _INSTRUMENTS[key], transformer=transformer, language_model=language_model, say=say
             )
 
-    patch.setattr(module, "Instruments", Shared)
+    patch.setattr(module, "Measurements", Shared)

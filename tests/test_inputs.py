@@ -4,13 +4,13 @@ import torch
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import (
     EmbeddingInput,
-    EmbeddingStart,
-    GaussianShift,
+    GaussianPerturbation,
     Given,
-    NeighbourShift,
-    NormalStart,
+    MeanInitializer,
+    NeighbourPerturbation,
+    NormalInitializer,
+    PromptInitializer,
     VocabularyInput,
-    WarmStart,
     row_noise,
 )
 from lightning_inversion.transformer.embedding import TokenEmbedding
@@ -26,7 +26,7 @@ def embedding() -> TokenEmbedding:
 
 def given(embedding: TokenEmbedding, values: torch.Tensor | None = None) -> Given:
     def unused() -> None:
-        pytest.fail("no readout is needed")
+        pytest.fail("no probe is needed")
 
     return Given(embedding, torch.zeros(2, 3, 8), unused, values)
 
@@ -42,17 +42,17 @@ def test_noise_of_a_prompt_does_not_depend_on_its_batch() -> None:
 
 def test_starts_have_the_mean_and_spread_they_promise(embedding: TokenEmbedding) -> None:
     noise = row_noise(0, [0], [4000], 8, "start")
-    normal = NormalStart(mean=0.5, std=0.05)(noise, given(embedding))
+    normal = NormalInitializer(mean=0.5, std=0.05)(noise, given(embedding))
     assert normal.mean().item() == pytest.approx(0.5, abs=2e-3)
     assert normal.std().item() == pytest.approx(0.05, rel=0.03)
-    own = EmbeddingStart(spread=1.0)(noise, given(embedding))
+    own = MeanInitializer(std=1.0)(noise, given(embedding))
     torch.testing.assert_close(own.mean((0, 1)), embedding.mean, atol=6e-3, rtol=0)
-    assert own.std().item() == pytest.approx(embedding.spread, rel=0.1)
+    assert own.std().item() == pytest.approx(embedding.std, rel=0.1)
     target = torch.ones_like(noise)
-    warm = WarmStart(noise=0.5, target=2.0)(noise, given(embedding, target))
+    warm = PromptInitializer(noise=0.5, target=2.0)(noise, given(embedding, target))
     torch.testing.assert_close(warm, 0.5 * noise + 2)
     with pytest.raises(InputError, match="known prompts"):
-        WarmStart()(noise, given(embedding))
+        PromptInitializer()(noise, given(embedding))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_encoding_a_token_gives_its_embedding(learnable, embedding: TokenEmbeddi
 
 
 def test_held_positions_return_to_where_they_were(embedding: TokenEmbedding) -> None:
-    learnable = EmbeddingInput(NormalStart())
+    learnable = EmbeddingInput(NormalInitializer())
     learnable.begin(row_noise(0, [0, 1], [3, 3], 8, "start"), given(embedding))
     before = learnable.values.detach().clone()
     learnable.held[0, 1] = True
@@ -81,9 +81,9 @@ def test_held_positions_return_to_where_they_were(embedding: TokenEmbedding) -> 
 def test_shifts(embedding: TokenEmbedding) -> None:
     learnable = EmbeddingInput()
     noise = row_noise(0, [0, 1], [3, 3], 8, "shift")
-    gaussian = GaussianShift(std=0.1)(IDS, noise, learnable, embedding)
+    gaussian = GaussianPerturbation(std=0.1)(IDS, noise, learnable, embedding)
     torch.testing.assert_close(gaussian - embedding(IDS), 0.1 * noise)
-    neighbour = NeighbourShift()(IDS, noise, learnable, embedding)
+    neighbour = NeighbourPerturbation()(IDS, noise, learnable, embedding)
     changed = (neighbour != embedding(IDS)).any(-1)
     assert changed.sum(1).tolist() == [1, 1]
     row, position = changed.nonzero()[0].tolist()
@@ -93,6 +93,6 @@ def test_shifts(embedding: TokenEmbedding) -> None:
 
 
 def test_an_embedding_start_is_refused_for_vocabulary_vectors(embedding: TokenEmbedding) -> None:
-    learnable = VocabularyInput(start=EmbeddingStart())
-    with pytest.raises(InputError, match="EmbeddingStart"):
+    learnable = VocabularyInput(initializer=MeanInitializer())
+    with pytest.raises(InputError, match="MeanInitializer"):
         learnable.begin(row_noise(0, [0], [3], 40, "start"), given(embedding))

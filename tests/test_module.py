@@ -12,10 +12,10 @@ from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_by_token import TokenByToken
 from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.data.prompts import PromptDataModule
-from lightning_inversion.inputs import EmbeddingInput, NormalStart, VocabularyInput
+from lightning_inversion.files import read_records
+from lightning_inversion.inputs import EmbeddingInput, NormalInitializer, VocabularyInput
 from lightning_inversion.module import InputInversion
 from lightning_inversion.objectives import L1, L2, CosineDistance, Objective, Standardized
-from lightning_inversion.results import read_rows
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
@@ -65,7 +65,7 @@ def test_a_row_does_not_depend_on_its_batch(
     def adam(parameters):
         return torch.optim.Adam(parameters, lr=0.02)
 
-    start = {"learnable": EmbeddingInput(NormalStart(0, 0.1)), "optimizer": adam}
+    start = {"learnable": EmbeddingInput(NormalInitializer(0, 0.1)), "optimizer": adam}
     together, _ = invert(
         tiny_folder, tiny_transformer, PROMPTS, tmp_path, objective=objective, **start
     )
@@ -121,7 +121,7 @@ def test_an_epoch_ends_when_each_row_has_stopped(
     )
     assert trainer.global_step == 1
     assert module.progress.met_at.tolist() == [0, 0, 0]
-    rows = read_rows(tmp_path / "results.jsonl")
+    rows = read_records(tmp_path / "results.jsonl")
     assert all(row["criterion_met"] and row["criterion_met_at"] == 0 for row in rows)
 
 
@@ -133,7 +133,7 @@ def test_prompts_that_the_map_reads_need_no_iteration(
         TokenByToken(), StoppingCriterion(stop=False), Results(),
     )  # fmt: skip
     assert trainer.global_step == 0
-    rows = read_rows(tmp_path / "results.jsonl")
+    rows = read_records(tmp_path / "results.jsonl")
     assert [row["recovered"] for row in rows] == PROMPTS
     assert all(row["verified"] and row["criterion_met"] for row in rows)
     assert [row["iterations"] for row in rows] == [0, 0, 0]
@@ -159,7 +159,7 @@ def test_the_criterion_is_the_documents(
     stopping = StoppingCriterion(stop=False)
     module, _ = invert(
         tiny_folder, tiny_transformer, PROMPTS, tmp_path, stopping,
-        iterations=3, learnable=EmbeddingInput(NormalStart()), objective=L1(),
+        iterations=3, learnable=EmbeddingInput(NormalInitializer()), objective=L1(),
     )  # fmt: skip
     ids, mask = module.batch.ids, module.batch.mask
     shifted = tiny_transformer.embedding(ids) + 0.05 * module.noise("shift")
@@ -194,15 +194,15 @@ def test_tokens_are_proven_and_fixed_one_by_one(
     proving = TokenByToken(every=1, candidates=4, most=64)
     module, trainer = invert(
         tiny_folder, tiny_transformer, PROMPTS, tmp_path, proving, Results(),
-        iterations=400, learnable=EmbeddingInput(NormalStart(0, 0.01)),
+        iterations=400, learnable=EmbeddingInput(NormalInitializer(0, 0.01)),
         optimizer=lambda p: torch.optim.Adam(p, lr=0.02),
     )  # fmt: skip
-    assert torch.equal(module.progress.proven, module.batch.mask)
+    assert torch.equal(module.progress.verified, module.batch.mask)
     assert torch.equal(
         module.top_tokens(1).best[module.batch.mask], module.batch.ids[module.batch.mask]
     )
     assert 0 < trainer.global_step < 400
-    rows = read_rows(tmp_path / "results.jsonl")
+    rows = read_records(tmp_path / "results.jsonl")
     assert all(row["verified"] and row["exact"] for row in rows)
 
 
@@ -222,7 +222,7 @@ def test_behind_what_is_held_the_distance_and_its_gradient_are_the_same(
     module = InputInversion(objective=objective).use(tiny_transformer)
     rows = [(0, "a", [5, 6, 7, 8, 9, 4, 3, 2]), (1, "b", [8, 9, 7, 6]), (2, "c", [1, 2, 3, 4, 5])]
     module.begin(PromptBatch.collate(rows))
-    objective.calibrate(lambda: module.readout)
+    objective.calibrate(lambda: module.probe)
     known = torch.tensor([5, 0, 4])
     positions = torch.arange(8)
     module.learnable.held = positions < known[:, None]

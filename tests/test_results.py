@@ -10,20 +10,19 @@ from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import check_writable
-from lightning_inversion.results import append_rows, read_rows
+from lightning_inversion.files import append_records, check_writable, read_records
 
 
 def test_rows_are_whole_or_absent_after_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    append_rows(path, [{"index": 1, "text": "é"}])
+    append_records(path, [{"index": 1, "text": "é"}])
     with path.open("ab") as file:
         file.write(b'{"index": 2, "te')  # killed here
-    assert read_rows(path) == [{"index": 1, "text": "é"}]
-    append_rows(path, [{"index": 0}])
+    assert read_records(path) == [{"index": 1, "text": "é"}]
+    append_records(path, [{"index": 0}])
     lines = path.read_text().splitlines()
     assert [json.loads(line)["index"] for line in lines] == [1, 0]
-    assert [row["index"] for row in read_rows(path)] == [0, 1]
+    assert [row["index"] for row in read_records(path)] == [0, 1]
 
 
 @pytest.mark.parametrize("line", [b"{not JSON\n", b'{"text": "no index"}\n', b"\xff\x00\n", b"3\n"])
@@ -31,7 +30,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "results.jsonl"
     path.write_bytes(b'{"index": 0}\n' + line + b'{"index": 1}\n')
     with pytest.raises(InputError, match=r"results\.jsonl', line 2 is no row; remove the line"):
-        read_rows(path)
+        read_records(path)
 
 
 @pytest.mark.parametrize("below", [Path("/proc"), Path(__file__)])

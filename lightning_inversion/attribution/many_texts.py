@@ -6,7 +6,7 @@ from lightning_inversion.attribution.attribute import to_stderr
 from lightning_inversion.attribution.processes import run_in_processes
 from lightning_inversion.attribution.request import Request
 from lightning_inversion.attribution.rows import RowFile
-from lightning_inversion.results import settle_rows
+from lightning_inversion.files import sort_records
 
 
 def run_texts(request: Request, rows: RowFile, processes: int) -> None:
@@ -25,7 +25,7 @@ def run_texts(request: Request, rows: RowFile, processes: int) -> None:
         _run_here(request, rows)
     elif rows.missing:
         run_in_processes(request, rows, min(processes, len(rows.missing)), _say_written)
-    settle_rows(rows.path)
+    sort_records(rows.path)
 
 
 def _run_here(request: Request, rows: RowFile) -> None:

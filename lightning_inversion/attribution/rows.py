@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import claimed
-from lightning_inversion.results import Row, append_rows, read_rows
+from lightning_inversion.files import Record, append_records, claimed, read_records
 
 
 class RowFile:
@@ -23,10 +22,10 @@ class RowFile:
         InputError: the file holds rows of another run.
     """
 
-    def __init__(self, path: Path, texts: Sequence[str], settings: Row) -> None:
+    def __init__(self, path: Path, texts: Sequence[str], settings: Record) -> None:
         self.path, self.texts, self.settings = path, texts, settings
         self.finished: set[int] = set()
-        for row in read_rows(path):
+        for row in read_records(path):
             index = int(row["index"])
             text = texts[index] if 0 <= index < len(texts) else None
             if text is None or row.get("text") != text or row.get("settings") != settings:
@@ -38,7 +37,7 @@ class RowFile:
 
     @classmethod
     @contextmanager
-    def alone(cls, path: Path, texts: Sequence[str], settings: Row) -> Iterator[RowFile]:
+    def alone(cls, path: Path, texts: Sequence[str], settings: Record) -> Iterator[RowFile]:
         """The file, while no other run fills it: no text is run twice.
 
         Raises:
@@ -62,7 +61,7 @@ class RowFile:
         """How many texts have their row."""
         return f"{len(self.finished)} of {len(self.texts)}"
 
-    def append(self, index: int, row: Row) -> None:
+    def append(self, index: int, row: Record) -> None:
         """Append the row of text `index`; a torn last line is cut off first."""
-        append_rows(self.path, [{"index": index, "settings": self.settings, **row}])
+        append_records(self.path, [{"index": index, "settings": self.settings, **row}])
         self.finished.add(index)

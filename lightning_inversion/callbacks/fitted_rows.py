@@ -8,30 +8,26 @@ import torch
 import transformers
 
 import lightning_inversion
-from lightning_inversion.callbacks.recovered_rows import nothing_recovered
 from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.decoding import TopTokens
+from lightning_inversion.files import Record
 from lightning_inversion.metrics import exact_match, token_accuracy, top_k_accuracy
 from lightning_inversion.module import InputInversion
 from lightning_inversion.recovery.verification import Verdict
-from lightning_inversion.results import Row
+from lightning_inversion.results import ResultRow
 from lightning_inversion.transformer.tokens import token_texts
-
-SCHEMA = 3
-"""Version of a row's keys."""
-
 
 _NOT_FINITE = (
     "has features that are not finite numbers; set --model.transformer.dtype to float32 or bfloat16"
 )
 
 
-def describe(module: InputInversion) -> Row:
+def describe(module: InputInversion) -> Record:
     """The settings and versions that made a row of a fit, flat."""
     return {
         **module.frozen.description,
         "learnable": type(module.learnable).__name__,
-        "start": type(module.learnable.start).__name__,
+        "initializer": type(module.learnable.initializer).__name__,
         "objective": type(module.objective).__name__,
         "decoder": type(module.decoder).__name__ if module.decoder else None,
         "iterations_limit": module.iterations,
@@ -40,9 +36,10 @@ def describe(module: InputInversion) -> Row:
     }
 
 
-def describe_recovery(module: InputInversion) -> Row:
+def describe_recovery(module: InputInversion) -> Record:
     """The settings and versions that made a row of ``predict``, flat."""
     return {
+        "command": "predict",
         **module.frozen.description,
         "policy": module.recovery.name,
         "seed": module.seed,
@@ -50,7 +47,7 @@ def describe_recovery(module: InputInversion) -> Row:
     }
 
 
-def versions() -> Row:
+def versions() -> Record:
     """Of what a result may depend on."""
     return {
         "version": lightning_inversion.__version__,
@@ -63,7 +60,7 @@ def versions() -> Row:
 
 def result_rows(
     module: InputInversion, batch: PromptBatch, top: TopTokens, verdict: Verdict, seconds: float
-) -> list[Row]:
+) -> list[ResultRow]:
     """One flat row a prompt.
 
     Args:
@@ -74,7 +71,7 @@ def result_rows(
         seconds: wall time of the batch.
     """
     shared = describe(module)
-    twins = {token for group in module.embedding.duplicates() for token in group}
+    duplicated = {token for group in module.embedding.duplicates() for token in group}
     tokenizer = module.frozen.tokenizer
     rows = []
     for row, length in enumerate(batch.lengths):
@@ -83,37 +80,37 @@ def result_rows(
         residuals = [finite(r) for r in verdict.residuals[row, :length].tolist()]
         verified = verdict.verified[row, :length].tolist()
         rows.append(
-            {
-                "schema": SCHEMA,
-                "index": batch.index[row],
-                "prompt": batch.prompts[row],
-                "error": _NOT_FINITE if None in residuals else None,
-                "recovered": tokenizer.decode(ids) if tokenizer else None,
-                "recovered_tokens": token_texts(tokenizer, ids) if tokenizer else None,
+            ResultRow(
+                index=batch.index[row],
+                prompt=batch.prompts[row],
+                error=_NOT_FINITE if None in residuals else None,
+                recovered=tokenizer.decode(ids) if tokenizer else None,
+                recovered_tokens=token_texts(tokenizer, ids) if tokenizer else None,
                 **_scores(batch, top, row),
-                "top_k": top.ids.shape[-1],
-                "verified": all(verified),
-                "verified_tokens": sum(verified),
-                "unresolved": [t for t, proven in enumerate(verified) if not proven],
-                "token_residuals": residuals,
-                "tolerances": verdict.tolerances[row, :length].tolist(),
-                "indistinguishable": [t for t, token in enumerate(ids) if token in twins],
-                "distance_ratio": finite(float(module.progress.ratio[row])),
-                "criterion_met": met_at >= 0,
-                "criterion_met_at": met_at if met_at >= 0 else None,
-                "iterations": stopped_at if stopped_at >= 0 else module.iteration + 1,
-                "seconds": round(seconds, 3),
-                "ids": None if batch.ids is None else batch.ids[row, :length].tolist(),
-                "recovered_ids": ids,
-                "recovered_scores": [finite(s) for s in top.scores[row, :length, 0].tolist()],
-                "top_k_ids": top.ids[row, :length].tolist(),
+                top_k=top.ids.shape[-1],
+                verified=all(verified),
+                verified_tokens=sum(verified),
+                token_verified=verified,
+                unresolved=[t for t, is_verified in enumerate(verified) if not is_verified],
+                token_residuals=residuals,
+                thresholds=verdict.thresholds[row, :length].tolist(),
+                duplicates=[t for t, token in enumerate(ids) if token in duplicated],
+                distance_ratio=finite(float(module.progress.ratio[row])),
+                criterion_met=met_at >= 0,
+                criterion_met_at=met_at if met_at >= 0 else None,
+                iterations=stopped_at if stopped_at >= 0 else module.iteration + 1,
+                seconds=round(seconds, 3),
+                ids=None if batch.ids is None else batch.ids[row, :length].tolist(),
+                recovered_ids=ids,
+                recovered_scores=[finite(s) for s in top.scores[row, :length, 0].tolist()],
+                top_k_ids=top.ids[row, :length].tolist(),
                 **shared,
-            }
+            )
         )
     return rows
 
 
-def _scores(batch: PromptBatch, top: TopTokens, row: int) -> Row:
+def _scores(batch: PromptBatch, top: TopTokens, row: int) -> Record:
     """How much of a row is right; None where its prompt is not known."""
     if batch.ids is None:
         return dict.fromkeys(("exact", "token_accuracy", "top_k_accuracy", "hamming"))
@@ -128,22 +125,11 @@ def _scores(batch: PromptBatch, top: TopTokens, row: int) -> Row:
     }
 
 
-def bad_row(module: InputInversion, index: int, prompt: str | None, reason: str, top_k: int) -> Row:
-    """The row of a prompt that could not be fitted: why, and nothing recovered."""
-    return {
-        "schema": SCHEMA,
-        **nothing_recovered(index, prompt, reason),
-        "top_k_accuracy": 0.0,
-        "hamming": 1.0,
-        "top_k": top_k,
-        "distance_ratio": None,
-        "criterion_met": False,
-        "criterion_met_at": None,
-        "iterations": 0,
-        "recovered_scores": [],
-        "top_k_ids": [],
-        **describe(module),
-    }
+def bad_row(index: int, prompt: str | None, reason: str, shared: Record) -> ResultRow:
+    """The row of a prompt that could not be run: why, and nothing recovered."""
+    return ResultRow(
+        index=index, prompt=prompt, error=reason, exact=False, token_accuracy=0.0, **shared
+    )
 
 
 def finite(number: float) -> float | None:

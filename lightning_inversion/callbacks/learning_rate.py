@@ -15,17 +15,19 @@ class LinearLearningRate(Callback):
     Args:
         start: multiple of the optimiser's own learning rate at the first iteration.
         end: multiple at the last iteration; the document's page ends at 1/100, Part II at 1/10.
-        in_spreads: the optimiser's learning rate is in units of the embedding's standard deviation,
+        in_embedding_std: the optimiser's learning rate is in units of the embedding's standard deviation,
             so that one value suits models whose embeddings differ in size.
     """
 
-    def __init__(self, start: float = 1.0, end: float = 0.01, in_spreads: bool = False) -> None:
+    def __init__(
+        self, start: float = 1.0, end: float = 0.01, in_embedding_std: bool = False
+    ) -> None:
         if min(start, end) < 0:
             raise InputError(
                 f"learning_rate.start and learning_rate.end must not be negative, and are {start} "
                 f"and {end}."
             )
-        self.start, self.end, self.in_spreads = start, end, in_spreads
+        self.start, self.end, self.in_embedding_std = start, end, in_embedding_std
 
     def factor(self, iteration: int, iterations: int) -> float:
         """The multiple at ``iteration`` (from 0) of ``iterations``."""
@@ -38,8 +40,8 @@ class LinearLearningRate(Callback):
         """Set the rate of the step that follows."""
         assert isinstance(pl_module, InputInversion)
         factor = self.factor(pl_module.iteration % pl_module.period, pl_module.period)
-        if self.in_spreads:
-            factor *= pl_module.embedding.spread
+        if self.in_embedding_std:
+            factor *= pl_module.embedding.std
         for group in optimizer.param_groups:
             base: Any = group.setdefault("initial_lr", group["lr"])
             group["lr"] = base * factor

@@ -29,7 +29,7 @@ def nearest_distances(vectors: Tensor, embedding: TokenEmbedding, k: int) -> Ten
         # Half the squared distance is |e|^2 / 2 + |v|^2 / 2 - v e: the most of what is negative.
         most = best_tokens(embedding.dot(some).sub_(halves), k).values
         nearest[places] = some.square().sum(-1, keepdim=True) - 2 * most
-    unit = embedding.spread * math.sqrt(embedding.width)
+    unit = embedding.std * math.sqrt(embedding.width)
     return nearest[which].clamp_min(0).sqrt() / unit
 
 

@@ -14,14 +14,14 @@ from lightning_inversion.callbacks.shown_tokens import shown_tokens
 from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
-from lightning_inversion.recovery.certificate import RecoveredText
+from lightning_inversion.recovery.certificate import RecoveredPrompt
 
 _SECONDS = 5.0
 """Between two plain lines at least, where there is no terminal."""
 
 
 class RecoveryDisplay(LiveDisplay):
-    """Shows what ``predict`` has recovered so far: certified tokens green, others yellow.
+    """Shows what ``predict`` has recovered so far: verified tokens green, others yellow.
 
     Args:
         prompts: how many texts of a batch are shown.
@@ -54,7 +54,7 @@ class RecoveryDisplay(LiveDisplay):
         self._open(trainer)
         module = pl_module
 
-        def watch(texts: list[RecoveredText]) -> None:
+        def watch(texts: list[RecoveredPrompt]) -> None:
             done = sum(len(text.ids) for text in texts)
             self._bar.update(task, completed=done)
             if self._live is not None:
@@ -82,7 +82,7 @@ class RecoveryDisplay(LiveDisplay):
             text = Text()
             for place, piece in enumerate(shown_tokens(tokenizer, recovered.ids)):
                 proof = place - len(recovered.known)
-                sure = proof < 0 or recovered.tokens[proof].certified
+                sure = proof < 0 or recovered.tokens[proof].verified
                 text.append(piece, "green" if sure else "yellow")
             table.add_row(f"{batch.index[row] + 1}", text)
         return table

@@ -11,13 +11,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_inversion.callbacks.fitted_rows import (
-    SCHEMA,
     bad_row,
     describe,
     describe_recovery,
     result_rows,
 )
-from lightning_inversion.callbacks.recovered_rows import bad_recovered_row, recovered_rows
+from lightning_inversion.callbacks.recovered_rows import recovered_rows
 from lightning_inversion.callbacks.summary import mean, print_rows
 from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.data.prompts import PromptDataModule
@@ -25,7 +24,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.files import readable_time
 from lightning_inversion.module import InputInversion
 from lightning_inversion.recovery.verification import verify_text
-from lightning_inversion.results import Row, append_rows, read_rows, settle_rows
+from lightning_inversion.results import FILE, ResultRow, append_rows, read_rows, sort_rows
 from lightning_inversion.strategy import ROWS_ARE_WRITTEN, IndependentPrompts
 
 
@@ -38,27 +37,26 @@ class Results(Callback):
 
     Args:
         top_k: how many tokens of each position are kept and counted in top-k accuracy.
-        file: name of the file in the run's folder.
     """
 
-    def __init__(self, top_k: int = 5, file: str = "results.jsonl") -> None:
+    def __init__(self, top_k: int = 5) -> None:
         if top_k < 1:
             raise InputError(f"--results.top_k must be at least 1, and is {top_k}.")
-        self.top_k, self.file = top_k, file
-        self._path = Path(file)
+        self.top_k = top_k
+        self._path = Path(FILE)
         self._finished: set[int] = set()
         self._counts: Counter[str] = Counter()
         self._began = self._began_run = time.monotonic()
 
     def path(self, trainer: Trainer) -> Path:
         """Where the rows of this run go. Every process must ask, or none."""
-        return Path(trainer.log_dir or trainer.default_root_dir) / self.file
+        return Path(trainer.log_dir or trainer.default_root_dir) / FILE
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell the data which rows are there already."""
         self._path = self.path(trainer)
         if stage != "validate":
-            self._finished = {row["index"] for row in read_rows(self._path)}
+            self._finished = {row.index for row in read_rows(self._path)}
             _data(trainer).finished |= self._finished
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,7 +96,7 @@ class Results(Callback):
         """Write the rows of the texts that were recovered."""
         assert isinstance(pl_module, InputInversion)
         tokenizer = pl_module.frozen.tokenizer
-        rows = recovered_rows(batch, outputs, tokenizer, _shared(pl_module))
+        rows = recovered_rows(batch, outputs, tokenizer, describe_recovery(pl_module))
         self._write(trainer, pl_module, rows)
         self._log(trainer, pl_module, rows)
         self._say_how_far(trainer, batch)
@@ -120,7 +118,7 @@ class Results(Callback):
         trainer.strategy.barrier(ROWS_ARE_WRITTEN)
         if not trainer.is_global_zero:
             return
-        rows = settle_rows(self._path)
+        rows = sort_rows(self._path)
         values = mean(rows)
         if values and isinstance(trainer.logger, TensorBoardLogger):
             described = describe_recovery(pl_module) if stage == "predict" else describe(pl_module)
@@ -150,24 +148,23 @@ class Results(Callback):
         print(self._path)
 
     def _write(
-        self, trainer: Trainer, module: InputInversion, rows: list[Row], own: bool = True
+        self, trainer: Trainer, module: InputInversion, rows: list[ResultRow], own: bool = True
     ) -> None:
         """Append what is not there yet, and what has been found impossible meanwhile."""
         data = _data(trainer)
-        rows = [row for row in rows if row["index"] not in self._finished]
+        rows = [row for row in rows if row.index not in self._finished]
         bad = [index for index in data.bad if index not in self._finished]
         rows += [self._bad_row(trainer, module, index) for index in bad]
-        self._finished |= {row["index"] for row in rows}
+        self._finished |= {row.index for row in rows}
         if rows and own:
             append_rows(self._path, rows)
 
-    def _bad_row(self, trainer: Trainer, module: InputInversion, index: int) -> Row:
+    def _bad_row(self, trainer: Trainer, module: InputInversion, index: int) -> ResultRow:
         """Why a prompt could not be run, with the keys that the command's other rows have."""
         data = _data(trainer)
         prompt, reason = data.texts[index], data.bad[index]
-        if trainer.predicting:
-            return bad_recovered_row(index, prompt, reason, _shared(module))
-        return bad_row(module, index, prompt, reason, self.top_k)
+        shared = describe_recovery(module) if trainer.predicting else describe(module)
+        return bad_row(index, prompt, reason, shared)
 
     def _say_how_far(self, trainer: Trainer, batch: PromptBatch) -> None:
         """How many prompts all processes have finished, and how long the others will take."""
@@ -194,7 +191,7 @@ class Results(Callback):
             return trainer.strategy.count(key, more)
         return self._counts[key]
 
-    def _rows(self, module: InputInversion) -> list[Row]:
+    def _rows(self, module: InputInversion) -> list[ResultRow]:
         batch = module.batch
         assert batch is not None
         top = module.top_tokens(self.top_k)
@@ -202,20 +199,15 @@ class Results(Callback):
             module.features_of_best(top.best),
             module.target,
             batch.mask,
-            module.instruments,
+            module.measurements,
         )
         seconds = time.monotonic() - self._began
         return result_rows(module, batch, top, verdict, seconds)
 
-    def _log(self, trainer: Trainer, module: InputInversion, rows: list[Row]) -> None:
+    def _log(self, trainer: Trainer, module: InputInversion, rows: list[ResultRow]) -> None:
         if trainer.logger is not None:
             metrics = {f"final/{name}": value for name, value in mean(rows).items()}
             trainer.logger.log_metrics(metrics, module.step)
-
-
-def _shared(module: InputInversion) -> Row:
-    """What every row of ``predict`` says."""
-    return {"schema": SCHEMA, "command": "predict", **describe_recovery(module)}
 
 
 def _has_data(trainer: Trainer) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.inputs import GaussianShift, Shift
+from lightning_inversion.inputs import GaussianPerturbation, Perturbation
 from lightning_inversion.metrics import row_distance
 from lightning_inversion.module import InputInversion
 
@@ -21,7 +21,7 @@ class StoppingCriterion(Callback):
     Captured targets of prompts that are not known have no a': nothing is reported, no row stops.
 
     Args:
-        shift: what a' is; the document's is a Gaussian shift of 1/20.
+        perturbation: what a' is; the document's is a Gaussian shift of 1/20.
         stop: False reports the criterion and lets the row go on.
         threshold: the distance ratio below which the criterion is met; the document's is 1.
         log_every: iterations between two values of the ratio in TensorBoard.
@@ -29,7 +29,7 @@ class StoppingCriterion(Callback):
 
     def __init__(
         self,
-        shift: Shift | None = None,
+        perturbation: Perturbation | None = None,
         stop: bool = True,
         threshold: float = 1.0,
         log_every: int = 10,
@@ -39,7 +39,7 @@ class StoppingCriterion(Callback):
                 f"stopping.threshold must be positive and stopping.log_every at least 1; they are "
                 f"{threshold} and {log_every}."
             )
-        self.shift = shift or GaussianShift()
+        self.perturbation = perturbation or GaussianPerturbation()
         self.stop, self.threshold, self.log_every = stop, threshold, log_every
         self._shifted: tuple[tuple[int, ...], Tensor] | None = None
 
@@ -49,7 +49,7 @@ class StoppingCriterion(Callback):
         assert batch is not None
         assert batch.ids is not None
         if self._shifted is None or self._shifted[0] != batch.index:
-            values = self.shift(
+            values = self.perturbation(
                 batch.ids, module.noise("shift"), module.learnable, module.embedding
             )
             distance = row_distance(module.features_of(values), module.target, batch.mask)

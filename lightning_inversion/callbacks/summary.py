@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import MetricCollection
 
 from lightning_inversion.metrics import ExactMatch, Hamming, TokenAccuracy, TopKAccuracy
-from lightning_inversion.results import Row
+from lightning_inversion.results import ResultRow
 
 _AT_A_TIME = 256
 """Rows that are averaged together: bounds the memory."""
@@ -19,28 +19,28 @@ _SHOWN = 50
 """Rows of the table at most."""
 
 
-def mean(rows: list[Row]) -> dict[str, float]:
+def mean(rows: list[ResultRow]) -> dict[str, float]:
     """The run's metrics over the rows that could be run, by torchmetrics; {} where none could.
 
     Those that compare with the prompt are over the rows whose prompt is known, if any.
     """
-    rows = [row for row in rows if row["recovered_ids"]]
+    rows = [row for row in rows if row.recovered_ids]
     if not rows:
         return {}
     averages = _right(rows)
-    averages["Verified"] = sum(row["verified"] for row in rows) / len(rows)
+    averages["Verified"] = sum(row.verified for row in rows) / len(rows)
     for name, key in (("Iterations", "iterations"), ("DistanceRatio", "distance_ratio")):
-        numbers = [row[key] for row in rows if row.get(key) is not None]
+        numbers = [getattr(row, key) for row in rows if getattr(row, key) is not None]
         if numbers:
             averages[name] = sum(numbers) / len(numbers)
-    tried = [number for row in rows for number in row.get("candidates", ())]
+    tried = [number for row in rows for number in row.candidates]
     if tried:
         averages["Candidates"] = sum(tried) / len(tried)
     return averages
 
 
-def _right(rows: list[Row]) -> dict[str, float]:
-    rows = [row for row in rows if row["ids"]]
+def _right(rows: list[ResultRow]) -> dict[str, float]:
+    rows = [row for row in rows if row.ids]
     if not rows:
         return {}
     # A collection's groups join metrics that agree on the first row, for good: none of these may.
@@ -51,50 +51,50 @@ def _right(rows: list[Row]) -> dict[str, float]:
         ids = _padded(some, "ids")
         mask = _padded(some, "ids", padding=-1) >= 0
         top_1.update(_padded(some, "recovered_ids"), ids, mask)
-        if "top_k_ids" in rows[0]:
+        if rows[0].top_k_ids:
             top_k.update(_padded(some, "top_k_ids"), ids, mask)
-    values = {**top_1.compute(), **(top_k.compute() if "top_k_ids" in rows[0] else {})}
+    values = {**top_1.compute(), **(top_k.compute() if rows[0].top_k_ids else {})}
     return {name: float(value) for name, value in values.items()}
 
 
-def _padded(rows: list[Row], key: str, padding: int = 0) -> Tensor:
-    return pad_sequence([torch.tensor(row[key]) for row in rows], True, padding)
+def _padded(rows: list[ResultRow], key: str, padding: int = 0) -> Tensor:
+    return pad_sequence([torch.tensor(getattr(row, key)) for row in rows], True, padding)
 
 
-def print_rows(rows: list[Row]) -> None:
+def print_rows(rows: list[ResultRow]) -> None:
     """The recovered texts as a table on stdout; verified texts green, others red.
 
     Of many rows those are shown that were not verified, then the first ones.
     """
-    doubtful_first = sorted(rows, key=lambda row: bool(row["verified"]))
-    shown = sorted(doubtful_first[:_SHOWN], key=lambda row: int(row["index"]))
+    doubtful_first = sorted(rows, key=lambda row: bool(row.verified))
+    shown = sorted(doubtful_first[:_SHOWN], key=lambda row: int(row.index))
     left_out = doubtful_first[_SHOWN:]
     table = Table(box=None, header_style="bold", pad_edge=False)
-    predicted = "candidates" in rows[0]
+    predicted = rows[0].command == "predict"
     effort = ("candidates", "seconds") if predicted else ("iterations", "ratio")
     for column in ("#", "recovered", "right", "verified", *effort):
         table.add_column(column, justify="left" if column == "recovered" else "right")
     for row in shown:
-        count = len(row["recovered_ids"])
-        if row["error"]:
-            table.add_row(str(row["index"] + 1), Text(row["error"], style="red"))
+        count = len(row.recovered_ids)
+        if row.error:
+            table.add_row(str(row.index + 1), Text(row.error, style="red"))
             continue
         if predicted:
-            spent = (str(sum(row["candidates"])), f"{row['seconds']:.1f}")
+            spent = (str(sum(row.candidates)), f"{row.seconds:.1f}")
         else:
-            ratio = row["distance_ratio"]
-            spent = (str(row["iterations"]), "" if ratio is None else f"{ratio:.2g}")
+            ratio = row.distance_ratio
+            spent = (str(row.iterations), "" if ratio is None else f"{ratio:.2g}")
         table.add_row(
-            str(row["index"] + 1),
-            Text(row["recovered"] or "", style="green" if row["verified"] else "red"),
-            _of(row["token_accuracy"], count),
-            f"{row['verified_tokens']}/{count}",
+            str(row.index + 1),
+            Text(row.recovered or "", style="green" if row.verified else "red"),
+            _of(row.token_accuracy, count),
+            f"{row.verified_tokens}/{count}",
             *spent,
         )
     console = Console(file=sys.stdout)
     console.print(table)
     if left_out:
-        doubtful = sum(not row["verified"] for row in left_out)
+        doubtful = sum(not row.verified for row in left_out)
         which = f"{doubtful} of them not verified" if doubtful else "all of them verified"
         console.print(f"... and {len(left_out)} more, {which}")
     averages = mean(rows)

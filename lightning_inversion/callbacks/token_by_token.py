@@ -1,4 +1,4 @@
-"""Snapping: a token that is proven is fixed, and each later one solves an easier problem."""
+"""Snapping: a token that is verified is fixed, and each later one solves an easier problem."""
 
 import sys
 from typing import Any
@@ -12,24 +12,24 @@ from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput
 from lightning_inversion.module import InputInversion
-from lightning_inversion.recovery.linear_map import LinearMap
-from lightning_inversion.recovery.optimized_input import OptimizedInput
+from lightning_inversion.recovery.linear_map import ProbeProposer
+from lightning_inversion.recovery.optimized_input import NearestToInput
 from lightning_inversion.recovery.proposals import Mixture
 from lightning_inversion.recovery.rounds import round_of
-from lightning_inversion.recovery.search import Frontier, Trial
+from lightning_inversion.recovery.search import PrefixSearch, Trial
 
 
 class TokenByToken(Callback):
-    """Runs likely tokens behind the proven prefix, before the first iteration and every few after.
+    """Runs likely tokens behind the verified prefix, before the first iteration and every few after.
 
     A token whose features reproduce the target is fixed to its exact embedding. The objective looks
     only at the few positions behind the prefix, because later ones settle in wrong minima while
-    what they attend to is wrong. A row whose tokens are all proven has ended. Candidates come from
+    what they attend to is wrong. A row whose tokens are all verified has ended. Candidates come from
     the linear map, corrected by those that failed, and, once it has moved, in equal shares from the
     input.
 
-    Where the tolerance cannot tell right tokens from wrong ones (targets with much noise), nothing
-    can be proven: that is said, and the input is optimised as a whole.
+    Where the threshold cannot tell right tokens from wrong ones (targets with much noise), nothing
+    can be verified: that is said, and the input is optimised as a whole.
 
     Args:
         every: iterations between two rounds of candidates; 0 turns the callback off.
@@ -54,14 +54,14 @@ class TokenByToken(Callback):
                 f"most not below candidates; they are {every}, {candidates}, {window} and {most}."
             )
         self.every, self.candidates, self.most, self.window = every, candidates, most, window
-        self._frontier: Frontier | None = None
-        self._map = LinearMap()
+        self._search: PrefixSearch | None = None
+        self._map = ProbeProposer()
         self._index: tuple[int, ...] | None = None
         self._stored: dict[str, Tensor] | None = None
         self._said = False
 
     def check(self, module: InputInversion) -> None:
-        """Refuse what cannot be proven token by token, before the model is loaded."""
+        """Refuse what cannot be verified token by token, before the model is loaded."""
         if not self.every:
             return
         if not isinstance(module.learnable, EmbeddingInput):
@@ -85,7 +85,7 @@ class TokenByToken(Callback):
     ) -> None:
         """A round of candidates for the input as it stands, before the iteration moves it on.
 
-        Prompts that are proven by what the linear map says of them need no iteration at all.
+        Prompts that are verified by what the linear map says of them need no iteration at all.
         """
         assert isinstance(pl_module, InputInversion)
         if not self.every or not pl_module.take_up(batch, batch_idx):
@@ -93,61 +93,61 @@ class TokenByToken(Callback):
         if not self._can_prove(pl_module):
             return
         with pl_module.giving_up_if_too_large():
-            frontier = self._frontier_of(pl_module)
+            search = self._search_of(pl_module)
             if batch_idx % self.every == 0:
-                self._advance(pl_module, frontier, trainer.optimizers[0])
+                self._advance(pl_module, search, trainer.optimizers[0])
             self._focus(pl_module)
 
     def _can_prove(self, module: InputInversion) -> bool:
-        able = bool((module.instruments.calibration.tolerance > 0).all())
+        able = bool((module.measurements.calibration.threshold > 0).all())
         if not able and not self._said:
             print(
                 "token_by_token: what happened to the targets hides which token is right: none can "
-                "be proven, and the input is optimised as a whole.",
+                "be verified, and the input is optimised as a whole.",
                 file=sys.stderr,
             )
             self._said = True
         return able
 
-    def _frontier_of(self, module: InputInversion) -> Frontier:
+    def _search_of(self, module: InputInversion) -> PrefixSearch:
         assert module.batch is not None
-        if self._frontier is None or self._index != module.batch.index:
+        if self._search is None or self._index != module.batch.index:
             self._index = module.batch.index
-            self._frontier = Frontier(module.instruments, module.target, module.prefix)
-            self._map.begin(self._frontier)
+            self._search = PrefixSearch(module.measurements, module.target, module.prefix)
+            self._map.begin(self._search)
             if self._stored is not None:
-                self._frontier.restore(self._stored)
+                self._search.restore(self._stored)
                 self._stored = None
-        return self._frontier
+        return self._search
 
     @torch.no_grad()
-    def _advance(self, module: InputInversion, frontier: Frontier, optimizer: Optimizer) -> None:
+    def _advance(self, module: InputInversion, search: PrefixSearch, optimizer: Optimizer) -> None:
         """Prove as many tokens as the input gives away, then restart the positions that stall."""
         assert module.batch is not None
         totals = module.batch.mask.sum(1)
         rows = self._unfinished(module, totals)
         # Where every token was tried, the gradient is left.
-        rows = rows[frontier.count[rows] < module.embedding.vocabulary_size]
+        rows = rows[search.count[rows] < module.embedding.vocabulary_size]
         vectors = module.learnable(module.embedding)
         # Before the first step the input knows nothing that the map does not.
-        input_order = [OptimizedInput(vectors)] if module.iteration else []
+        input_order = [NearestToInput(vectors)] if module.iteration else []
         order = Mixture([self._map, *input_order], alone=1.0)
         if len(rows):
-            lengths = module.progress.proven[rows].sum(1)
-            frontier.prefix.begin(rows, vectors[rows], lengths)
+            lengths = module.progress.verified[rows].sum(1)
+            search.prefix.begin(rows, vectors[rows], lengths)
         while len(rows):
-            first = frontier.rounds[rows] == 0
-            sizes = self._sizes(frontier.rounds[rows])
-            proven = torch.zeros_like(first)
-            places_left = totals[rows] - frontier.positions(rows)
-            for trial, _ in round_of(frontier, order, rows, sizes, places_left):
-                proven |= torch.isin(rows, trial.rows[trial.certified])
+            first = search.rounds[rows] == 0
+            sizes = self._sizes(search.rounds[rows])
+            verified = torch.zeros_like(first)
+            places_left = totals[rows] - search.positions(rows)
+            for trial, _ in round_of(search, order, rows, sizes, places_left):
+                verified |= torch.isin(rows, trial.rows[trial.verified])
                 self._fix(module, trial)
-            left = frontier.positions(rows) < totals[rows]
+            left = search.positions(rows) < totals[rows]
             # On to the next token, or to the candidates behind the first few.
-            rows = rows[(proven | first) & left]
-        module.stop_rows(module.progress.proven.sum(1) == totals)
-        self._restart(module, frontier, optimizer, self._unfinished(module, totals))
+            rows = rows[(verified | first) & left]
+        module.stop_rows(module.progress.verified.sum(1) == totals)
+        self._restart(module, search, optimizer, self._unfinished(module, totals))
 
     def _sizes(self, rounds: Tensor) -> Tensor:
         growth = 4 ** (rounds // self.GROWS_EVERY).clamp(max=8)
@@ -157,41 +157,41 @@ class TokenByToken(Callback):
     @staticmethod
     def _fix(module: InputInversion, trial: Trial) -> None:
         """Certified tokens stand in the input from now on."""
-        rows, ids = trial.rows[trial.certified], trial.best[trial.certified]
-        places = module.progress.proven[rows].sum(1)
+        rows, ids = trial.rows[trial.verified], trial.best[trial.verified]
+        places = module.progress.verified[rows].sum(1)
         module.learnable.values[rows, places] = module.learnable.encode(ids, module.embedding)
         module.learnable.held[rows, places] = True
-        module.progress.proven[rows, places] = True
+        module.progress.verified[rows, places] = True
 
     @staticmethod
     def _unfinished(module: InputInversion, totals: Tensor) -> Tensor:
-        moving = (module.progress.proven.sum(1) < totals) & ~module.progress.stopped
+        moving = (module.progress.verified.sum(1) < totals) & ~module.progress.stopped
         return moving.nonzero()[:, 0]
 
     def _restart(
-        self, module: InputInversion, frontier: Frontier, optimizer: Optimizer, rows: Tensor
+        self, module: InputInversion, search: PrefixSearch, optimizer: Optimizer, rows: Tensor
     ) -> None:
         """Positions that stall start again at the corrected guess; the optimiser forgets them."""
-        rounds = frontier.rounds[rows]
+        rounds = search.rounds[rows]
         stalled = rows[(rounds > 0) & (rounds % self.GROWS_EVERY == 0)]
         if not len(stalled):
             return
-        positions = module.progress.proven[stalled].sum(1)
+        positions = module.progress.verified[stalled].sum(1)
         values = module.learnable.values
-        values[stalled, positions] = frontier.guess(stalled)
+        values[stalled, positions] = search.guess(stalled)
         for moment in optimizer.state.get(values, {}).values():
             if isinstance(moment, Tensor) and moment.shape == values.shape:
                 moment[stalled, positions] = 0
 
     def _focus(self, module: InputInversion) -> None:
         """The next iteration's objective looks at the window behind each prefix."""
-        proven = module.progress.proven.sum(1, keepdim=True)
-        positions = torch.arange(module.progress.proven.shape[1], device=proven.device)
-        module.progress.focus = (positions >= proven) & (positions < proven + self.window)
+        verified = module.progress.verified.sum(1, keepdim=True)
+        positions = torch.arange(module.progress.verified.shape[1], device=verified.device)
+        module.progress.focus = (positions >= verified) & (positions < verified + self.window)
 
     def state_dict(self) -> dict[str, Any]:
         """The candidates tried so far."""
-        return {} if self._frontier is None else self._frontier.state()
+        return {} if self._search is None else self._search.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Taken up when the resumed batch goes on."""

@@ -27,7 +27,7 @@ _EARLY = (0, 5, 10, 20)
 class TokenDecoding(LiveDisplay):
     """Decodes the input every few iterations and shows its best tokens.
 
-    Green tokens are proven, dim tokens are wrong, plain tokens are right but not proven yet, or of
+    Green tokens are verified, dim tokens are wrong, plain tokens are right but not verified yet, or of
     a prompt that is not known. Below
     the prompts stands the document's view of the first one: line j holds the j-th best token of
     every position.
@@ -104,7 +104,9 @@ class TokenDecoding(LiveDisplay):
         assert batch is not None
         shown = min(self.prompts, len(batch.prompts))
         top = module.top_tokens(self.top_k, first=shown)
-        shares = {"proven": float((module.progress.proven & batch.mask).sum() / batch.mask.sum())}
+        shares = {
+            "verified": float((module.progress.verified & batch.mask).sum() / batch.mask.sum())
+        }
         if batch.ids is not None:
             right = token_accuracy(top.best, batch.ids[:shown], batch.mask[:shown])
             shares = {"accuracy": float(right.mean()), **shares}
@@ -120,7 +122,7 @@ class TokenDecoding(LiveDisplay):
             )
         if not self.show:
             return
-        # The tokens are of the input as the iteration has left it, with those it has proven.
+        # The tokens are of the input as the iteration has left it, with those it has verified.
         summary = "before the first iteration: "
         if module.distances is not None:
             distance = float(module.distances.detach().mean())
@@ -129,7 +131,7 @@ class TokenDecoding(LiveDisplay):
             )
         if "accuracy" in shares:
             summary += f"token accuracy {shares['accuracy']:.3f}, "
-        summary += f"proven {shares['proven']:.3f}"
+        summary += f"verified {shares['verified']:.3f}"
         if self._live is not None:
             self._live.update(Group(self._bar, summary, self._table(module, top, texts)))
         else:
@@ -144,8 +146,8 @@ class TokenDecoding(LiveDisplay):
         text = Text()
         pieces = shown_tokens(module.frozen.tokenizer, top.best[row, :length].tolist())
         for position, piece in enumerate(pieces):
-            proven = bool(module.progress.proven[row, position])
-            style = "green" if proven else "bright_black" if bool(wrong[position]) else ""
+            verified = bool(module.progress.verified[row, position])
+            style = "green" if verified else "bright_black" if bool(wrong[position]) else ""
             text.append(piece, style)
         return text
 

@@ -42,7 +42,7 @@ from lightning_inversion.files import FULL, check_writable, ended_by
 from lightning_inversion.module import InputInversion
 from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.results import read_rows
+from lightning_inversion.results import FILE, read_rows
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.shared import SharedModels
 
@@ -57,13 +57,13 @@ POLICIES = (TokenRecovery, SIPIT)
 RECOMMENDED: dict[str, Any] = {
     "model.learnable": {
         "class_path": f"{_PACKAGE}.inputs.EmbeddingInput",
-        "init_args": {"start": {"class_path": f"{_PACKAGE}.inputs.ReadoutStart"}},
+        "init_args": {"initializer": {"class_path": f"{_PACKAGE}.inputs.ProbeInitializer"}},
     },
     "model.objective": {"class_path": f"{_PACKAGE}.objectives.Standardized"},
     "model.optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 1.0}},
     "model.recovery": {"class_path": f"{_PACKAGE}.recovery.token_recovery.TokenRecovery"},
-    "learning_rate.in_spreads": True,
-    "stopping.stop": False,  # a row ends when its tokens are proven
+    "learning_rate.in_embedding_std": True,
+    "stopping.stop": False,  # a row ends when its tokens are verified
 }
 
 COMPUTED_IN = {
@@ -253,7 +253,7 @@ class InversionCLI(LightningCLI):
                 f"--ckpt_path last continues {str(run)!r}, which was made with another "
                 f"{different[0]}; use its settings, or leave --ckpt_path out."
             )
-        read_rows(run / self.config[command].results.file)  # a broken row is said at once
+        read_rows(run / FILE)  # a broken row is said at once
         self.config[command].trainer.logger = {
             "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
             "init_args": {

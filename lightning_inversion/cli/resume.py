@@ -11,7 +11,7 @@ from lightning import Trainer
 
 from lightning_inversion import strategy
 from lightning_inversion.errors import InputError
-from lightning_inversion.results import read_rows
+from lightning_inversion.results import FILE, read_rows
 
 FITTED = "config.yaml"
 """The settings of a fit, in its run's folder."""
@@ -119,7 +119,7 @@ def unfinished_checkpoint(path: Path, trainer: Trainer) -> str | None:
         print(f"{mine} is no whole checkpoint; its batch begins again.", file=sys.stderr)
         return None
     running = set(checkpoint.get("batch", {}).get("index", ()))
-    rows = {row["index"] for row in read_rows(path.parent.parent / "results.jsonl")}
+    rows = {row.index for row in read_rows(path.parent.parent / FILE)}
     return None if running <= rows or checkpoint.get(ENDED, False) else mine
 
 

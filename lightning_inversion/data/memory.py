@@ -43,7 +43,7 @@ _OBJECTIVE_COPIES = 12
 """While the objective is followed back: the features, and of both sides what is standardised, their
 difference, its square, the cosine's products and norms, and the gradients of these."""
 _MEASURED = 1024
-"""Tokens that run together when the readout is fitted."""
+"""Tokens that run together when the probe is fitted."""
 _FLOAT64_MATRICES = 8
 """D x D at the end of that fit: three sums, the solver's and the eigenvectors' copies."""
 _TWIN_BYTES = 256
@@ -176,10 +176,10 @@ def memory(
         libraries: what the process holds before.
     """
     V, D = shape.vocabulary, shape.width
-    # The readout's matrices, directions and shrinkages, two of each; and the tokens' places along
+    # The probe's matrices, directions and shrinkages, two of each; and the tokens' places along
     # the directions that the linear map uses, for first and later positions.
-    readout = 6 * 4.0 * D * D + 4.0 * V * D / 3
-    weights = V * D * number_bytes + shape.blocks * shape.parameters * weight_bytes + readout
+    probe = 6 * 4.0 * D * D + 4.0 * V * D / 3
+    weights = V * D * number_bytes + shape.blocks * shape.parameters * weight_bytes + probe
     of_a_block = shape.saved * number_bytes  # for a token
     held = _KEPT_COPIES * tokens * (channels or D) * 4.0
 

@@ -1,4 +1,4 @@
-"""When is a target reproduced? The tolerance, measured for a model, a depth and a channel."""
+"""When is a target reproduced? The threshold, measured for a model, a depth and a channel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.transformer.best_tokens import best_tokens
-from lightning_inversion.transformer.linear_probe import Readout
+from lightning_inversion.transformer.linear_probe import LinearProbe
 from lightning_inversion.transformer.prefix import KnownPrefix
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
@@ -36,7 +36,7 @@ class Calibration:
 
     Attributes:
         scale: ``[2, F]`` spread of each feature.
-        tolerance: ``[2]`` the residual up to which a token is certified; 0 where right and wrong
+        threshold: ``[2]`` the residual up to which a token is verified; 0 where right and wrong
             tokens cannot be told apart.
         plausible: ``[2]`` the residual up to which a token may be right.
         right: ``[2]`` the largest residual of a right token.
@@ -45,7 +45,7 @@ class Calibration:
     """
 
     scale: Tensor
-    tolerance: Tensor
+    threshold: Tensor
     plausible: Tensor
     right: Tensor
     wrong: Tensor
@@ -60,7 +60,7 @@ class Calibration:
     def measure(
         cls,
         transformer: TruncatedTransformer,
-        readout: Readout,
+        probe: LinearProbe,
         channel: Channel | None = None,
         text: Tensor | None = None,
         seed: int = 1,
@@ -71,7 +71,7 @@ class Calibration:
 
         Args:
             transformer: the frozen model.
-            readout: for the features' spread.
+            probe: for the features' spread.
             channel: what has happened to the targets.
             text: ``[N, T]`` ids of text to use beside random tokens.
             seed: of the random tokens.
@@ -85,8 +85,8 @@ class Calibration:
         rows = torch.arange(len(ids), device=ids.device)
         prefix = KnownPrefix(transformer, len(ids))
         nowhere = torch.zeros(2, device=target.device)
-        measure = cls(readout.scale, nowhere, nowhere, right, wrong)
-        twins = transformer.embedding.twins.to(ids.device)
+        measure = cls(probe.scale, nowhere, nowhere, right, wrong)
+        first_duplicate = transformer.embedding.first_duplicate.to(ids.device)
         # A token that sees the whole text takes a forward of its own: fewer places must do.
         for position in range(0, ids.shape[1], 1 if transformer.causal else _LENGTH // 2):
             kind = min(position, 1)
@@ -99,15 +99,15 @@ class Calibration:
             residuals = measure.residual(features, target[:, position, None], places)
             right[kind] = torch.maximum(right[kind], residuals[:, 0].max())
             # A token with the same embedding is not wrong: nothing can tell the two apart.
-            same = twins[candidates[:, 1:]] == twins[candidates[:, :1]]
+            same = first_duplicate[candidates[:, 1:]] == first_duplicate[candidates[:, :1]]
             nearest = residuals[:, 1:].masked_fill(same, torch.inf).min()
             wrong[kind] = torch.minimum(wrong[kind], nearest)
             if transformer.causal:
                 prefix.keep(rows, torch.zeros_like(rows))
         apart = wrong > _CLEARANCE * right
         between = (right.clamp_min(1e-9) * wrong).sqrt()
-        tolerance = torch.where(apart, between, 0.0)
-        return cls(readout.scale, tolerance, torch.maximum(tolerance, 1.2 * right), right, wrong)
+        threshold = torch.where(apart, between, 0.0)
+        return cls(probe.scale, threshold, torch.maximum(threshold, 1.2 * right), right, wrong)
 
 
 def _texts(transformer: TruncatedTransformer, text: Tensor | None, seed: int) -> Tensor:

@@ -11,37 +11,37 @@ class TokenCertificate:
 
     Attributes:
         id: the token.
-        certified: True where it reproduces the target behind the tokens before it, and no other
+        verified: True where it reproduces the target behind the tokens before it, and no other
             candidate near it does.
         residual: its distance to the target, see ``Calibration``.
-        tolerance: the residual up to which a token is certified here.
+        threshold: the residual up to which a token is verified here.
         runner_up: the residual of the nearest other candidate that was tried, None where there was
             none.
         candidates: how many tokens were run for this place.
         order: which candidate order named it.
         seconds: wall time spent on this place; texts of one batch share their rounds.
-        indistinguishable: other tokens with the same embedding: no hidden state can tell them
+        duplicates: other tokens with the same embedding: no hidden state can tell them
             apart.
         alternatives: the best candidates of an uncertified token, itself first.
     """
 
     id: int
-    certified: bool
+    verified: bool
     residual: float
-    tolerance: float
+    threshold: float
     runner_up: float | None
     candidates: int
     order: str
     seconds: float
-    indistinguishable: tuple[int, ...] = ()
+    duplicates: tuple[int, ...] = ()
     alternatives: tuple[int, ...] = ()
 
     @property
     def margin(self) -> float | None:
-        """How many times the tolerance the runner-up is away; None without either."""
-        if self.runner_up is None or not self.tolerance:
+        """How many times the threshold the runner-up is away; None without either."""
+        if self.runner_up is None or not self.threshold:
             return None
-        return self.runner_up / self.tolerance
+        return self.runner_up / self.threshold
 
     def instead(self, other: int, residual: float) -> TokenCertificate:
         """With another of its alternatives, which the rest of the text speaks for."""
@@ -50,7 +50,7 @@ class TokenCertificate:
 
 
 @dataclass
-class RecoveredText:
+class RecoveredPrompt:
     """One text, left to right.
 
     Attributes:
@@ -71,6 +71,6 @@ class RecoveredText:
         return [*self.known, *(token.id for token in self.tokens)]
 
     @property
-    def certified(self) -> bool:
+    def verified(self) -> bool:
         """Whether every token is."""
-        return all(token.certified for token in self.tokens)
+        return all(token.verified for token in self.tokens)

@@ -8,16 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from lightning_inversion.recovery.measurements import say_nothing
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_inversion.files import cached_folder
-from lightning_inversion.recovery.instruments import say_nothing
-from lightning_inversion.recovery.proposals import CandidateOrder
-from lightning_inversion.recovery.search import Frontier
-from lightning_inversion.transformer.linear_probe import Readout
+from lightning_inversion.recovery.proposals import Proposer
+from lightning_inversion.recovery.search import PrefixSearch
+from lightning_inversion.transformer.linear_probe import LinearProbe
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 _DIMENSIONS = 64
@@ -27,7 +27,7 @@ _AT_A_TIME = 1024
 _FILE = "first_tokens.safetensors"
 
 
-class FirstToken(CandidateOrder):
+class FirstTokenScan(Proposer):
     """Tokens whose features as the first token of a text are close to the target's.
 
     A first token sees no other, so that its features are a function of the token alone: all are
@@ -35,15 +35,15 @@ class FirstToken(CandidateOrder):
     directions. The language model expects nothing at this place, and its activations are massive.
     """
 
-    def begin(self, frontier: Frontier) -> None:
+    def begin(self, search: PrefixSearch) -> None:
         """Read the scan from the cache, or make it."""
-        self._directions = directions(frontier.transformer.feature_size).to(frontier.target.device)
-        kept = scan(frontier.transformer, frontier.readout, frontier.instruments.say)
-        self._scan = kept.to(frontier.target.device)
+        self._directions = directions(search.transformer.feature_size).to(search.target.device)
+        kept = scan(search.transformer, search.probe, search.measurements.say)
+        self._scan = kept.to(search.target.device)
 
-    def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
+    def scores(self, search: PrefixSearch, rows: Tensor) -> Tensor:
         """The nearest tokens first."""
-        target = frontier.readout.standardize(frontier.target_at(rows), frontier.positions(rows))
+        target = search.probe.standardize(search.target_at(rows), search.positions(rows))
         return -torch.cdist(target @ self._directions, self._scan)
 
 
@@ -56,21 +56,21 @@ def directions(features: int) -> Tensor:
 
 
 def scan(
-    transformer: TruncatedTransformer, readout: Readout, say: Callable[[str], None] = say_nothing
+    transformer: TruncatedTransformer, probe: LinearProbe, say: Callable[[str], None] = say_nothing
 ) -> Tensor:
     """``[V, 64]`` projected, standardised features of each token as a text of its own.
 
     Args:
         transformer: the frozen model.
-        readout: its linear guess, which standardises.
+        probe: its linear guess, which standardises.
         say: is told where the scan is made, and not only read, and no terminal shows a bar.
     """
     described = json.dumps(transformer.description, sort_keys=True)
-    scale = readout.scale[0].cpu().numpy().tobytes()
+    scale = probe.scale[0].cpu().numpy().tobytes()
     key = hashlib.sha256(described.encode() + scale).hexdigest()[:24]
 
     def build(folder: Path) -> None:
-        save_file({"scan": _scanned(transformer, readout, say)}, folder / _FILE)
+        save_file({"scan": _scanned(transformer, probe, say)}, folder / _FILE)
 
     folder = cached_folder(f"first-tokens-{key}", build, lambda f: (f / _FILE).exists())
     kept: Tensor = load_file(folder / _FILE)["scan"]
@@ -79,7 +79,7 @@ def scan(
 
 @torch.no_grad()
 def _scanned(
-    transformer: TruncatedTransformer, readout: Readout, say: Callable[[str], None]
+    transformer: TruncatedTransformer, probe: LinearProbe, say: Callable[[str], None]
 ) -> Tensor:
     ids = torch.arange(transformer.embedding.vocabulary_size, device=transformer.device)
     onto = directions(transformer.feature_size).to(transformer.device)
@@ -97,5 +97,5 @@ def _scanned(
     ):
         features = transformer.features_of(chunk[:, None])
         first = torch.zeros(len(chunk), 1, dtype=torch.long, device=chunk.device)
-        parts.append((readout.standardize(features, first)[:, 0] @ onto).cpu())
+        parts.append((probe.standardize(features, first)[:, 0] @ onto).cpu())
     return torch.cat(parts)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.proposals import CandidateOrder, Candidates, with_surprise
-from lightning_inversion.recovery.search import Frontier
+from lightning_inversion.recovery.proposals import Candidates, Proposer, with_surprise
+from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.transformer.best_tokens import best_tokens
 from lightning_inversion.transformer.embedding import TokenEmbedding
-from lightning_inversion.transformer.linear_probe import Readout
+from lightning_inversion.transformer.linear_probe import LinearProbe
 
 _TEMPERS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.01, 0.003)
 _SURPRISE = 0.05
@@ -49,12 +49,12 @@ class _Measured:
     tokens: Tensor | None
 
     @classmethod
-    def of(cls, readout: Readout, kind: int, embedding: TokenEmbedding) -> _Measured:
+    def of(cls, probe: LinearProbe, kind: int, embedding: TokenEmbedding) -> _Measured:
         """For position 0 (``kind`` 0) or later ones (1)."""
-        bits = (readout.signal[kind].clamp_min(1.0).log2() / 2).cumsum(0)
+        bits = (probe.signal[kind].clamp_min(1.0).log2() / 2).cumsum(0)
         enough = int((bits < _ENOUGH[kind] * math.log2(embedding.vocabulary_size)).sum()) + 1
-        mean, directions = readout.bias[kind], readout.directions[kind, :, :enough].contiguous()
-        heard = readout.heard[kind, :enough]
+        mean, directions = probe.bias[kind], probe.directions[kind, :, :enough].contiguous()
+        heard = probe.heard[kind, :enough]
         ids = torch.arange(embedding.vocabulary_size, device=mean.device)
         few = 2 * directions.shape[1] <= embedding.width
         tokens = torch.empty(len(ids), directions.shape[1] + 1, device=mean.device) if few else None
@@ -74,12 +74,12 @@ class _Measured:
         return torch.cat([told, torch.ones_like(told[:, :1])], dim=1) @ self.tokens.T
 
 
-class LinearMap(CandidateOrder):
-    """Tokens that the readout's guess speaks for, given how it errs.
+class ProbeProposer(Proposer):
+    """Tokens that the probe's guess speaks for, given how it errs.
 
     The guess is a regression's, hence drawn towards the mean token by all that it cannot tell. So a
     token is compared not with the guess but with what the guess would be for it on average: with q
-    the guess and a the token in the readout's directions, where errors have variance 1 and tokens
+    the guess and a the token in the probe's directions, where errors have variance 1 and tokens
     variance s, log p(q | a) = sum of q a - (1 - 1 / s) a^2 / 2, up to a constant. Directions that
     tell nothing (s = 1) drop out by themselves, and after those that tell several times what names
     a token the others are left out.
@@ -90,37 +90,37 @@ class LinearMap(CandidateOrder):
     """
 
     def __init__(self) -> None:
-        self._readout: Readout | None = None
+        self._readout: LinearProbe | None = None
 
-    def begin(self, frontier: Frontier) -> None:
-        """Measure the vocabulary along the readout's directions, once for each readout."""
+    def begin(self, search: PrefixSearch) -> None:
+        """Measure the vocabulary along the probe's directions, once for each probe."""
         self._ahead: Tensor | None = None
-        if self._readout is not frontier.readout:
-            self._readout = frontier.readout
-            self._embedding = frontier.transformer.embedding
+        if self._readout is not search.probe:
+            self._readout = search.probe
+            self._embedding = search.transformer.embedding
             self._measured: dict[int, _Measured] = {}
             self._temper: float | None = None
 
-    def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
+    def scores(self, search: PrefixSearch, rows: Tensor) -> Tensor:
         """Of the linear guess, corrected by what was tried."""
         if self._temper is None:  # which the best tokens do not depend on
-            self._temper = self._best_temper(frontier)
-        likelihood = self._likelihood(frontier.guess(rows), frontier.positions(rows))
+            self._temper = self._best_temper(search)
+        likelihood = self._likelihood(search.guess(rows), search.positions(rows))
         return with_surprise((self._temper * likelihood).log_softmax(-1), _SURPRISE)
 
-    def ahead(self, frontier: Frontier, rows: Tensor, width: int, count: int) -> Candidates:
+    def ahead(self, search: PrefixSearch, rows: Tensor, width: int, count: int) -> Candidates:
         """Of the linear guess at each place, which no other place has a part in."""
         if self._ahead is None:
-            self._ahead = self._best_everywhere(frontier)
-        last = frontier.target.shape[1] - 1
-        places = frontier.positions(rows)[:, None] + torch.arange(width, device=rows.device)
+            self._ahead = self._best_everywhere(search)
+        last = search.target.shape[1] - 1
+        places = search.positions(rows)[:, None] + torch.arange(width, device=rows.device)
         ids = self._ahead[rows[:, None], places.clamp(max=last), :count]
         return Candidates(ids, (self.name,) * ids.shape[2])
 
-    def _best_everywhere(self, frontier: Frontier) -> Tensor:
+    def _best_everywhere(self, search: PrefixSearch) -> Tensor:
         """``[B, T, 8]`` the best tokens of every place, computed once for a batch."""
-        (B, T), embedding = frontier.target.shape[:2], frontier.transformer.embedding
-        targets = frontier.target.flatten(0, 1)
+        (B, T), embedding = search.target.shape[:2], search.transformer.embedding
+        targets = search.target.flatten(0, 1)
         count = min(_AHEAD, embedding.vocabulary_size)
         # Made beforehand: pieces kept from each chunk would lie between the scores of earlier ones,
         # and their memory could not be used again.
@@ -129,7 +129,7 @@ class LinearMap(CandidateOrder):
         order = torch.arange(B * T, device=targets.device).view(B, T).T.flatten()
         for places in torch.split(order, embedding.at_a_time):
             where = places % T
-            guess = frontier.readout(targets[places], where)
+            guess = search.probe(targets[places], where)
             best[places] = best_tokens(self._likelihood(guess, where), count).indices
         return best.view(B, T, count)
 
@@ -151,17 +151,17 @@ class LinearMap(CandidateOrder):
             self._measured[kind] = _Measured.of(self._readout, kind, self._embedding)
         return self._measured[kind]
 
-    def _best_temper(self, frontier: Frontier) -> float:
-        text, language_model = frontier.instruments.text, frontier.instruments.language_model
+    def _best_temper(self, search: PrefixSearch) -> float:
+        text, language_model = search.measurements.text, search.measurements.language_model
         if text is None or language_model is None:
             return 1.0
         text = text[: max(1, _HELD_BACK // text.shape[1])]
-        text = text.to(frontier.target.device)
+        text = text.to(search.target.device)
         chances = [0.0] * len(_TEMPERS)
         for one in text[:, None]:  # a text at a time: each place has scores of the whole vocabulary
-            features = frontier.transformer.features_of(one)[0, 1:]
+            features = search.transformer.features_of(one)[0, 1:]
             later = torch.ones(len(features), dtype=torch.long, device=features.device)
-            likelihood = self._likelihood(frontier.readout(features, later), later)
+            likelihood = self._likelihood(search.probe(features, later), later)
             prior = language_model.log_probabilities(one)[0, :-1]
             right = one[0, 1:, None]
             for number, temper in enumerate(_TEMPERS):

@@ -10,7 +10,7 @@ _ENOUGH = 256
 
 
 class LookBack:
-    """For each row, the plausible tokens of its latest place, where none of them was certified.
+    """For each row, the plausible tokens of its latest place, where none of them was verified.
 
     Behind a wrong token no next one reproduces the target, as all that follows depends on it. So if
     none of many candidates is plausible, another of the plausible tokens takes the place; if none
@@ -25,7 +25,7 @@ class LookBack:
         self._refuted: list[dict[int, tuple[float, float]]] = [{} for _ in range(rows)]
 
     def settle(self, row: int, plausible: list[tuple[int, float]]) -> None:
-        """A token was taken: the first of ``plausible``, ids with their residuals, or a proven one.
+        """A token was taken: the first of ``plausible``, ids with their residuals, or a verified one.
 
         What was doubtful before it no longer is.
         """

@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 import torch
+from lightning_inversion.recovery.measurements import Measurements
 from torch import Tensor
 
-from lightning_inversion.recovery.certificate import RecoveredText
-from lightning_inversion.recovery.instruments import Instruments
+from lightning_inversion.recovery.certificate import RecoveredPrompt
 
 
 class RecoveryPolicy(ABC):
@@ -31,16 +31,16 @@ class RecoveryPolicy(ABC):
     @abstractmethod
     def recover(
         self,
-        instruments: Instruments,
+        measurements: Measurements,
         target: Tensor,
         lengths: list[int],
         known: Tensor | None = None,
         start: Tensor | None = None,
-    ) -> Iterator[list[RecoveredText]]:
+    ) -> Iterator[list[RecoveredPrompt]]:
         """Recover B texts; yields their state after each round, the same list, to the end.
 
         Args:
-            instruments: what was measured for the model.
+            measurements: what was measured for the model.
             target: ``[B, T, F]`` features to reproduce.
             lengths: tokens of each text.
             known: ``[N]`` tokens with which every text begins.
@@ -51,17 +51,17 @@ class RecoveryPolicy(ABC):
 
 def recovered(
     policy: RecoveryPolicy,
-    instruments: Instruments,
+    measurements: Measurements,
     target: Tensor,
     lengths: list[int],
     known: Tensor | None = None,
-    watch: Callable[[list[RecoveredText]], None] | None = None,
+    watch: Callable[[list[RecoveredPrompt]], None] | None = None,
     start: Tensor | None = None,
-) -> list[RecoveredText]:
+) -> list[RecoveredPrompt]:
     """What a policy recovers in the end; ``watch`` is shown each round."""
-    texts: list[RecoveredText] = []
+    texts: list[RecoveredPrompt] = []
     with torch.no_grad():
-        for texts in policy.recover(instruments, target, lengths, known, start):
+        for texts in policy.recover(measurements, target, lengths, known, start):
             if watch is not None:
                 watch(texts)
     return texts

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.proposals import CandidateOrder, with_surprise
-from lightning_inversion.recovery.search import Frontier
+from lightning_inversion.recovery.proposals import Proposer, with_surprise
+from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.transformer.language_model import Continuations
 
 
-class LanguageModelPrior(CandidateOrder):
+class LanguageModelPrior(Proposer):
     """Tokens in the order of their probability after the known prefix.
 
     Before a first token nothing is expected: all are alike.
@@ -30,12 +30,12 @@ class LanguageModelPrior(CandidateOrder):
             )
         self.surprise = surprise
 
-    def begin(self, frontier: Frontier) -> None:
+    def begin(self, search: PrefixSearch) -> None:
         """Nothing is known of any text."""
-        language_model = frontier.instruments.language_model
+        language_model = search.measurements.language_model
         assert language_model is not None
-        self._continuations = Continuations(language_model, frontier.rows)
-        self._begun = torch.zeros(frontier.rows, dtype=torch.bool, device=frontier.target.device)
+        self._continuations = Continuations(language_model, search.rows)
+        self._begun = torch.zeros(search.rows, dtype=torch.bool, device=search.target.device)
 
     def advance(self, rows: Tensor, ids: Tensor) -> None:
         """The texts go on."""
@@ -46,9 +46,9 @@ class LanguageModelPrior(CandidateOrder):
         """A token less."""
         self._continuations.drop_last(rows)
 
-    def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
+    def scores(self, search: PrefixSearch, rows: Tensor) -> Tensor:
         """log of (1 - surprise) p + surprise / V."""
-        V = frontier.tried.shape[1]
+        V = search.tried.shape[1]
         scores = torch.zeros(len(rows), V, device=rows.device)
         begun = self._begun[rows]
         if begun.any():

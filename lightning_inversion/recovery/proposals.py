@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.search import Frontier
+from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.transformer.best_tokens import best_tokens
 
 
@@ -27,7 +27,7 @@ class Candidates:
     orders: tuple[str, ...]
 
 
-class CandidateOrder(ABC):
+class Proposer(ABC):
     """Ranks the whole vocabulary for the next token of each text.
 
     A subclass gives `scores`, and what it needs: state of its own begins with `begin`, hears of
@@ -42,7 +42,7 @@ class CandidateOrder(ABC):
         """How certificates call it."""
         return type(self).__name__
 
-    def begin(self, frontier: Frontier) -> None:  # noqa: B027 - most have no state
+    def begin(self, search: PrefixSearch) -> None:  # noqa: B027 - most have no state
         """A batch of texts begins."""
 
     def advance(self, rows: Tensor, ids: Tensor) -> None:  # noqa: B027
@@ -55,7 +55,9 @@ class CandidateOrder(ABC):
         """Whether a mixture should listen, in the first round at a place or in the later ones."""
         return True
 
-    def ahead(self, frontier: Frontier, rows: Tensor, width: int, count: int) -> Candidates | None:
+    def ahead(
+        self, search: PrefixSearch, rows: Tensor, width: int, count: int
+    ) -> Candidates | None:
         """The ``count`` best tokens of each of the next ``width`` places.
 
         None, as here, where the tokens in between must be known to say anything. A place may lie
@@ -64,12 +66,12 @@ class CandidateOrder(ABC):
         return None
 
     @abstractmethod
-    def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
+    def scores(self, search: PrefixSearch, rows: Tensor) -> Tensor:
         """``[R, V]`` log-likelihood of each token, up to a constant a row."""
 
-    def propose(self, frontier: Frontier, rows: Tensor, count: int) -> Candidates:
+    def propose(self, search: PrefixSearch, rows: Tensor, count: int) -> Candidates:
         """The ``count`` best tokens that were not tried yet."""
-        ids = best_untried(self.scores(frontier, rows), frontier.tried[rows], count)
+        ids = best_untried(self.scores(search, rows), search.tried[rows], count)
         return Candidates(ids, (self.name,) * ids.shape[1])
 
 
@@ -95,16 +97,16 @@ def with_surprise(log_probabilities: Tensor, share: float) -> Tensor:
     return torch.logaddexp(log_probabilities + math.log1p(-share), even)
 
 
-class Exhaustive(CandidateOrder):
+class Exhaustive(Proposer):
     """Every token in the order of its id: brute force."""
 
-    def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
+    def scores(self, search: PrefixSearch, rows: Tensor) -> Tensor:
         """The lower the id, the sooner."""
-        V = frontier.tried.shape[1]
+        V = search.tried.shape[1]
         return -torch.arange(V, device=rows.device, dtype=torch.float32).expand(len(rows), V)
 
 
-class Mixture(CandidateOrder):
+class Mixture(Proposer):
     """Several orders together: the sum of what they know, and each one's own favourites.
 
     Orders fail on different tokens. Their log-likelihoods are added (a product of experts, Hinton
@@ -116,7 +118,7 @@ class Mixture(CandidateOrder):
         alone: the share of a later round's candidates, between 0 and 1, that they name alone.
     """
 
-    def __init__(self, orders: list[CandidateOrder], alone: float = 0.5) -> None:
+    def __init__(self, orders: list[Proposer], alone: float = 0.5) -> None:
         if not orders or not 0 <= alone <= 1:
             raise InputError(
                 "--model.recovery: a mixture needs one order or more, and alone between 0 and 1; "
@@ -130,10 +132,10 @@ class Mixture(CandidateOrder):
         """The parts'."""
         return "+".join(order.name for order in self.orders)
 
-    def begin(self, frontier: Frontier) -> None:
+    def begin(self, search: PrefixSearch) -> None:
         """Every part begins."""
         for order in self.orders:
-            order.begin(frontier)
+            order.begin(search)
 
     def advance(self, rows: Tensor, ids: Tensor) -> None:
         """Every part hears of it."""
@@ -145,24 +147,26 @@ class Mixture(CandidateOrder):
         for order in self.orders:
             order.take_back(rows)
 
-    def ahead(self, frontier: Frontier, rows: Tensor, width: int, count: int) -> Candidates | None:
+    def ahead(
+        self, search: PrefixSearch, rows: Tensor, width: int, count: int
+    ) -> Candidates | None:
         """Those of the first part that can say."""
-        parts = (order.ahead(frontier, rows, width, count) for order in self.orders)
+        parts = (order.ahead(search, rows, width, count) for order in self.orders)
         return next((part for part in parts if part is not None), None)
 
-    def scores(self, frontier: Frontier, rows: Tensor) -> Tensor:
+    def scores(self, search: PrefixSearch, rows: Tensor) -> Tensor:
         """The sum of the parts'."""
-        later = bool((frontier.rounds[rows] > 0).all())
+        later = bool((search.rounds[rows] > 0).all())
         return torch.stack(
-            [order.scores(frontier, rows) for order in self.orders if order.speaks(later)]
+            [order.scores(search, rows) for order in self.orders if order.speaks(later)]
         ).sum(0)
 
-    def propose(self, frontier: Frontier, rows: Tensor, count: int) -> Candidates:
+    def propose(self, search: PrefixSearch, rows: Tensor, count: int) -> Candidates:
         """Most by the sum, the rest by each part alone."""
-        later = bool((frontier.rounds[rows] > 0).all())
+        later = bool((search.rounds[rows] > 0).all())
         speaking = [order for order in self.orders if order.speaks(later)]
-        parts = [order.scores(frontier, rows) for order in speaking]
-        tried = frontier.tried[rows]
+        parts = [order.scores(search, rows) for order in speaking]
+        tried = search.tried[rows]
         each = int(self.alone * count / len(parts)) if later else 0
         chosen = [best_untried(torch.stack(parts).sum(0), tried, count - each * len(parts))]
         names = ["+".join(order.name for order in speaking)] * chosen[0].shape[1]

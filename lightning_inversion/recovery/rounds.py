@@ -7,16 +7,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.proposals import CandidateOrder, Candidates
-from lightning_inversion.recovery.search import Frontier, Trial
+from lightning_inversion.recovery.proposals import Candidates, Proposer
+from lightning_inversion.recovery.search import PrefixSearch, Trial
 
 _AT_A_TIME = 4096
 """Candidates of one forward, over all rows: bounds the memory."""
 
 
 def round_of(
-    frontier: Frontier,
-    order: CandidateOrder,
+    search: PrefixSearch,
+    order: Proposer,
     rows: Tensor,
     sizes: Tensor,
     left: Tensor,
@@ -28,7 +28,7 @@ def round_of(
     run with them in one forward.
 
     Args:
-        frontier: where the rows stand; those that are certified go on.
+        search: where the rows stand; those that are verified go on.
         order: which tokens to try.
         rows: ``[R]``.
         sizes: ``[R]`` how many for each.
@@ -38,38 +38,38 @@ def round_of(
     Yields:
         What was found, and the name of the order that each column of candidates comes from.
     """
-    widths = _widths(frontier, rows, left)
+    widths = _widths(search, rows, left)
     # An order may speak in another voice once a first round has shown something.
-    kinds = torch.stack([(frontier.rounds[rows] > 0).long(), sizes, widths], dim=1)
+    kinds = torch.stack([(search.rounds[rows] > 0).long(), sizes, widths], dim=1)
     for kind in torch.unique(kinds, dim=0):
         alike = (kinds == kind).all(dim=1).nonzero()[:, 0]
         size, widest = int(kind[1]), int(torch.minimum(kind[2], left[alike].max()))
-        for some in torch.split(alike, frontier.transformer.embedding.at_a_time):
+        for some in torch.split(alike, search.transformer.embedding.at_a_time):
             members = rows[some]
-            proposed = _proposed(frontier, order, members, size, widest, beside)
+            proposed = _proposed(search, order, members, size, widest, beside)
             ids = proposed.ids.view(len(members), -1, len(proposed.orders))
             at_a_time = max(1, _AT_A_TIME // ids[0].numel())
             for part in torch.split(torch.arange(len(members), device=rows.device), at_a_time):
-                for trial in frontier.run_ahead(members[part], ids[part], left[some[part]]):
+                for trial in search.run_ahead(members[part], ids[part], left[some[part]]):
                     yield trial, proposed.orders
 
 
 def _proposed(
-    frontier: Frontier, order: CandidateOrder, rows: Tensor, size: int, width: int, beside: int
+    search: PrefixSearch, order: Proposer, rows: Tensor, size: int, width: int, beside: int
 ) -> Candidates:
     """For the next ``width`` places or as many as can be run together, else the next alone."""
     while width > 1:
         count = max(beside, size // width)
-        if frontier.prefix.reaches(rows, width, count):
-            ahead = order.ahead(frontier, rows, width, count)
-            return order.propose(frontier, rows, size) if ahead is None else ahead
+        if search.prefix.reaches(rows, width, count):
+            ahead = order.ahead(search, rows, width, count)
+            return order.propose(search, rows, size) if ahead is None else ahead
         width //= 2
-    return order.propose(frontier, rows, size)
+    return order.propose(search, rows, size)
 
 
-def _widths(frontier: Frontier, rows: Tensor, left: Tensor) -> Tensor:
+def _widths(search: PrefixSearch, rows: Tensor, left: Tensor) -> Tensor:
     """``[R]`` places to run together: up to a power of two, so that many rows are alike."""
-    fresh = frontier.count[rows] == 0
-    reach = torch.minimum(frontier.reach[rows], left).clamp(min=1)
+    fresh = search.count[rows] == 0
+    reach = torch.minimum(search.reach[rows], left).clamp(min=1)
     powers = 2 ** reach.double().log2().ceil().long()
     return torch.where(fresh, powers, 1)

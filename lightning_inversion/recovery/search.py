@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from lightning_inversion.recovery.measurements import Measurements
 from torch import Tensor
 
-from lightning_inversion.recovery.instruments import Instruments
 from lightning_inversion.transformer.prefix import KnownPrefix
 
 _KEPT = 16
@@ -26,9 +26,9 @@ class Trial:
         rows: ``[R]``.
         ids: ``[R, K]`` the candidates.
         residuals: ``[R, K]`` how far each is from the target, see ``Calibration``.
-        tolerance: ``[R]`` the residual up to which one is certified.
+        threshold: ``[R]`` the residual up to which one is verified.
         best: ``[R]`` the candidate that came closest.
-        certified: ``[R]`` bool, True where it is certified: the row has gone on behind it.
+        verified: ``[R]`` bool, True where it is verified: the row has gone on behind it.
         tried: ``[R]`` tokens run at this place so far, these among them.
         again: True where an earlier trial has counted the forward that showed this.
     """
@@ -36,18 +36,18 @@ class Trial:
     rows: Tensor
     ids: Tensor
     residuals: Tensor
-    tolerance: Tensor
+    threshold: Tensor
     best: Tensor
-    certified: Tensor
+    verified: Tensor
     tried: Tensor
     again: bool = False
 
 
-class Frontier:
+class PrefixSearch:
     """The next unknown token of each of B texts.
 
     Args:
-        instruments: of the model.
+        measurements: of the model.
         target: ``[B, T, F]`` features to reproduce.
         prefix: where its known tokens are kept; default a new one.
 
@@ -61,10 +61,10 @@ class Frontier:
     """
 
     def __init__(
-        self, instruments: Instruments, target: Tensor, prefix: KnownPrefix | None = None
+        self, measurements: Measurements, target: Tensor, prefix: KnownPrefix | None = None
     ) -> None:
-        self.instruments, self.target = instruments, target
-        self.transformer, self.readout = instruments.transformer, instruments.readout
+        self.measurements, self.target = measurements, target
+        self.transformer, self.probe = measurements.transformer, measurements.probe
         B, device, embedding = len(target), target.device, self.transformer.embedding
         self.prefix = prefix or KnownPrefix(self.transformer, B)
         self.tried = torch.zeros(B, embedding.vocabulary_size, dtype=torch.bool, device=device)
@@ -98,13 +98,13 @@ class Frontier:
         return self.target[rows, self.positions(rows)]
 
     def linear_guess(self, rows: Tensor) -> Tensor:
-        """``[R, D]`` what the readout makes of the target."""
-        return self.readout(self.target_at(rows), self.positions(rows))
+        """``[R, D]`` what the probe makes of the target."""
+        return self.probe(self.target_at(rows), self.positions(rows))
 
     def guess(self, rows: Tensor) -> Tensor:
         """``[R, D]`` the linear guess, corrected by the wrong candidates that came closest.
 
-        Each wrong candidate shows by how much the readout misses in this context: what the readout
+        Each wrong candidate shows by how much the probe misses in this context: what the probe
         makes of such a token on average, plus its difference between target and candidate, is a
         guess without that miss (a secant step). The closer a candidate came, the more it counts.
         A first token has no context, so that what another one shows says nothing of it.
@@ -128,7 +128,7 @@ class Frontier:
         return torch.where(known, self._closest[rows, :count], self.guess(rows)[:, None])
 
     def try_out(self, rows: Tensor, ids: Tensor) -> Trial:
-        """Run candidates ``[R, K]``; learn from them; go on behind one that is certified."""
+        """Run candidates ``[R, K]``; learn from them; go on behind one that is verified."""
         return next(self.run_ahead(rows, ids[:, None], torch.ones_like(rows)))
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class Frontier:
         """Run candidates ``[R, W, K]`` of the next W places together (speculative decoding).
 
         Those of a place stand behind the first ones of the places before, and show something as
-        long as these are certified.
+        long as these are verified.
 
         Args:
             rows: ``[R]``.
@@ -158,12 +158,12 @@ class Frontier:
                 break
             trial, chosen = self._judge(rows[some], ids[some, place], features[some, place])
             kept = torch.full_like(each, -1)
-            kept[some] = torch.where(trial.certified, place * K + chosen, -1)
+            kept[some] = torch.where(trial.verified, place * K + chosen, -1)
             self.prefix.keep(rows, kept)
             if W == 1:
                 self.rounds[trial.rows] += 1
-            self._leave(trial.rows[trial.certified])
-            on_course[some] = trial.certified & (chosen == 0)
+            self._leave(trial.rows[trial.verified])
+            on_course[some] = trial.verified & (chosen == 0)
             came += on_course
             on_course &= left > place + 1
             if place == W - 1 or not on_course.any():
@@ -177,20 +177,20 @@ class Frontier:
 
     def _judge(self, rows: Tensor, ids: Tensor, features: Tensor) -> tuple[Trial, Tensor]:
         """What candidates ``[R, K]`` with features ``[R, K, F]`` show, and which was closest."""
-        positions, calibration = self.positions(rows), self.instruments.calibration
+        positions, calibration = self.positions(rows), self.measurements.calibration
         places = positions[:, None].expand(ids.shape)
         residuals = calibration.residual(features, self.target_at(rows)[:, None], places)
         count = self.count[rows] + (~self.tried[rows[:, None], ids]).sum(1)
         closest, chosen = residuals.min(dim=1)
-        tolerance = calibration.tolerance[positions.clamp(max=1)]
-        certified = closest <= tolerance
-        wrong = ~certified
+        threshold = calibration.threshold[positions.clamp(max=1)]
+        verified = closest <= threshold
+        wrong = ~verified
         # A row that goes on forgets what was tried: most do with their first token.
         self.tried[rows[wrong, None], ids[wrong]] = True
         self.count[rows[wrong]] = count[wrong]
         self._learn(rows[wrong], ids[wrong], features[wrong])
         best = ids.gather(1, chosen[:, None])[:, 0]
-        return Trial(rows, ids, residuals, tolerance, best, certified, count), chosen
+        return Trial(rows, ids, residuals, threshold, best, verified, count), chosen
 
     def accept(self, rows: Tensor, ids: Tensor) -> None:
         """Go on behind tokens ``[R]`` that nothing certifies."""
@@ -204,7 +204,7 @@ class Frontier:
             return
         positions = self.positions(rows)[:, None].expand(ids.shape)
         target = self.target_at(rows)[:, None]
-        distance = self.readout.standardize(features, positions) - self.readout.standardize(
+        distance = self.probe.standardize(features, positions) - self.probe.standardize(
             target, positions[:, :1]
         )
         errors = torch.linalg.vector_norm(distance, dim=-1)
@@ -212,9 +212,9 @@ class Frontier:
         pick = torch.arange(len(rows), device=rows.device)[:, None]
         vectors = self.transformer.embedding(ids[pick, closest])
         corrected = (
-            self.readout.expected(vectors, positions[pick, closest])
+            self.probe.expected(vectors, positions[pick, closest])
             + self.linear_guess(rows)[:, None]
-            - self.readout(features[pick, closest], positions[pick, closest])
+            - self.probe(features[pick, closest], positions[pick, closest])
         )
         errors = torch.cat([self._errors[rows], errors[pick, closest]], dim=1)
         order = errors.argsort(dim=1, stable=True)[:, :_KEPT]

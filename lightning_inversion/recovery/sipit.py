@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator
 
 import torch
+from lightning_inversion.recovery.measurements import Measurements
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.certificate import RecoveredText, TokenCertificate
-from lightning_inversion.recovery.instruments import Instruments
+from lightning_inversion.recovery.certificate import RecoveredPrompt, TokenCertificate
 from lightning_inversion.recovery.policy import RecoveryPolicy
 
 _RESET_EVERY = 50
@@ -60,22 +60,22 @@ class SIPIT(RecoveryPolicy):
 
     def recover(
         self,
-        instruments: Instruments,
+        measurements: Measurements,
         target: Tensor,
         lengths: list[int],
         known: Tensor | None = None,
         start: Tensor | None = None,
-    ) -> Iterator[list[RecoveredText]]:
+    ) -> Iterator[list[RecoveredPrompt]]:
         """Recover B texts, one after the other; a round is one candidate."""
         began = time.monotonic()
         generator = torch.Generator().manual_seed(self.seed)
         beginning = () if known is None else tuple(known.tolist())
-        texts = [RecoveredText(known=beginning) for _ in lengths]
-        limit = instruments.transformer.embedding.vocabulary_size
+        texts = [RecoveredPrompt(known=beginning) for _ in lengths]
+        limit = measurements.transformer.embedding.vocabulary_size
         limit = min(self.budget or limit, limit)
         for text, features, length in zip(texts, target, lengths, strict=True):
             for position in range(len(beginning), length):
-                place = _Place(self.tolerance, instruments, features[position], text, generator)
+                place = _Place(self.tolerance, measurements, features[position], text, generator)
                 while True:
                     place.iterate()
                     late = self.deadline is not None and time.monotonic() - began > self.deadline
@@ -94,12 +94,12 @@ class _Place:
     def __init__(
         self,
         tolerance: float | None,
-        instruments: Instruments,
+        measurements: Measurements,
         target: Tensor,
-        text: RecoveredText,
+        text: RecoveredPrompt,
         generator: torch.Generator,
     ) -> None:
-        self.transformer, self.calibration = instruments.transformer, instruments.calibration
+        self.transformer, self.calibration = measurements.transformer, measurements.calibration
         self.tolerance, self.target, self.text = tolerance, target, text
         embedding = self.transformer.embedding
         self.prefix = torch.tensor([text.ids], dtype=torch.long, device=target.device)
@@ -134,21 +134,21 @@ class _Place:
             self.proxy = self._vector(self.candidate)
 
     def certificate(self) -> TokenCertificate:
-        """What was found. ``certified`` is SIPIT's own test; residual and tolerance are ours."""
+        """What was found. ``verified`` is SIPIT's own test; residual and tolerance are ours."""
         residual, token = (self.residual, self.candidate) if self.accepted else self.best[0]
-        twins = self.transformer.embedding.twins
-        same = (twins == twins[token]).nonzero()[:, 0].tolist()
+        first_duplicate = self.transformer.embedding.first_duplicate
+        same = (first_duplicate == first_duplicate[token]).nonzero()[:, 0].tolist()
         others = [pair for pair in self.best if pair[1] not in same]
         return TokenCertificate(
             id=token,
-            certified=self.accepted,
+            verified=self.accepted,
             residual=residual,
-            tolerance=self._calibrated(),
+            threshold=self._calibrated(),
             runner_up=others[0][0] if others else None,
             candidates=len(self.tried),
             order=SIPIT.__name__,
             seconds=time.monotonic() - self.began,
-            indistinguishable=tuple(other for other in same if other != token),
+            duplicates=tuple(other for other in same if other != token),
             alternatives=() if self.accepted else (token, *(other for _, other in others)),
         )
 
@@ -180,4 +180,4 @@ class _Place:
         return torch.allclose(features, self.target, atol=self.tolerance)
 
     def _calibrated(self) -> float:
-        return float(self.calibration.tolerance[int(self.position.clamp(max=1))])
+        return float(self.calibration.threshold[int(self.position.clamp(max=1))])

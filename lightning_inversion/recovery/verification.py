@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 import torch
+from lightning_inversion.recovery.measurements import Measurements
 from torch import Tensor
-
-from lightning_inversion.recovery.instruments import Instruments
 
 
 @dataclass(frozen=True)
@@ -16,16 +15,16 @@ class Verdict:
         verified: ``[B, T]`` bool; True where the token and, in a causal model, all before it
             reproduce the target.
         residuals: ``[B, T]`` of each position, see ``Calibration``.
-        tolerances: ``[B, T]`` the residual up to which a position counts as reproduced.
+        thresholds: ``[B, T]`` the residual up to which a position counts as reproduced.
     """
 
     verified: Tensor
     residuals: Tensor
-    tolerances: Tensor
+    thresholds: Tensor
 
 
 def verify_text(
-    features: Tensor, target: Tensor, mask: Tensor, instruments: Instruments
+    features: Tensor, target: Tensor, mask: Tensor, measurements: Measurements
 ) -> Verdict:
     """Judge decoded tokens by their features.
 
@@ -33,15 +32,15 @@ def verify_text(
         features: ``[B, T, F]`` of the decoded tokens.
         target: ``[B, T, F]``.
         mask: ``[B, T]`` True at a token.
-        instruments: of the transformer that made both.
+        measurements: of the transformer that made both.
     """
-    calibration = instruments.calibration
+    calibration = measurements.calibration
     positions = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
     residuals = calibration.residual(features, target, positions)
-    tolerances = calibration.tolerance[positions.clamp(max=1)]
-    reproduced = (residuals <= tolerances) | ~mask
-    if instruments.transformer.causal:
+    thresholds = calibration.threshold[positions.clamp(max=1)]
+    reproduced = (residuals <= thresholds) | ~mask
+    if measurements.transformer.causal:
         reproduced = reproduced.cummin(dim=1).values
     else:
         reproduced = reproduced.all(dim=1, keepdim=True).expand_as(mask)
-    return Verdict(reproduced & mask, residuals, tolerances)
+    return Verdict(reproduced & mask, residuals, thresholds)

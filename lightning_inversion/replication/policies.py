@@ -30,11 +30,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import lightning_inversion
 from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.certificate import RecoveredText
+from lightning_inversion.files import Record, append_records, read_records
+from lightning_inversion.recovery.certificate import RecoveredPrompt
 from lightning_inversion.recovery.first_token import scan
-from lightning_inversion.recovery.instruments import Instruments
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveryPolicy
-from lightning_inversion.results import Row, append_rows, read_rows
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -136,22 +136,22 @@ def protocol_texts(
 
 
 def run_policy(
-    policy: RecoveryPolicy, instruments: Instruments, ids: Tensor, cap: float | None
-) -> Row:
+    policy: RecoveryPolicy, measurements: Measurements, ids: Tensor, cap: float | None
+) -> Record:
     """Let a policy recover texts, for ``cap`` seconds at most; what it did, as plain values.
 
     Args:
         policy: new, without state.
-        instruments: of the model.
+        measurements: of the model.
         ids: ``[N, T]`` the right tokens.
         cap: seconds after which it is stopped between two rounds; None for none.
     """
-    target = instruments.transformer.features_of(ids)
-    texts: list[RecoveredText] = []
+    target = measurements.transformer.features_of(ids)
+    texts: list[RecoveredPrompt] = []
     capped = False
     began = time.monotonic()
     with torch.no_grad():
-        for texts in policy.recover(instruments, target, [ids.shape[1]] * len(ids)):
+        for texts in policy.recover(measurements, target, [ids.shape[1]] * len(ids)):
             if cap is not None and time.monotonic() - began > cap:
                 capped = any(len(text.tokens) < ids.shape[1] for text in texts)
                 break
@@ -159,8 +159,8 @@ def run_policy(
     return {"seconds": round(seconds, 3), "capped": capped, **scores(texts, ids.tolist())}
 
 
-def scores(texts: list[RecoveredText], right: list[list[int]]) -> Row:
-    """How many tokens are right and certified, and what they took."""
+def scores(texts: list[RecoveredPrompt], right: list[list[int]]) -> Record:
+    """How many tokens are right and verified, and what they took."""
     pairs = [
         (token, truth)
         for text, ids in zip(texts, right, strict=True)
@@ -172,10 +172,9 @@ def scores(texts: list[RecoveredText], right: list[list[int]]) -> Row:
         "tokens": sum(map(len, right)),
         "done": len(pairs),
         "right": sum(token.id == truth for token, truth in pairs),
-        "certified": sum(token.certified for token, _ in pairs),
+        "verified": sum(token.verified for token, _ in pairs),
         "false_certificates": sum(
-            token.certified and truth not in (token.id, *token.indistinguishable)
-            for token, truth in pairs
+            token.verified and truth not in (token.id, *token.duplicates) for token, truth in pairs
         ),
         "exact": sum(text.ids == ids for text, ids in zip(texts, right, strict=True)),
         "candidates_median": _quantile(later, 0.5),
@@ -236,7 +235,7 @@ class Protocol:
 
     def missing(self, depth: int) -> list[NamedPolicy]:
         """The policies without a row; the baseline too, where one of the others has none."""
-        there = [row for row in read_rows(self.results) if self._is_cell(row, depth)]
+        there = [row for row in read_records(self.results) if self._is_cell(row, depth)]
         done = {(row["policy"], row["settings"]) for row in there}
         missing = [
             policy for policy in self.policies if (policy.name, policy.fingerprint) not in done
@@ -245,7 +244,7 @@ class Protocol:
         others = [policy for policy in missing if policy.name != BASELINE]
         return [*baseline, *others] if others else missing
 
-    def _is_cell(self, row: Row, depth: int) -> bool:
+    def _is_cell(self, row: Record, depth: int) -> bool:
         mine = (self.model, depth, self.prompts, self.length)
         return (row["model"], row["depth"], row["texts"], row["length"]) == mine
 
@@ -261,12 +260,12 @@ class Protocol:
     ) -> None:
         transformer = TruncatedTransformer.from_model(model, tokenizer, depth=depth)
         language_model = LanguageModel(model, transformer.caches)
-        instruments, measuring = _timed(lambda: Instruments.measure(transformer, language_model))
-        _, scanning = _timed(lambda: scan(transformer, instruments.readout))
+        measurements, measuring = _timed(lambda: Measurements.measure(transformer, language_model))
+        _, scanning = _timed(lambda: scan(transformer, measurements.probe))
         ids = torch.tensor(texts, device=transformer.device)
         # Of three, because the first also warms up and the others may be disturbed.
         forward = min(_timed(lambda: transformer.features_of(ids))[1] for _ in range(3))
-        shared: Row = {
+        shared: Record = {
             "run": run,
             "model": self.model,
             "depth": depth,
@@ -283,20 +282,20 @@ class Protocol:
             "version_transformers": transformers.__version__,
         }
         say(
-            f"depth {depth}: instruments {measuring:.1f} s, first tokens {scanning:.1f} s, "
+            f"depth {depth}: measurements {measuring:.1f} s, first tokens {scanning:.1f} s, "
             f"one forward {forward:.2f} s"
         )
         for policy in policies:
             # What the others are compared to ends, unless it is alone.
             compared_to = policy.name == BASELINE and len(policies) > 1
             cap = None if compared_to else self.cap
-            row = run_policy(policy.build(), instruments, ids, cap)
-            index = len(read_rows(self.results))
+            row = run_policy(policy.build(), measurements, ids, cap)
+            index = len(read_records(self.results))
             named = {"index": index, "policy": policy.name, "settings": policy.fingerprint}
-            append_rows(self.results, [{**named, **shared, **row}])
+            append_records(self.results, [{**named, **shared, **row}])
             say(
                 f"depth {depth}, {policy.name}: {row['right']}/{row['tokens']} right, "
-                f"{row['certified']} certified, {row['false_certificates']} falsely, "
+                f"{row['verified']} verified, {row['false_certificates']} falsely, "
                 f"{row['seconds']:.1f} s{' (stopped)' if row['capped'] else ''}"
             )
 

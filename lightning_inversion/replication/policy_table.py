@@ -26,20 +26,20 @@ python -m lightning_inversion.replication.policies --policies recommended prior_
 python -m lightning_inversion.replication.policy_table                              # write this page
 ```
 
-- *certified*: tokens that reproduce the target; *false*: certified, and wrong; *exact*: texts that
+- *verified*: tokens that reproduce the target; *false*: verified, and wrong; *exact*: texts that
   are right as a whole.
 - *candidates*: tokens tried for a place (median / 95% / most), position 0 aside: it has an order of
   its own, a scan of the vocabulary that is made once for a model and a depth and then kept.
 - *forwards*: runs of the truncated model in which a text took part, summed over the texts;
   *x forward*: the time in units of one forward over all texts.
-- *s a token*: seconds for each certified token; *x recommended*: the same in units of the
+- *s a token*: seconds for each verified token; *x recommended*: the same in units of the
   recommended policy, on the same texts in the same process. A policy that was stopped has paid for
   its easiest tokens alone, not for the ones it was at: its *x recommended* is a lower bound, and
   can fall below 1 where the easiest tokens are cheap for everybody.
 """
 
 _COLUMNS = (
-    "policy", "right", "certified", "false", "exact", "candidates", "forwards", "seconds",
+    "policy", "right", "verified", "false", "exact", "candidates", "forwards", "seconds",
     "x forward", "s a token", "x recommended", "",
 )  # fmt: skip
 
@@ -94,7 +94,7 @@ def _line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     cells = [
         row["policy"],
         f"{row['right']}/{row['tokens']}",
-        str(row["certified"]),
+        str(row["verified"]),
         str(row["false_certificates"]),
         f"{row['exact']}/{row['texts']}",
         " / ".join("-" if number is None else str(number) for number in candidates),
@@ -109,7 +109,7 @@ def _line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 
 def _seconds_a_token(row: dict[str, Any]) -> float | None:
-    return float(row["seconds"]) / row["certified"] if row["certified"] else None
+    return float(row["seconds"]) / row["verified"] if row["verified"] else None
 
 
 def _ratio(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:

@@ -54,14 +54,14 @@ class Outcome:
 
     Attributes:
         right: the share of tokens that are read right.
-        certified: the share of tokens that are proven by running them.
-        false: how many tokens are certified, and yet wrong.
+        verified: the share of tokens that are verified by running them.
+        false: how many tokens are verified, and yet wrong.
         texts: how many.
         exact: texts that are read whole.
     """
 
     right: float
-    certified: float
+    verified: float
     false: int
     texts: int
     exact: int
@@ -70,10 +70,10 @@ class Outcome:
     def of(cls, results: Sequence[Result]) -> Outcome:
         """What the results come to."""
         group = Group({}, tuple(results))
-        right, certified = group.mean("token_accuracy"), group.mean("certified")
+        right, verified = group.mean("token_accuracy"), group.mean("verified_share")
         return cls(
             right=right.value if right else 0,
-            certified=certified.value if certified else 0,
+            verified=verified.value if verified else 0,
             false=group.false_proofs,
             texts=len(results),
             exact=sum(bool(result.exact) for result in results),
@@ -85,15 +85,15 @@ class Outcome:
         return in_percent(self.right)
 
     @property
-    def proven(self) -> str:
-        """The share of tokens that is certified."""
-        return in_percent(self.certified)
+    def proof(self) -> str:
+        """The share of tokens that is verified."""
+        return in_percent(self.verified)
 
     def __str__(self) -> str:
-        proven = "all certified" if self.certified == 1 else f"{self.proven} certified"
-        if not self.certified:
-            proven = "none certified"
-        return f"{self.read} of the tokens, {proven}"
+        verified = "all verified" if self.verified == 1 else f"{self.proof} verified"
+        if not self.verified:
+            verified = "none verified"
+        return f"{self.read} of the tokens, {verified}"
 
 
 def write_audit(parts: Sequence[Part], out: Path, texts: int = 20) -> Path:
@@ -171,9 +171,9 @@ def summary(parts: Sequence[Part], outcomes: dict[Key, Outcome]) -> list[str]:
             said += _of_attack(depth, name, here)
     false = sum(outcome.false for outcome in outcomes.values())
     if false:
-        said.append(f"{false} certified tokens are wrong: a fault of the method.")
-    elif any(outcome.certified for outcome in outcomes.values()):
-        said.append("No certified token is wrong.")
+        said.append(f"{false} verified tokens are wrong: a fault of the method.")
+    elif any(outcome.verified for outcome in outcomes.values()):
+        said.append("No verified token is wrong.")
     return said
 
 

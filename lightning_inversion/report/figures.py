@@ -109,8 +109,8 @@ def _figures(reading: Reading) -> Iterator[Figure]:
     results = reading.results
     right: Callable[[Result], float | None] = lambda r: r.token_accuracy  # noqa: E731
     exact: Callable[[Result], float | None] = lambda r: r.exact  # noqa: E731
-    proven: Callable[[Result], float | None] = lambda r: r.certified  # noqa: E731
-    measures = (("tokens right", right), ("texts exact", exact), ("tokens proven", proven))
+    verified: Callable[[Result], float | None] = lambda r: r.verified_share  # noqa: E731
+    measures = (("tokens right", right), ("texts exact", exact), ("tokens verified", verified))
 
     def along(setting: str, number: Callable[[Any], float | None]) -> list[_Panel]:
         drawn = [(name, curves_along(results, setting, m, number)) for name, m in measures]

@@ -17,16 +17,16 @@ import yaml
 
 from lightning_inversion.errors import InputError
 
-SCHEMA = 3
+SCHEMA = 4
 """The newest version of a row's keys that is understood."""
 NEEDED = {"index", "recovered", "model", "depth"}
 """Keys without which a row is not a row of ours."""
 OUTCOMES = {
     "schema", "index", "prompt", "recovered", "recovered_tokens", "recovered_ids",
     "recovered_scores", "ids", "exact", "token_accuracy", "top_k_accuracy", "top_k_ids", "hamming",
-    "verified", "verified_tokens", "unresolved", "certified", "relative_residuals",
-    "token_residuals", "tolerances", "known_tokens", "forwards", "margins", "candidates", "orders",
-    "token_seconds", "alternatives", "indistinguishable", "tolerance", "distance_ratio",
+    "verified", "verified_tokens", "unresolved", "relative_residuals",
+    "token_residuals", "thresholds", "known_tokens", "forwards", "margins", "candidates", "orders",
+    "token_seconds", "alternatives", "duplicates", "threshold", "distance_ratio",
     "criterion_met", "criterion_met_at", "iterations", "seconds", "present", "range", "error",
     "settings", "seed", "weights_sha256",
 }  # fmt: skip
@@ -37,9 +37,9 @@ _PARTS_OF_A_CONFIG = (
 _PLACE_OF_A_CLASS = re.compile(r"(?<='class_path': ')[\w.]+\.")
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-CERTIFIED, TWIN, RIGHT, IN_TOP_K, WRONG, UNKNOWN, FALSE = "ctrkwux"
-"""Marks of a token: proven by running it; proven, one of several that nothing tells apart; right;
-wrong with the right one among the best; wrong; not proven, and nobody knows the prompt; proven and
+VERIFIED, TWIN, RIGHT, IN_TOP_K, WRONG, UNKNOWN, FALSE = "ctrkwux"
+"""Marks of a token: verified by running it; verified, one of several that nothing tells apart; right;
+wrong with the right one among the best; wrong; not verified, and nobody knows the prompt; verified and
 yet wrong, which must never be."""
 
 
@@ -74,11 +74,11 @@ class Result:
     seconds: float | None
 
     @property
-    def certified(self) -> float | None:
-        """The share of tokens that are proven; None where nothing was tried."""
+    def verified_share(self) -> float | None:
+        """The share of tokens that are verified; None where nothing was tried."""
         if self.verified is None or not self.marks:
             return None
-        return sum(mark in (CERTIFIED, TWIN, FALSE) for mark in self.marks) / len(self.marks)
+        return sum(mark in (VERIFIED, TWIN, FALSE) for mark in self.marks) / len(self.marks)
 
 
 @dataclass
@@ -210,20 +210,20 @@ def marks_of(row: dict[str, Any]) -> str:
     """A letter for each token of a row, '' where it does not hold them."""
     recovered, ids = row.get("recovered_ids") or [], row.get("ids")
     count = len(recovered)
-    if "certified" in row:
-        proven = [bool(token) for token in row["certified"]]
+    if row.get("token_verified"):
+        verified = [bool(token) for token in row["token_verified"]]
     elif "unresolved" in row:
         unresolved = set(row["unresolved"])
-        proven = [token not in unresolved for token in range(count)]
+        verified = [token not in unresolved for token in range(count)]
     else:
-        proven = [False] * count
-    proven += [False] * (count - len(proven))
-    twins = set(row.get("indistinguishable") or ())
+        verified = [False] * count
+    verified += [False] * (count - len(verified))
+    first_duplicate = set(row.get("duplicates") or ())
     best = row.get("top_k_ids") or [[]] * count
     return "".join(
         _mark(
-            proven[token],
-            token in twins,
+            verified[token],
+            token in first_duplicate,
             None if ids is None or token >= len(ids) else recovered[token] == ids[token],
             ids is not None and token < len(ids) and ids[token] in best[token],
         )
@@ -231,11 +231,11 @@ def marks_of(row: dict[str, Any]) -> str:
     )
 
 
-def _mark(proven: bool, twin: bool, right: bool | None, in_top_k: bool) -> str:
-    if proven and right is False and not twin:
+def _mark(verified: bool, twin: bool, right: bool | None, in_top_k: bool) -> str:
+    if verified and right is False and not twin:
         return FALSE
-    if proven:
-        return TWIN if twin else CERTIFIED
+    if verified:
+        return TWIN if twin else VERIFIED
     if right is None:
         return UNKNOWN
     if right:
@@ -277,7 +277,7 @@ def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 
 # What a row says itself, under another name.
-_SAID = {"learnable.start": "start", "seed": "seed", "iterations": "iterations_limit"}
+_SAID = {"learnable.initializer": "start", "seed": "seed", "iterations": "iterations_limit"}
 
 
 def _beside(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from lightning_inversion import __version__
 from lightning_inversion.files import visible
 from lightning_inversion.report.curves import label_of
 from lightning_inversion.report.load import (
-    CERTIFIED,
     FALSE,
     IN_TOP_K,
     RIGHT,
     TWIN,
     UNKNOWN,
+    VERIFIED,
     WRONG,
     Reading,
     Result,
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 MOST_TEXTS = 400
 """Texts on a page; more would only be slow to scroll."""
 MEANING = {
-    CERTIFIED: "proven by running it",
-    TWIN: "proven, but another token has the same embedding",
-    RIGHT: "right, not proven",
+    VERIFIED: "verified by running it",
+    TWIN: "verified, but another token has the same embedding",
+    RIGHT: "right, not verified",
     IN_TOP_K: "wrong, the right one among the best",
     WRONG: "wrong",
-    UNKNOWN: "not proven, the prompt is not known",
-    FALSE: "proven and wrong: a fault of the method",
+    UNKNOWN: "not verified, the prompt is not known",
+    FALSE: "verified and wrong: a fault of the method",
 }
 
 
@@ -144,11 +144,11 @@ def findings(results: Sequence[Result]) -> list[str]:
         exact = [result.exact for result in results if result.exact is not None]
         said.append(f"{span}; {sum(exact)} of {len(exact)} texts are exact.")
     marks = "".join(result.marks for result in results)
-    proven = sum(marks.count(mark) for mark in (CERTIFIED, TWIN, FALSE))
-    if proven:
+    verified = sum(marks.count(mark) for mark in (VERIFIED, TWIN, FALSE))
+    if verified:
         false = marks.count(FALSE)
         said.append(
-            f"{proven} of {len(marks)} tokens are proven by running them; "
+            f"{verified} of {len(marks)} tokens are verified by running them; "
             f"{false or 'none'} of these {'is' if false < 2 else 'are'} wrong."
         )
     return said
@@ -198,7 +198,7 @@ def _sections(groups: Sequence[Group], texts: int) -> list[Section]:
 
 
 def _text(result: Result) -> Text:
-    right = sum(mark in (CERTIFIED, TWIN, RIGHT) for mark in result.marks)
+    right = sum(mark in (VERIFIED, TWIN, RIGHT) for mark in result.marks)
     said = f"{right}/{len(result.marks)}" if result.marks else cell_text(result.token_accuracy)
     prompt = "" if result.exact or result.prompt is None else visible(result.prompt)
     return Text(result.index + 1, _tokens(result), prompt, said)
@@ -207,7 +207,7 @@ def _text(result: Result) -> Text:
 def _tokens(result: Result) -> list[Token]:
     """The coloured pieces; the whole text as one where its tokens are not told apart."""
     if len(result.tokens) != len(result.marks) or not result.marks:
-        mark = CERTIFIED if result.verified else RIGHT if result.exact else UNKNOWN
+        mark = VERIFIED if result.verified else RIGHT if result.exact else UNKNOWN
         return [Token(visible(result.recovered), mark)]
     pieces: list[Token] = []
     for text, mark in zip(result.tokens, result.marks, strict=True):

@@ -58,7 +58,7 @@ class Group:
 
     @property
     def false_proofs(self) -> int:
-        """Tokens that are proven and wrong."""
+        """Tokens that are verified and wrong."""
         return sum(result.marks.count(FALSE) for result in self.results)
 
     def mean(self, measure: str) -> Mean | None:

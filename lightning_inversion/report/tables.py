@@ -14,7 +14,7 @@ MEASURES = {
     "tokens right": "token_accuracy",
     "exact": "exact",
     "in top k": "top_k_accuracy",
-    "proven": "certified",
+    "verified": "verified_share",
 }
 """A column's name, and the attribute of a result whose mean it is."""
 FIRST = ("command", "model", "depth", "features", "channel")
@@ -39,7 +39,7 @@ def _line(group: Group, apart: Sequence[str]) -> Line:
         **{name: value for name, value in settings.items() if name in FIRST},
         "prompts": group.prompts,
         **{name: group.mean(measure) for name, measure in MEASURES.items()},
-        "proven and wrong": group.false_proofs,
+        "verified and wrong": group.false_proofs,
         **{name: value for name, value in settings.items() if name not in FIRST},
         "seeds": group.seeds,
         "iterations (median)": group.median("iterations"),
@@ -83,8 +83,8 @@ def cell_text(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, Mean):
-        spread = "" if value.low == value.high else f" [{value.low:.2f}, {value.high:.2f}]"
-        return f"{value.value:.3f}{spread}"
+        std = "" if value.low == value.high else f" [{value.low:.2f}, {value.high:.2f}]"
+        return f"{value.value:.3f}{std}"
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     return str(value)

@@ -13,16 +13,11 @@ from typing import Any, Literal
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import claimed
-from lightning_inversion.results import Row, read_rows
+from lightning_inversion.results import FILE, ResultRow, read_rows
 from lightning_inversion.sweep.grid import Cell
 
 State = Literal["waiting", "running", "done", "failed"]
-SWEEP_FILE, CELL_FILE, MESSAGES, RESULTS = (
-    "sweep.json",
-    "cell.json",
-    "messages.txt",
-    "results.jsonl",
-)
+SWEEP_FILE, CELL_FILE, MESSAGES = "sweep.json", "cell.json", "messages.txt"
 
 
 @dataclass(frozen=True)
@@ -97,9 +92,9 @@ class SweepFolder:
         file = self.of(cell) / CELL_FILE
         return Standing(**_read(file)) if file.exists() else Standing()
 
-    def rows(self, cell: Cell) -> list[Row]:
+    def rows(self, cell: Cell) -> list[ResultRow]:
         """The finished rows of a cell."""
-        return read_rows(self.of(cell) / RESULTS)
+        return read_rows(self.of(cell) / FILE)
 
     def unfinished(self) -> list[Cell]:
         """Cells that are not done, in order."""

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_inversion.results import Row
+from lightning_inversion.results import ResultRow
 from lightning_inversion.sweep.estimate import in_words, total
 from lightning_inversion.sweep.folder import Standing, SweepFolder
 from lightning_inversion.sweep.grid import Cell
@@ -123,8 +123,8 @@ class Progress:
         return f"{len(left)} of {len(self.sweep.cells)} cells left: {time_left}"
 
 
-def _mean(rows: list[Row], key: str) -> str:
-    values: list[Any] = [row[key] for row in rows if row.get(key) is not None]
+def _mean(rows: list[ResultRow], key: str) -> str:
+    values: list[Any] = [getattr(row, key) for row in rows if getattr(row, key) is not None]
     return f"{sum(values) / len(values):.3f}" if values else ""
 
 

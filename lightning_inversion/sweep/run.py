@@ -18,8 +18,8 @@ from lightning_inversion.cli.lightning import InversionCLI, quiet_lightning
 from lightning_inversion.cli.resume import FITTED, PREDICTED, differences
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
-from lightning_inversion.results import read_rows
-from lightning_inversion.sweep.folder import MESSAGES, RESULTS, SweepFolder
+from lightning_inversion.results import FILE, read_rows
+from lightning_inversion.sweep.folder import MESSAGES, SweepFolder
 from lightning_inversion.sweep.grid import Cell
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.shared import SharedModels
@@ -141,7 +141,7 @@ def probe(cell: Cell) -> float | None:
         with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
             run = TimedRun([cell.command, *cell.arguments, *place, *few])
         seconds = time.perf_counter() - began
-        rows = len(read_rows(Path(folder) / "probe" / "first" / RESULTS))
+        rows = len(read_rows(Path(folder) / "probe" / "first" / FILE))
     prompts = len(getattr(whole.datamodule, "texts", ()))
     if not rows or not prompts:
         return None

@@ -57,7 +57,14 @@ class TokenEmbedding(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TokenEmbedding:
         # What was computed from the matrix does not move with it to another device.
-        for cached in ("_inverse_gram", "mean", "spread", "norms", "_duplicates", "twins"):
+        for cached in (
+            "_inverse_gram",
+            "mean",
+            "std",
+            "norms",
+            "_duplicates",
+            "first_duplicate",
+        ):
             self.__dict__.pop(cached, None)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's is unannotated
         return self
@@ -129,7 +136,7 @@ class TokenEmbedding(nn.Module):
 
     @cached_property
     @torch.no_grad()
-    def spread(self) -> float:
+    def std(self) -> float:
         """The root mean square distance of an entry of W from its column's mean."""
         squares = 0.0
         for rows in torch.split(self.matrix, _ROWS):
@@ -148,7 +155,7 @@ class TokenEmbedding(nn.Module):
         return self._duplicates
 
     @cached_property
-    def twins(self) -> Tensor:
+    def first_duplicate(self) -> Tensor:
         """The first token ``[V]`` with the same row as each token: itself, for nearly all."""
         first = torch.arange(self.vocabulary_size, device=self.matrix.device)
         for group in self._duplicates:

@@ -33,7 +33,7 @@ perfect on what it was fitted on is not so elsewhere."""
 
 
 @dataclass(frozen=True)
-class Readout:
+class LinearProbe:
     """Two affine maps: one for position 0, which sees no other token, one for all later ones.
 
     Attributes:
@@ -84,7 +84,7 @@ class Readout:
     @torch.no_grad()
     def fit(
         cls, transformer: TruncatedTransformer, seed: int = 0, text: Tensor | None = None
-    ) -> Readout:
+    ) -> LinearProbe:
         """Fit on random tokens: 16,384 later ones and 4,096 first ones, more for wide features.
 
         Half of the later ones are drawn evenly, half as text draws them: the map must tell frequent
@@ -120,7 +120,7 @@ def _as_frequent_as_in_text(vocabulary: int, tokens: int, generator: torch.Gener
 def _regression(
     transformer: TruncatedTransformer, texts: list[Tensor], positions: slice
 ) -> tuple[Tensor, ...]:
-    """What a readout has of one kind of position, from sums over chunks of tokens."""
+    """What a probe has of one kind of position, from sums over chunks of tokens."""
     device = transformer.device
     F, D = transformer.feature_size, transformer.embedding.width
     count = 0
@@ -128,7 +128,7 @@ def _regression(
     squares = torch.zeros(F, F, dtype=torch.float64, device=device)
     products = torch.zeros(F, D, dtype=torch.float64, device=device)
     embeds = torch.zeros(D, dtype=torch.float64, device=device)
-    spread = torch.zeros(D, D, dtype=torch.float64, device=device)
+    variation = torch.zeros(D, D, dtype=torch.float64, device=device)
     chunks = (
         chunk
         for ids in texts
@@ -143,7 +143,7 @@ def _regression(
         squares.addmm_(x.T, x)
         products.addmm_(x.T, y)
         embeds += y.sum(0)
-        spread.addmm_(y.T, y)
+        variation.addmm_(y.T, y)
     mean, bias = sums / count, embeds / count
     # In place, as a wide model's matrix in float64 takes hundreds of megabytes.
     covariance = squares.div_(count).sub_(torch.outer(mean, mean))
@@ -152,8 +152,8 @@ def _regression(
     correlation.diagonal().add_(_RIDGE)
     shared = products.div_(count).sub_(torch.outer(mean, bias)).div_(scale[:, None])
     matrix = torch.linalg.solve(correlation, shared)
-    spread.div_(count).sub_(torch.outer(bias, bias))
-    told = _told(spread, spread - shared.T @ matrix)
+    variation.div_(count).sub_(torch.outer(bias, bias))
+    told = _told(variation, variation - shared.T @ matrix)
     return tuple(part.float() for part in (mean, scale, matrix, bias, *told))
 
 

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaModel
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.cli.lightning import run
 from lightning_inversion.decoding import L2Decoder, decode
-from lightning_inversion.inputs import EmbeddingInput, EmbeddingStart
+from lightning_inversion.inputs import EmbeddingInput, MeanInitializer
 from lightning_inversion.recovery.proposals import best_untried
 from lightning_inversion.transformer.embedding import TokenEmbedding
 
@@ -57,7 +57,7 @@ def compare(vocabulary: int, width: int, places: int) -> None:
         block(inputs_embeds=leaf, use_cache=False).last_hidden_state.square().sum().backward()
 
     embedding = TokenEmbedding(torch.randn(vocabulary, width))
-    learnable = EmbeddingInput(EmbeddingStart())
+    learnable = EmbeddingInput(MeanInitializer())
     learnable.allocate(vectors.shape)
     learnable.values.data.copy_(vectors)
     flat = vectors.flatten(0, 1)[: embedding.at_a_time]

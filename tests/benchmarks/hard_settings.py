@@ -1,7 +1,7 @@
 """``python -m tests.benchmarks.hard_settings``: exact recovery where states were not kept whole.
 
 Rounded, noisy, sliced, quantised, normed: for each setting, how many tokens of the protocol's texts
-are right, how many are certified, and whether any certificate is false. Prints a markdown table.
+are right, how many are verified, and whether any certificate is false. Prints a markdown table.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lightning_inversion.data.targets import Storage
-from lightning_inversion.recovery.instruments import Instruments
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import recovered
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.replication.policies import protocol_texts
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=4096)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
     options = parser.parse_args()
-    print("| setting | right | certified | false certificates | seconds | tolerance |")
+    print("| setting | right | verified | false certificates | seconds | threshold |")
     print("|---|---|---|---|---|---|")
     for name in options.settings:
         loaded, stored = SETTINGS[name]
@@ -64,10 +64,10 @@ def main() -> None:
         ids = torch.tensor(texts)
         channel = Storage(**stored)
         target = channel(transformer.features_of(ids))
-        instruments = Instruments.measure(transformer, language_model, channel)
+        measurements = Measurements.measure(transformer, language_model, channel)
         began = time.monotonic()
         policy = TokenRecovery(budget=options.budget)
-        found = recovered(policy, instruments, target, [options.length] * len(texts))
+        found = recovered(policy, measurements, target, [options.length] * len(texts))
         seconds = time.monotonic() - began
         pairs = [
             (token, right)
@@ -75,15 +75,14 @@ def main() -> None:
             for token, right in zip(text.tokens, row, strict=True)
         ]
         right = sum(token.id == truth for token, truth in pairs)
-        certified = sum(token.certified for token, _ in pairs)
+        verified = sum(token.verified for token, _ in pairs)
         false = sum(
-            token.certified and truth not in (token.id, *token.indistinguishable)
-            for token, truth in pairs
+            token.verified and truth not in (token.id, *token.duplicates) for token, truth in pairs
         )
-        tolerance = float(instruments.calibration.tolerance[1])
+        threshold = float(measurements.calibration.threshold[1])
         print(
-            f"| {name} | {right}/{len(pairs)} | {certified} | {false} | {seconds:.0f} | "
-            f"{tolerance:.2g} |",
+            f"| {name} | {right}/{len(pairs)} | {verified} | {false} | {seconds:.0f} | "
+            f"{threshold:.2g} |",
             flush=True,
         )
 

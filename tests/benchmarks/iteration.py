@@ -21,7 +21,7 @@ from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.cli.lightning import RunCheckpoint, quiet_lightning
 from lightning_inversion.data.prompts import PromptDataModule
-from lightning_inversion.inputs import EmbeddingInput, EmbeddingStart
+from lightning_inversion.inputs import EmbeddingInput, MeanInitializer
 from lightning_inversion.module import InputInversion
 from lightning_inversion.objectives import L1
 from lightning_inversion.transformer.loading import TransformerSpec
@@ -68,7 +68,7 @@ def through_trainer(
 ) -> float:
     """Seconds an iteration through the Trainer, with every default callback and logger."""
     module = InputInversion(
-        learnable=EmbeddingInput(EmbeddingStart()),
+        learnable=EmbeddingInput(MeanInitializer()),
         objective=L1(),
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
         iterations=iterations,

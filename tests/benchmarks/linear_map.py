@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.instruments import Instruments
-from lightning_inversion.recovery.linear_map import LinearMap
+from lightning_inversion.recovery.linear_map import ProbeProposer
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.prior import LanguageModelPrior
-from lightning_inversion.recovery.search import Frontier
+from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.replication.policies import protocol_texts
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
@@ -32,12 +32,12 @@ def ranks(scores: Tensor, right: Tensor) -> Tensor:
     return (scores > scores.gather(1, right[:, None])).sum(1)
 
 
-def directions(instruments: Instruments, guess: Tensor, shrunk: bool) -> Tensor:
+def directions(measurements: Measurements, guess: Tensor, shrunk: bool) -> Tensor:
     """Scores ``[N, V]`` by all directions, of tokens or of what the guess has of them."""
-    readout, embedding = instruments.readout, instruments.transformer.embedding
-    tokens = (embedding.matrix.float() - readout.bias[1]) @ readout.directions[1]
-    told = (guess - readout.bias[1]) @ readout.directions[1]
-    heard = readout.heard[1] if shrunk else torch.ones(tokens.shape[1])
+    probe, embedding = measurements.probe, measurements.transformer.embedding
+    tokens = (embedding.matrix.float() - probe.bias[1]) @ probe.directions[1]
+    told = (guess - probe.bias[1]) @ probe.directions[1]
+    heard = probe.heard[1] if shrunk else torch.ones(tokens.shape[1])
     return told @ tokens.T - (tokens.square() @ heard) / 2
 
 
@@ -53,24 +53,24 @@ def main() -> None:
     print("|---|---|---|---|---|---|", flush=True)
     for depth in depths:
         transformer = TruncatedTransformer.from_model(model, tokenizer, depth=depth)
-        instruments = Instruments.measure(transformer, LanguageModel(model, transformer.caches))
+        measurements = Measurements.measure(transformer, LanguageModel(model, transformer.caches))
         found: dict[str, list[Tensor]] = {"nearest": [], "all": [], "map": [], "with prior": []}
         for text in ids[:, None]:
-            frontier = Frontier(instruments, transformer.features_of(text))
-            order, prior = LinearMap(), LanguageModelPrior()
-            order.begin(frontier)
-            prior.begin(frontier)
+            search = PrefixSearch(measurements, transformer.features_of(text))
+            order, prior = ProbeProposer(), LanguageModelPrior()
+            order.begin(search)
+            prior.begin(search)
             row = torch.zeros(1, dtype=torch.long)
             for place in range(text.shape[1]):
                 if place:
-                    right, guess = text[0, place, None], frontier.guess(row)
-                    likely = order.scores(frontier, row)
-                    found["nearest"].append(ranks(directions(instruments, guess, False), right))
-                    found["all"].append(ranks(directions(instruments, guess, True), right))
+                    right, guess = text[0, place, None], search.guess(row)
+                    likely = order.scores(search, row)
+                    found["nearest"].append(ranks(directions(measurements, guess, False), right))
+                    found["all"].append(ranks(directions(measurements, guess, True), right))
                     found["map"].append(ranks(likely, right))
-                    both = likely + prior.scores(frontier, row)
+                    both = likely + prior.scores(search, row)
                     found["with prior"].append(ranks(both, right))
-                frontier.accept(row, text[:, place])
+                search.accept(row, text[:, place])
                 prior.advance(row, text[:, place])
         for name, parts in found.items():
             rank = torch.cat(parts).double()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_inversion.recovery.instruments import Instruments
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
@@ -28,18 +28,18 @@ def main() -> None:
     assert transformer.tokenizer is not None
     text = Path("README.md").read_text(encoding="utf-8")
     ids = transformer.tokenizer(text, return_tensors="pt").input_ids[:, : options.length]
-    instruments = Instruments.measure(transformer, LanguageModel(whole, transformer.caches))
+    measurements = Measurements.measure(transformer, LanguageModel(whole, transformer.caches))
     target = transformer.features_of(ids)
     marks: list[tuple[int, float]] = []
     began = time.monotonic()
     length = ids.shape[1]
     with torch.no_grad():
-        for (found,) in TokenRecovery().recover(instruments, target, [length]):
+        for (found,) in TokenRecovery().recover(measurements, target, [length]):
             if len(found.tokens) >= (len(marks) + 1) * length // 4:
                 marks.append((len(found.tokens), time.monotonic() - began))
     right = sum(ours == theirs for ours, theirs in zip(found.ids, ids[0].tolist(), strict=True))
-    certified = sum(token.certified for token in found.tokens)
-    print(f"{right}/{length} right, {certified} certified, {marks[-1][1]:.0f} s")
+    verified = sum(token.verified for token in found.tokens)
+    print(f"{right}/{length} right, {verified} verified, {marks[-1][1]:.0f} s")
     before = 0.0
     for count, seconds in marks:
         forward = time.monotonic()

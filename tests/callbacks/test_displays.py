@@ -44,7 +44,7 @@ def test_a_short_fit_is_shown_at_several_iterations(
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"))
     events.Reload()
     for kind, key in (
-        (events.Scalars, "tokens/proven"),
+        (events.Scalars, "tokens/verified"),
         (events.Images, "tokens/distance_to_nearest"),
         (events.Tensors, "tokens/top_k/text_summary"),
     ):
@@ -53,7 +53,7 @@ def test_a_short_fit_is_shown_at_several_iterations(
     said = [line for line in capsys.readouterr().err.splitlines() if "iteration" in line]
     assert said[0].startswith("iteration 1: distance ")
     assert " at its start, then token accuracy " in said[0]
-    assert "proven 1.000" in said[-1]
+    assert "verified 1.000" in said[-1]
     assert TEXT in said[-1]
     assert TEXT in last.string_val[0].decode()
 

@@ -165,12 +165,12 @@ def test_a_run_leaves_all_that_is_promised(tiny_folder: Path, tmp_path: Path, ca
     rows = rows_of(tmp_path)
     assert [row["prompt"] for row in rows] == ["The sky is blue.", "A quick brown fox"]
     assert {row["seed"] for row in rows} == {3}
-    assert all(row["schema"] == 3 and row["depth"] == 2 for row in rows)
+    assert all(row["schema"] == 4 and row["depth"] == 2 for row in rows)
     for row in rows:
         right = sum(a == b for a, b in zip(row["ids"], row["recovered_ids"], strict=True))
         assert row["token_accuracy"] == pytest.approx(right / len(row["ids"]))
         assert row["verified"] == (not row["unresolved"])
-        assert not (row["verified"] and not row["exact"] and not row["indistinguishable"])
+        assert not (row["verified"] and not row["exact"] and not row["duplicates"])
     output = capsys.readouterr().out
     assert str(folder / "results.jsonl") in output.replace("\n", "")
 
@@ -239,8 +239,8 @@ def test_the_defaults_of_fit_are_those_of_the_constructor(tiny_folder: Path) -> 
     parts = {key: RECOMMENDED[f"model.{key}"] for key in ("learnable", "objective")}
     module = InputInversion(TransformerSpec(model=str(tiny_folder)))
     assert parts["learnable"]["class_path"].endswith(f".{type(module.learnable).__name__}")
-    start = parts["learnable"]["init_args"]["start"]["class_path"]
-    assert start.endswith(f".{type(module.learnable.start).__name__}")
+    start = parts["learnable"]["init_args"]["initializer"]["class_path"]
+    assert start.endswith(f".{type(module.learnable.initializer).__name__}")
     assert parts["objective"]["class_path"].endswith(f".{type(module.objective).__name__}")
 
 
@@ -276,7 +276,7 @@ def test_a_fit_goes_on_behind_a_batch_that_ended_early(
 ) -> None:
     options = [
         "--model.transformer.depth=3", "--model.iterations=400", "--data.batch_size=1",
-        "--model.learnable.start=NormalStart", "--checkpoint.every=1",
+        "--model.learnable.initializer=NormalInitializer", "--checkpoint.every=1",
         "--token_by_token.candidates=1", "--token_by_token.most=1",
     ]  # fmt: skip
     assert run(fit(tiny_folder, tmp_path / "whole", *options)) == 0

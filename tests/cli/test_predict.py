@@ -39,18 +39,18 @@ def test_every_token_is_recovered_with_its_certificate(tiny_folder: Path, tmp_pa
         assert row["command"] == "predict"
         assert row["exact"]
         assert row["verified"]
-        assert row["certified"] == [True] * count
+        assert row["token_verified"] == [True] * count
         for key in (
             "token_residuals",
-            "tolerances",
+            "thresholds",
             "margins",
             "candidates",
             "orders",
             "token_seconds",
         ):
             assert len(row[key]) == count
-        assert all(r <= t for r, t in zip(row["token_residuals"], row["tolerances"], strict=True))
-        assert row["policy"].startswith("TokenRecovery(LinearMap+GradientProxy")
+        assert all(r <= t for r, t in zip(row["token_residuals"], row["thresholds"], strict=True))
+        assert row["policy"].startswith("TokenRecovery(ProbeProposer+GradientProxy")
 
 
 def test_it_goes_on_where_it_stopped(tiny_folder: Path, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_fit_says_which_tokens_to_try_first(tiny_folder: Path, tmp_path: Path,
     assert all(row["exact"] and row["verified"] for row in rows)
     # The fit has found the texts: the first token that is tried at a place is the right one.
     for row in rows:
-        assert {order.split("+")[0] for order in row["orders"][1:]} == {"OptimizedInput"}
+        assert {order.split("+")[0] for order in row["proposers"][1:]} == {"NearestToInput"}
         assert set(row["candidates"][1:]) <= {2, 4}
 
     capsys.readouterr()

@@ -12,8 +12,8 @@ from lightning_inversion.callbacks.token_by_token import TokenByToken
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.cli.lightning import RunCheckpoint, quiet_lightning
 from lightning_inversion.data.prompts import PromptDataModule
+from lightning_inversion.files import read_records
 from lightning_inversion.module import InputInversion
-from lightning_inversion.results import read_rows
 from lightning_inversion.transformer.loading import TransformerSpec
 
 PROMPTS = ["The sky is blue.", "bus", "A quick brown fox jumps over the lazy dog.", "day " * 40]
@@ -60,7 +60,7 @@ def test_a_batch_too_large_comes_as_two(
         ],
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
-    rows = read_rows(tmp_path / "results.jsonl")
+    rows = read_records(tmp_path / "results.jsonl")
     assert [row["prompt"] for row in rows] == PROMPTS
     errors = [row["error"] for row in rows]
     assert errors[:3] == [None] * 3

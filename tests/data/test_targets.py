@@ -206,13 +206,13 @@ def test_cheap_mismatches_come_before_the_model(
 def test_a_fit_proves_what_a_coarse_capture_lets_it(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for number, (noise, proven) in enumerate((("0.01", True), ("3.0", False))):
+    for number, (noise, verified) in enumerate((("0.01", True), ("3.0", False))):
         path = capture(tiny_folder, tmp_path, "--store=float16", f"--noise={noise}")
         more = ("--token_by_token.candidates=64", "--token_by_token.most=64")
         assert run(fit(tiny_folder, tmp_path, f"--data.targets={path}", *more)) == 0
-        assert ("none can be proven" in capsys.readouterr().err) is not proven
+        assert ("none can be verified" in capsys.readouterr().err) is not verified
         for row in rows_of(tmp_path, version=number):
-            assert row["verified"] is proven
+            assert row["verified"] is verified
         path.unlink()
 
 

@@ -101,7 +101,7 @@ def test_a_candidate_order(my_parts: ModuleType, tiny_folder: Path, tmp_path: Pa
     )  # fmt: skip
     (tmp_path / "mixture.yaml").write_text(yaml_of_a_mixture)
     row = predict(tiny_folder, tmp_path / "mixed", f"--config={tmp_path / 'mixture.yaml'}")
-    assert row["policy"] == "TokenRecovery(LinearMap+SuspectedText)"
+    assert row["policy"] == "TokenRecovery(ProbeProposer+SuspectedText)"
 
 
 def test_a_model_family(my_parts: ModuleType, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""Exact recovery on the real model: the text comes back, and nothing wrong is ever certified."""
+"""Exact recovery on the real model: the text comes back, and nothing wrong is ever verified."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from lightning_inversion.recovery.instruments import Instruments
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import recovered
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.language_model import LanguageModel
@@ -22,11 +22,11 @@ def test_a_sentence_comes_back_token_by_token_from_two_blocks() -> None:
     transformer, whole = TransformerSpec(depth=2).load_with_head()
     assert transformer.tokenizer is not None
     ids = transformer.tokenizer(TEXT, return_tensors="pt").input_ids
-    instruments = Instruments.measure(transformer, LanguageModel(whole, transformer.caches))
+    measurements = Measurements.measure(transformer, LanguageModel(whole, transformer.caches))
     target = transformer.features_of(ids)
-    (text,) = recovered(TokenRecovery(), instruments, target, [ids.shape[1]])
+    (text,) = recovered(TokenRecovery(), measurements, target, [ids.shape[1]])
     assert text.ids == ids[0].tolist()
-    assert text.certified
+    assert text.verified
     assert sum(token.candidates for token in text.tokens) < 64 * len(text.tokens)
 
 
@@ -35,8 +35,8 @@ def test_of_a_hundred_thousand_wrong_candidates_none_is_certified(
 ) -> None:
     assert smollm2.tokenizer is not None
     ids = smollm2.tokenizer(TEXT, return_tensors="pt").input_ids
-    instruments = Instruments.measure(smollm2)
-    calibration, embedding = instruments.calibration, smollm2.embedding
+    measurements = Measurements.measure(smollm2)
+    calibration, embedding = measurements.calibration, smollm2.embedding
     target = smollm2.features_of(ids)
     everything = torch.arange(embedding.vocabulary_size)
     offered = 0
@@ -44,12 +44,12 @@ def test_of_a_hundred_thousand_wrong_candidates_none_is_certified(
         prefix = KnownPrefix(smollm2, 1)
         prefix.begin(torch.tensor([0]), embedding(ids), torch.tensor([position]))
         right = int(ids[0, position])
-        wrong = everything[embedding.twins != embedding.twins[right]]
+        wrong = everything[embedding.first_duplicate != embedding.first_duplicate[right]]
         for part in [torch.tensor([right]), *torch.split(wrong, 512)]:
             features = prefix.candidates(torch.tensor([0]), embedding(part[None]))[0]
             place = torch.full((len(part),), position)
             residuals = calibration.residual(features, target[0, position], place)
-            accepted = residuals <= calibration.tolerance[min(position, 1)]
+            accepted = residuals <= calibration.threshold[min(position, 1)]
             assert accepted.tolist() == [int(token) == right for token in part]
         offered += len(wrong)
     assert offered > 100_000

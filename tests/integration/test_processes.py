@@ -27,7 +27,7 @@ class Run(StartedRun):
         self.prompts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 10))) for _ in range(24)]
         self.prompts.insert(3, "")  # a bad one, which must not stop the others
         own = [] if predict else [
-            "--model.learnable.start=NormalStart", "--model.iterations=200",
+            "--model.learnable.initializer=NormalInitializer", "--model.iterations=200",
             "--token_by_token.candidates=2", "--token_by_token.most=2", "--checkpoint.every=10",
         ]  # fmt: skip
         arguments = [

@@ -24,7 +24,7 @@ def test_quickstart_recovers_and_proves_every_token(tmp_path: Path, capsys) -> N
     assert row["exact"]
     assert row["verified"]
     assert row["unresolved"] == []
-    assert all(map(operator.le, row["token_residuals"], row["tolerances"]))
+    assert all(map(operator.le, row["token_residuals"], row["thresholds"]))
     assert "The sky is blue or red" in capsys.readouterr().out
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from lightning_inversion.recovery import look_back
-from lightning_inversion.recovery.instruments import Instruments
 from lightning_inversion.recovery.look_back import LookBack
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import recovered
 from lightning_inversion.recovery.prior import LanguageModelPrior
-from lightning_inversion.recovery.proposals import CandidateOrder
+from lightning_inversion.recovery.proposals import Proposer
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from tests.tiny import VOCABULARY
 
@@ -33,11 +33,11 @@ def test_the_token_that_something_came_closest_behind_stays() -> None:
 
 
 def test_what_follows_decides_between_plausible_tokens(
-    instruments: Instruments, monkeypatch: pytest.MonkeyPatch
+    measurements: Measurements, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The target is blurred so that a wrong token looks best at place 1, as much noise would do."""
     monkeypatch.setattr(look_back, "_ENOUGH", VOCABULARY)
-    transformer, calibration = instruments.transformer, instruments.calibration
+    transformer, calibration = measurements.transformer, measurements.calibration
     ids = torch.tensor([[7, 40, 3, 250, 9]])
     target = transformer.features_of(ids)
     texts = ids.repeat(VOCABULARY, 1)
@@ -51,10 +51,10 @@ def test_what_follows_decides_between_plausible_tokens(
     right = float(distances[40])
     plausible = torch.full_like(calibration.plausible, 1.01 * right)
     blurred = dataclasses.replace(
-        instruments, calibration=dataclasses.replace(calibration, plausible=plausible)
+        measurements, calibration=dataclasses.replace(calibration, plausible=plausible)
     )
 
-    class WrongFirst(CandidateOrder):
+    class WrongFirst(Proposer):
         """Both tokens early, so that they are compared."""
 
         needs_language_model = True
@@ -62,8 +62,8 @@ def test_what_follows_decides_between_plausible_tokens(
         def __init__(self) -> None:
             self.prior = LanguageModelPrior()
 
-        def begin(self, frontier):  # type: ignore[no-untyped-def]
-            self.prior.begin(frontier)
+        def begin(self, search):  # type: ignore[no-untyped-def]
+            self.prior.begin(search)
 
         def advance(self, rows, ids):  # type: ignore[no-untyped-def]
             self.prior.advance(rows, ids)
@@ -71,15 +71,15 @@ def test_what_follows_decides_between_plausible_tokens(
         def take_back(self, rows):  # type: ignore[no-untyped-def]
             self.prior.take_back(rows)
 
-        def scores(self, frontier, rows):  # type: ignore[no-untyped-def]
-            scores = self.prior.scores(frontier, rows).clone()
+        def scores(self, search, rows):  # type: ignore[no-untyped-def]
+            scores = self.prior.scores(search, rows).clone()
             scores[:, [40, wrong]] += 100.0
             return scores
 
     policy = TokenRecovery(WrongFirst(), candidates=16, most=64)
     (text,) = recovered(policy, blurred, target, [5])
     assert text.ids == ids[0].tolist()
-    assert [token.certified for token in text.tokens] == [True, False, True, True, True]
+    assert [token.verified for token in text.tokens] == [True, False, True, True, True]
     assert text.tokens[1].alternatives[:2] == (40, wrong)
     assert len(text.tokens) == 5
     assert text.tokens[2].candidates <= VOCABULARY

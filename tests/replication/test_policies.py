@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_inversion.recovery.certificate import RecoveredText, TokenCertificate
+from lightning_inversion.recovery.certificate import RecoveredPrompt, TokenCertificate
 from lightning_inversion.replication.policies import (
     NamedPolicy,
     main,
@@ -60,7 +60,7 @@ def test_two_policies_side_by_side_and_their_table(
     rows = run("recommended", "sipit")
     assert [row["policy"] for row in rows] == ["recommended", "sipit"]
     for row in rows:
-        assert row["right"] == row["certified"] == row["tokens"] == 10
+        assert row["right"] == row["verified"] == row["tokens"] == 10
         assert row["exact"] == 2
         assert row["false_certificates"] == 0
         assert not row["capped"]
@@ -88,7 +88,7 @@ def row(**changed: object) -> dict[str, object]:
         "index": 0, "run": "a", "policy": "recommended", "model": "m", "depth": 1, "texts": 2,
         "length": 5, "cap": None, "capped": False, "measuring_seconds": 1.0, "scan_seconds": 2.0,
         "forward_seconds": 0.5, "seconds": 5.0, "tokens": 10, "done": 10, "right": 10,
-        "certified": 10, "false_certificates": 0, "exact": 2, "candidates_median": 4,
+        "verified": 10, "false_certificates": 0, "exact": 2, "candidates_median": 4,
         "candidates_p95": 9, "candidates_max": 11, "forwards": 30, **changed,
     }  # fmt: skip
 
@@ -97,8 +97,8 @@ def test_ratios_are_of_one_run_and_a_stopped_policy_is_a_bound(tmp_path: Path) -
     rows = [
         row(),
         row(policy="prior_alone", seconds=20.0),
-        row(policy="sipit", seconds=60.0, capped=True, cap=60.0, certified=3, done=3),
-        row(policy="none", seconds=60.0, capped=True, cap=60.0, certified=0, done=0),
+        row(policy="sipit", seconds=60.0, capped=True, cap=60.0, verified=3, done=3),
+        row(policy="none", seconds=60.0, capped=True, cap=60.0, verified=0, done=0),
         row(policy="alone", run="b"),
         row(run="c", seconds=50.0),
     ]
@@ -116,24 +116,24 @@ def test_ratios_are_of_one_run_and_a_stopped_policy_is_a_bound(tmp_path: Path) -
 
 
 def token(
-    id: int, certified: bool, candidates: int, twins: tuple[int, ...] = ()
+    id: int, verified: bool, candidates: int, first_duplicate: tuple[int, ...] = ()
 ) -> TokenCertificate:
-    return TokenCertificate(id, certified, 0.0, 1.0, None, candidates, "any", 0.0, twins)
+    return TokenCertificate(id, verified, 0.0, 1.0, None, candidates, "any", 0.0, first_duplicate)
 
 
 def test_scores_by_hand() -> None:
     texts = [
-        RecoveredText([token(1, True, 900), token(2, True, 3), token(9, False, 50)], forwards=4),
-        RecoveredText(
+        RecoveredPrompt([token(1, True, 900), token(2, True, 3), token(9, False, 50)], forwards=4),
+        RecoveredPrompt(
             [token(4, True, 800), token(7, True, 1, (5,)), token(8, True, 2)], forwards=5
         ),
-        RecoveredText([token(1, True, 700)], forwards=1),  # stopped here
+        RecoveredPrompt([token(1, True, 700)], forwards=1),  # stopped here
     ]
     found = scores(texts, [[1, 2, 3], [4, 5, 6], [1, 1, 1]])
     assert found["tokens"] == 9
     assert found["done"] == 7
     assert found["right"] == 4
-    assert found["certified"] == 6
+    assert found["verified"] == 6
     assert found["false_certificates"] == 1  # 8; 7 cannot be told from 5
     assert found["exact"] == 0
     assert found["forwards"] == 10

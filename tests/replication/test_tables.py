@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_inversion.errors import InputError
 from lightning_inversion.replication import bandwidth
 from lightning_inversion.replication import run as experiments
-from lightning_inversion.errors import InputError
 from lightning_inversion.replication.channel import critical_widths, curve
 from lightning_inversion.replication.claims import Experiment, outcome_of, read_claims
 from lightning_inversion.replication.stand_ins import make_stand_in

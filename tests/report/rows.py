@@ -16,7 +16,7 @@ WORDS = (
 def row(
     index: int, *, depth: int = 1, seed: int = 0, right: float = 1.0, length: int = 6, **more: Any
 ) -> dict[str, Any]:
-    """A row of ``fit``: each token is right, and proven, with the given probability."""
+    """A row of ``fit``: each token is right, and verified, with the given probability."""
     draw = random.Random(f"{index} {depth} {seed} {right}")
     words = [WORDS[draw.randrange(len(WORDS))] for _ in range(length)]
     ids = [WORDS.index(word) for word in words]
@@ -41,8 +41,8 @@ def row(
         "verified_tokens": sum(hits),
         "unresolved": [place for place, hit in enumerate(hits) if not hit],
         "relative_residuals": [0.001 if hit else 0.9 for hit in hits],
-        "tolerance": 0.003,
-        "indistinguishable": [],
+        "threshold": 0.003,
+        "duplicates": [],
         "distance_ratio": 0.5,
         "criterion_met": True,
         "criterion_met_at": 3,
@@ -70,15 +70,15 @@ def row(
 def predicted(index: int, **more: Any) -> dict[str, Any]:
     """A row of ``predict``: as that of ``fit``, with certificates token by token."""
     made = row(index, **more)
-    proven = [token not in made["unresolved"] for token in range(len(made["recovered_ids"]))]
+    verified = [token not in made["unresolved"] for token in range(len(made["recovered_ids"]))]
     for key in ("relative_residuals", "top_k_ids", "objective", "distance_ratio"):
         del made[key]
     draw = random.Random(index)
     made["command"] = "predict"
-    made["certified"] = proven
-    made["residuals"] = [0.001 if hit else 0.9 for hit in proven]
-    made["candidates"] = [1 + int(draw.paretovariate(0.7)) for _ in proven]
-    made["orders"] = ["readout"] * len(proven)
+    made["verified"] = verified
+    made["residuals"] = [0.001 if hit else 0.9 for hit in verified]
+    made["candidates"] = [1 + int(draw.paretovariate(0.7)) for _ in verified]
+    made["orders"] = ["probe"] * len(verified)
     return {**made, **{key: value for key, value in more.items() if key in made}}
 
 

@@ -67,10 +67,10 @@ def test_nothing_to_report_is_said_in_one_sentence(tmp_path: Path) -> None:
     [
         ({}, "crkwu"[:3] + "w"),
         ({"ids": None}, "cuuu"),
-        ({"indistinguishable": [0]}, "trkw"),
+        ({"duplicates": [0]}, "trkw"),
         ({"recovered_ids": [9, 2, 4, 7]}, "xrkw"),
-        ({"recovered_ids": [9, 2, 4, 7], "indistinguishable": [0]}, "trkw"),
-        ({"certified": [True, True, False, False], "unresolved": None}, "cckw"),
+        ({"recovered_ids": [9, 2, 4, 7], "duplicates": [0]}, "trkw"),
+        ({"verified": [True, True, False, False], "unresolved": None}, "cckw"),
     ],
 )
 def test_a_letter_for_each_token(more, marks) -> None:
@@ -100,7 +100,7 @@ def test_a_run_has_the_settings_that_its_command_uses_and_no_others(tmp_path: Pa
         "model: {objective: {class_path: x.L1}, iterations: 500, recovery: {class_path: "
         "x.y.TokenRecovery, init_args: {order: [{class_path: x.y.%s}]}}, optimizer: {lr: %s}}"
     )
-    for order, rate in (("LinearMap", 0.1), ("NearestTokens", 0.2)):
+    for order, rate in (("ProbeProposer", 0.1), ("NearestTokens", 0.2)):
         fitted = write_run(tmp_path / f"fit-{order}", [row(0, objective="L1")])
         (fitted / "config.yaml").write_text(config % (order, rate))
         read_back = write_run(tmp_path / f"predict-{order}", [predicted(0)])
@@ -113,7 +113,7 @@ def test_a_run_has_the_settings_that_its_command_uses_and_no_others(tmp_path: Pa
     assert by_command == {
         "fit": [{**same, "optimizer.lr": 0.1}, {**same, "optimizer.lr": 0.2}],
         "predict": [
-            {**same, "recovery.order": "[{'class_path': 'LinearMap'}]"},
+            {**same, "recovery.order": "[{'class_path': 'ProbeProposer'}]"},
             {**same, "recovery.order": "[{'class_path': 'NearestTokens'}]"},
         ],
     }

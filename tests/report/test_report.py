@@ -45,9 +45,9 @@ def test_the_tables_say_what_the_rows_say(runs: Path) -> None:
     mean = sum(made["token_accuracy"] for made in rows) / len(rows)
     assert float(deep["tokens right"]) == pytest.approx(mean)
     assert float(deep["tokens right low"]) < mean < float(deep["tokens right high"])
-    proven = sum(made["verified_tokens"] / 6 for made in rows) / len(rows)
-    assert float(deep["proven"]) == pytest.approx(proven)
-    assert (deep["seeds"], deep["proven and wrong"]) == ("2", "0")
+    verified = sum(made["verified_tokens"] / 6 for made in rows) / len(rows)
+    assert float(deep["verified"]) == pytest.approx(verified)
+    assert (deep["seeds"], deep["verified and wrong"]) == ("2", "0")
     assert [line["tokens right"] for line in json.loads(as_json(table))] == [
         pytest.approx(float(line["tokens right"])) for line in lines
     ]
@@ -239,9 +239,9 @@ def test_the_page_marks_tokens_and_limits_texts(tmp_path: Path) -> None:
     text = page(*_read(tmp_path), [], "Mine", 10)
     assert "<title>Mine</title>" in text
     shown = rows[:10]
-    proven = sum(made["verified_tokens"] for made in shown)
-    assert text.count('class="tok c"') == proven + 1  # and one in the legend
-    assert text.count('class="tok w"') == 60 - proven + 1
+    verified = sum(made["verified_tokens"] for made in shown)
+    assert text.count('class="tok c"') == verified + 1  # and one in the legend
+    assert text.count('class="tok w"') == 60 - verified + 1
     assert "20 more in the files" in text
     none = page(*_read(tmp_path), [], "Mine", 0)
     assert 'class="tok' not in none
@@ -250,7 +250,7 @@ def test_the_page_marks_tokens_and_limits_texts(tmp_path: Path) -> None:
 def test_findings_count_proofs_and_say_so_where_one_is_wrong(tmp_path: Path) -> None:
     write_run(tmp_path / "good", [row(0), row(1)])
     (_, _, proofs) = findings(read([tmp_path]).results)
-    assert proofs == "12 of 12 tokens are proven by running them; none of these is wrong."
+    assert proofs == "12 of 12 tokens are verified by running them; none of these is wrong."
     wrong = row(2)
     wrong["recovered_ids"] = [(token + 1) % len(WORDS) for token in wrong["ids"]]
     write_run(tmp_path / "bad", [wrong])

@@ -84,14 +84,14 @@ def test_an_audit_says_what_its_rows_say(
     untouched = rows_of(folder / "predict,depth=2,untouched")
     assert all(row["verified"] and row["exact"] for row in untouched)
     assert (
-        "At depth 2, exact recovery reads 100% of the tokens, all certified, and 2 of 2 texts "
+        "At depth 2, exact recovery reads 100% of the tokens, all verified, and 2 of 2 texts "
         "whole (untouched). Nothing changes with: " in page
     )
     loud = rows_of(folder / "predict,depth=2,loud")
     right = sum(row["token_accuracy"] for row in loud) / len(loud)
     assert right < 1
-    assert not any(sum(row["certified"]) for row in loud)
-    assert f"Loud: {in_percent(right)} of the tokens, none certified." in page
+    assert not any(sum(row["verified"]) for row in loud)
+    assert f"Loud: {in_percent(right)} of the tokens, none verified." in page
     (fit,) = folder.glob("fit,*")
     accuracy = [row["token_accuracy"] for row in rows_of(fit)]
     assert f"gradient inversion reads {in_percent(sum(accuracy) / len(accuracy))} of" in page

@@ -61,14 +61,14 @@ def test_mean_and_spread() -> None:
     embedding = random_embedding()
     torch.testing.assert_close(embedding.mean, embedding.matrix.mean(0))
     centred = embedding.matrix - embedding.matrix.mean(0)
-    assert embedding.spread == pytest.approx(centred.square().mean().sqrt().item(), rel=1e-5)
+    assert embedding.std == pytest.approx(centred.square().mean().sqrt().item(), rel=1e-5)
 
 
 def test_what_is_cached_follows_the_matrix() -> None:
     embedding = random_embedding()
-    spread, inverse = embedding.spread, embedding.unmix(embedding.matrix)
+    spread, inverse = embedding.std, embedding.unmix(embedding.matrix)
     embedding._apply(lambda tensor: tensor * 2)
-    assert embedding.spread == pytest.approx(2 * spread, rel=1e-5)
+    assert embedding.std == pytest.approx(2 * spread, rel=1e-5)
     torch.testing.assert_close(embedding.unmix(embedding.matrix), inverse)
 
 

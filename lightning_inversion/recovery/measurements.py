@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_inversion.recovery.calibration import Calibration, Channel
 from lightning_inversion.transformer.language_model import LanguageModel, own_text
-from lightning_inversion.transformer.linear_probe import Readout
+from lightning_inversion.transformer.linear_probe import LinearProbe
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 
@@ -18,12 +18,12 @@ def say_nothing(what: str) -> None:
 
 
 @dataclass(frozen=True)
-class Instruments:
+class Measurements:
     """What is measured once for a model, and used for every text.
 
     Attributes:
         transformer: the frozen model; causal.
-        readout: its linear guess.
+        probe: its linear guess.
         calibration: when a target counts as reproduced.
         language_model: the whole model; None where no order asks for it.
         text: ``[N, T]`` ids that it wrote; None without it.
@@ -31,7 +31,7 @@ class Instruments:
     """
 
     transformer: TruncatedTransformer
-    readout: Readout
+    probe: LinearProbe
     calibration: Calibration
     language_model: LanguageModel | None = None
     text: Tensor | None = None
@@ -44,7 +44,7 @@ class Instruments:
         language_model: LanguageModel | None = None,
         channel: Channel | None = None,
         say: Callable[[str], None] = say_nothing,
-    ) -> Instruments:
+    ) -> Measurements:
         """Everything for a model; the text it writes is kept in the cache folder.
 
         Args:
@@ -55,7 +55,7 @@ class Instruments:
         """
         say("measuring the linear map from features to tokens")
         text = None if language_model is None else own_text(language_model)
-        readout = Readout.fit(transformer, text=text)
+        probe = LinearProbe.fit(transformer, text=text)
         say("measuring how exactly a token reproduces its features")
-        calibration = Calibration.measure(transformer, readout, channel, text)
-        return cls(transformer, readout, calibration, language_model, text, say)
+        calibration = Calibration.measure(transformer, probe, channel, text)
+        return cls(transformer, probe, calibration, language_model, text, say)
