@@ -30,7 +30,7 @@ commands
 examples
   lightning-inversion fit --config configs/quickstart.yaml
   lightning-inversion fit --data.file prompts.txt --model.transformer.depth 4
-  lightning-inversion fit --config configs/document.yaml --data.prompts '["The sky is blue."]'
+  lightning-inversion fit --config configs/original/original.yaml --data.prompts '["The sky is blue."]'
   lightning-inversion fit --config configs/quickstart.yaml --ckpt_path last       resume
   lightning-inversion validate --config configs/quickstart.yaml --ckpt_path last
   lightning-inversion attribute "The wipers on the bus go swish swish" --out page.html
