@@ -74,37 +74,28 @@ class NamedPolicy:
         """
         path = Path(given) if given.endswith((".yaml", ".yml")) else configs / f"{given}.yaml"
         try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["recovery"]
+            policy = cls(path.stem, yaml.safe_load(path.read_text("utf-8"))["model"]["recovery"])
+            policy.build()
+        except InputError:
+            raise
         except OSError as error:
             raise InputError(
                 f"--policies: {str(path)!r} cannot be read: {error.strerror}; give the name of a "
                 f"file in {str(configs)!r}, or a path that ends in .yaml."
             ) from error
-        except (KeyError, TypeError, yaml.YAMLError) as error:
+        except Exception as error:  # of many kinds, depending on what is wrong
+            reason = " ".join(str(error).split())
             raise InputError(
-                f"--policies: {str(path)!r} has no model.recovery; write the policy's class_path "
-                "there."
+                f"--policies: {str(path)!r} describes no policy under model.recovery: {reason}"
             ) from error
-        policy = cls(path.stem, settings)
-        policy.build()
         return policy
 
     def build(self) -> RecoveryPolicy:
-        """A new policy, without state.
-
-        Raises:
-            InputError: the settings do not describe one.
-        """
+        """A new policy, without state."""
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--recovery", type=RecoveryPolicy)
-        try:
-            policy = parser.instantiate(parser.parse_object({"recovery": self.settings})).recovery
-        except InputError:
-            raise
-        except Exception as error:  # of many kinds, depending on what is wrong
-            reason = " ".join(str(error).split())
-            raise InputError(f"--policies: {self.name} describes no policy: {reason}") from error
-        assert isinstance(policy, RecoveryPolicy)
+        built = parser.instantiate(parser.parse_object({"recovery": self.settings}))
+        policy: RecoveryPolicy = built.recovery
         return policy
 
     @property
@@ -256,28 +247,36 @@ def run_protocol(options: argparse.Namespace) -> None:
         TransformerSpec(model=options.model, depth=depth).check()
 
     results = options.out / RESULTS
+    rows = read_records(results)
+    shared = {"model": options.model, "prompts": options.prompts, "length": options.length}
+    missing = {
+        depth: missing_policies(
+            [row for row in rows if {**shared, "depth": depth}.items() <= row.items()], policies
+        )
+        for depth in options.depths
+    }
+    if not any(missing.values()):
+        _LOG.info("every policy has its rows in %s", results)
+        return
     model, tokenizer = TransformerSpec(model=options.model).load_causal_lm()
-    vocabulary = model.get_input_embeddings().num_embeddings
-    assert isinstance(vocabulary, int)
-    prompts = protocol_prompts(tokenizer, vocabulary, file, options.length)[: options.prompts]
-    run = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    for depth in options.depths:
-        setting = {"model": options.model, "depth": depth, "prompts": options.prompts,
-                   "length": options.length}  # fmt: skip
-        rows = read_records(results)
-        here = [row for row in rows if setting.items() <= row.items()]
-        missing = missing_policies(here, policies)
-        if not missing:
-            _LOG.info("depth %d: every policy has its row in %s", depth, results)
-            continue
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    prompts = protocol_prompts(tokenizer, len(weight), file, options.length)[: options.prompts]
+    shared |= {
+        "run": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
+        "cap": options.cap,
+        "threads": torch.get_num_threads(),
+        "version": lightning_inversion.__version__,
+        "version_torch": torch.__version__,
+        "version_transformers": transformers.__version__,
+    }
+    index = len(rows)
+    for depth in (depth for depth in options.depths if missing[depth]):
         transformer = TruncatedTransformer.from_model(model, tokenizer, depth=depth)
         ids = torch.tensor(prompts, device=transformer.device)
-        shared = {"run": run, **setting, "cap": options.cap, "threads": torch.get_num_threads(),
-                  "version": lightning_inversion.__version__, "version_torch": torch.__version__,
-                  "version_transformers": transformers.__version__}  # fmt: skip
-        found = run_depth(transformer, model, missing, ids, options.cap)
-        for index, row in enumerate(found, start=len(rows)):
-            append_records(results, [{"index": index, **shared, **row}])
+        for row in run_depth(transformer, model, missing[depth], ids, options.cap):
+            append_records(results, [{"index": index, **shared, "depth": depth, **row}])
+            index += 1
 
 
 def _timed(work: Callable[[], T]) -> tuple[T, float]:
