@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
+from lightning_inversion.__main__ import main
 from lightning_inversion.cli.lightning import InversionCLI
-from lightning_inversion.cli.lightning import run as main
 from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.module import InputInversion
 from lightning_inversion.replication.claims import Experiment, read_experiments
