@@ -16,17 +16,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-import transformers
 import yaml
 from jsonargparse import ArgumentParser
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lightning_inversion
 from lightning_inversion.data.texts import read_prompts
@@ -41,6 +40,9 @@ from lightning_inversion.replication.claims import fingerprint_of
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
@@ -268,7 +270,7 @@ def run_protocol(options: argparse.Namespace) -> None:
         "threads": torch.get_num_threads(),
         "version": lightning_inversion.__version__,
         "version_torch": torch.__version__,
-        "version_transformers": transformers.__version__,
+        "version_transformers": version("transformers"),
     }
     index = len(rows)
     for depth in (depth for depth in options.depths if missing[depth]):
