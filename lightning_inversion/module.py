@@ -117,7 +117,7 @@ class InputInversion(Inversion, LightningModule):
     def report(self, metrics: dict[str, float]) -> None:
         """Metrics for the logger, and for Lightning's own tools (``ModelCheckpoint(monitor=)``)."""
         if not self._predicting:
-            self.log_dict(metrics, logger=False, batch_size=1)
+            self.log_dict(metrics, prog_bar=True, logger=False, batch_size=1)
         if self.logger is not None:
             self.logger.log_metrics(metrics, self.step)
 
@@ -146,8 +146,10 @@ class InputInversion(Inversion, LightningModule):
             if isinstance(moment, Tensor) and moment.shape == values.shape:
                 moment[restarted] = 0
 
-    def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor | None:
         """One iteration: the summed distance of the rows that still move."""
+        if self.state.is_empty:
+            return None  # the batch was too large
         distances = self.compute_distances()
         if self.logs_now:
             self.report({"match/distance": float(distances.detach().mean())})
@@ -162,6 +164,8 @@ class InputInversion(Inversion, LightningModule):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
             self.state.hold(before)
         self._features = None
+        if self.state.is_empty:
+            optimizer_closure()  # Lightning needs the result of a step, which is None
 
     def on_train_epoch_end(self) -> None:
         """The batch has ended; take the next."""
