@@ -52,7 +52,7 @@ class L2Decoder(Decoder):
     """
 
     def __call__(self, vectors: Tensor, embedding: TokenEmbedding) -> Tensor:
-        # In place: a second tensor of scores would take as much memory again.
+        # Computed in place: a second tensor of scores would take as much memory again.
         return embedding.dot(vectors).sub_(embedding.norms.square() / 2)
 
 
@@ -119,16 +119,16 @@ def decode(
             values[wanted]
         )  # a verified token has one vector wherever it stands
         scored = wanted[torch.unique(which)]
-    for places in torch.split(scored, embedding.at_a_time):
-        chunk = values[places]
+    for some in torch.split(scored, embedding.at_a_time):
+        chunk = values[some]
         all_scores = chunk
         if decoder is not None:
             all_scores = decoder(learnable.embed(chunk, embedding), embedding)
         if disallowed is not None:
-            hidden = disallowed if disallowed.dim() == 1 else disallowed[places // length]
+            hidden = disallowed if disallowed.dim() == 1 else disallowed[some // length]
             all_scores.masked_fill_(hidden, masked_score)
         best = best_tokens(all_scores, k)
-        ids[places], scores[places] = best.indices, best.values
+        ids[some], scores[some] = best.indices, best.values
     ids[wanted], scores[wanted] = ids[wanted[which]], scores[wanted[which]]
     shape = (rows, length, k)
     return TopTokens(ids.view(shape), scores.view(shape))

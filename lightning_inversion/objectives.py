@@ -212,10 +212,10 @@ class Narrowed(Objective):
         super().__init__()
         if not ranges:
             raise InputError("objective.ranges must name at least one slice, as ['0:64'].")
-        for text in ranges:
-            check_slice(text, "objective.ranges")
+        for one in ranges:
+            check_slice(one, "objective.ranges")
         self.ranges, self.objective = list(ranges), objective or L1()
-        self.by_row = False  # its range follows from its place
+        self.by_row = False  # its range follows from its number in the batch
         if isinstance(self.objective, Standardized):
             raise InputError(
                 "Narrowed.objective Standardized would move the zeros outside a range; put "
@@ -235,8 +235,8 @@ class Narrowed(Objective):
                 f"--data.repeat {len(self.ranges)}, and --data.batch_size to a multiple of it."
             )
         inside = torch.zeros(len(self.ranges), 1, features, dtype=torch.bool, device=target.device)
-        for row, text in enumerate(self.ranges):
-            inside[row, :, slice_of(text)] = True
+        for row, one in enumerate(self.ranges):
+            inside[row, :, slice_of(one)] = True
         outside = ~inside.repeat(rows // len(self.ranges), 1, 1)
         distance: Tensor = self.objective(
             generated.masked_fill(outside, 0.0), target.masked_fill(outside, 0.0), mask
@@ -293,7 +293,7 @@ class Window:
         # Position 0 has statistics of its own in a probe: nothing else may stand in column 0.
         columns = torch.arange(width + 1, device=rows.device)
         shift = (lengths > 0).long()[:, None]
-        places = (lengths[:, None] + columns - shift).clamp(max=last)
+        positions = (lengths[:, None] + columns - shift).clamp(max=last)
         inside = (columns >= shift) & (columns < width + shift)
         inside &= lengths[:, None] + columns - shift <= last
         run = (lengths[:, None] + columns[:width]).clamp(max=last)
@@ -301,6 +301,6 @@ class Window:
         features = features.gather(
             1, (columns - shift).clamp(0, width - 1)[..., None].expand(-1, -1, features.shape[-1])
         )
-        mask = self.compared[rows[:, None], places] & inside
-        distances = objective(features, target[rows[:, None], places], mask)
+        mask = self.compared[rows[:, None], positions] & inside
+        distances = objective(features, target[rows[:, None], positions], mask)
         return torch.zeros_like(target[:, 0, 0]).index_put((rows,), distances)

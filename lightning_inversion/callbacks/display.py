@@ -29,7 +29,7 @@ _SECONDS = 5.0
 
 
 class LiveDisplay(Callback):
-    """What a run shows on stderr while it goes on; leaves the terminal in order, however it ends.
+    """A bar on stderr while a run lasts; leaves the terminal in order, however it ends.
 
     Args:
         unit: what the bar counts.

@@ -136,24 +136,24 @@ def _scores(batch: PromptBatch, top: TopTokens, row: int) -> dict[str, Any]:
 
 def recovered_rows(
     batch: PromptBatch,
-    texts: Sequence[RecoveredPrompt],
+    prompts: Sequence[RecoveredPrompt],
     tokenizer: PreTrainedTokenizerBase | None,
     shared: dict[str, Any],
 ) -> list[ResultRow]:
-    """One flat row a text, lists with one entry a token where a fit's row has them too.
+    """The rows of a batch that ``predict`` has recovered.
 
     Args:
-        batch: the prompts, known or not.
-        texts: what was recovered of them.
-        tokenizer: to write the texts out.
+        batch: the batch, whose prompts may be known or not.
+        prompts: what was recovered of them.
+        tokenizer: decodes the tokens; None where the model has none.
         shared: the settings and versions that made them.
     """
     rows = []
-    for number, text in enumerate(texts):
-        ids, tokens, length = text.ids, text.tokens, batch.lengths[number]
+    for number, prompt in enumerate(prompts):
+        ids, tokens, length = prompt.ids, prompt.tokens, batch.lengths[number]
         truth = None if batch.ids is None else batch.ids[number, :length].tolist()
         right = [ours == theirs for ours, theirs in zip(ids, truth or (), strict=truth is not None)]
-        known = len(text.known)
+        known = len(prompt.known)
         given: list[float | None] = [None] * known
         rows.append(
             ResultRow(
@@ -163,7 +163,7 @@ def recovered_rows(
                 recovered_tokens=token_texts(tokenizer, ids) if tokenizer else None,
                 exact=all(right) if right else None,
                 token_accuracy=sum(right) / len(right) if right else None,
-                verified=text.verified,
+                verified=prompt.verified,
                 verified_tokens=sum(token.verified for token in tokens),
                 token_verified=[False] * known + [token.verified for token in tokens],
                 unresolved=[
@@ -178,8 +178,8 @@ def recovered_rows(
                 alternatives=[[] for _ in range(known)] + [list(t.alternatives) for t in tokens],
                 duplicates=[position + known for position, t in enumerate(tokens) if t.duplicates],
                 known_tokens=known,
-                forwards=text.forwards,
-                seconds=round(text.seconds, 4),
+                forwards=prompt.forwards,
+                seconds=round(prompt.seconds, 4),
                 ids=truth,
                 recovered_ids=ids,
                 **shared,

@@ -215,7 +215,7 @@ def nearest_distances(vectors: Tensor, embedding: TokenEmbedding, k: int) -> Ten
 def nearest_picture(distances: Tensor) -> Tensor:
     """Distances ``[T, k]`` -> bytes ``[3, H, W]``: a column a position, a row a rank.
 
-    Yellow is a token's own place, dark is a distance of 1 and more.
+    Yellow is the embedding of a token, dark is a distance of 1 and more.
     """
     shares = distances.T.clamp(0, 1).cpu() * (len(_NEAR_TO_FAR) - 1)
     lower = shares.floor().long().clamp_max(len(_NEAR_TO_FAR) - 2)

@@ -1,4 +1,4 @@
-"""The one search behind ``fit`` and ``predict``: propose, run, verify, go on or go back.
+"""The one search behind ``fit`` and ``predict``: propose, run, verify, move on or go back.
 
 ``PrefixSearch`` holds where each prompt of a batch stands. A ``Proposals`` object names candidates
 for the next token; ``step`` runs them behind the tokens found so far and compares their features

@@ -29,13 +29,13 @@ class SIPIT(RecoveryPolicy):
 
     The clipping, and the rate that stays low after 50 iterations, are those of a public copy of the
     code, not of the paper. That copy compares with targets made prefix by prefix. A target from one
-    forward over the prompt is rounded differently: at blocks 15 and 30 of SmolLM2-135M the published
-    tolerance refuses right tokens. Null takes our calibrated one.
+    forward over the prompt is rounded differently: at blocks 15 and 30 of SmolLM2-135M the
+    published tolerance refuses right tokens.
 
     Args:
         tolerance: the largest absolute difference of a feature, beside 1e-5 of its size, at which a
-            token is accepted; null for the calibrated residual.
-        budget: tokens tried for a position before it is left as unresolved, its best candidate taken;
+            token is accepted; null for the calibrated threshold.
+        budget: tokens tried for a position before it is left unresolved with its best candidate;
             null tries the whole vocabulary.
         deadline: seconds after which each position that is left gets a single try; null for none.
         seed: of the random starts.
