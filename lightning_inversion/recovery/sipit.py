@@ -177,7 +177,7 @@ class _Position:
 
     def _accepts(self, features: Tensor) -> bool:
         if self.tolerance is None:
-            return self.residual <= self._calibrated()
+            return bool(self.calibration.reproduced(torch.tensor(self.residual), self.position))
         return torch.allclose(features, self.target, atol=self.tolerance)
 
     def _calibrated(self) -> float:
