@@ -7,7 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.probe_proposer import ProbeProposer, _ProjectedVocabulary
+from lightning_inversion.recovery.probe_proposer import (
+    ProbeProposer,
+    ProbeRanking,
+    _ProjectedVocabulary,
+)
 from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.transformer.embedding import TokenEmbedding
@@ -79,11 +83,13 @@ def test_no_token_is_ruled_out_by_the_probe(measurements: Measurements) -> None:
 def test_positions_ahead_have_the_tokens_they_have_one_by_one(measurements: Measurements) -> None:
     ids, rows = torch.tensor([[7, 40, 3], [12, 7, 88]]), torch.arange(2)
     search = PrefixSearch(measurements, measurements.transformer.features_of(ids))
-    proposals = ProbeProposer().begin(search)
+    proposals, ranking = ProbeProposer().begin(search), measurements.derived(ProbeRanking)
     ahead = proposals.ahead(rows, 4, 3)
     assert ahead is not None
     assert ahead.ids.shape == (2, 4, 3)
     assert ahead.proposers == ("ProbeProposer",) * 3
     for offset in range(3):
-        assert torch.equal(ahead.ids[:, offset], proposals.propose(rows, 3).ids)
+        likelihood = ranking.likelihood(search.linear_guess(rows), search.positions(rows))
+        assert torch.equal(ahead.ids[:, offset], likelihood.topk(3).indices)
+        assert torch.equal(ahead.ids[:, offset, :1], proposals.propose(rows, 1).ids)
         search.accept(rows, ids[:, offset])
