@@ -12,8 +12,7 @@ from torch.nn.functional import normalize
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput, LearnableInput
-from lightning_inversion.transformer.best_tokens import best_tokens
-from lightning_inversion.transformer.embedding import TokenEmbedding
+from lightning_inversion.transformer.embedding import TokenEmbedding, best_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

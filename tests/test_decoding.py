@@ -53,7 +53,9 @@ def test_top_k_is_best_first_and_chunks_do_not_show(embedding: TokenEmbedding) -
 def test_a_vocabulary_vector_is_its_own_scores(embedding: TokenEmbedding) -> None:
     learnable = VocabularyInput()
     assert natural_decoder(learnable) is None
-    assert decode(torch.eye(50)[None, :5], learnable, embedding, None).best.tolist() == [[0, 1, 2, 3, 4]]
+    assert decode(torch.eye(50)[None, :5], learnable, embedding, None).best.tolist() == [
+        [0, 1, 2, 3, 4]
+    ]
 
 
 def test_only_allowed_tokens_are_decoded(embedding: TokenEmbedding) -> None:
@@ -63,9 +65,7 @@ def test_only_allowed_tokens_are_decoded(embedding: TokenEmbedding) -> None:
     disallowed = disallowed_tokens([3, 4], 50)
     assert decode(values, learnable, embedding, None, disallowed=disallowed).best.item() == 3
     # The source's mask multiplies by 0: a disallowed token then beats a negative score.
-    by_zero = decode(
-        values, learnable, embedding, None, disallowed=disallowed, masked_score=0.0
-    )
+    by_zero = decode(values, learnable, embedding, None, disallowed=disallowed, masked_score=0.0)
     assert by_zero.best.item() not in (3, 4)
 
 

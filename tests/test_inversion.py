@@ -127,5 +127,5 @@ def test_the_given_beginning_is_fixed_and_not_verified(
 
 
 def test_there_is_no_fit_without_an_iteration() -> None:
-    with pytest.raises(InputError, match="--model.iterations must be at least 1"):
+    with pytest.raises(InputError, match=r"--model\.iterations must be at least 1"):
         Inversion(iterations=0)

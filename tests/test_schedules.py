@@ -118,7 +118,7 @@ def test_positions_without_iterations_are_refused(
     assert fit_by_command(tiny_folder, tmp_path, *schedule, "--model.iterations=6") == 2
     assert "end before the last position" in capsys.readouterr().err
     LeftToRight(5).check_length(longest=4, iterations=20)
-    with pytest.raises(InputError, match="--model.iterations 19 end before .* be 20 or more"):
+    with pytest.raises(InputError, match=r"--model\.iterations 19 end before .* be 20 or more"):
         LeftToRight(5).check_length(longest=4, iterations=19)
 
 
@@ -155,7 +155,7 @@ def test_what_contradicts_is_refused_with_a_way_out(
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(build: Callable[[], Schedule]) -> None:
-    with pytest.raises(InputError, match="--model.schedule"):
+    with pytest.raises(InputError, match=r"--model\.schedule"):
         build()
 
 

@@ -97,9 +97,7 @@ def test_a_checkpoint_holds_all_but_what_can_be_computed(
     file = io.BytesIO()
     torch.save(state.to_checkpoint(), file)
     file.seek(0)
-    again = BatchState.from_checkpoint(
-        torch.load(file, weights_only=True), torch.device("cpu")
-    )
+    again = BatchState.from_checkpoint(torch.load(file, weights_only=True), torch.device("cpu"))
     assert again.target is None
     assert again.search is None
     assert (again.batch.index, again.batch.prompts) == (BATCH.index, BATCH.prompts)

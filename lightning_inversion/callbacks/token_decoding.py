@@ -20,8 +20,7 @@ from lightning_inversion.decoding import TopTokens, first_of_equals
 from lightning_inversion.errors import InputError
 from lightning_inversion.metrics import token_accuracy
 from lightning_inversion.module import InputInversion
-from lightning_inversion.transformer.best_tokens import best_tokens
-from lightning_inversion.transformer.embedding import TokenEmbedding
+from lightning_inversion.transformer.embedding import TokenEmbedding, best_tokens
 from lightning_inversion.transformer.tokens import shown_tokens
 
 _log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.files import cached_folder
 from lightning_inversion.recovery.search import Candidates, PrefixSearch, Proposals, best_untried
 from lightning_inversion.recovery.verification import Measurements
-from lightning_inversion.transformer.best_tokens import best_tokens
+from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.language_model import Continuations
 
 _log = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ class FirstTokenFeatures:
         drawn = torch.randn(features, min(cls.DIRECTIONS, features), generator=generator)
         directions = drawn / features**0.5
         described = json.dumps(transformer.description, sort_keys=True)
-        std = probe.scale[0].cpu().numpy().tobytes()
+        std = probe.std[0].cpu().numpy().tobytes()
         key = hashlib.sha256(described.encode() + std).hexdigest()[:24]
 
         def build(folder: Path) -> None:

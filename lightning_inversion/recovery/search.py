@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.recovery.verification import Measurements
-from lightning_inversion.transformer.best_tokens import best_tokens
+from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.prefix import KnownPrefix
 
 _KEPT = 16

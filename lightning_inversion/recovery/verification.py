@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_inversion.transformer.best_tokens import best_tokens
+from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.language_model import LanguageModel, own_text
 from lightning_inversion.transformer.linear_probe import LinearProbe
 from lightning_inversion.transformer.prefix import KnownPrefix
@@ -101,7 +101,7 @@ class Calibration:
         rows = torch.arange(len(ids), device=ids.device)
         prefix = KnownPrefix(transformer, len(ids))
         unset = torch.zeros(2, device=target.device)
-        measured = cls(probe.scale, unset, unset, right, wrong)
+        measured = cls(probe.std, unset, unset, right, wrong)
         first_duplicate = transformer.embedding.first_duplicate.to(ids.device)
         # Without a causal mask each candidate takes a forward of its own: fewer positions must do.
         for position in range(0, ids.shape[1], 1 if transformer.causal else _LENGTH // 2):
@@ -123,7 +123,7 @@ class Calibration:
         apart = wrong > _CLEARANCE * right
         between = (right.clamp_min(1e-9) * wrong).sqrt()
         threshold = torch.where(apart & wrong.isfinite(), between, 0.0)
-        return cls(probe.scale, threshold, torch.maximum(threshold, 1.2 * right), right, wrong)
+        return cls(probe.std, threshold, torch.maximum(threshold, 1.2 * right), right, wrong)
 
 
 def _held_out(transformer: TruncatedTransformer, text: Tensor | None, seed: int) -> Tensor:
@@ -186,7 +186,7 @@ class Measurements:
     calibration: Calibration
     language_model: LanguageModel | None = None
     text: Tensor | None = None
-    _derived: dict[type, Any] = field(default_factory=dict, repr=False, compare=False)
+    _derived: dict[type, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def derived(self, kind: type[D]) -> D:
         """What ``kind.of`` computes from these measurements, computed when first asked for."""

@@ -1,17 +1,17 @@
-"""What a run shows while it goes on: readable tokens, early iterations, lines that are news."""
+"""What ``predict`` shows while it runs: readable tokens, lines with news."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_inversion.__main__ import main as run
-from lightning_inversion.callbacks import recovery_display
-from lightning_inversion.callbacks.recovery_display import RecoveryDisplay
-from lightning_inversion.callbacks.shown_tokens import shown_tokens
+from lightning_inversion.callbacks import display
+from lightning_inversion.callbacks.display import RecoveryDisplay
+from lightning_inversion.data.batch import PromptBatch
+from lightning_inversion.errors import InputError
+from lightning_inversion.recovery.policy import RecoveredPrompt
+from lightning_inversion.transformer.tokens import shown_tokens
 from tests.tiny import tiny_tokenizer
 
 TEXT = "The café 🙂 emoji"
@@ -26,50 +26,32 @@ def test_tokens_are_shown_as_whole_characters() -> None:
     assert shown_tokens(None, [7, 8]) == ["[7]", "[8]"]
 
 
-def test_a_short_fit_is_shown_at_several_iterations(
-    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = [
-        f"--model.transformer.model={tiny_folder}",
-        "--model.transformer.depth=1",
-        f'--data.prompts=["{TEXT}"]',
-        "--data.tokens_per_batch=100",
-        "--model.iterations=200",
-        "--token_by_token.candidates=1",
-        "--token_by_token.most=1",
-        f"--trainer.default_root_dir={tmp_path}",
-        "--trainer.accelerator=cpu",
-    ]
-    assert run(["fit", *options]) == 0
-    events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"))
-    events.Reload()
-    for kind, key in (
-        (events.Scalars, "tokens/verified"),
-        (events.Images, "tokens/distance_to_nearest"),
-        (events.Tensors, "tokens/top_k/text_summary"),
-    ):
-        assert len(kind(key)) > 1
-    *_, last = (event.tensor_proto for event in events.Tensors("tokens/top_k/text_summary"))
-    said = [line for line in capsys.readouterr().err.splitlines() if "iteration" in line]
-    assert said[0].startswith("iteration 1: distance ")
-    assert " at its start, then token accuracy " in said[0]
-    assert "verified 1.000" in said[-1]
-    assert TEXT in said[-1]
-    assert TEXT in last.string_val[0].decode()
-
-
-def test_only_what_is_news_is_said_and_not_too_often(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_line_is_printed_with_news_and_not_too_often(
+    monkeypatch: pytest.MonkeyPatch, messages: list[str]
 ) -> None:
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(recovery_display, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    display = RecoveryDisplay()
-    for clock.now, line in (
-        (1.0, "1 of 9 tokens"),
-        (6.0, "2 of 9 tokens"),
-        (8.0, "3 of 9 tokens"),
-        (20.0, "2 of 9 tokens"),
-        (21.0, "4 of 9 tokens"),
-    ):
-        display._say(line)
-    assert capsys.readouterr().err.splitlines() == ["2 of 9 tokens", "4 of 9 tokens"]
+    monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    shown = RecoveryDisplay()
+    batch = PromptBatch.collate([(0, "a", [1] * 5), (1, "b", [2] * 4)])
+    shown.on_predict_batch_start(SimpleNamespace(is_global_zero=True), None, batch, 0)
+    for clock.now, done in ((1.0, 1), (6.0, 2), (8.0, 3), (20.0, 2), (21.0, 4)):
+        shown._show_round(None, [RecoveredPrompt(known=(1,) * done), RecoveredPrompt()])
+    assert messages == ["2 of 9 tokens", "4 of 9 tokens"]
+    assert shown._bar.tasks[0].completed == 4
+
+
+def test_verified_tokens_are_told_from_others() -> None:
+    shown = RecoveryDisplay(prompts=1)
+    shown._batch = PromptBatch.collate([(4, "a", [1, 2]), (9, "b", [3])])
+    prompts = [RecoveredPrompt(known=(7, 8)), RecoveredPrompt(known=(9,))]
+    table = shown._table(None, prompts)
+    assert table.row_count == 1
+    assert list(table.columns[0].cells) == ["5"]
+    (text,) = table.columns[1].cells
+    assert text.plain == "[7][8]"
+    assert {str(span.style) for span in text.spans} == {"green"}
+
+
+def test_a_display_shows_a_prompt_at_least() -> None:
+    with pytest.raises(InputError, match=r"display\.prompts must be at least 1"):
+        RecoveryDisplay(prompts=0)

@@ -17,6 +17,8 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.transformer.loading import TransformerSpec
 
+pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
+
 
 def fit(folder: Path, root: Path, *more: str) -> list[str]:
     return [
@@ -197,7 +199,10 @@ def test_the_trainers_precision_is_what_the_model_computes_in(
 def test_hparams_hold_real_values(tiny_folder: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    slowly = ["--model.schedule.candidates=1", "--model.schedule.max_candidates=1"]  # not without iterations
+    slowly = [
+        "--model.schedule.candidates=1",
+        "--model.schedule.max_candidates=1",
+    ]  # not without iterations
     assert run(fit(tiny_folder, tmp_path, "--model.iterations=12", *slowly)) == 0
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"))
     events.Reload()

@@ -11,6 +11,8 @@ import pytest
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.files import ENVIRONMENT
 
+pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
+
 
 def predict(folder: Path, root: Path, *more: str) -> list[str]:
     return [

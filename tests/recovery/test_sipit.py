@@ -98,9 +98,7 @@ def test_known_tokens_are_the_beginning_of_every_prompt(
     assert len(prompt.tokens) == 2
 
 
-def test_the_same_seed_tries_the_same_tokens(
-    headless: Measurements, target: torch.Tensor
-) -> None:
+def test_the_same_seed_tries_the_same_tokens(headless: Measurements, target: torch.Tensor) -> None:
     runs = [
         [token.candidates for token in recover_prompts(policy, headless, target[:1], [4])[0].tokens]
         for policy in (SIPIT(), SIPIT(), SIPIT(seed=1))

@@ -55,7 +55,9 @@ def test_prompts_of_several_lengths_come_back_with_certificates(
         assert prompt.tokens[0].proposer == "FirstTokenScan"
 
 
-def test_a_prompt_does_not_depend_on_its_batch(measurements: Measurements, ids: torch.Tensor) -> None:
+def test_a_prompt_does_not_depend_on_its_batch(
+    measurements: Measurements, ids: torch.Tensor
+) -> None:
     together = run(measurements, ids, LENGTHS)
     alone = run(measurements, ids[2:, :6], LENGTHS[2:])
     assert alone[0].ids == together[2].ids

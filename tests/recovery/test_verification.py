@@ -60,9 +60,7 @@ def test_a_residual_does_not_drown_where_one_feature_is_massive(measurements: Me
 
 def test_a_residual_is_reproduced_up_to_the_threshold_and_never_at_a_threshold_of_0() -> None:
     nothing = torch.zeros(2)
-    calibration = Calibration(
-        torch.ones(2, 4), torch.tensor([0.0, 0.5]), nothing, nothing, nothing
-    )
+    calibration = Calibration(torch.ones(2, 4), torch.tensor([0.0, 0.5]), nothing, nothing, nothing)
     residuals = torch.tensor([0.0, 0.1, 0.5, 0.6, torch.nan])
     first, later = torch.zeros(5, dtype=torch.long), torch.full((5,), 7)
     assert calibration.reproduced(residuals, first).tolist() == [False] * 5

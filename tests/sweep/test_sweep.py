@@ -19,6 +19,8 @@ from lightning_inversion.module import InputInversion
 from lightning_inversion.sweep import command
 from lightning_inversion.transformer.loading import TransformerSpec
 
+pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
+
 OF_A_PLACE = {"seconds"}
 
 
