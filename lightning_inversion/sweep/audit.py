@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from rich.console import Console
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.report.audit import Part, write_audit
+from lightning_inversion.report.audit import AuditRun, write_audit
 from lightning_inversion.sweep.command import print_plan, root_of, run_cells
 from lightning_inversion.sweep.estimate import depth_of
 from lightning_inversion.sweep.folder import SweepFolder
@@ -161,9 +161,9 @@ def run(args: list[str]) -> int:
     try:
         return run_cells(sweep, specs, options.processes, Console(stderr=True, file=sys.stderr))
     finally:
-        parts = [_part(sweep, cell) for cell in cells]
-        if any(part.rows is not None for part in parts):
-            print(write_audit(parts, folder / "audit.html"))
+        runs = [_run(sweep, cell) for cell in cells]
+        if any(run.rows is not None for run in runs):
+            print(write_audit(runs, folder / "audit.html"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -249,9 +249,9 @@ def _capture(sweep: SweepFolder, plan: AuditPlan, prompts: Path, rest: list[str]
         capture(stored, spec, models.load)
 
 
-def _part(sweep: SweepFolder, cell: Cell) -> Part:
+def _run(sweep: SweepFolder, cell: Cell) -> AuditRun:
     standing = sweep.standing(cell)
-    return Part(
+    return AuditRun(
         command=cell.command,
         depth=int(cell.values["depth"]),
         channel=cell.values["channel"],

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_inversion.report.command import write
-from lightning_inversion.report.load import read
+from lightning_inversion.report.command import write_files
+from lightning_inversion.report.load import load_results
 from lightning_inversion.sweep.folder import SweepFolder
 
 
 def write_report(sweep: SweepFolder) -> Path:
     """Write the report of all cells into the sweep's folder; returns the page's path."""
     out = sweep.path / "report"
-    paths = write(read([sweep.path]), out)
+    paths = write_files(load_results([sweep.path]), out)
     for old in out.glob("events.out.tfevents.*"):
         old.unlink()
     _log([path for path in paths if path.suffix == ".png"], out)
