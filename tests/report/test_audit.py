@@ -15,7 +15,7 @@ def test_a_share_of_tokens_is_the_same_wherever_the_page_has_it(tmp_path: Path) 
     run = write_run(tmp_path, rows) / "results.jsonl"
     audit = AuditRun("predict", 1, "untouched", run, "done")
     page = write_audit([audit], tmp_path / "audit.html").read_text()
-    assert "exact recovery finds 50% of the tokens, 50% verified, and 1 of 2 prompts exactly" in page
+    assert "finds 50% of the tokens, 50% verified, and 1 of 2 prompts exactly" in page
     assert '--share:0.500">50%, 50% verified</td>' in page
     assert ">0.500 [0.00, 1.00]</td>" in page
     assert "50% of the tokens right" in page

@@ -103,7 +103,7 @@ def test_names_are_drawn_as_they_are(tmp_path: Path, canvases: dict[str, Any]) -
             write_run(run, [predicted(0, depth=depth, model=model)])
     draw(load_results([tmp_path]))
     (legend,) = canvases["depth"].legends
-    drawn = [text for text in legend.get_texts()]
+    drawn = list(legend.get_texts())
     assert [text.get_text() for text in drawn] == [*names[:3], "rtl⟨U+202E⟩␇"]
     assert not any(text.get_parse_math() for text in drawn)
 
