@@ -19,21 +19,25 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = """\
 Gather the results of any number of runs: a table (markdown, CSV, JSON), figures (PNG, SVG) and one
 self-contained page of HTML. Reads files alone; what is no result is named and skipped."""
+EXAMPLES = """\
+examples
+  lightning-inversion report lightning_logs
+  lightning-inversion report lightning_logs/version_0 lightning_logs/version_1 --out compared
+"""
 
 
 def add_report_arguments(parser: ArgumentParser) -> None:
     """The options of the command."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.add_argument(
-        "runs", nargs="+", type=Path, help="Folders of runs, at any depth, or result files."
+        "runs", nargs="+", type=Path, help="folders of runs, at any depth, or result files"
     )
     parser.add_argument(
-        "--out",
-        type=Path | None,
-        help="The folder to write to; by default 'report' in the first folder given.",
+        "--out", type=Path, metavar="FOLDER", help="by default, 'report' in the first folder given"
     )
-    parser.add_argument("--title", type=str, default="", help="The title of the page.")
+    parser.add_argument("--title", type=str, default="", metavar="TEXT", help="title of the page")
     parser.add_argument(
-        "--max_prompts", type=int, default=20, help="Prompts shown for each experiment."
+        "--max_prompts", type=int, default=20, metavar="N", help="prompts shown for each experiment"
     )
 
 
@@ -91,22 +95,3 @@ def write_files(loaded: Loaded, out: Path, title: str = "", max_prompts: int = 2
         (out / name).write_text(content, encoding="utf-8")
     drawn = [path for figure in figures for path in figure.save(out / "figures")]
     return [*(out / name for name in contents), *drawn]
-
-
-def run(args: list[str]) -> int:
-    """Parse and run the command; returns the exit code.
-
-    Raises:
-        InputError: as `run_report`, and for options that are not known.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    parser = ArgumentParser(
-        prog="lightning-inversion report", description=DESCRIPTION, exit_on_error=False
-    )
-    add_report_arguments(parser)
-    try:
-        options = parser.parse_args(args)
-    except ArgumentError as error:
-        raise InputError(f"report: {error}.") from error
-    return run_report(options)

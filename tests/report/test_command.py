@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_inversion.errors import InputError
+from lightning_inversion.__main__ import main
 from lightning_inversion.report import figures
-from lightning_inversion.report.command import run
 
 
 @pytest.fixture
@@ -21,8 +20,8 @@ def test_a_report_is_written_among_the_runs_given_first(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run([str(runs / "1-0"), str(runs / "p")]) == 0
-    assert run([str(runs / "1-1" / "results.jsonl")]) == 0
+    assert main(["report", str(runs / "1-0"), str(runs / "p")]) == 0
+    assert main(["report", str(runs / "1-1" / "results.jsonl")]) == 0
     assert sorted(tmp_path.rglob("report.html")) == [
         runs / "1-0" / "report" / "report.html",
         runs / "1-1" / "report" / "report.html",
@@ -35,9 +34,10 @@ def test_a_report_is_written_whole_and_needs_neither_torch_nor_lightning(
     (runs / "foreign.jsonl").write_text("{}\n")
     out = tmp_path / "out"
     code = (
-        "import sys\nfrom lightning_inversion.report.command import run\n"
+        "import sys\nfrom lightning_inversion.__main__ import main\n"
+        "main(['report', '--help'])\n"
         "assert 'pandas' not in sys.modules, 'help would be slow'\n"
-        f"run([{str(runs)!r}, '--out', {str(out)!r}])\n"
+        f"main(['report', {str(runs)!r}, '--out', {str(out)!r}])\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'lightning', 'transformers')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -56,14 +56,15 @@ def test_a_report_is_written_whole_and_needs_neither_torch_nor_lightning(
     ("arguments", "sentence"),
     [
         (["nowhere"], "'nowhere' does not exist"),
-        ([], "runs"),
+        ([], "RUNS must be given"),
         (["{runs}", "--max_prompts=-1"], "--max_prompts must not be negative"),
         (["{runs}", "--out={runs}/p/results.jsonl"], "is a file; give a folder"),
         (["{runs}", "--out=/proc/x"], "--out '/proc/x' cannot be written"),
         (["{runs}", "--texts=3"], "--texts"),
     ],
 )
-def test_wrong_use(arguments: list[str], sentence: str, runs: Path) -> None:
-    with pytest.raises(InputError) as error:
-        run([argument.format(runs=runs) for argument in arguments])
-    assert sentence in str(error.value)
+def test_wrong_use(arguments: list[str], sentence: str, runs: Path, capsys) -> None:
+    assert main(["report", *(argument.format(runs=runs) for argument in arguments)]) == 2
+    message = capsys.readouterr().err
+    assert sentence in message
+    assert message.count("\n") == 1
