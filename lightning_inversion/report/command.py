@@ -81,14 +81,14 @@ def write_files(loaded: Loaded, out: Path, title: str = "", max_prompts: int = 2
     """
     from lightning_inversion.report.figures import draw
     from lightning_inversion.report.page import render_page
-    from lightning_inversion.report.tables import as_json, comma_separated, markdown, summarize
+    from lightning_inversion.report.tables import as_json, markdown, summarize
 
     out.mkdir(parents=True, exist_ok=True)
     table, figures = summarize(loaded), draw(loaded)
     contents = {
         "report.html": render_page(loaded, table, figures, title, max_prompts),
         "table.md": markdown(table),
-        "table.csv": comma_separated(table),
+        "table.csv": table.to_csv(index=False),
         "table.json": as_json(table),
     }
     for name, content in contents.items():

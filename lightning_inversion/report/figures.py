@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -100,7 +101,7 @@ def _figures(loaded: Loaded) -> Iterator[RenderedFigure]:
     yield from _along(loaded, "features", "bandwidth", title, "features k")
     for setting in numeric_settings(loaded.settings):
         words = setting.replace("_", " ")
-        name = f"by_{setting.replace('.', '_')}"
+        name = re.sub(r"\W", "_", f"by_{setting}")
         yield from _along(loaded, setting, name, f"How much is recovered, by {words}", words)
     yield from _candidates(loaded)
     yield from _iterations(loaded)

@@ -104,9 +104,8 @@ def load_results(paths: Iterable[Path]) -> Loaded:
         )
     results = pd.DataFrame(records, dtype=object)
     for name in _MEASURED:
-        results[name] = results[name].astype(float)
-    for name in ("index", "experiment"):
-        results[name] = results[name].astype(int)
+        results[name] = results[name].astype(float).replace([math.inf, -math.inf], math.nan)
+    results["experiment"] = results["experiment"].astype(int)
     return Loaded(results, _what_differs(experiments), files, skipped)
 
 
@@ -285,7 +284,7 @@ def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         value = value.get("init_args") or {}
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from _flat(inner, f"{key}.{name}" if key else str(name))
+            yield from _flat(inner, f"{key}.{_plain(name)}" if key else name)
     else:
         yield key, _short_classes(value)
 

@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 MAX_PROMPTS = 400
 """Prompts on a page; more would be slow to scroll."""
 MEANING = {
+    GIVEN: "given beforehand",
     VERIFIED: "verified: running it reproduces the target",
     DUPLICATE: "verified, but another token has the same embedding",
     RIGHT: "right, not verified",
+    UNKNOWN: "not verified, the prompt is not known",
     IN_TOP_K: "wrong, the right one among the best",
     WRONG: "wrong",
-    UNKNOWN: "not verified, the prompt is not known",
-    GIVEN: "given beforehand",
     FALSE: "verified and wrong: a fault of the method",
 }
-_LEAST_CERTAIN_LAST = (GIVEN, VERIFIED, DUPLICATE, RIGHT, UNKNOWN, IN_TOP_K, WRONG, FALSE)
+"""What the mark of a token means, the least certain last."""
 
 
 class ShownPrompt(NamedTuple):
@@ -193,7 +193,7 @@ def _pieces(row: Any) -> list[tuple[str, str]]:
     for text, mark in zip(row.tokens, row.marks, strict=True):
         if not text and pieces:  # the rest of a character, whose least certain token counts
             before, last = pieces.pop()
-            pieces.append((before, max(last, mark, key=_LEAST_CERTAIN_LAST.index)))
+            pieces.append((before, max(last, mark, key=[*MEANING].index)))
         else:
             pieces.append((visible(text), mark))
     return pieces

@@ -141,11 +141,6 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in rows) + "\n"
 
 
-def comma_separated(table: pd.DataFrame) -> str:
-    """The table as CSV; a mean has three columns."""
-    return str(table.to_csv(index=False, lineterminator="\n"))
-
-
 def as_json(table: pd.DataFrame) -> str:
     """The table as a list of flat JSON objects; a mean has three keys."""
     records = table.astype(object).where(table.notna(), None).to_dict("records")

@@ -50,6 +50,9 @@ def test_a_report_is_written_whole_and_needs_neither_torch_nor_lightning(
         "figures/depth.svg", "figures/candidates.png", "figures/candidates.svg",
     }  # fmt: skip
     assert all(str(out / name) in done.stdout for name in written)
+    head, *lines = (out / "table.csv").read_text().splitlines()
+    assert head.startswith("command,depth,prompts,tokens right,tokens right low,")
+    assert len(lines) == 3
 
 
 @pytest.mark.parametrize(

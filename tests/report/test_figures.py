@@ -65,6 +65,14 @@ def test_any_numeric_setting_has_a_figure(tmp_path: Path) -> None:
     assert [figure.name for figure in draw(loaded)] == ["by_iterations_limit"]
 
 
+@pytest.mark.usefixtures("canvases")
+def test_a_key_of_a_config_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
+    for number in (1, 2):
+        run = write_run(tmp_path / str(number), [row(0)])
+        (run / "config.yaml").write_text(f"model: {{../../x: {number}}}")
+    assert [figure.name for figure in draw(load_results([tmp_path]))] == ["by_______x"]
+
+
 def test_lines_that_differ_in_other_settings_are_not_averaged(tmp_path: Path) -> None:
     """Even where their labels are the same."""
     for number, folder in enumerate(("x/a", "y/a")):

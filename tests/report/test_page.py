@@ -40,7 +40,7 @@ class _Page(HTMLParser):
 
 
 def test_the_page_fetches_nothing_and_escapes_everything(tmp_path: Path) -> None:
-    bad = '<script>alert("x")</script>\n\u202e|& '
+    bad = '<script>alert("x")</script>\n\u202e|& \ud800'
     more = {"prompt": bad, "recovered": bad, "model": bad, "objective": bad, "exact": False}
     rows = [row(0, recovered_tokens=[bad] * 6, **more), row(1, depth=2), row(2, error=bad)]
     write_run(tmp_path / "<b>\u202e", rows)
@@ -50,6 +50,7 @@ def test_the_page_fetches_nothing_and_escapes_everything(tmp_path: Path) -> None
     assert "b" not in parsed.tags
     assert '<script>alert("x")</script>↵' in parsed.text
     assert "\u202e" not in text
+    text.encode()  # half a surrogate pair is marked, too
     assert parsed.addresses == []
     assert "default-src 'none'" in text
 
