@@ -15,6 +15,8 @@ from lightning_inversion.module import InputInversion
 from lightning_inversion.report.tables import in_percent
 from lightning_inversion.sweep.audit import CONFIG, AuditPlan, cells_of
 
+pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
+
 PLAN: dict[str, Any] = {
     "channels": {
         "untouched": {},

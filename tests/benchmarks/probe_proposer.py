@@ -1,11 +1,11 @@
-"""How far down the linear map ranks the right token, and what its parts are worth.
+"""How far down the linear probe ranks the right token, and what its parts are worth.
 
-    python -m tests.benchmarks.linear_map --depths 1 8 15 30
+    python -m tests.benchmarks.probe_proposer --depths 1 8 15 30
 
 The protocol's texts, positions after the first, each token ranked once among the whole vocabulary
 with nothing tried. `nearest` is the comparison of tokens with the guess itself, in units of its
-errors; `all` the map with every direction, `map` the map as it is used, `with prior` beside the
-language model's.
+errors; `all` the probe with every direction, `probe` the probe as it is used, `with prior` beside
+the language model's.
 """
 
 import argparse
@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.linear_map import ProbeProposer
-from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.prior import LanguageModelPrior
+from lightning_inversion.recovery.probe_proposer import ProbeProposer
+from lightning_inversion.recovery.proposals import LanguageModelPrior
 from lightning_inversion.recovery.search import PrefixSearch
+from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.replication.policies import protocol_texts
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
@@ -54,24 +54,22 @@ def main() -> None:
     for depth in depths:
         transformer = TruncatedTransformer.from_model(model, tokenizer, depth=depth)
         measurements = Measurements.measure(transformer, LanguageModel(model, transformer.caches))
-        found: dict[str, list[Tensor]] = {"nearest": [], "all": [], "map": [], "with prior": []}
+        found: dict[str, list[Tensor]] = {"nearest": [], "all": [], "probe": [], "with prior": []}
         for text in ids[:, None]:
             search = PrefixSearch(measurements, transformer.features_of(text))
-            order, prior = ProbeProposer(), LanguageModelPrior()
-            order.begin(search)
-            prior.begin(search)
+            by_probe, prior = ProbeProposer().begin(search), LanguageModelPrior().begin(search)
             row = torch.zeros(1, dtype=torch.long)
-            for place in range(text.shape[1]):
-                if place:
-                    right, guess = text[0, place, None], search.guess(row)
-                    likely = order.scores(search, row)
+            for position in range(text.shape[1]):
+                if position:
+                    right, guess = text[0, position, None], search.guess(row)
+                    likely = by_probe.scores(row)
                     found["nearest"].append(ranks(directions(measurements, guess, False), right))
                     found["all"].append(ranks(directions(measurements, guess, True), right))
-                    found["map"].append(ranks(likely, right))
-                    both = likely + prior.scores(search, row)
+                    found["probe"].append(ranks(likely, right))
+                    both = likely + prior.scores(row)
                     found["with prior"].append(ranks(both, right))
-                search.accept(row, text[:, place])
-                prior.advance(row, text[:, place])
+                search.accept(row, text[:, position])
+                prior.accept(row, text[:, position])
         for name, parts in found.items():
             rank = torch.cat(parts).double()
             mean = math.exp(float((rank + 1).log().mean()))

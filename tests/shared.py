@@ -1,4 +1,4 @@
-"""What every run makes anew and is the same each time: tests that start many runs share it."""
+"""What every run makes anew and is the same each time: modules that start many runs share it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from lightning_inversion import module
+from lightning_inversion import inversion
 from lightning_inversion.cli import lightning as cli
 from lightning_inversion.files import cache_root
-from lightning_inversion.recovery.measurements import Measurements, say_nothing
+from lightning_inversion.recovery.verification import Measurements
 
 _PARSERS: dict[tuple[str, ...], dict[str, Any]] = {}
-_INSTRUMENTS: dict[tuple[Any, ...], Measurements] = {}
+_MEASUREMENTS: dict[tuple[Any, ...], Measurements] = {}
 
 
 def share_parsers(patch: pytest.MonkeyPatch) -> None:
@@ -32,27 +32,26 @@ def share_parsers(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(cli.InversionCLI, "setup_parser", setup_parser)
 
 
-def share_instruments(patch: pytest.MonkeyPatch) -> None:
+def share_measurements(patch: pytest.MonkeyPatch) -> None:
     """Measuring a tiny model takes longer than most fits with it.
 
-    Those of captured targets are measured each time, as noise draws from the global generator; and
-    so are those behind a cache folder of its own.
+    Those of captured targets are measured each time, as their channel draws noise; and so are
+    those behind a cache folder of its own.
     """
 
     class Shared(Measurements):
         @classmethod
         def measure(
-            cls, transformer: Any, language_model: Any = None, channel: Any = None,
-            say: Any = say_nothing,
-        ) -> Measurements:  # fmt: skip
+            cls, transformer: Any, language_model: Any = None, channel: Any = None
+        ) -> Measurements:
             if channel is not None:
-                return Measurements.measure(transformer, language_model, channel, say)
+                return Measurements.measure(transformer, language_model, channel)
             described = json.dumps(transformer.description, sort_keys=True)
             key = (cache_root(), described, str(transformer.device), language_model is None)
-            if key not in _INSTRUMENTS:
-                _INSTRUMENTS[key] = Measurements.measure(transformer, language_model, None, say)
+            if key not in _MEASUREMENTS:
+                _MEASUREMENTS[key] = Measurements.measure(transformer, language_model)
             return replace(
-                _INSTRUMENTS[key], transformer=transformer, language_model=language_model, say=say
+                _MEASUREMENTS[key], transformer=transformer, language_model=language_model
             )
 
-    patch.setattr(module, "Measurements", Shared)
+    patch.setattr(inversion, "Measurements", Shared)
