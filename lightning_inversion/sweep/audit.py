@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +18,6 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lightning_inversion.cli.parser import OneSentenceParser
 from lightning_inversion.errors import InputError
-from lightning_inversion.report.audit import Part, write_audit
 from lightning_inversion.sweep.command import (
     add_running_arguments,
     check_processes,
@@ -27,6 +27,7 @@ from lightning_inversion.sweep.command import (
 from lightning_inversion.sweep.grid import COMMANDS, Cell, short
 
 if TYPE_CHECKING:
+    from lightning_inversion.report.audit import AuditRun
     from lightning_inversion.sweep.run import Sweep
     from lightning_inversion.transformer.loading import TransformerSpec
 
@@ -105,14 +106,6 @@ class AuditPlan:
                     raise InputError(f"{where}: {name!r} is no channel of it; choose from {known}.")
         return plan
 
-    def attacks(self) -> list[tuple[str, str, Attack]]:
-        """Each command over each of its channels."""
-        return [
-            (command, channel, attack)
-            for command, attack in zip(COMMANDS, (self.fit, self.predict), strict=True)
-            for channel in (self.channels if attack.channels is None else attack.channels)
-        ]
-
 
 class _PlainLoader(yaml.SafeLoader):
     """YAML without aliases: a few of them can make a structure endless or fill the memory."""
@@ -158,19 +151,16 @@ def run_audit(options: Namespace) -> int:
     if options.model is not None:
         passed_on = [f"--model.transformer.model={options.model}", *passed_on]
 
-    # Torch and Lightning take seconds to import, which --help does not need.
+    # Torch, Lightning and pandas take seconds to import, which --help does not need.
     from lightning_inversion.data.texts import read_prompts
+    from lightning_inversion.report.audit import write_audit
     from lightning_inversion.sweep.run import Sweep, check, run_cells
 
     prompts = read_prompts(options.prompts, "--prompts")
     asked = [prompts, sorted(options.depths), asdict(plan), passed_on]
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:6]
     folder = root_of(passed_on) / "lightning_logs" / f"audit-{digest}"
-    cells = tuple(
-        _cell(folder, plan, depth, command, channel, attack, passed_on)
-        for depth in sorted(options.depths)
-        for command, channel, attack in plan.attacks()
-    )
+    cells = tuple(cells_of(plan, sorted(options.depths), passed_on, folder))
     if not cells:
         raise InputError(f"--config {str(options.config)!r} leaves nothing to run.")
     sweep = Sweep(folder, cells)
@@ -182,31 +172,37 @@ def run_audit(options: Namespace) -> int:
     try:
         return run_cells(sweep, check(sweep), options.processes)
     finally:
-        parts = [_part(sweep, cell) for cell in cells]
-        if any(part.rows is not None for part in parts):
-            print(write_audit(parts, folder / "audit.html"))
+        runs = [_run_of(sweep, cell) for cell in cells]
+        if any(run.rows is not None for run in runs):
+            print(write_audit(runs, folder / "audit.html"))
 
 
-def _cell(
-    folder: Path,
-    plan: AuditPlan,
-    depth: int,
-    command: str,
-    channel: str,
-    attack: Attack,
-    passed_on: list[str],
-) -> Cell:
-    return Cell(
-        f"{command},depth={depth},{short(channel)}",
-        command,
-        (
-            *(f"--{key}={_written(value)}" for key, value in attack.options.items()),
-            *passed_on,
-            *_transformer(plan.channels[channel], depth),
-            f"--data.targets={folder / 'targets' / f'depth={depth},{short(channel)}.safetensors'}",
-        ),
-        {"command": command, "depth": str(depth), "channel": channel},
-    )
+def cells_of(
+    plan: AuditPlan, depths: Sequence[int], passed_on: Sequence[str], folder: Path
+) -> Iterator[Cell]:
+    """Each attack at each depth over each of its channels.
+
+    Args:
+        plan: what is tried.
+        depths: after how many blocks the observer looks.
+        passed_on: options of every run.
+        folder: of the audit, in which the activations are.
+    """
+    for depth in depths:
+        for command, attack in zip(COMMANDS, (plan.fit, plan.predict), strict=True):
+            for channel in plan.channels if attack.channels is None else attack.channels:
+                name = f"depth={depth},{short(channel)}"
+                yield Cell(
+                    f"{command},{name}",
+                    command,
+                    (
+                        *(f"--{key}={_written(value)}" for key, value in attack.options.items()),
+                        *passed_on,
+                        *_transformer(plan.channels[channel], depth),
+                        f"--data.targets={folder / 'targets' / f'{name}.safetensors'}",
+                    ),
+                    {"command": command, "depth": str(depth), "channel": channel},
+                )
 
 
 def _written(value: Any) -> str:
@@ -248,9 +244,11 @@ def _capture(wanted: dict[Path, tuple[Channel, TransformerSpec]], prompts: Path)
         capture(stored, spec, models.load)
 
 
-def _part(sweep: Sweep, cell: Cell) -> Part:
+def _run_of(sweep: Sweep, cell: Cell) -> AuditRun:
+    from lightning_inversion.report.audit import AuditRun
+
     status = sweep.status(cell)
-    return Part(
+    return AuditRun(
         command=cell.command,
         depth=int(cell.values["depth"]),
         channel=cell.values["channel"],

@@ -62,3 +62,18 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """One token alone."""
     return _decode(tokenizer, [token])
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of all tokens together."""
+    text = tokenizer.decode(list(ids))
+    assert isinstance(text, str)
+    return text
+
+
+def shown_tokens(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int]) -> list[str]:
+    """Each token in one line, as result rows have it; the ids themselves without a tokenizer."""
+    if tokenizer is None:
+        return [f"[{token}]" for token in ids]
+    texts = token_texts(tokenizer, ids)
+    return [text.replace("\n", "\\n").replace("\r", "\\r") for text in texts]

@@ -17,6 +17,8 @@ from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.module import InputInversion
 from lightning_inversion.replication.claims import Experiment, read_experiments
 
+pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 ORIGINAL = CONFIGS / "original"
 FITS = [CONFIGS / "quickstart.yaml", *sorted(ORIGINAL.glob("*.yaml"))]

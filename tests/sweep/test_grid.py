@@ -25,7 +25,7 @@ def test_commas_in_brackets_and_quotes_belong_to_a_value(text: str, pieces: list
 def test_model_may_be_left_out() -> None:
     assert read_axis("transformer.depth=1,2", KEYS) == Axis("model.transformer.depth", ("1", "2"))
     assert read_axis("model.objective=L1", KEYS).key == "model.objective"
-    assert read_axis("token_by_token.every=0,5", KEYS).key == "token_by_token.every"
+    assert read_axis("schedule.every=0,5", KEYS).key == "schedule.every"
 
 
 @pytest.mark.parametrize("text", ["depth", "=1", "depth=", "depth=1,,2"])
@@ -82,14 +82,13 @@ def test_too_many_cells_are_refused_at_once() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"name": "../../escape"}, "not a plain name"),
-        ({"name": ".."}, "not a plain name"),
-        ({"name": 3}, "not a plain name"),
-        ({"command": "rm"}, "not one of fit, predict"),
-        ({"arguments": "--model.x=1"}, "list of strings"),
-        ({"arguments": [1]}, "list of strings"),
-        ({"values": None}, "map strings to strings"),
-        ({"more": 1}, "has the keys name, command"),
+        ({"name": "../../escape"}, "is not the name of a run"),
+        ({"name": ".."}, "is not the name of a run"),
+        ({"name": 3}, "cannot be read"),
+        ({"command": "rm"}, "of fit or predict"),
+        ({"arguments": None}, "cannot be read"),
+        ({"values": None}, "is not the name of a run"),
+        ({"more": 1}, "cannot be read"),
     ],
     ids=str,
 )

@@ -19,6 +19,8 @@ from lightning_inversion.module import InputInversion
 from lightning_inversion.sweep import command
 from lightning_inversion.transformer.loading import TransformerSpec
 
+pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
+
 OF_A_PLACE = {"seconds"}
 
 
@@ -80,7 +82,7 @@ class Finished:
 def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     root = tmp_path_factory.mktemp("finished")
     config = root / "c.yaml"
-    config.write_text("token_by_token: {window: 1}\n")
+    config.write_text("model: {schedule: {init_args: {window: 1}}}\n")
     options = [f"--config={config}", *options_of(tiny_folder, root)]
     over = ["--over=transformer.depth=2,4", "--name=depths"]
     out, err = io.StringIO(), io.StringIO()
@@ -158,20 +160,20 @@ def test_only_what_is_not_done_runs_again(
         "begin",
         lambda s, b: (begun.append(type(s.objective).__name__), begin(s, b))[1],
     )
-    sweep = [*options, "--over=transformer.depth=2", "--over=objective=L1,L2,CosineDistance"]
+    sweep = [*options, "--over=transformer.depth=2", "--over=objective=L1,L2"]
     with counted_loads() as loads:
         assert run(sweep) == 0
     assert loads == [2]
     (folder,) = (tmp_path / "lightning_logs").iterdir()
     assert folder.name.startswith("fit-depth-objective-")
-    assert begun == ["L1", "L2", "CosineDistance"]
+    assert begun == ["L1", "L2"]
     before = {cell.name: rows_of(cell) for cell in folder.glob("depth=*")}
     (folder / "depth=2,objective=L1" / "cell.json").unlink()  # killed behind its last row
     shutil.rmtree(folder / "depth=2,objective=L2")
     with counted_loads() as loads:
         assert run(sweep) == 0
     assert loads == [2]
-    assert begun[3:] == ["L2"]
+    assert begun[2:] == ["L2"]
     assert {name: rows_of(folder / name) for name in before} == before
 
 
@@ -298,10 +300,10 @@ def test_a_folder_of_other_options_is_not_resumed(finished: Finished, capsys) ->
 
 def test_a_changed_config_file_is_not_resumed(finished: Finished, capsys) -> None:
     before = finished.config.read_text()
-    finished.config.write_text("token_by_token: {window: 3}\n")
+    finished.config.write_text("model: {schedule: {init_args: {window: 3}}}\n")
     try:
         assert run([*finished.options, *finished.over]) == 2
-        assert "made with another token_by_token.window" in capsys.readouterr().err
+        assert "made with another model.schedule.init_args.window" in capsys.readouterr().err
     finally:
         finished.config.write_text(before)
 
