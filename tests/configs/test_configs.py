@@ -158,7 +158,7 @@ def fit(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         for name, value in module.frozen.state_dict().items():
             assert torch.equal(value, weights[name]), name
         learning = [name for name, value in module.named_parameters() if value.requires_grad]
-        assert learning == ["learnable.values"]
+        assert learning == ["state.values"]
         lines = (tmp_path / "results.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines], module
 
