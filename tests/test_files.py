@@ -1,10 +1,10 @@
-"""One claim at a time, which a killed process does not keep."""
+"""Claims that end with their process, and text that is safe to print."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-from lightning_inversion.files import claimed
+from lightning_inversion.files import claimed, one_line, visible
 
 CLAIMS_AND_WAITS = """\
 import sys, time
@@ -42,3 +42,9 @@ def test_a_killed_process_leaves_none(tmp_path: Path) -> None:
     other.stdout.close()
     with claimed(path) as ours:
         assert ours
+
+
+def test_what_cannot_be_seen_is_shown() -> None:
+    assert visible("a\nb\t\x1b\u202e\u200b") == "a↵\nb⇥\t␛⟨U+202E⟩⟨U+200B⟩"
+    assert visible("👩\u200d👧") == "👩\u200d👧"
+    assert one_line(" a\n") == "·a↵"
