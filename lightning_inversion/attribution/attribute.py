@@ -13,26 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor
 
-from lightning_inversion.attribution.config import (
-    Choices,
-    Display,
-    Method,
-    command_line,
-    with_preset,
-)
-from lightning_inversion.attribution.measures import (
-    FeatureMeasure,
-    Measure,
-    TokenMeasure,
-    combine,
-)
-from lightning_inversion.attribution.methods import (
-    Task,
-    clean_pass,
-    gradient_times_input,
-    integrated_gradients,
-    occlusion,
-)
+from lightning_inversion.attribution import methods
+from lightning_inversion.attribution.config import Choices, Display, command_line, with_preset
+from lightning_inversion.attribution.measures import FeatureMeasure, TokenMeasure, combine
 from lightning_inversion.attribution.model import (
     Reader,
     check_gradients,
@@ -131,24 +114,26 @@ def attribute(
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, longest: int | None = None) -> list[int]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, longest: int | None, name: str = "The text"
+) -> list[int]:
     """The tokens of a text, with those that the tokenizer adds.
 
     Args:
         tokenizer: of the model.
         text: what is attributed.
         longest: the number of tokens that the model takes; None for any.
+        name: of the text, for messages.
 
     Raises:
         InputError: there is no token, or there are too many.
     """
-    ids = tokenizer(text)["input_ids"]
-    assert isinstance(ids, list)
+    ids: list[int] = tokenizer(text)["input_ids"]
     if not ids:
-        raise InputError("The text is empty: give at least one token to attribute to.")
+        raise InputError(f"{name} is empty: give at least one token to attribute to.")
     if longest is not None and len(ids) > longest:
-        raise InputError(f"The text has {len(ids)} tokens, and the model takes {longest}; cut it.")
-    return [int(token) for token in ids]
+        raise InputError(f"{name} has {len(ids)} tokens, and the model takes {longest}; cut it.")
+    return ids
 
 
 @dataclass(frozen=True)
@@ -206,7 +191,7 @@ class _Attribution:
     ) -> None:
         self.tokenizer, self.ids, self.choices = tokenizer, ids, choices
         self.notes: list[str] = []
-        self.method: Method = choices.method_for(len(ids))
+        self.method = choices.method_for(len(ids))
         if choices.method == "auto" and self.method == "gradient":
             self._note(
                 f"{len(ids)} tokens are more than {choices.occlusion_limit} (occlusion_limit): "
@@ -220,27 +205,27 @@ class _Attribution:
             None if name is None else named_token(tokenizer, name, option)
             for option, name in (("token", choices.token), ("against", choices.against))
         )
-        self.reader = reader_of(model, choices.depth)
-        self.embeds = self.reader.embed(torch.tensor(ids))
+        reader = reader_of(model, choices.depth)
+        embeds = reader.embed(torch.tensor(ids))
         positions = range(len(ids)) if choices.every_token else [len(ids) - 1]
-        self.at = torch.tensor(list(positions), device=self.reader.device)
-        self._clean = clean_pass(self.reader, self.embeds, self.at)
+        at = torch.tensor(list(positions), device=reader.device)
+        self._clean = methods.clean_pass(reader, embeds, at)
         self.forwards = 1
+        outputs, distance = self._clean.outputs, choices.occlusion_distance
         self._targets: Tensor | None = None
+        measure: FeatureMeasure | TokenMeasure
         if choices.depth is None:
-            following = int(self._clean.outputs[-1].argmax()) if token is None else token
+            following = int(outputs[-1].argmax()) if token is None else token
             targets = [*ids[1:], following] if choices.every_token else [following]
-            self._targets = torch.tensor(targets, device=self._clean.outputs.device)
-        self.task = Task(self.reader, self.embeds, self.at, self._measure(), choices.batch_size)
-
-    def _measure(self) -> Measure:
-        choices, outputs, targets = self.choices, self._clean.outputs, self._targets
-        if targets is None:
-            return FeatureMeasure.seeded(
-                choices.probes, outputs.shape[-1], choices.seed, choices.occlusion_distance
+            self._targets = torch.tensor(targets, device=outputs.device)
+            against = (
+                None if self._against is None else torch.full_like(self._targets, self._against)
             )
-        against = None if self._against is None else torch.full_like(targets, self._against)
-        return TokenMeasure(targets, against, choices.scalar, choices.occlusion_distance)
+            measure = TokenMeasure(self._targets, against, choices.scalar, distance)
+        else:
+            features = outputs.shape[-1]
+            measure = FeatureMeasure.seeded(choices.probes, features, choices.seed, distance)
+        self.task = methods.Task(reader, embeds, at, measure, choices.batch_size)
 
     def parts(self) -> dict[str, Tensor]:
         """The raw scores [R, T] of each method that runs."""
@@ -266,7 +251,7 @@ class _Attribution:
     def queries(self) -> tuple[Query, ...]:
         """The positions and targets [R] that were attributed."""
         if self._targets is None:
-            return tuple(Query(int(position)) for position in self.at)
+            return tuple(Query(int(position)) for position in self.task.at)
         against = None if self._against is None else token_text(self.tokenizer, self._against)
         probabilities = self._clean.outputs.softmax(-1)
         return tuple(
@@ -277,7 +262,7 @@ class _Attribution:
                 probability=float(probabilities[row, token]),
                 against=against,
             )
-            for row, (position, token) in enumerate(zip(self.at, self._targets, strict=True))
+            for row, (position, token) in enumerate(zip(self.task.at, self._targets, strict=True))
         )
 
     def predictions(self) -> tuple[Prediction, ...]:
@@ -291,11 +276,11 @@ class _Attribution:
         )
 
     def _gradient(self) -> Tensor:
-        count = len(self.at) * self.task.measure.repeats
+        count = len(self.task.at) * self.task.measure.repeats
         self.forwards += count
         if count > 1:
             _log.info("gradient x input: %d forwards and backwards", count)
-        return gradient_times_input(self.task, self.choices.reduction)
+        return methods.gradient_times_input(self.task, self.choices.reduction)
 
     def _occlusion(self) -> Tensor:
         count, clean = len(self.ids), self._clean
@@ -305,15 +290,17 @@ class _Attribution:
         if clean.prefix is None and self.choices.depth is None:
             self._note(f"Forwards share no keys and values: {clean.why_plain}.")
         with _progress(count) as advance:
-            return occlusion(self.task, self.replacement.vector(self.reader), clean, advance)
+            return methods.occlusion(
+                self.task, self.replacement.vector(self.task.reader), clean, advance
+            )
 
     def _integrated(self) -> Tensor:
         choices = self.choices
-        count = len(self.at) * choices.steps
+        count = len(self.task.at) * choices.steps
         self.forwards += count + 1
         _log.info("integrated gradients: %d forwards and backwards", count)
-        baseline = self.replacement.vector(self.reader)
-        found = integrated_gradients(self.task, baseline, choices.steps, choices.reduction)
+        baseline = self.replacement.vector(self.task.reader)
+        found = methods.integrated_gradients(self.task, baseline, choices.steps, choices.reduction)
         gaps = found.missing.abs() / found.rise.abs().clamp_min(_SMALLEST_RISE)
         worst = int(gaps.argmax())
         if float(gaps[worst]) > _TOLERATED_GAP:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
@@ -22,9 +22,6 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_writable
 from lightning_inversion.transformer.loading import WHAT_IS_LOADED, TransformerSpec
 from lightning_inversion.transformer.tokens import named_token
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 _STDIO = Path("-")
@@ -89,8 +86,7 @@ def run_attribute(options: Namespace) -> int:
     _check_files(options)
     _check_processes(options)
     request = Request(choices, display, options.preset, _spec(options))
-    longest = longest_input(request.spec.config())
-    _check_tokens(request.spec.load_tokenizer(), texts, choices, longest)
+    _check_tokens(request, texts, options.texts)
     if options.texts is not None and options.json != _STDIO:
         return _run_file(request, texts, options)
     model, tokenizer = request.spec.load_causal_lm()
@@ -134,18 +130,8 @@ def _texts(options: Namespace) -> list[str]:
             else "A text and --texts are two inputs; leave one of them out."
         )
     if options.texts is not None:
-        texts = read_prompts(options.texts, "--texts")
-        for number, text in enumerate(texts, start=1):
-            if not text.strip():
-                raise InputError(
-                    f"--texts {str(options.texts)!r}, line {number} is empty; every line needs a "
-                    "text."
-                )
-        return texts
-    text = sys.stdin.read().removesuffix("\n") if options.text == str(_STDIO) else options.text
-    if not text:
-        raise InputError("The text is empty: give at least one token to attribute to.")
-    return [text]
+        return read_prompts(options.texts, "--texts")
+    return [sys.stdin.read().removesuffix("\n") if options.text == str(_STDIO) else options.text]
 
 
 def _check_files(options: Namespace) -> None:
@@ -188,16 +174,17 @@ def _check_processes(options: Namespace) -> None:
         )
 
 
-def _check_tokens(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], choices: Choices, longest: int | None
-) -> None:
-    """Check what needs a tokenizer and no model."""
-    for option in ("token", "against"):
-        if (name := getattr(choices, option)) is not None:
+def _check_tokens(request: Request, texts: Sequence[str], file: Path | None) -> None:
+    """Check what needs the model's tokenizer and configuration, and no weights."""
+    tokenizer, choices = request.spec.load_tokenizer(), request.choices
+    longest = longest_input(request.spec.config())
+    for option, name in (("token", choices.token), ("against", choices.against)):
+        if name is not None:
             named_token(tokenizer, name, option)
     Replacement.named(tokenizer, choices.replacement)
-    for text in texts:
-        encode(tokenizer, text, longest)
+    for number, text in enumerate(texts, start=1):
+        name = "The text" if file is None else f"--texts {str(file)!r}, line {number}"
+        encode(tokenizer, text, longest, name)
 
 
 def _write(result: AttributionResult, options: Namespace) -> None:

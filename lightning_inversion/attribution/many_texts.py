@@ -204,30 +204,25 @@ def _log_standing(rows: RowFile) -> None:
     _log.info("%s: written to %s", rows.standing, rows.path)
 
 
-def _run_in_processes(request: Request, rows: RowFile, processes: int) -> None:
+def _run_in_processes(request: Request, rows: RowFile, count: int) -> None:
     """Start processes that fill the file, and log each row; none is left when this ends."""
-    started: dict[Connection, BaseProcess] = {}
+    processes: dict[Connection, BaseProcess] = {}
     try:
         with _interrupts_ignored():
-            for _ in range(processes):
+            for _ in range(count):
                 ours, theirs = _SPAWN.Pipe(duplex=False)
                 process = _SPAWN.Process(target=_work, args=(theirs, request, rows), daemon=True)
                 process.start()
-                theirs.close()  # only the process holds this end now, and closes it when it ends
-                started[ours] = process
-        running = dict(started)
+                theirs.close()  # the process alone has this end now, which closes when it ends
+                processes[ours] = process
+        running = set(processes)
         while running:
-            for connection in wait(list(running)):
-                assert isinstance(connection, Connection)
+            for connection in running.intersection(wait(list(running))):
                 try:
                     report = connection.recv()
                 except EOFError:
-                    ended = running.pop(connection)
-                    ended.join()
-                    if ended.exitcode:
-                        raise ProcessLostError(
-                            f"a process ended with exit code {ended.exitcode}"
-                        ) from None
+                    running.remove(connection)
+                    _check_ended_well(processes[connection])
                     continue
                 if isinstance(report, Exception):
                     raise report
@@ -235,10 +230,16 @@ def _run_in_processes(request: Request, rows: RowFile, processes: int) -> None:
                 _log_standing(rows)
         rows.finished.update(range(len(rows.texts)))  # also those of other runs of the command
     finally:
-        for child in started.values():
+        for child in processes.values():
             child.terminate()
-        for child in started.values():
+        for child in processes.values():
             child.join()
+
+
+def _check_ended_well(process: BaseProcess) -> None:
+    process.join()
+    if process.exitcode:
+        raise ProcessLostError(f"a process ended with exit code {process.exitcode}")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from numpy.polynomial.legendre import leggauss
@@ -73,19 +74,14 @@ def gradient_times_input(task: Task, reduce: Reduce = "l1") -> Tensor:
     return scores.square().mean(1).sqrt()
 
 
-@dataclass(frozen=True)
-class IntegratedGradients:
-    """What `integrated_gradients` computes.
-
-    Args:
-        scores: [R, T], NaN where a token is after the position.
-        rise: [R], the scalar of the text minus that of the baseline.
-        missing: [R], the part of the rise that the signed scores do not add up to.
-    """
+class IntegratedGradients(NamedTuple):
+    """Scores [R, T], NaN where a token is after the position, and what they should add up to."""
 
     scores: Tensor
     rise: Tensor
+    """[R], the scalar of the text minus that of the baseline."""
     missing: Tensor
+    """[R], the rise minus the sum of the signed scores."""
 
 
 def integrated_gradients(
@@ -201,20 +197,12 @@ class CleanPass:
 
 
 @torch.no_grad()
-def clean_pass(reader: Reader, embeds: Tensor, at: Tensor, share: bool = True) -> CleanPass:
-    """Run the text, and test whether rows may continue it from the middle.
+def clean_pass(reader: Reader, embeds: Tensor, at: Tensor) -> CleanPass:
+    """Run the text [T, D], and test whether rows may continue it from the middle.
 
     There is no table of models: the last tokens are run on the keys and values of those before
-    them, and have to give the logits of the whole pass.
-
-    Args:
-        reader: the model.
-        embeds: [T, D].
-        at: [R] ascending positions.
-        share: False runs every row whole.
+    them, and have to give the logits of the whole pass at the positions `at` [R], ascending.
     """
-    if not share:
-        return CleanPass(reader.read(embeds[None], at)[0], None, "share is False")
     try:
         outputs, prefix = reader.clean(embeds, at)
         length = int(at[-1]) + 1

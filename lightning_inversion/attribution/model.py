@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import inspect
 import platform
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import transformers
@@ -27,18 +28,24 @@ which fewer rows get a kernel that loses two digits of float32 (measured with 49
 row is run this many times."""
 
 
-class Reader(Protocol):
-    """Vectors [B, T, D] -> outputs [B, P, K] at P positions. Rows are independent and causal."""
+class Reader(ABC):
+    """Vectors [B, T, D] -> outputs [B, P, K] at P positions. Rows are independent and causal.
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the vectors."""
-        ...
+    Args:
+        embedding: ids [1, T] -> vectors [1, T, D], as the first block of the model gets them.
+        device: the device of the vectors.
+    """
 
+    def __init__(self, embedding: nn.Module, device: torch.device) -> None:
+        self._embedding, self.device = embedding, device
+
+    @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
-        """Ids [T] -> vectors [T, D], as the first block of the model gets them."""
-        ...
+        """Ids [T] -> vectors [T, D]."""
+        vectors: Tensor = self._embedding(ids.to(self.device)[None])
+        return vectors[0].clone()
 
+    @abstractmethod
     def read(
         self, embeds: Tensor, at: Tensor, prefix: tuple[CleanPrefix, int] | None = None
     ) -> Tensor:
@@ -49,32 +56,24 @@ class Reader(Protocol):
             at: positions among them.
             prefix: a clean pass and how many of its positions precede the vectors.
         """
-        ...
 
+    @abstractmethod
     def clean(self, embeds: Tensor, at: Tensor) -> tuple[Tensor, CleanPrefix]:
         """One pass over [T, D] -> outputs [P, K] and the keys and values other rows can share.
 
         Raises:
             ValueError: nothing can be shared; the message gives the reason.
         """
-        ...
 
 
-class LogitReader:
+class LogitReader(Reader):
     """The logits [B, P, V] of a causal language model; only those asked for are computed."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        embedding = model.get_input_embeddings()
+        super().__init__(embedding, next(embedding.parameters()).device)
         self.model = model
         self._keeps_few = "logits_to_keep" in inspect.signature(model.forward).parameters
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.get_input_embeddings().parameters()).device
-
-    @torch.no_grad()
-    def embed(self, ids: Tensor) -> Tensor:
-        vectors: Tensor = self.model.get_input_embeddings()(ids.to(self.device)[None])
-        return vectors[0].clone()
 
     def read(
         self, embeds: Tensor, at: Tensor, prefix: tuple[CleanPrefix, int] | None = None
@@ -104,20 +103,12 @@ class LogitReader:
         return logits[:, : len(at)].float()
 
 
-class FeatureReader:
+class FeatureReader(Reader):
     """The features [B, P, F] of a truncated transformer."""
 
     def __init__(self, transformer: TruncatedTransformer) -> None:
+        super().__init__(transformer.embedding, transformer.device)
         self.model = transformer
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @torch.no_grad()
-    def embed(self, ids: Tensor) -> Tensor:
-        vectors: Tensor = self.model.embedding(ids.to(self.device)[None])
-        return vectors[0].clone()
 
     def read(
         self, embeds: Tensor, at: Tensor, prefix: tuple[CleanPrefix, int] | None = None
@@ -234,9 +225,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with ExitStack() as inside:
-        inside.enter_context(torch.inference_mode(False))
-        inside.enter_context(torch.enable_grad())
+    with torch.inference_mode(False), torch.enable_grad():
         try:
             for module, _ in modes:
                 module.training = False

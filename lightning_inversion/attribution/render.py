@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -15,7 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from lightning_inversion.attribution.config import TEXT_FILE, Choices, Display, differing
-from lightning_inversion.attribution.scores import Query, Scores
+from lightning_inversion.attribution.scores import Scores
 from lightning_inversion.attribution.shading import (
     BLACK,
     DARK_PAGE,
@@ -144,42 +143,6 @@ def _tiles_of(tokens: Sequence[str]) -> list[list[int]]:
     return tiles
 
 
-@dataclass(frozen=True)
-class _Tile:
-    """A stretch of text with its colours; one of several tokens has a band for each.
-
-    Args:
-        text: what is shown.
-        title: the raw scores, shown under the pointer.
-        style: the colours, as custom properties of CSS.
-    """
-
-    text: str
-    title: str
-    style: str
-
-
-@dataclass(frozen=True)
-class _Line:
-    """A row of the table of tokens."""
-
-    position: int
-    text: str
-    id: int
-    score: str
-    parts: tuple[str, ...]
-    style: str
-
-
-@dataclass(frozen=True)
-class _MapRow:
-    """A row of the map: a prediction, and the style and title of each token up to it."""
-
-    label: str
-    title: str
-    cells: tuple[tuple[str, str], ...]
-
-
 @cache
 def _template(name: str) -> Template:
     environment = Environment(
@@ -195,11 +158,13 @@ def _template(name: str) -> Template:
 
 def _content(scores: Scores, display: Display) -> dict[str, Any]:
     shown = strengths(scores.token_scores, display).tolist()
+    mapped = len(scores.queries) > 1 and len(scores.ids) <= MOST_MAP_TOKENS
+    rows = len(scores.queries) if mapped else 0
     return {
         "scores": scores,
         "tiles": [_tile(scores, tokens, shown, display) for tokens in _tiles_of(scores.tokens)],
-        "lines": [_line(scores, token, shown, display) for token in range(len(scores.ids))],
-        "map_rows": _map_rows(scores, display),
+        "lines": [_line(scores, token, x, display) for token, x in enumerate(shown)],
+        "map_rows": [_map_row(scores, row, display) for row in range(rows)],
         "most_map_tokens": MOST_MAP_TOKENS,
         "ends": legend_ends(scores, display),
         "legend_light": _legend(scores, display, LIGHT_PAGE),
@@ -216,7 +181,10 @@ def _parts(scores: Scores, token: int) -> dict[str, float]:
     return {name: float(part[0, token]) for name, part in scores.parts.items()}
 
 
-def _tile(scores: Scores, tokens: Sequence[int], shown: Sequence[float], display: Display) -> _Tile:
+def _tile(
+    scores: Scores, tokens: Sequence[int], shown: Sequence[float], display: Display
+) -> dict[str, str]:
+    """A stretch of text with its raw scores, and its colours: a band for each of its tokens."""
     text, titles = scores.tokens[tokens[0]], []
     for number, token in enumerate(tokens, 1):
         parts = "".join(f", {name} {part:.4g}" for name, part in _parts(scores, token).items())
@@ -224,42 +192,35 @@ def _tile(scores: Scores, tokens: Sequence[int], shown: Sequence[float], display
         title += f"{float(scores.token_scores[token]):.4g}{parts}"
         titles.append(title + (f"  ({number} of {len(tokens)} tokens)" if len(tokens) > 1 else ""))
     style = _style([shown[token] for token in tokens], display)
-    return _Tile(visible(text), "\n".join(titles), style)
+    return {"text": visible(text), "title": "\n".join(titles), "style": style}
 
 
-def _line(scores: Scores, token: int, shown: Sequence[float], display: Display) -> _Line:
-    return _Line(
-        position=token,
-        text=one_line(scores.tokens[token]) or "(continues)",
-        id=scores.ids[token],
-        score=f"{float(scores.token_scores[token]):.6g}",
-        parts=tuple(f"{part:.6g}" for part in _parts(scores, token).values()),
-        style=_style([shown[token]], display),
-    )
+def _line(scores: Scores, token: int, strength: float, display: Display) -> dict[str, Any]:
+    """A row of the table of tokens."""
+    return {
+        "position": token,
+        "text": one_line(scores.tokens[token]) or "(continues)",
+        "id": scores.ids[token],
+        "score": f"{float(scores.token_scores[token]):.6g}",
+        "parts": [f"{part:.6g}" for part in _parts(scores, token).values()],
+        "style": _style([strength], display),
+    }
 
 
-def _map_rows(scores: Scores, display: Display) -> list[_MapRow]:
-    if len(scores.queries) == 1 or len(scores.ids) > MOST_MAP_TOKENS:
-        return []
-    texts = [one_line(text) for text in scores.tokens]
-    rows = []
-    for row, query in enumerate(scores.queries):
-        label = _label(query, texts)
-        shown = strengths(scores.scores[row], display).tolist()
-        cells = tuple(
-            (
-                _style([shown[token]], display),
-                f"{label} <- {texts[token]}  #{token}: {float(scores.scores[row, token]):.4g}",
-            )
-            for token in range(query.position + 1)
+def _map_row(scores: Scores, row: int, display: Display) -> dict[str, Any]:
+    """A row of the map: a prediction, and the style and title of each token up to it."""
+    query, texts = scores.queries[row], [one_line(text) for text in scores.tokens]
+    label = texts[query.position] if query.token is None else one_line(query.text)
+    shown = strengths(scores.scores[row], display).tolist()
+    cells = [
+        (
+            _style([shown[token]], display),
+            f"{label} <- {texts[token]}  #{token}: {float(scores.scores[row, token]):.4g}",
         )
-        title = "" if query.probability is None else f"probability {query.probability:.2%}"
-        rows.append(_MapRow(label, title, cells))
-    return rows
-
-
-def _label(query: Query, texts: Sequence[str]) -> str:
-    return texts[query.position] if query.token is None else one_line(query.text)
+        for token in range(query.position + 1)
+    ]
+    title = "" if query.probability is None else f"probability {query.probability:.2%}"
+    return {"label": label, "title": title, "cells": cells}
 
 
 def _style(strengths_of_tokens: Sequence[float], display: Display) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 
 import pytest
 import torch
@@ -99,7 +98,7 @@ def test_the_number_of_forwards_is_logged_before_they_start(
     def stop(*_: object) -> None:
         raise InterruptedError
 
-    monkeypatch.setattr(sys.modules[attribute.__module__], "occlusion", stop)
+    monkeypatch.setattr("lightning_inversion.attribution.methods.occlusion", stop)
     with caplog.at_level("INFO", "lightning_inversion"), pytest.raises(InterruptedError):
         run(method="occlusion")
     assert f"occlusion: {len(run(method='gradient').ids)} forwards" in caplog.messages[0]

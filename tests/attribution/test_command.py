@@ -84,10 +84,13 @@ def test_rows_of_results_and_of_attributions_have_the_same_tokens(
 ) -> None:
     prompt = "Ça va, é 👧!"
     words = [
-        "predict", f"--model.transformer.model={tiny_folder}", "--model.transformer.depth=1",
-        f"--data.prompts={json.dumps([prompt], ensure_ascii=False)}", f"--trainer.default_root_dir={tmp_path}",
+        "predict",
+        f"--model.transformer.model={tiny_folder}",
+        "--model.transformer.depth=1",
+        f"--data.prompts={json.dumps([prompt], ensure_ascii=False)}",
+        f"--trainer.default_root_dir={tmp_path}",
         "--trainer.accelerator=cpu",
-    ]  # fmt: skip
+    ]
     assert main(words) == 0
     (results,) = tmp_path.rglob("results.jsonl")
     assert run(prompt, "--model", tiny_folder, "--json", tmp_path / "attribution.json") == 0
@@ -113,7 +116,7 @@ def test_tensorboard(tiny_folder: Path, tmp_path: Path) -> None:
         (["a", "--texts", "b"], "two inputs"),
         ([""], "empty"),
         (["a", "--weight", "2"], "--weight"),
-        (["a", "--preset", "paper"], "--preset"),
+        ([" ", "--preset", "paper"], "--preset"),
         (["a", "--preset", "original", "--scalar", "prob"], "--scalar"),
         (["a", "--out", "-", "--json", "-"], "--out and --json"),
         (["a", "--out", "."], "--out"),

@@ -19,6 +19,7 @@ from transformers import (
 from lightning_inversion.attribution.config import Reduce
 from lightning_inversion.attribution.measures import TokenMeasure
 from lightning_inversion.attribution.methods import (
+    CleanPass,
     Task,
     clean_pass,
     gradient_times_input,
@@ -84,11 +85,9 @@ def test_integrated_gradients(model: PreTrainedModel, ids: Tensor) -> None:
 def test_shared_prefix_gives_the_plain_scores(family: str, ids: Tensor) -> None:
     at = torch.tensor([11, len(ids) - 1])
     task = task_of(shared_tiny_model(family), ids, at, torch.tensor([4, 9]))
-    shared, plain = (
-        clean_pass(task.reader, task.embeds, at, share=share) for share in (True, False)
-    )
+    shared = clean_pass(task.reader, task.embeds, at)
+    plain = CleanPass(shared.outputs, None)
     assert shared.prefix is not None, shared.why_plain
-    assert plain.prefix is None
     ours, whole = (occlusion(task, task.embeds[0], clean) for clean in (shared, plain))
     torch.testing.assert_close(ours, whole, equal_nan=True, **CLOSE)
 
@@ -131,11 +130,13 @@ def test_attention_that_slides_over_less_than_the_text(ids: Tensor) -> None:
         pad_token_id=0,
     )
     task = last_of(AutoModelForCausalLM.from_config(config).eval(), ids)
-    shared, plain = (
-        occlusion(task, task.embeds[0], clean_pass(task.reader, task.embeds, task.at, share))
-        for share in (True, False)
+    shared = clean_pass(task.reader, task.embeds, task.at)
+    assert shared.prefix is not None
+    ours, whole = (
+        occlusion(task, task.embeds[0], clean)
+        for clean in (shared, CleanPass(shared.outputs, None))
     )
-    torch.testing.assert_close(shared, plain, **CLOSE)
+    torch.testing.assert_close(ours, whole, **CLOSE)
 
 
 def test_a_model_whose_cache_is_wrong_is_run_plainly(ids: Tensor) -> None:
