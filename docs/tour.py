@@ -9,10 +9,8 @@ It ends with the path of a page to open in a browser. The tests run it on a tiny
 import argparse
 from pathlib import Path
 
+from lightning_inversion.__main__ import main as run
 from lightning_inversion.attribution import attribute
-from lightning_inversion.cli.lightning import run
-from lightning_inversion.report.command import run as report
-from lightning_inversion.sweep.command import run as sweep
 from lightning_inversion.transformer import TransformerSpec
 
 TEXT = "The sky is blue or red depending on the time of day."
@@ -46,10 +44,10 @@ def main() -> None:
     print("4. By depth and by method")
     depths = ",".join(map(str, sorted({1, options.depth})))
     over = [f"--over=transformer.depth={depths}", "--over=token_by_token.every=0,5"]
-    sweep([*here, *over, "--model.iterations=60", "--name=by_depth"])
+    run(["sweep", *here, *over, "--model.iterations=60", "--name=by_depth"])
 
     print("5. All of it on one page")
-    report([str(options.out / "lightning_logs"), "--out", str(options.out / "report")])
+    run(["report", str(options.out / "lightning_logs"), "--out", str(options.out / "report")])
 
 
 if __name__ == "__main__":

@@ -1,36 +1,62 @@
-"""``python -m lightning_inversion`` and the console script.
+"""``python -m lightning_inversion`` and the console script: the commands, and how each one ends.
 
 Help and version answer before torch is imported, which takes seconds.
 """
 
+from __future__ import annotations
+
+import logging
 import os
 import sys
-import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 
 from lightning_inversion import __version__
-from lightning_inversion.errors import InputError
+from lightning_inversion.errors import InputError, ProcessLostError
 from lightning_inversion.files import ended_by
 
-HELP = """\
+_LOG = logging.getLogger("lightning_inversion")
+_LIGHTNING = "cli.lightning"
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command does, in one line, and the module that holds it.
+
+    A command NAME outside of Lightning is a module with ``add_NAME_arguments(parser)`` and
+    ``run_NAME(options)``, which returns the exit code.
+    """
+
+    help: str
+    module: str = _LIGHTNING
+
+
+COMMANDS = {
+    "fit": Command("optimise an input until its features match a prompt's; shows the tokens live"),
+    "validate": Command("decode and score the input that a checkpoint holds"),
+    "predict": Command("recover the tokens one by one, each verified by running it"),
+    "capture": Command("write features of prompts to a file for fit and predict", "data.capture"),
+    "attribute": Command(
+        "colour each token by its share in the prediction: HTML, JSON, terminal",
+        "attribution.command",
+    ),
+    "sweep": Command("run a command over a grid of its options; resumable", "sweep.command"),
+    "report": Command("turn result files into a table, figures and a page", "report.command"),
+    "audit": Command("measure how much an observer of activations reads of prompts", "sweep.audit"),
+}  # fmt: skip
+
+HELP = f"""\
 lightning-inversion reads a language model's input back out of its hidden states.
 
 usage: lightning-inversion COMMAND [options]
 
 commands
-  fit         optimise an input until its features match a prompt's; shows the tokens as they emerge
-  validate    decode and score the input that a checkpoint holds
-  predict     name the tokens one by one, each verified by running it, with certificates
-  attribute   paint each token of a text by its share in the prediction; HTML, JSON, terminal
-  capture     write the features of prompts to a file, which fit and predict take as --data.targets
-  sweep       run a command over a grid of its options; resumes, shares cells over processes
-  report      result files -> a table, figures, and one page of HTML
-  audit       how much of your prompts an observer of their activations reads, as one page
-
+{"".join(f"  {name:11} {command.help}" + chr(10) for name, command in COMMANDS.items())}
 examples
   lightning-inversion fit --config configs/quickstart.yaml
   lightning-inversion fit --data.file prompts.txt --model.transformer.depth 4
-  lightning-inversion fit --config configs/document.yaml --data.prompts '["The sky is blue."]'
   lightning-inversion fit --config configs/quickstart.yaml --ckpt_path last       resume
   lightning-inversion validate --config configs/quickstart.yaml --ckpt_path last
   lightning-inversion attribute "The wipers on the bus go swish swish" --out page.html
@@ -42,51 +68,89 @@ examples
 
 options
   lightning-inversion COMMAND --help          every option of a command
-  lightning-inversion COMMAND --print_config  every value a command would run with, as YAML
+  lightning-inversion COMMAND --print_config  every value that fit, validate or predict would use
   --help, --version
+
+Results go to stdout, messages to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
-COMMANDS = (
-    "fit", "validate", "predict", "attribute", "capture", "sweep", "report", "audit",
-)  # fmt: skip
-"""Every command there is."""
-BESIDE_LIGHTNING = {
-    "sweep": "lightning_inversion.sweep.command",
-    "report": "lightning_inversion.report.command",
-    "audit": "lightning_inversion.sweep.audit",
-}
-"""Commands with options of their own; what they need of torch and Lightning they import later."""
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code: 0 done, 1 failed, 2 wrong usage.
+
+    Args:
+        args: the command line without the program's name; None for the process's own.
+    """
+    with messages_on_stderr():
+        try:
+            return run(list(sys.argv[1:] if args is None else args))
+        except SystemExit as stop:  # of --help and --print_config
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException as error:
+            ending = exit_of(error)
+            if ending is None:
+                raise
+            code, sentence = ending
+            _LOG.error("lightning-inversion: %s", sentence)
+            return code
 
 
-def main() -> int:
-    """Run the command line; returns the exit code (0 done, 1 failed, 2 wrong usage)."""
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in {"-h", "--help"}:
+def run(args: list[str]) -> int:
+    """Run one command line; what went wrong is raised."""
+    if not args or args[0] in {"-h", "--help"}:
         print(HELP, end="")
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
+        return 0 if args else 2
+    name, *options = args
+    if name == "--version":
         print(f"lightning-inversion {__version__}")
         return 0
+    if name not in COMMANDS:
+        raise InputError(f"unknown command {name!r}; choose from {', '.join(COMMANDS)}.")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stack traces of lost connections
+    command = import_module(f"lightning_inversion.{COMMANDS[name].module}")
+    if COMMANDS[name].module == _LIGHTNING:
+        command.run_lightning(args)
+        return 0
+    # Imported here: top-level help does without jsonargparse.
+    from lightning_inversion.cli.parser import OneSentenceParser
+
+    parser = OneSentenceParser(prog=f"lightning-inversion {name}", description=COMMANDS[name].help)
+    getattr(command, f"add_{name}_arguments")(parser)
+    code: int = getattr(command, f"run_{name}")(parser.parse_command(options))
+    return code
+
+
+def exit_of(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the sentence for an exception; None for a fault of the program."""
+    if isinstance(error, InputError):
+        return 2, str(error)
+    if isinstance(error, ProcessLostError):
+        return 1, f"{error}; the run has ended."
+    if isinstance(error, KeyboardInterrupt):
+        return 1, "interrupted."
+    if isinstance(error, OSError) and (sentence := ended_by(error)) is not None:
+        return 1, sentence
+    return None
+
+
+class _ToStderr(logging.Handler):
+    """Plain lines to whatever stderr is at the time: a sweep redirects it for each cell."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def messages_on_stderr() -> Iterator[None]:
+    """Write the package's messages to stderr while the block runs."""
+    handler, level = _ToStderr(), _LOG.level
+    _LOG.addHandler(handler)
+    _LOG.setLevel(logging.INFO)
     try:
-        if arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
-            raise InputError(
-                f"{arguments[0]!r} is no command; choose one of {', '.join(COMMANDS)}."
-            )
-        if arguments[0] in BESIDE_LIGHTNING:
-            return int(import_module(BESIDE_LIGHTNING[arguments[0]]).run(arguments[1:]))
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stack traces of lost connections
-        cli = import_module("lightning_inversion.cli.lightning")
-        threading.excepthook = cli.say_once_that_the_disk_is_full
-        return int(cli.run(arguments))
-    except InputError as error:
-        print(f"lightning-inversion: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        sentence = ended_by(error)
-        if sentence is None:
-            raise
-        print(f"lightning-inversion: {sentence}", file=sys.stderr)
-        return 1
+        yield
+    finally:
+        _LOG.removeHandler(handler)
+        _LOG.setLevel(level)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightning_inversion.inputs import EmbeddingInput, LearnableInput
-from lightning_inversion.transformer.best_tokens import best_tokens
-from lightning_inversion.transformer.embedding import TokenEmbedding
+from lightning_inversion.transformer.embedding import TokenEmbedding, best_tokens
 
 
 class Decoder(ABC):

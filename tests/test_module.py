@@ -53,7 +53,7 @@ def invert(
 
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
-    from lightning_inversion.cli.lightning import quiet_lightning
+    from lightning_inversion.cli.trainer import quiet_lightning
 
     quiet_lightning()
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.decoding import first_of_equals
-from lightning_inversion.transformer.best_tokens import best_tokens
-from lightning_inversion.transformer.embedding import TokenEmbedding
+from lightning_inversion.transformer.embedding import TokenEmbedding, best_tokens
 
 _SQUARE = 12
 """Pixels of a square's side."""

@@ -1,1 +1,1 @@
-"""The command line of Lightning: fit, validate, predict."""
+"""The command line: its parser, and fit, validate and predict of Lightning."""

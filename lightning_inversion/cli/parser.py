@@ -2,33 +2,63 @@
 
 import difflib
 import re
-import sys
-from argparse import ArgumentParser, HelpFormatter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from argparse import ArgumentParser as PlainParser
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from lightning_inversion.errors import InputError
 
 
-class OneSentenceParser(LightningArgumentParser):
-    """Says what is wrong in one sentence and exits with code 2; help shows our options first."""
+class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the line breaks of descriptions and examples."""
+
+
+class OneSentenceParser(ArgumentParser):
+    """Raises an `InputError` of one sentence for wrong input; abbreviations are wrong input.
+
+    Attributes:
+        passes_on: whether options of another command are kept in ``passed_on``, not refused.
+    """
+
+    passes_on = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": _Formatter, **kwargs})
+
+    def parse_command(self, args: list[str]) -> Namespace:
+        """Parse the options of a command; those of another one become ``passed_on``.
+
+        Raises:
+            InputError: they are wrong.
+        """
+        if not self.passes_on:
+            return self.parse_args(args)
+        ours: list[str] = []
+        others: list[str] = []
+        taker = ours  # of the words before the first option
+        for word in args:
+            if word.startswith("-"):
+                known = word.partition("=")[0] in self._option_string_actions
+                taker = ours if known else others
+            taker.append(word)
+        options = self.parse_args(ours)
+        options.passed_on = others
+        return options
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the sentence without usage and exit."""
+        """Raise the sentence."""
         ours = input_error_behind(ex)
         if ours is not None:
             sentence = str(ours)
         elif "unrecognized arguments" in message:
             sentence = self._unrecognized(" ".join(message.split()))
         else:
-            sentence = one_sentence(message)
-        sys.stderr.write(f"lightning-inversion: {sentence}\n")
-        raise SystemExit(2)
+            sentence = one_sentence(message, options_of(self))
+        raise InputError(sentence) from ex
 
     def _unrecognized(self, message: str) -> str:
         """What may have been meant, or where the options are listed."""
@@ -43,15 +73,8 @@ class OneSentenceParser(LightningArgumentParser):
         way_out = f"did you mean {near[0]}?" if near else f"see {command} --help."
         return f"{message}; {way_out}"
 
-    def format_help(self, formatter: HelpFormatter | None = None) -> str:
-        """Lightning's four hundred lines on the Trainer stand last."""
-        self._action_groups = sorted(
-            self._action_groups, key=lambda group: "every aspect of training" in str(group.title)
-        )
-        return super().format_help(formatter)
 
-
-def options_of(parser: ArgumentParser) -> list[str]:
+def options_of(parser: PlainParser) -> list[str]:
     """The options of a parser and of its commands, as they are written."""
     options = list(parser._option_string_actions)
     for action in parser._actions:
@@ -72,33 +95,6 @@ def input_error_behind(error: BaseException | None) -> InputError | None:
     return None
 
 
-@contextmanager
-def wrong_values(option: str = "") -> Iterator[None]:
-    """What a library says of the values of options is wrong input, in one sentence.
-
-    Args:
-        option: to which the values belong, if it is known.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except (ValueError, MisconfigurationException) as error:
-        ours = input_error_behind(error)
-        if ours is not None:
-            raise ours from error
-        if isinstance(error, UnicodeDecodeError):
-            raise InputError(
-                "--config names a file that is not UTF-8 text; give a file of YAML."
-            ) from error
-        text = " ".join(str(error).split())
-        key = re.search(r"\b(accelerator|devices|num_nodes|precision|strategy)=", text)
-        name = f"--trainer.{key[1]}" if key else option
-        raise InputError(
-            f"{name}: {text.rstrip('.')}; choose another value.".removeprefix(": ")
-        ) from error
-
-
 _KINDS = {
     "<class 'int'>": "a whole number", "<class 'float'>": "a number",
     "<class 'bool'>": "true or false", "<class 'str'>": "a text", "<class 'NoneType'>": "null",
@@ -108,30 +104,38 @@ _KINDS = {
 """Types as jsonargparse prints them, in words."""
 
 
-def one_sentence(message: str) -> str:
-    """jsonargparse's message in one line; for a wrong name or type, what there is to choose."""
+def one_sentence(message: str, known: Sequence[str] = ()) -> str:
+    """jsonargparse's message in one line; for a wrong name or type, what there is to choose.
+
+    Args:
+        message: of jsonargparse.
+        known: the options; a name that is none of them is an argument.
+    """
     text = re.sub(r"\s+", " ", message).strip()
     wanted = re.search(r'Parser key "([\w.]+)":.*<class \'(lightning_inversion[\w.]+)\'>', text)
     given = re.search(r"Given value: (.*)$", text)
     if wanted and given:
         key, path = wanted.groups()
         module, name = path.rsplit(".", 1)
-        names = ", ".join(subclass_names(getattr(import_module(module), name)))
-        return f"--{key} {given[1]} is no {name}; choose one of {names}, or give a class_path."
+        classes = subclass_names(getattr(import_module(module), name))
+        choices = ", ".join(classes)
+        return f"--{key}: unknown {name} {given[1]!r}; choose from {choices}, or give a class_path."
     missing = re.search(r"the following arguments are required: (.*)$", text)
     if missing:
-        options = ", ".join(f"--{name.lstrip('-')}" for name in missing[1].split(", "))
-        return f"{options} must be given; see --help."
+        names = [name.lstrip("-") for name in missing[1].split(", ")]
+        shown = [f"--{name}" if f"--{name}" in known else name.upper() for name in names]
+        return f"{', '.join(shown)} must be given; see --help."
     wrong = re.search(
-        r'Parser key "([\w.]+)":.*?(?:Subtypes: [\[(](.*)[\])] Errors:|Expected an? (.*?)\. Got)'
+        r'Parser key "([\w.]+)"(?: element \d+)?:.*?'
+        r"(?:Subtypes: [\[(](.*)[\])] Errors:|Expected an? (.*?)\. Got)"
         r".*?(?:Given|Got)? value: (.*)$",
         text,
     )
     if wrong:
         key, several, one, value = wrong.groups()
-        choices = in_words(several or one)
-        if choices:
-            return f"--{key}: {value} {choices}."
+        fault = in_words(several or one)
+        if fault:
+            return f"--{key}: {value} {fault}."
     return re.sub(r'^Parser key "([\w.]+)": ', r"--\1: ", text)
 
 
@@ -151,7 +155,7 @@ def in_words(types: str) -> str | None:
         else:
             return None
     if literal and not set(words) & (set(_KINDS.values()) - {"null"}):
-        return f"is unknown; choose one of {', '.join(words)}"
+        return f"is unknown; choose from {', '.join(words)}"
     return f"is not {' or '.join(words)}"
 
 

@@ -1,6 +1,7 @@
-"""Which run a command goes on with, and from which of its checkpoints."""
+"""Which run a command continues, and from which of its checkpoints."""
 
-import sys
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 from lightning import Trainer
 
 from lightning_inversion import strategy
+from lightning_inversion.callbacks.checkpoint import ENDED
 from lightning_inversion.errors import InputError
 from lightning_inversion.results import FILE, read_rows
 
@@ -21,8 +23,7 @@ RESUMING = ("ckpt_path", "default_root_dir", "logger", "devices", "num_nodes", "
 """Keys in which a run may differ from the one that it continues: they change no row."""
 HOW_IT_RUNS = ("device_map", "checkpointing", "compile")
 """Keys of model.transformer in which a fit and what reads its input may differ."""
-ENDED = "batch_has_ended"
-"""Key of a checkpoint, true where its batch had ended."""
+_LOG = logging.getLogger(__name__)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def unfinished_checkpoint(path: Path, trainer: Trainer) -> str | None:
     except InputError:
         if not run_is_there:
             raise
-        print(f"{mine} is no whole checkpoint; its batch begins again.", file=sys.stderr)
+        _LOG.warning("%s is no whole checkpoint; its batch begins again.", mine)
         return None
     running = set(checkpoint.get("batch", {}).get("index", ()))
     rows = {row.index for row in read_rows(path.parent.parent / FILE)}
@@ -124,15 +125,65 @@ def unfinished_checkpoint(path: Path, trainer: Trainer) -> str | None:
 
 
 def newest_run(root: Path, settings: str = FITTED) -> Path | None:
-    """The ``version_N`` folder under ``root`` with the highest N that holds such a config."""
-    runs = [run for run in root.glob("version_*") if (run / settings).exists()]
-    return max(runs, key=lambda run: int(run.name.removeprefix("version_")), default=None)
+    """The ``version_N`` folder under ``root`` with the highest N that holds such settings."""
+    runs = {
+        int(found[1]): run
+        for run in root.glob("version_*")
+        if (found := re.fullmatch(r"version_(\d+)", run.name)) and (run / settings).exists()
+    }
+    return runs[max(runs)] if runs else None
+
+
+def last_run(root: Path, settings: str) -> Path:
+    """As `newest_run`, for ``--ckpt_path last``.
+
+    Raises:
+        InputError: there is none.
+    """
+    run = newest_run(root, settings)
+    if run is None:
+        raise InputError(f"--ckpt_path last finds no run under {str(root)!r}; leave it out.")
+    return run
+
+
+def check_continues(run: Path, settings: str, asked: dict[str, Any]) -> None:
+    """Refuse to continue a run with other settings, or one whose rows are damaged.
+
+    Args:
+        run: its folder.
+        settings: the file in it that holds its settings.
+        asked: the settings of the command.
+
+    Raises:
+        InputError: the settings differ, or a file cannot be read.
+    """
+    different = differences(read_settings(run / settings), asked)
+    if different:
+        raise InputError(
+            f"--ckpt_path last continues {str(run)!r}, which was made with another "
+            f"{different[0]}; use its settings, or leave --ckpt_path out."
+        )
+    read_rows(run / FILE)
+
+
+def check_prompts(folder: Path, prompts: Sequence[str | None]) -> None:
+    """Refuse a folder whose rows are of other prompts: they would count as finished.
+
+    Raises:
+        InputError: it holds such a row, or a file that cannot be read.
+    """
+    for row in read_rows(folder / FILE):
+        if row.index >= len(prompts) or row.prompt != prompts[row.index]:
+            raise InputError(
+                f"{str(folder / FILE)!r} holds a row of another prompt {row.index + 1}; "
+                "restore the prompts, or give the run another folder."
+            )
 
 
 def differences(
     ours: Any, theirs: Any, key: str = "", ignored: tuple[str, ...] = RESUMING
 ) -> list[str]:
-    """The keys in which two configs differ, but for those that say how to resume."""
+    """The keys in which two configs differ, except for those that may differ in a resumed run."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         return [
             name

@@ -1,7 +1,7 @@
 """Prompts or captured targets -> batches. An epoch is one batch, a step is one iteration on it."""
 
+import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,8 @@ from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.errors import InputError
 from lightning_inversion.strategy import take
 from lightning_inversion.transformer.loading import TransformerSpec
+
+_LOG = logging.getLogger(__name__)
 
 EFFICIENT = 2048
 """Tokens of a batch beyond which a CPU gains nothing."""
@@ -164,7 +166,7 @@ class PromptDataModule(LightningDataModule):
                 raise InputError(f"{what} {number + 1} {reason}")
             if self.trainer is None or self.trainer.is_global_zero:
                 for index, reason in self.bad.items():
-                    print(f"prompt {index + 1} {reason} The others go on.", file=sys.stderr)
+                    _LOG.warning("prompt %d %s The others are run.", index + 1, reason)
         self._next, self._mine, self._taken = 0, [], set()
         self._round += 1
         if self.trainer is not None:

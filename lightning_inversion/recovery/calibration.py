@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_inversion.transformer.best_tokens import best_tokens
+from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.linear_probe import LinearProbe
 from lightning_inversion.transformer.prefix import KnownPrefix
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -85,7 +85,7 @@ class Calibration:
         rows = torch.arange(len(ids), device=ids.device)
         prefix = KnownPrefix(transformer, len(ids))
         nowhere = torch.zeros(2, device=target.device)
-        measure = cls(probe.scale, nowhere, nowhere, right, wrong)
+        measure = cls(probe.std, nowhere, nowhere, right, wrong)
         first_duplicate = transformer.embedding.first_duplicate.to(ids.device)
         # A token that sees the whole text takes a forward of its own: fewer places must do.
         for position in range(0, ids.shape[1], 1 if transformer.causal else _LENGTH // 2):
@@ -107,7 +107,7 @@ class Calibration:
         apart = wrong > _CLEARANCE * right
         between = (right.clamp_min(1e-9) * wrong).sqrt()
         threshold = torch.where(apart, between, 0.0)
-        return cls(probe.scale, threshold, torch.maximum(threshold, 1.2 * right), right, wrong)
+        return cls(probe.std, threshold, torch.maximum(threshold, 1.2 * right), right, wrong)
 
 
 def _texts(transformer: TruncatedTransformer, text: Tensor | None, seed: int) -> Tensor:

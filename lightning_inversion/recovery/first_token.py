@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lightning_inversion.recovery.measurements import say_nothing
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_inversion.files import cached_folder
+from lightning_inversion.recovery.measurements import say_nothing
 from lightning_inversion.recovery.proposals import Proposer
 from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.transformer.linear_probe import LinearProbe
@@ -66,7 +66,7 @@ def scan(
         say: is told where the scan is made, and not only read, and no terminal shows a bar.
     """
     described = json.dumps(transformer.description, sort_keys=True)
-    scale = probe.scale[0].cpu().numpy().tobytes()
+    scale = probe.std[0].cpu().numpy().tobytes()
     key = hashlib.sha256(described.encode() + scale).hexdigest()[:24]
 
     def build(folder: Path) -> None:

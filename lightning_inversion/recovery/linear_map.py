@@ -10,8 +10,7 @@ from torch import Tensor
 
 from lightning_inversion.recovery.proposals import Candidates, Proposer, with_surprise
 from lightning_inversion.recovery.search import PrefixSearch
-from lightning_inversion.transformer.best_tokens import best_tokens
-from lightning_inversion.transformer.embedding import TokenEmbedding
+from lightning_inversion.transformer.embedding import TokenEmbedding, best_tokens
 from lightning_inversion.transformer.linear_probe import LinearProbe
 
 _TEMPERS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.01, 0.003)
@@ -54,7 +53,7 @@ class _Measured:
         bits = (probe.signal[kind].clamp_min(1.0).log2() / 2).cumsum(0)
         enough = int((bits < _ENOUGH[kind] * math.log2(embedding.vocabulary_size)).sum()) + 1
         mean, directions = probe.bias[kind], probe.directions[kind, :, :enough].contiguous()
-        heard = probe.heard[kind, :enough]
+        heard = probe.kept_share[kind, :enough]
         ids = torch.arange(embedding.vocabulary_size, device=mean.device)
         few = 2 * directions.shape[1] <= embedding.width
         tokens = torch.empty(len(ids), directions.shape[1] + 1, device=mean.device) if few else None

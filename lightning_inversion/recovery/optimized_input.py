@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_inversion.recovery.proposals import Candidates, Proposer
 from lightning_inversion.recovery.search import PrefixSearch
-from lightning_inversion.transformer.best_tokens import best_tokens
+from lightning_inversion.transformer.embedding import best_tokens
 
 SHARPNESS = 0.15
 """Weight of the squared distance, in units of the embedding's spread, in the log-likelihood."""

@@ -56,9 +56,9 @@ def fit(arguments: list[str], root: Path) -> list[dict[str, Any]]:
     """The rows of one quiet ``fit`` on the CPU; a run that was stopped in ``root`` is taken up.
 
     Raises:
-        RuntimeError: it ended with another exit code than 0.
+        InputError: the options are wrong.
     """
-    from lightning_inversion.cli.lightning import run
+    from lightning_inversion.cli.lightning import run_lightning
     from lightning_inversion.cli.resume import newest_run
 
     logs = root / "lightning_logs"
@@ -67,9 +67,7 @@ def fit(arguments: list[str], root: Path) -> list[dict[str, Any]]:
     again = ["--ckpt_path=last"] if newest_run(logs) is not None else []
     where = [f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu"]
     with contextlib.redirect_stdout(io.StringIO()):
-        code = run(["fit", *arguments, *where, *quiet, *again])
-    if code:
-        raise RuntimeError(f"fit {' '.join(arguments)} ended with exit code {code}.")
+        run_lightning(["fit", *arguments, *where, *quiet, *again])
     folder = newest_run(logs)
     assert folder is not None
     lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()

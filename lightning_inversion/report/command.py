@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_writable
@@ -24,18 +24,30 @@ examples
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"report: {message}.")
+def add_report_arguments(parser: ArgumentParser) -> None:
+    """The options of the command."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="folders of runs, at any depth, or result files"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="default, the folder 'report' in the first folder given"
+    )
+    parser.add_argument("--title", default="", help="of the page")
+    parser.add_argument(
+        "--texts", type=int, default=20, help="texts shown for each setting; default 20"
+    )
 
 
-def run(args: list[str]) -> int:
+def run_report(options: Namespace) -> int:
     """Write a report; returns the exit code.
+
+    Args:
+        options: what a parser with `add_report_arguments` parsed.
 
     Raises:
         InputError: the options are wrong, or there is nothing to report.
     """
-    options = _parser().parse_args(args)
     if options.out is None:
         options.out = _place_of(options.runs[0])
     if options.texts < 0:
@@ -88,24 +100,3 @@ def write(reading: Reading, out: Path, title: str = "", texts: int = 20) -> list
 def _place_of(runs: Path) -> Path:
     """Where a report of runs goes unless it is said: among them, so that it replaces no other's."""
     return (runs.parent if runs.is_file() else runs) / "report"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="lightning-inversion report",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "runs", nargs="+", type=Path, help="folders of runs, at any depth, or result files"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="default, the folder 'report' in the first folder given"
-    )
-    parser.add_argument("--title", default="", help="of the page")
-    parser.add_argument(
-        "--texts", type=int, default=20, help="texts shown for each setting; default %(default)s"
-    )
-    return parser

@@ -1,39 +1,43 @@
 """``lightning-inversion audit``: how much an observer of activations reads of the prompts.
 
-A sweep of ``fit`` and ``predict`` over features that were captured first, and a page about it. What
-is tried is said by ``audit.yaml``.
+A sweep of ``fit`` and ``predict`` over features that are captured first, and a page about it. The
+plan ``audit.yaml`` lists what is tried.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from lightning_inversion.cli.parser import OneSentenceParser
 from lightning_inversion.errors import InputError
 from lightning_inversion.report.audit import Part, write_audit
-from lightning_inversion.sweep.command import print_plan, root_of, run_cells
-from lightning_inversion.sweep.estimate import depth_of
-from lightning_inversion.sweep.folder import SweepFolder
-from lightning_inversion.sweep.grid import Cell, short, written
+from lightning_inversion.sweep.command import (
+    add_running_arguments,
+    check_processes,
+    print_cells,
+    root_of,
+)
+from lightning_inversion.sweep.grid import COMMANDS, Cell, short
 
 if TYPE_CHECKING:
+    from lightning_inversion.sweep.run import Sweep
     from lightning_inversion.transformer.loading import TransformerSpec
 
 CONFIG = Path(__file__).with_name("audit.yaml")
 DESCRIPTION = """\
-How much an observer of a model's activations reads of your prompts: by gradient inversion (fit) and
-by exact recovery (predict), at each depth, and where the activations were rounded, noisy or cut.
-Writes one page of HTML, led by what it comes to. An audit that was stopped goes on when it is asked
-for again."""
+Measure how much an observer of a model's activations reads of your prompts: by gradient inversion
+(fit) and by exact recovery (predict), at each depth, and where the activations were rounded, noisy
+or cut. Writes one page of HTML that opens with a summary. The same command resumes an audit that
+was stopped."""
 EXAMPLES = """\
-every other option goes to the runs as it is.
+every other option is passed to the runs.
 
 examples
   lightning-inversion audit --prompts prompts.txt --depths 1 8
@@ -72,112 +76,61 @@ class AuditPlan:
         """The plan that a YAML file holds.
 
         Raises:
-            InputError: the file cannot be read, or says what is not known.
+            InputError: the file cannot be read, or holds no plan.
         """
-        import yaml
-        from jsonargparse import ArgumentError, ArgumentParser
-
+        where = f"--config {str(path)!r}"
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls)
-        where = f"--config {str(path)!r}"
         try:
-            found = parser.parse_object(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+            found = parser.parse_object(yaml.load(path.read_text("utf-8"), _PlainLoader) or {})
             channels = {name: Channel(**vars(one)) for name, one in found.channels.items()}
             plan = cls(channels, Attack(**vars(found.fit)), Attack(**vars(found.predict)))
         except OSError as error:
             raise InputError(f"{where} cannot be read: {error.strerror}.") from error
-        except (yaml.YAMLError, ArgumentError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())
+        except RecursionError as error:
+            raise InputError(f"{where} is no plan of an audit: it is nested too deep.") from error
+        except (yaml.YAMLError, ArgumentError, TypeError, AttributeError, ValueError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
             raise InputError(f"{where} is no plan of an audit: {reason}.") from error
         if not plan.channels:
             raise InputError(f"{where} names no channel; write `channels: {{untouched: {{}}}}`.")
+        if not all(isinstance(name, str) for name in plan.channels):
+            raise InputError(f"{where} has a channel whose name is not a string; put it in quotes.")
         if len({short(name) for name in plan.channels}) < len(plan.channels):
             raise InputError(f"{where} has channels whose names are too much alike; rename one.")
         for attack in (plan.fit, plan.predict):
             for name in attack.channels or ():
                 if name not in plan.channels:
                     known = ", ".join(plan.channels)
-                    raise InputError(f"{where}: {name!r} is no channel of it; there are {known}.")
+                    raise InputError(f"{where}: {name!r} is no channel of it; choose from {known}.")
         return plan
 
     def attacks(self) -> list[tuple[str, str, Attack]]:
         """Each command over each of its channels."""
-        commands = (("fit", self.fit), ("predict", self.predict))
         return [
             (command, channel, attack)
-            for command, attack in commands
+            for command, attack in zip(COMMANDS, (self.fit, self.predict), strict=True)
             for channel in (self.channels if attack.channels is None else attack.channels)
         ]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"audit: {message}.")
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a few of them can make a structure endless or fill the memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name); write the value out")
+        return super().compose_node(parent, index)
 
 
-def run(args: list[str]) -> int:
-    """Plan an audit, run what is not done yet, and write its page; returns the exit code.
-
-    Raises:
-        InputError: the options are wrong; before anything has run.
-    """
-    options, rest = _parser().parse_known_args(args)
-    if options.processes < 1:
-        raise InputError(f"--processes must be at least 1, and is {options.processes}.")
-    if len(set(options.depths)) < len(options.depths):
-        raise InputError("--depths has a depth twice; leave one of them out.")
-    plan = AuditPlan.read(options.config)
-    if options.model is not None:
-        rest = [f"--model.transformer.model={options.model}", *rest]
-    if any(option.partition("=")[0] == "--config" for option in rest):
-        raise InputError("audit: --config is given twice; name the plan alone.")
-
-    from lightning_inversion.data.texts import read_prompts
-    from lightning_inversion.sweep.run import check
-
-    prompts = read_prompts(options.prompts, "--prompts")
-    said = [prompts, sorted(options.depths), asdict(plan), rest]
-    digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:6]
-    folder = root_of(rest) / "lightning_logs" / f"audit-{digest}"
-    cells = tuple(
-        _cell(folder, plan, depth, command, channel, attack, rest)
-        for depth in sorted(options.depths)
-        for command, channel, attack in plan.attacks()
-    )
-    if not cells:
-        raise InputError(f"--config {str(options.config)!r} leaves nothing to run.")
-    sweep = SweepFolder(folder, cells)
-    _capture(sweep, plan, options.prompts, rest)
-    specs = check(sweep)
-    if options.dry_run:
-        noise = {name: channel.noise for name, channel in plan.channels.items()}
-        # What noise hides takes the most candidates.
-        print_plan(
-            sweep,
-            options.processes,
-            cost=lambda cell: (depth_of(cell), noise[cell.values["channel"]]),
-        )
-        return 0
-    try:
-        return run_cells(sweep, specs, options.processes, Console(stderr=True, file=sys.stderr))
-    finally:
-        parts = [_part(sweep, cell) for cell in cells]
-        if any(part.rows is not None for part in parts):
-            print(write_audit(parts, folder / "audit.html"))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="lightning-inversion audit",
-        usage="lightning-inversion audit --prompts FILE [--depths N ...] [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_audit_arguments(parser: OneSentenceParser) -> None:
+    """The options of an audit; others are passed on to its runs."""
+    parser.usage = "lightning-inversion audit --prompts FILE [--depths N ...] [options]"
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.passes_on = True
     parser.add_argument(
         "--prompts", type=Path, required=True, metavar="FILE",
-        help="texts, one a line (or .jsonl, key prompt)",
+        help="prompts, one a line (or .jsonl, key prompt)",
     )  # fmt: skip
     parser.add_argument(
         "--depths", type=int, nargs="+", default=[1, 8], metavar="N",
@@ -186,18 +139,52 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="hub id, folder or .gguf file; default SmolLM2-135M")
     parser.add_argument(
         "--config", type=Path, default=CONFIG, metavar="FILE",
-        help=f"what is tried, as YAML; default {CONFIG}",
+        help="what is tried, as YAML; default, audit.yaml in the package",
     )  # fmt: skip
-    parser.add_argument(
-        "--processes", type=int, default=1, metavar="N", help="share the runs out; one thread each"
+    add_running_arguments(parser)
+
+
+def run_audit(options: Namespace) -> int:
+    """Plan an audit, run what is not done yet, and write its page; returns the exit code.
+
+    Raises:
+        InputError: the options are wrong; before anything has run.
+    """
+    check_processes(options)
+    if len(set(options.depths)) < len(options.depths):
+        raise InputError("--depths has a depth twice; leave one of them out.")
+    plan = AuditPlan.read(options.config)
+    passed_on = options.passed_on
+    if options.model is not None:
+        passed_on = [f"--model.transformer.model={options.model}", *passed_on]
+
+    # Torch and Lightning take seconds to import, which --help does not need.
+    from lightning_inversion.data.texts import read_prompts
+    from lightning_inversion.sweep.run import Sweep, check, run_cells
+
+    prompts = read_prompts(options.prompts, "--prompts")
+    asked = [prompts, sorted(options.depths), asdict(plan), passed_on]
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:6]
+    folder = root_of(passed_on) / "lightning_logs" / f"audit-{digest}"
+    cells = tuple(
+        _cell(folder, plan, depth, command, channel, attack, passed_on)
+        for depth in sorted(options.depths)
+        for command, channel, attack in plan.attacks()
     )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="capture the activations, run a batch of the deepest and noisiest, and show the plan "
-        "with its time",
-    )
-    return parser
+    if not cells:
+        raise InputError(f"--config {str(options.config)!r} leaves nothing to run.")
+    sweep = Sweep(folder, cells)
+    specs = _specs_to_capture(sweep, plan, options.prompts, passed_on)
+    if options.dry_run:
+        print_cells(sweep)
+        return 0
+    _capture(specs, options.prompts)
+    try:
+        return run_cells(sweep, check(sweep), options.processes)
+    finally:
+        parts = [_part(sweep, cell) for cell in cells]
+        if any(part.rows is not None for part in parts):
+            print(write_audit(parts, folder / "audit.html"))
 
 
 def _cell(
@@ -207,14 +194,14 @@ def _cell(
     command: str,
     channel: str,
     attack: Attack,
-    rest: list[str],
+    passed_on: list[str],
 ) -> Cell:
     return Cell(
         f"{command},depth={depth},{short(channel)}",
         command,
         (
-            *(f"--{key}={written(value)}" for key, value in attack.options.items()),
-            *rest,
+            *(f"--{key}={_written(value)}" for key, value in attack.options.items()),
+            *passed_on,
             *_transformer(plan.channels[channel], depth),
             f"--data.targets={folder / 'targets' / f'depth={depth},{short(channel)}.safetensors'}",
         ),
@@ -222,25 +209,37 @@ def _cell(
     )
 
 
+def _written(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _transformer(channel: Channel, depth: int) -> list[str]:
     cut = [] if channel.features is None else [f"--model.transformer.features={channel.features}"]
     return [f"--model.transformer.depth={depth}", *cut]
 
 
-def _capture(sweep: SweepFolder, plan: AuditPlan, prompts: Path, rest: list[str]) -> None:
-    """Write the activations that each run starts from, where they are not there yet."""
-    from lightning_inversion.data.capture import CaptureOptions, capture
+def _specs_to_capture(
+    sweep: Sweep, plan: AuditPlan, prompts: Path, passed_on: list[str]
+) -> dict[Path, tuple[Channel, TransformerSpec]]:
+    """The files of activations that are not there yet, and the model of each."""
     from lightning_inversion.sweep.run import spec_of
-    from lightning_inversion.transformer.shared import SharedModels
 
     wanted: dict[Path, tuple[Channel, TransformerSpec]] = {}
     for cell in sweep.cells:
         path = Path(cell.arguments[-1].partition("=")[2])
-        if path.exists() or path in wanted:
-            continue
-        channel, depth = plan.channels[cell.values["channel"]], int(cell.values["depth"])
-        arguments = [*rest, *_transformer(channel, depth), f"--data.file={prompts}"]
-        wanted[path] = channel, spec_of(cell.command, arguments)
+        if not path.exists() and path not in wanted:
+            channel, depth = plan.channels[cell.values["channel"]], int(cell.values["depth"])
+            arguments = [*passed_on, *_transformer(channel, depth), f"--data.file={prompts}"]
+            wanted[path] = channel, spec_of(cell.command, arguments)
+    return wanted
+
+
+def _capture(wanted: dict[Path, tuple[Channel, TransformerSpec]], prompts: Path) -> None:
+    """Write the activations that each run starts from."""
+    from lightning_inversion.data.capture import CaptureOptions, capture
+    from lightning_inversion.transformer.shared import SharedModels
+
     models = SharedModels([spec for _, spec in wanted.values()])
     for path, (channel, spec) in wanted.items():
         stored = CaptureOptions(
@@ -249,13 +248,13 @@ def _capture(sweep: SweepFolder, plan: AuditPlan, prompts: Path, rest: list[str]
         capture(stored, spec, models.load)
 
 
-def _part(sweep: SweepFolder, cell: Cell) -> Part:
-    standing = sweep.standing(cell)
+def _part(sweep: Sweep, cell: Cell) -> Part:
+    status = sweep.status(cell)
     return Part(
         command=cell.command,
         depth=int(cell.values["depth"]),
         channel=cell.values["channel"],
-        rows=sweep.of(cell) / "results.jsonl" if sweep.rows(cell) else None,
-        state=standing.state,
-        message=standing.message,
+        rows=sweep.folder(cell) / "results.jsonl" if sweep.rows(cell) else None,
+        state=status.state,
+        message=status.message or None,
     )

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import Any
 
 from lightning_inversion.errors import InputError
 
+COMMANDS = ("fit", "predict")
+"""What a sweep can run."""
 SEED = "seed_everything"
+MAX_CELLS = 10_000
 _NAME_LENGTH = 120
 _OPENING, _CLOSING = "[{(", "]})"
 
@@ -37,7 +42,7 @@ class Cell:
     Attributes:
         name: of its folder, unique in the sweep.
         command: fit or predict.
-        arguments: what follows the command, but for where the run goes.
+        arguments: what follows the command, except for where the run goes.
         values: what sets it apart, by the axes' names.
     """
 
@@ -46,65 +51,70 @@ class Cell:
     arguments: tuple[str, ...]
     values: dict[str, str] = field(hash=False)
 
-
-@dataclass(frozen=True)
-class Part:
-    """A grid: one command with its options, over the product of its axes.
-
-    Attributes:
-        command: fit or predict.
-        arguments: options of every cell.
-        axes: the last varies fastest.
-        name: set before the names of its cells; '' for the only part of a sweep.
-    """
-
-    command: str
-    arguments: tuple[str, ...]
-    axes: tuple[Axis, ...]
-    name: str = ""
-
-    def cells(self) -> list[Cell]:
-        """The product of the axes, seeds outermost: every setting is seen early.
+    @classmethod
+    def from_record(cls, record: Any) -> Cell:
+        """The cell that a JSON object describes.
 
         Raises:
-            InputError: a key stands twice, or a value does.
+            ValueError: it describes none.
         """
-        _check_twice("--over", [axis.key for axis in self.axes])
-        for axis in self.axes:
-            _check_twice(f"--over {axis.key}", axis.values)
-        axes = sorted(self.axes, key=lambda axis: axis.key != SEED)
-        names = [axis.name for axis in axes]
-        shown = [
-            axis.name if names.count(axis.name) == 1 else axis.key.replace(".", "_")
-            for axis in axes
-        ]
-        cells = []
-        for values in product(*(axis.values for axis in axes)):
-            options = [f"--{axis.key}={value}" for axis, value in zip(axes, values, strict=True)]
-            # A config comes before the options that are set beside it.
-            configs = [option for option in options if option.startswith("--config=")]
-            others = [option for option in options if not option.startswith("--config=")]
-            chosen = dict(zip(shown, values, strict=True))
-            ordered = {axis: chosen[axis] for axis in sorted(chosen, key=lambda a: a == "seed")}
-            name = ",".join(f"{key}={short(value)}" for key, value in ordered.items())
-            cells.append(
-                Cell(
-                    "-".join(part for part in (self.name, name) if part) or "only",
-                    self.command,
-                    (*configs, *self.arguments, *others),
-                    {**({"part": self.name} if self.name else {}), **ordered},
-                )
-            )
-        return cells
+        keys = [one.name for one in fields(cls)]
+        if not isinstance(record, dict) or set(record) != set(keys):
+            raise ValueError(f"a cell has the keys {', '.join(keys)}")
+        name, command, arguments, values = (record[key] for key in keys)
+        if not isinstance(name, str) or not is_plain_name(name):
+            raise ValueError(f"{name!r} is not a plain name")
+        if command not in COMMANDS:
+            raise ValueError(f"{command!r} is not one of {', '.join(COMMANDS)}")
+        texts = [*arguments, *values, *values.values()] if (
+            isinstance(arguments, list) and isinstance(values, dict)
+        ) else [None]  # fmt: skip
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("arguments are a list of strings, and values map strings to strings")
+        return cls(name, command, tuple(arguments), values)
 
 
-def cells_of(parts: Sequence[Part]) -> list[Cell]:
-    """The cells of every part, in order, each with a name of its own."""
-    cells = [cell for part in parts for cell in part.cells()]
-    names = [cell.name for cell in cells]
-    return [
+def cells_of(command: str, arguments: Sequence[str], axes: Sequence[Axis]) -> tuple[Cell, ...]:
+    """A command with its options over the product of the axes, each cell with a name of its own.
+
+    Args:
+        command: fit or predict.
+        arguments: options of every cell.
+        axes: the last varies fastest; seeds stand outermost, so that every setting is seen early.
+
+    Raises:
+        InputError: a key or a value is given twice, or there are more than `MAX_CELLS`.
+    """
+    _check_twice("--over", [axis.key for axis in axes])
+    for axis in axes:
+        _check_twice(f"--over {axis.key}", axis.values)
+    count = math.prod(len(axis.values) for axis in axes)
+    if count > MAX_CELLS:
+        raise InputError(f"--over and --seeds give {count} cells; at most {MAX_CELLS} are run.")
+    axes = sorted(axes, key=lambda axis: axis.key != SEED)
+    names = [axis.name for axis in axes]
+    shown = [
+        axis.name if names.count(axis.name) == 1 else axis.key.replace(".", "_") for axis in axes
+    ]
+    cells = []
+    for values in product(*(axis.values for axis in axes)):
+        options = [f"--{axis.key}={value}" for axis, value in zip(axes, values, strict=True)]
+        # A config comes before the options that are set beside it.
+        configs = [option for option in options if option.startswith("--config=")]
+        others = [option for option in options if not option.startswith("--config=")]
+        chosen = dict(zip(shown, values, strict=True))
+        ordered = {axis: chosen[axis] for axis in sorted(chosen, key=lambda a: a == "seed")}
+        name = ",".join(f"{key}={short(value)}" for key, value in ordered.items())
+        cells.append(Cell(name, command, (*configs, *arguments, *others), ordered))
+    return _with_own_names(cells)
+
+
+def _with_own_names(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+    """Cells whose name is too long, or another's too, get a digest behind it."""
+    twice = _repeated([cell.name for cell in cells])
+    return tuple(
         cell
-        if names.count(cell.name) == 1 and len(cell.name) <= _NAME_LENGTH
+        if cell.name not in twice and len(cell.name) <= _NAME_LENGTH
         else Cell(
             f"{cell.name[:_NAME_LENGTH]}-{_digest(cell.arguments)}",
             cell.command,
@@ -112,7 +122,7 @@ def cells_of(parts: Sequence[Part]) -> list[Cell]:
             cell.values,
         )
         for cell in cells
-    ]
+    )
 
 
 def read_axis(text: str, model_keys: frozenset[str]) -> Axis:
@@ -134,18 +144,8 @@ def read_axis(text: str, model_keys: frozenset[str]) -> Axis:
             f"--over {text!r} is not key=value,value; "
             "write it as --over transformer.depth=1,2,4, for example."
         )
-    return axis_of(key.strip().removeprefix("--"), parts, model_keys)
-
-
-def axis_of(key: str, values: Sequence[Any], model_keys: frozenset[str]) -> Axis:
-    """An axis of a key, whose ``model.`` may be left out, and of values of any kind."""
-    full = f"model.{key}" if key.partition(".")[0] in model_keys else key
-    return Axis(full, tuple(written(value) for value in values))
-
-
-def written(value: Any) -> str:
-    """A value as it is written on the command line."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    key = key.strip().removeprefix("--")
+    return Axis(f"model.{key}" if key.partition(".")[0] in model_keys else key, tuple(parts))
 
 
 def split_values(text: str) -> list[str]:
@@ -178,11 +178,19 @@ def short(value: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", last).strip("-.") or _digest([value])
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a folder of this name lies in the folder it is made in."""
+    return bool(re.fullmatch(r"[\w+=,-][\w.+=,-]*", name)) and len(name) <= 2 * _NAME_LENGTH
+
+
 def _digest(words: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(words)).encode()).hexdigest()[:6]
 
 
 def _check_twice(option: str, given: Sequence[str]) -> None:
-    twice = sorted({word for word in given if given.count(word) > 1})
-    if twice:
-        raise InputError(f"{option} has {twice[0]} twice; leave one of them out.")
+    if twice := _repeated(given):
+        raise InputError(f"{option} has {min(twice)} twice; leave one of them out.")
+
+
+def _repeated(words: Sequence[str]) -> set[str]:
+    return {word for word, count in Counter(words).items() if count > 1}

@@ -1,62 +1,148 @@
-"""The cells of a sweep are run here: through the command line's own class, in this process."""
+"""The cells of a sweep: where each stands on disk, and the processes that run them.
+
+Each cell is a run of the command line's own class in a folder of its own. A process takes a cell up
+by claiming a file in that folder; what is done is not run again, what was stopped is resumed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import statistics
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, Literal, NoReturn
 
-import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lightning_inversion.cli.lightning import InversionCLI, quiet_lightning
-from lightning_inversion.cli.resume import FITTED, PREDICTED, differences
+from lightning_inversion.cli.lightning import InversionCLI
+from lightning_inversion.cli.resume import FITTED, PREDICTED, differences, read_settings
+from lightning_inversion.cli.trainer import quiet_lightning
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import claimed, readable_time
 from lightning_inversion.module import InputInversion
-from lightning_inversion.results import FILE, read_rows
-from lightning_inversion.sweep.folder import MESSAGES, SweepFolder
+from lightning_inversion.results import FILE, ResultRow, read_rows
 from lightning_inversion.sweep.grid import Cell
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.shared import SharedModels
 
 MODEL_KEYS = frozenset(inspect.signature(InputInversion.__init__).parameters) - {"self"}
 """The words that stand under ``model.`` in a config."""
-_PROBED = 10
-"""Iterations after which the cost of one is known."""
+SWEEP_FILE, CELL_FILE, MESSAGES = "sweep.json", "cell.json", "messages.txt"
+_LOG = logging.getLogger(__name__)
 
 
-class CheckedRun(InversionCLI):
+@dataclass(frozen=True)
+class Status:
+    """Where a cell stands; one that runs is waiting until it has ended.
+
+    Attributes:
+        seconds: of the run.
+        message: why it failed.
+    """
+
+    state: Literal["waiting", "done", "failed"] = "waiting"
+    seconds: float = 0.0
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The folder of a sweep; its cells are folders in it, and any process may take one up.
+
+    Attributes:
+        path: of the folder.
+        cells: what is to be run, in order.
+    """
+
+    path: Path
+    cells: tuple[Cell, ...]
+
+    @classmethod
+    def open(cls, path: Path) -> Sweep:
+        """The sweep that a folder holds.
+
+        Raises:
+            InputError: it holds none.
+        """
+        stored = path / SWEEP_FILE
+        if not stored.is_file():
+            raise InputError(f"--join {str(path)!r} holds no {SWEEP_FILE}; name a sweep's folder.")
+        try:
+            record = json.loads(stored.read_text("utf-8"))
+            if not isinstance(record, dict) or not isinstance(record.get("cells"), list):
+                raise ValueError("it has no list of cells")
+            return cls(path, tuple(Cell.from_record(cell) for cell in record["cells"]))
+        except (ValueError, OSError, RecursionError) as error:
+            raise InputError(f"{str(stored)!r} is not a sweep's: {error}; remove it.") from error
+
+    def save(self) -> None:
+        """Write down what the sweep is, or check that the folder holds the same one.
+
+        Raises:
+            InputError: the folder holds another sweep.
+        """
+        if (self.path / SWEEP_FILE).exists():
+            if Sweep.open(self.path) != self:
+                raise InputError(
+                    f"{str(self.path)!r} holds a sweep with other options; "
+                    "give this one another --name, or remove the folder."
+                )
+            return
+        _write(self.path / SWEEP_FILE, {"cells": [asdict(cell) for cell in self.cells]})
+
+    def folder(self, cell: Cell) -> Path:
+        """The folder of a cell's run."""
+        return self.path / cell.name
+
+    def status(self, cell: Cell) -> Status:
+        """Where a cell stands; without a whole file of it, it is run and keeps its rows."""
+        try:
+            return Status(**json.loads((self.folder(cell) / CELL_FILE).read_text("utf-8")))
+        except (OSError, ValueError, TypeError):
+            return Status()
+
+    def rows(self, cell: Cell) -> list[ResultRow]:
+        """The finished rows of a cell."""
+        return read_rows(self.folder(cell) / FILE)
+
+    def unfinished(self) -> list[Cell]:
+        """Cells that are not done, in order."""
+        return [cell for cell in self.cells if self.status(cell).state != "done"]
+
+
+def _write(path: Path, value: Any) -> None:
+    """Whole or not at all, for those who read meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+    part.replace(path)
+
+
+# -- before the first cell runs --------------------------------------------------------------
+
+
+class _Checked(InversionCLI):
     """A command that is parsed and checked as it would be run, and not run."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing more."""
+        pass
 
-    @property
     def settings(self) -> Any:
         """What the run's config.yaml would hold."""
-        config = self.parser.dump(self.config, skip_none=False)
-        return yaml.safe_load(config)[self.subcommand]
-
-
-class TimedRun(InversionCLI):
-    """A command whose iterations are timed."""
-
-    def after_instantiate_classes(self) -> None:
-        """Note when each iteration begins."""
-        super().after_instantiate_classes()
-        self.iterations: list[float] = []
-        step = self.model.training_step
-
-        def timed_step(*args: Any) -> Any:
-            self.iterations.append(time.perf_counter())
-            return step(*args)
-
-        self.model.training_step = timed_step
+        return self._settings()
 
 
 def spec_of(command: str, arguments: Sequence[str]) -> TransformerSpec:
@@ -67,12 +153,12 @@ def spec_of(command: str, arguments: Sequence[str]) -> TransformerSpec:
     """
     quiet_lightning()
     with tempfile.TemporaryDirectory() as folder:
-        run = CheckedRun([command, *arguments, *_logger(Path(folder), "checked", "only")])
+        run = _Checked([command, *arguments, *_logger(Path(folder), "checked", "only")])
     spec: TransformerSpec = run.model.spec
     return spec
 
 
-def check(sweep: SweepFolder) -> list[TransformerSpec]:
+def check(sweep: Sweep) -> list[TransformerSpec]:
     """Parse and check every cell before the first one runs; returns the specs of their models.
 
     Raises:
@@ -81,10 +167,10 @@ def check(sweep: SweepFolder) -> list[TransformerSpec]:
     quiet_lightning()
     specs = []
     for cell in sweep.cells:
-        run = CheckedRun([cell.command, *cell.arguments, *_place(sweep, cell)])
-        stored = sweep.of(cell) / (PREDICTED if cell.command == "predict" else FITTED)
+        run = _Checked([cell.command, *cell.arguments, *_place(sweep, cell)])
+        stored = sweep.folder(cell) / (PREDICTED if cell.command == "predict" else FITTED)
         if stored.exists():
-            different = differences(yaml.safe_load(stored.read_text("utf-8")), run.settings)
+            different = differences(read_settings(stored), run.settings())
             if different:
                 raise InputError(
                     f"{str(stored.parent)!r} was made with another {different[0]}; "
@@ -94,68 +180,73 @@ def check(sweep: SweepFolder) -> list[TransformerSpec]:
     return specs
 
 
-def work(
-    sweep: SweepFolder, specs: Sequence[TransformerSpec], ended: Callable[[], None]
-) -> dict[str, str]:
+# -- running ---------------------------------------------------------------------------------
+
+
+def run_cells(sweep: Sweep, specs: Sequence[TransformerSpec], processes: int = 1) -> int:
+    """Run what is not done yet; returns the exit code, 1 if a cell failed or the run was stopped.
+
+    Cells that another sweep process holds are left to it.
+
+    Args:
+        sweep: whose cells.
+        specs: of their models, from `check`.
+        processes: that share them; this one if 1.
+    """
+    sweep.save()
+    left = sweep.unfinished()
+    for cell in left:
+        if sweep.status(cell).state == "failed":  # in an earlier attempt
+            (sweep.folder(cell) / CELL_FILE).unlink(missing_ok=True)
+    _LOG.info("%s: %d of %d cells to run", sweep.path, len(left), len(sweep.cells))
+    try:
+        with _ended_by_sigterm(), _progress(sweep, left) as report:
+            if processes == 1:
+                _take_up(sweep, specs, report)
+            else:
+                _share(sweep, min(processes, len(left)), report)
+    except (KeyboardInterrupt, SystemExit):
+        _LOG.error("lightning-inversion: stopped; the same command resumes the sweep.")
+        return 1
+    failed = False
+    for cell in sweep.unfinished():
+        status = sweep.status(cell)
+        if status.state == "failed" or processes > 1:
+            failed = True
+            message = status.message or "its process ended"
+            _LOG.error("lightning-inversion: %s failed: %s", cell.name, message)
+    return int(failed)
+
+
+def _take_up(sweep: Sweep, specs: Sequence[TransformerSpec], report: Callable[[], None]) -> None:
     """Run every cell that is neither done nor another process's.
 
     Args:
         sweep: whose cells to run.
         specs: of the cells' models, so that the deepest is loaded at once.
-        ended: is called after each cell.
-
-    Returns:
-        The messages of the cells that failed, by name.
+        report: is called after each cell.
     """
     models = SharedModels(specs)
-    failed = {}
     for cell in sweep.cells:
-        with sweep.claimed(cell) as ours:
-            if not ours:
+        with claimed(sweep.folder(cell) / ".claim") as ours:
+            if not ours or sweep.status(cell).state == "done":
                 continue
+            began = time.monotonic()
+            state: Literal["done", "failed"] = "failed"
+            message = ""
             try:
-                with sweep.timed(cell):
-                    _run(sweep, cell, models)
+                _run(sweep, cell, models)
+                state = "done"
             except Exception as error:  # one cell's failure is not the others'
-                failed[cell.name] = f"{type(error).__name__}: {error}"
-        ended()
-    return failed
+                message = f"{type(error).__name__}: {error}"
+            status = Status(state, time.monotonic() - began, message)
+            _write(sweep.folder(cell) / CELL_FILE, asdict(status))
+        report()
 
 
-def probe(cell: Cell) -> float | None:
-    """Seconds of a cell, from its first few iterations; its folder is not touched.
-
-    Of a command without iterations: from its first batch of prompts; None where it is not known
-    how many there are. A fit that stops early takes less, and other prompts may take more.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        place = _logger(Path(folder), "probe", "first")
-        whole = CheckedRun([cell.command, *cell.arguments, *place])
-        iterations = whole.model.iterations
-        few = (
-            ["--trainer.max_epochs=1", f"--model.iterations={min(_PROBED, iterations)}"]
-            if cell.command == "fit"
-            else ["--trainer.limit_predict_batches=1"]
-        )
-        began = time.perf_counter()
-        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
-            run = TimedRun([cell.command, *cell.arguments, *place, *few])
-        seconds = time.perf_counter() - began
-        rows = len(read_rows(Path(folder) / "probe" / "first" / FILE))
-    prompts = len(getattr(whole.datamodule, "texts", ()))
-    if not rows or not prompts:
-        return None
-    batches = -(-prompts // rows)
-    begun = run.iterations
-    if len(begun) < 2:
-        return seconds * batches
-    each = statistics.median(b - a for a, b in pairwise(begun))
-    return seconds + each * (int(iterations) * batches - len(begun))
-
-
-def _run(sweep: SweepFolder, cell: Cell, models: SharedModels) -> None:
-    """One cell as a command of its own would run it, what it says going to a file in its folder."""
-    folder = sweep.of(cell)
+def _run(sweep: Sweep, cell: Cell, models: SharedModels) -> None:
+    """Run one cell as a command of its own; its output goes to a file in its folder."""
+    folder = sweep.folder(cell)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     again = [f"--ckpt_path={checkpoint}"] if checkpoint.exists() and cell.command == "fit" else []
     with (
@@ -166,11 +257,82 @@ def _run(sweep: SweepFolder, cell: Cell, models: SharedModels) -> None:
         try:
             InversionCLI([cell.command, *cell.arguments, *_place(sweep, cell), *again], models)
         except Exception:
-            messages.write(_traceback())
+            messages.write(traceback.format_exc())
             raise
+    if not sweep.rows(cell):
+        raise RuntimeError(f"the run wrote no row; see {MESSAGES} in its folder")
 
 
-def _place(sweep: SweepFolder, cell: Cell) -> list[str]:
+def _share(sweep: Sweep, processes: int, report: Callable[[], None]) -> None:
+    """Let so many processes take the cells up, with one thread each."""
+    command = [sys.executable, "-m", "lightning_inversion", "sweep", "--join", str(sweep.path)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = subprocess.DEVNULL
+    workers = [
+        subprocess.Popen(command, env=one_thread, stdout=quiet, stderr=quiet)
+        for _ in range(processes)
+    ]
+    try:
+        while any(worker.poll() is None for worker in workers):
+            time.sleep(0.2)
+            report()
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.wait()
+    report()
+
+
+@contextmanager
+def _progress(sweep: Sweep, left: list[Cell]) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal; what it yields writes a line for each cell that has ended since."""
+    console = Console(file=sys.stderr)  # of now: a cell redirects it
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("cells"), TimeRemainingColumn()
+    with Progress(
+        *columns, console=console, transient=True, redirect_stdout=False,
+        disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("cells", total=len(left))
+        running = list(left)
+
+        def report() -> None:
+            for cell in list(running):
+                status = sweep.status(cell)
+                if status.state == "waiting":
+                    continue
+                running.remove(cell)
+                bar.advance(task)
+                _LOG.info("%s: %s in %s%s", cell.name, status.state,
+                          readable_time(status.seconds), _summary(sweep, cell))  # fmt: skip
+
+        yield report
+
+
+def _summary(sweep: Sweep, cell: Cell) -> str:
+    """The means of a cell's rows."""
+    rows = sweep.rows(cell)
+    means = {
+        name: [float(value) for row in rows if (value := getattr(row, name)) is not None]
+        for name in ("token_accuracy", "exact", "verified")
+    }
+    return "".join(f", {name} {mean(values):.3f}" for name, values in means.items() if values)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let a SIGTERM end the block at once, so that other processes, locks and bars end too."""
+
+    def end(*_: Any) -> NoReturn:
+        raise SystemExit(1)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _place(sweep: Sweep, cell: Cell) -> list[str]:
     return _logger(sweep.path.parent, sweep.path.name, cell.name)
 
 
@@ -182,9 +344,3 @@ def _logger(root: Path, name: str, version: str) -> list[str]:
         f"--trainer.logger.name={name}",
         f"--trainer.logger.version={version}",
     ]
-
-
-def _traceback() -> str:
-    import traceback
-
-    return traceback.format_exc()

@@ -1,14 +1,17 @@
-"""Finding a model's blocks and cutting its tail off, without a table of names."""
+"""A model's blocks: found, cut, copied and wrapped, without a table of names."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_inversion.errors import InputError
@@ -52,18 +55,22 @@ def find_blocks(model: PreTrainedModel) -> BlockList:
 
 def cut_blocks_(model: PreTrainedModel, kept: int) -> tuple[nn.Module, ...]:
     """Drop all but the first `kept` blocks, in place; returns them."""
-    place = find_blocks(model)
-    blocks = nn.ModuleList(list(place.blocks)[:kept])
-    setattr(place.parent, place.name, blocks)
+    found = find_blocks(model)
+    blocks = nn.ModuleList(list(found.blocks)[:kept])
+    setattr(found.parent, found.name, blocks)
     return tuple(blocks)
 
 
 def repeat_first_block_(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     """Put copies of the first block, with the same weights, in the place of the others."""
-    place = find_blocks(model)
-    first = place.blocks[0]
-    blocks = nn.ModuleList([first, *(frozen_copy(first) for _ in place.blocks[1:])])
-    setattr(place.parent, place.name, blocks)
+    found = find_blocks(model)
+    first = found.blocks[0]
+    blocks = nn.ModuleList([first, *(frozen_copy(first) for _ in found.blocks[1:])])
+    for number, block in enumerate(blocks):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):  # by which a block finds its own keys and values
+                setattr(module, "layer_idx", number)  # noqa: B010  # it may be a Tensor, to mypy
+    setattr(found.parent, found.name, blocks)
     return tuple(blocks)
 
 
@@ -75,7 +82,7 @@ def shorten_config_(config: PretrainedConfig, kept: int) -> None:
 
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of `model` that turns token vectors into hidden states: no head, no eyes."""
+    """The part of `model` that turns token vectors into hidden states, without its head."""
     base = model.base_model
     assert isinstance(base, PreTrainedModel)
     if text_config(base.config) is base.config:
@@ -86,7 +93,7 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The language model's part of a configuration: nested, in models that also see or hear."""
+    """The language model's part of a configuration: nested in models that also read images."""
     nested: PretrainedConfig = config.get_text_config(decoder=True)
     return nested
 
@@ -121,3 +128,31 @@ def block_output(output: Tensor | tuple[Any, ...]) -> Tensor:
     hidden = output[0] if isinstance(output, tuple) else output
     assert isinstance(hidden, torch.Tensor)
     return hidden
+
+
+def checkpoint_blocks_(blocks: Sequence[nn.Module]) -> None:
+    """Keep a block's input alone for the backward pass, and run the block again there, in place.
+
+    transformers' own gradient checkpointing wants a model that is in training mode, which a frozen
+    one never is.
+    """
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks_(blocks: Sequence[nn.Module]) -> None:
+    """Compile each block's forward by torch.compile, for any length of sequence, in place.
+
+    The block's hooks, which capture the features, stay outside. Behind kept keys and values, whose
+    number grows with every token, blocks run as they are: each growth would be compiled anew.
+    """
+    for block in blocks:
+        compiled = torch.compile(block.forward, dynamic=True)
+        block.forward = partial(_forward, block.forward, compiled)
+
+
+def _forward(
+    plain: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **options: Any
+) -> Any:
+    kept = options.get("past_key_values") is not None
+    return (plain if kept else compiled)(*args, **options)

@@ -1,4 +1,4 @@
-"""Ids -> vectors, vocabulary vectors -> vectors, and back through the pseudo-inverse."""
+"""Ids -> vectors, vocabulary vectors -> vectors and back, and the best of a vocabulary's scores."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 _ROWS = 8192
 _SCORES = 2**24
 """Scores of whole vocabularies that exist at a time: 64 MiB in float32."""
-_PLACES = 128
+_POSITIONS = 128
 """Vectors scored at a time at most: more are not scored any faster, and need more memory."""
+_BLOCK = 64
+"""Scores of which first the highest alone is looked at."""
 
 
 def scored_at_a_time(vocabulary: int) -> int:
     """For how many vectors a whole vocabulary of this size is scored together."""
-    return max(1, min(_PLACES, _SCORES // vocabulary))
+    return max(1, min(_POSITIONS, _SCORES // vocabulary))
 
 
 class TokenEmbedding(nn.Module):
@@ -86,7 +89,7 @@ class TokenEmbedding(nn.Module):
     def mix(self, vectors: Tensor) -> Tensor:
         """Vocabulary vectors [..., V] -> a W [..., D]: a one-hot vector gives its token's row.
 
-        The document's 'Direct Input Representation'. Differentiable.
+        The source's 'Direct Input Representation'. Differentiable.
         """
         return (vectors.to(self.matrix.dtype) @ self.matrix).float()
 
@@ -173,3 +176,35 @@ class TokenEmbedding(nn.Module):
                     start + offset
                 )
         return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+
+class BestTokens(NamedTuple):
+    """Best first, as ``torch.topk`` returns them.
+
+    Attributes:
+        values: ``[..., k]`` the scores.
+        indices: ``[..., k]`` the tokens' ids.
+    """
+
+    values: Tensor
+    indices: Tensor
+
+
+def best_tokens(scores: Tensor, k: int) -> BestTokens:
+    """What ``scores.topk(k)`` finds in scores ``[..., V]``, several times as fast on a CPU.
+
+    The k best stand in the k blocks of 64 whose highest scores are best, so that the others need
+    no sorting. Which of equal scores are found is undefined, as it is for ``topk``.
+    """
+    V = scores.shape[-1]
+    whole = V // _BLOCK
+    if whole < 2 * k:  # as many to sort as there were
+        return BestTokens(*scores.topk(k, dim=-1))
+    blocks = scores[..., : whole * _BLOCK].reshape(*scores.shape[:-1], whole, _BLOCK)
+    chosen = blocks.amax(-1).topk(k, dim=-1).indices
+    among = blocks.gather(-2, chosen[..., None].expand(*chosen.shape, _BLOCK)).flatten(-2)
+    rest = scores[..., whole * _BLOCK :]  # of a vocabulary that is no multiple of 64
+    values, slots = torch.cat([among, rest], dim=-1).topk(k, dim=-1)
+    inside = chosen.gather(-1, (slots // _BLOCK).clamp(max=k - 1)) * _BLOCK + slots % _BLOCK
+    behind = whole * _BLOCK + slots - k * _BLOCK
+    return BestTokens(values, torch.where(slots < k * _BLOCK, inside, behind))

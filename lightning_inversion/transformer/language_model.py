@@ -1,4 +1,4 @@
-"""The whole model with its head: what token comes next, and what text it writes itself."""
+"""The whole model with its head: probabilities of next tokens, and text of its own."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from lightning_inversion.files import cached_folder
-from lightning_inversion.transformer.candidates import tree_fits
-from lightning_inversion.transformer.ragged_cache import RaggedCache
+from lightning_inversion.transformer.kv_cache import (
+    RaggedCache,
+    additive_mask,
+    one_after_another,
+    serves,
+)
 
 _TEXT = "text.safetensors"
 
@@ -73,32 +78,55 @@ class LanguageModel:
 def own_text(language_model: LanguageModel, rows: int = 64, length: int = 96) -> Tensor:
     """Text ``[rows, length]`` of the model's own, sampled once and kept in the cache folder."""
     model = language_model.model
-    digest = hashlib.sha256(f"{model.config.to_json_string()} {rows} {length}".encode())
-    digest.update(language_model.embeddings[:256].detach().float().cpu().numpy().tobytes())
+    settings = f"{model.config.to_json_string()} {rows} {length} {weights_checksum(model)}"
+    key = f"own-text-{hashlib.sha256(settings.encode()).hexdigest()[:24]}"
 
     def build(folder: Path) -> None:
         save_file({"ids": language_model.own_text(rows, length)}, folder / _TEXT)
 
-    key = f"own-text-{digest.hexdigest()[:24]}"
-    folder = cached_folder(key, build, lambda f: (f / _TEXT).exists())
-    ids: Tensor = load_file(folder / _TEXT)["ids"]
+    def is_whole(folder: Path) -> bool:
+        try:
+            ids = load_file(folder / _TEXT)["ids"]
+        except (OSError, SafetensorError, KeyError):
+            return False
+        size = language_model.embeddings.shape[0]
+        right = ids.shape == (rows, length) and ids.dtype == torch.long
+        return right and int(ids.min()) >= 0 and int(ids.max()) < size
+
+    ids: Tensor = load_file(cached_folder(key, build, is_whole) / _TEXT)["ids"]
     return ids
 
 
-class Continuations:
-    """log p of the next token of B growing texts, run token by token behind kept keys.
+@torch.no_grad()
+def weights_checksum(model: nn.Module) -> str:
+    """Tells the weights of fine-tuned models apart: sums of their bytes as whole numbers.
 
-    Tokens are only run when somebody asks, several at once where several came in between.
+    Ten times as fast as sha256 and computed where the weights are; no protection against forgery.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        raw = tensor.reshape(-1).clone() if tensor.storage_offset() % 8 else tensor.reshape(-1)
+        raw = raw.view(torch.uint8)
+        whole = len(raw) // 8 * 8
+        total = int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {total}\n".encode())
+    return digest.hexdigest()
+
+
+class Continuations:
+    """log p of the next token of B growing sequences, run token by token behind kept keys.
+
+    Tokens are run when probabilities are asked for, several at once where several were appended.
 
     Args:
-        language_model: whose view it is.
+        language_model: the source of the probabilities.
         rows: B.
     """
 
     def __init__(self, language_model: LanguageModel, rows: int) -> None:
         self.language_model = language_model
         device = language_model.device
-        self._texts: list[list[int]] = [[] for _ in range(rows)]
+        self._ids: list[list[int]] = [[] for _ in range(rows)]
         self._done = [0] * rows
         self._latest: list[Tensor | None] = [None] * rows
         self._cache = (
@@ -106,15 +134,15 @@ class Continuations:
         )
 
     def append(self, rows: Tensor, ids: Tensor) -> None:
-        """Each of ``rows`` [R] goes on with its token of ``ids`` [R]."""
+        """Append to each of ``rows`` [R] its token of ``ids`` [R]."""
         for row, token in zip(rows.tolist(), ids.tolist(), strict=True):
-            self._texts[row].append(token)
+            self._ids[row].append(token)
 
     def drop_last(self, rows: Tensor) -> None:
-        """The last token of each of ``rows`` [R] is taken away; another must follow it."""
+        """Remove the last token of each of ``rows`` [R]; another must be appended before scores."""
         for row in rows.tolist():
-            self._texts[row].pop()
-            if self._done[row] > len(self._texts[row]):
+            self._ids[row].pop()
+            if self._done[row] > len(self._ids[row]):
                 self._done[row] -= 1
                 if self._cache is not None:
                     self._cache.lengths[row] -= 1
@@ -122,19 +150,19 @@ class Continuations:
     @torch.no_grad()
     def log_probabilities(self, rows: Tensor) -> Tensor:
         """log p ``[R, V]`` of the next token; each row must hold at least one."""
-        waiting = [row for row in rows.tolist() if self._done[row] < len(self._texts[row])]
+        waiting = [row for row in rows.tolist() if self._done[row] < len(self._ids[row])]
         if waiting:
             self._catch_up(waiting)
         latest = [self._latest[row] for row in rows.tolist()]
         return torch.stack([one for one in latest if one is not None])
 
     def _catch_up(self, waiting: list[int]) -> None:
-        longest = max(len(self._texts[row]) for row in waiting)
-        if not tree_fits(self.language_model.model.config, longest, longest):
+        longest = max(len(self._ids[row]) for row in waiting)
+        if not serves(self.language_model.model.config, longest, longest):
             self._cache = None
         if self._cache is None:
             self._done = [0] * len(self._done)
-        new = [self._texts[row][self._done[row] :] for row in waiting]
+        new = [self._ids[row][self._done[row] :] for row in waiting]
         width = max(map(len, new))
         device = self.language_model.device
         ids = torch.tensor([one + [0] * (width - len(one)) for one in new], device=device)
@@ -142,7 +170,7 @@ class Continuations:
         logits = self._logits(torch.tensor(waiting, device=device), ids, ends)
         for row, scores in zip(waiting, logits.float().log_softmax(-1), strict=True):
             self._latest[row] = scores
-            self._done[row] = len(self._texts[row])
+            self._done[row] = len(self._ids[row])
 
     def _logits(self, rows: Tensor, ids: Tensor, ends: Tensor) -> Tensor:
         model, each = self.language_model.model, torch.arange(len(rows), device=ids.device)
@@ -152,12 +180,9 @@ class Continuations:
             return plain[each, ends] if plain.shape[1] > 1 else plain[:, 0]
 
         def forward(mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-            dtype: torch.dtype = model.dtype
-            hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-            hidden.masked_fill_(~mask, torch.finfo(dtype).min)
             output = model(
                 input_ids=ids,
-                attention_mask=hidden[:, None],
+                attention_mask=additive_mask(mask, model.dtype),
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
@@ -165,21 +190,19 @@ class Continuations:
             logits: Tensor = output.logits
             return logits
 
-        width = ids.shape[1]
-        causal = torch.ones(width, width, dtype=torch.bool, device=ids.device).tril()
         with _head_at(model, each, ends):
-            logits = self._cache.run(forward, rows, causal)
-        place = torch.arange(width, device=ids.device).expand(ids.shape)
-        self._cache.keep(place.masked_fill(place > ends[:, None], -1))
+            logits = self._cache.run(forward, rows, one_after_another(ids.shape[1], ids.device))
+        slots = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        self._cache.keep(slots.masked_fill(slots > ends[:, None], -1))
         return logits[each, ends] if logits.shape[1] > 1 else logits[:, 0]
 
 
 @contextmanager
 def _head_at(model: PreTrainedModel, each: Tensor, ends: Tensor) -> Iterator[None]:
-    """The head is asked about one place of each row, where the model has a head of its own.
+    """The head scores one position of each row, where the model has a head of its own.
 
-    Scores of the whole vocabulary for places that nobody asks about would need more than the
-    forward itself, in time and in memory.
+    Scores of the whole vocabulary at every position would need more than the forward itself, in
+    time and in memory.
     """
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is None:

@@ -1,11 +1,11 @@
-"""A linear guess at the input: features -> embeddings, fitted on random tokens and on text.
+"""The linear probe: features -> embeddings, fitted on random tokens and on text.
 
 The residual stream carries the embedding along, so that a ridge regression on a few thousand
 features of random token sequences already reads most tokens of real text after one block, and some
 after many (tuned lenses, arXiv 2303.08112, read the other way, towards the output). Text that the
 model wrote itself, where there is some, makes it read far more: features of real text are not those
-of random tokens. Its means and scales are also what makes features comparable where a few channels
-are massive, and how it errs says how likely each token is.
+of random tokens. Its means and standard deviations make features comparable where a few channels
+are massive, and the covariance of its errors gives each token's likelihood.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LONG_LENGTH = 64
 
 _TOKENS_AT_A_TIME = 1024
 _RIDGE = 1e-4
-_SMALLEST_SCALE = 1e-6
+_SMALLEST_STD = 1e-6
 _SMALLEST_ERROR = 1e-3
 """Variance of the error in any direction at least, as a share of the mean: a guess that looks
 perfect on what it was fitted on is not so elsewhere."""
@@ -38,7 +38,7 @@ class LinearProbe:
 
     Attributes:
         mean: ``[2, F]`` mean of each feature over random tokens.
-        scale: ``[2, F]`` its standard deviation.
+        std: ``[2, F]`` its standard deviation.
         matrix: ``[2, F, D]`` from standardised features to embeddings.
         bias: ``[2, D]`` the mean embedding of the tokens it was fitted on.
         directions: ``[2, D, D]``; along each column the guess's error has variance 1 and none in
@@ -46,11 +46,11 @@ class LinearProbe:
         signal: ``[2, D]`` the variance of the tokens along each, in units of the error's, the most
             first.
         shrinkage: ``[2, D, D]``; a token's difference from the mean, times this, is what the guess
-            has of it on average. A regression leaves out what it cannot tell.
+            has of it on average. A regression shrinks the directions that it cannot determine.
     """
 
     mean: Tensor
-    scale: Tensor
+    std: Tensor
     matrix: Tensor
     bias: Tensor
     directions: Tensor
@@ -58,14 +58,14 @@ class LinearProbe:
     shrinkage: Tensor
 
     @property
-    def heard(self) -> Tensor:
-        """``[2, D]`` the share of a token's place that its guess has along each direction."""
-        return _heard(self.signal)
+    def kept_share(self) -> Tensor:
+        """``[2, D]`` the share of a token's offset from the mean that its guess keeps."""
+        return _kept_share(self.signal)
 
     def standardize(self, features: Tensor, positions: Tensor) -> Tensor:
-        """Features ``[..., F]`` at ``positions`` [...] in units of their spread."""
+        """Features ``[..., F]`` at ``positions`` [...] in units of their std."""
         kind = positions.clamp(max=1)
-        return (features - self.mean[kind]) / self.scale[kind]
+        return (features - self.mean[kind]) / self.std[kind]
 
     def __call__(self, features: Tensor, positions: Tensor) -> Tensor:
         """Features ``[..., F]`` at ``positions`` [...] -> guessed embeddings ``[..., D]``."""
@@ -120,7 +120,7 @@ def _as_frequent_as_in_text(vocabulary: int, tokens: int, generator: torch.Gener
 def _regression(
     transformer: TruncatedTransformer, texts: list[Tensor], positions: slice
 ) -> tuple[Tensor, ...]:
-    """What a probe has of one kind of position, from sums over chunks of tokens."""
+    """A probe's parts for one kind of position, from sums over chunks of tokens."""
     device = transformer.device
     F, D = transformer.feature_size, transformer.embedding.width
     count = 0
@@ -147,28 +147,28 @@ def _regression(
     mean, bias = sums / count, embeds / count
     # In place, as a wide model's matrix in float64 takes hundreds of megabytes.
     covariance = squares.div_(count).sub_(torch.outer(mean, mean))
-    scale = covariance.diagonal().clamp_min(0).sqrt() + _SMALLEST_SCALE
-    correlation = covariance.div_(torch.outer(scale, scale))
+    std = covariance.diagonal().clamp_min(0).sqrt() + _SMALLEST_STD
+    correlation = covariance.div_(torch.outer(std, std))
     correlation.diagonal().add_(_RIDGE)
-    shared = products.div_(count).sub_(torch.outer(mean, bias)).div_(scale[:, None])
+    shared = products.div_(count).sub_(torch.outer(mean, bias)).div_(std[:, None])
     matrix = torch.linalg.solve(correlation, shared)
     variation.div_(count).sub_(torch.outer(bias, bias))
-    told = _told(variation, variation - shared.T @ matrix)
-    return tuple(part.float() for part in (mean, scale, matrix, bias, *told))
+    split = _signal_and_error(variation, variation - shared.T @ matrix)
+    return tuple(part.float() for part in (mean, std, matrix, bias, *split))
 
 
-def _told(tokens: Tensor, errors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _signal_and_error(tokens: Tensor, errors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Directions, signal and shrinkage, from the covariances ``[D, D]`` of tokens and of errors."""
     variances, axes = torch.linalg.eigh((errors + errors.T) / 2)
     # Directions that hardly err count as erring a little.
-    deviations = variances.clamp_min(_SMALLEST_ERROR * variances.mean().clamp_min(1e-30)).sqrt()
-    whitening = axes / deviations
+    stds = variances.clamp_min(_SMALLEST_ERROR * variances.mean().clamp_min(1e-30)).sqrt()
+    whitening = axes / stds
     signal, turned = torch.linalg.eigh(whitening.T @ tokens @ whitening)
     signal, turned = signal.flip(0), turned.flip(1)
     directions = whitening @ turned
-    back = turned.T @ (axes * deviations).T
-    return directions, signal, (directions * _heard(signal)) @ back
+    back = turned.T @ (axes * stds).T
+    return directions, signal, (directions * _kept_share(signal)) @ back
 
 
-def _heard(signal: Tensor) -> Tensor:
+def _kept_share(signal: Tensor) -> Tensor:
     return 1 - 1 / signal.clamp_min(1.0)

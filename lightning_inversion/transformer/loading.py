@@ -22,26 +22,32 @@ from transformers import (
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.blocks import (
+    checkpoint_blocks_,
+    compile_blocks_,
     frozen_copy,
     language_model,
     shorten_config_,
     text_config,
 )
 from lightning_inversion.transformer.embedding import TokenEmbedding
-from lightning_inversion.transformer.execution import checkpoint_blocks_, compile_blocks_
 from lightning_inversion.transformer.quantization import (
     check_quantization,
     prepare_quantized_,
     quantization_config,
 )
-from lightning_inversion.transformer.quiet import quiet_transformers
 from lightning_inversion.transformer.selection import (
     DEFAULT_DEPTH,
     Selection,
     check_depths,
     check_slice,
 )
-from lightning_inversion.transformer.sources import ModelFiles, check_source, resolve_source
+from lightning_inversion.transformer.sources import (
+    ModelFiles,
+    check_source,
+    first_line,
+    quiet_transformers,
+    resolve_source,
+)
 from lightning_inversion.transformer.surgery import Surgery
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.transformer.untrained import untrained_embedding, untrained_model
@@ -168,7 +174,7 @@ class TransformerSpec:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What the loaded model's description will say, but for what needs its weights."""
+        """The loaded model's description, without what needs its weights."""
         return {
             **self._source,
             **self._selection(text_config(self.config())).description(),
@@ -328,10 +334,10 @@ def _readable(model: str) -> Iterator[None]:
         with quiet_transformers():
             yield
     except (OSError, SafetensorError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error).rstrip(".")
         raise InputError(
-            f"--model.transformer.model: {model!r} could not be loaded ({reason.rstrip('.')}); "
-            "look at the name and the network, or give a local folder."
+            f"--model.transformer.model: {model!r} could not be loaded ({reason}); look "
+            "at the name and the network, or give a local folder."
         ) from error
 
 

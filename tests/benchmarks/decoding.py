@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaConfig, LlamaModel
 
+from lightning_inversion.__main__ import main as run
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
-from lightning_inversion.cli.lightning import run
 from lightning_inversion.decoding import L2Decoder, decode
 from lightning_inversion.inputs import EmbeddingInput, MeanInitializer
 from lightning_inversion.recovery.proposals import best_untried

@@ -37,7 +37,7 @@ def directions(measurements: Measurements, guess: Tensor, shrunk: bool) -> Tenso
     probe, embedding = measurements.probe, measurements.transformer.embedding
     tokens = (embedding.matrix.float() - probe.bias[1]) @ probe.directions[1]
     told = (guess - probe.bias[1]) @ probe.directions[1]
-    heard = probe.heard[1] if shrunk else torch.ones(tokens.shape[1])
+    heard = probe.kept_share[1] if shrunk else torch.ones(tokens.shape[1])
     return told @ tokens.T - (tokens.square() @ heard) / 2
 
 

@@ -21,7 +21,7 @@ print(before // 1024 + 4 * (config.vocab_size * config.hidden_size + block) // 2
 """
 FIT = """
 import resource, sys, tempfile
-from lightning_inversion.cli.lightning import run
+from lightning_inversion.__main__ import main as run
 with tempfile.TemporaryDirectory() as folder:
     code = run(["fit", "--config=configs/quickstart.yaml", f"--trainer.default_root_dir={folder}"])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

@@ -24,7 +24,7 @@ from lightning_inversion.transformer.loading import TransformerSpec
 
 PEAK = """
 import resource, sys, tempfile, torch
-from lightning_inversion.cli.lightning import run
+from lightning_inversion.__main__ import main as run
 with tempfile.TemporaryDirectory() as root:
     run(["fit", f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", *sys.argv[1:]])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

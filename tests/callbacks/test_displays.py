@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_inversion.__main__ import main as run
 from lightning_inversion.callbacks import recovery_display
 from lightning_inversion.callbacks.recovery_display import RecoveryDisplay
 from lightning_inversion.callbacks.shown_tokens import shown_tokens
-from lightning_inversion.cli.lightning import run
 from tests.tiny import tiny_tokenizer
 
 TEXT = "The café 🙂 emoji"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_inversion.cli.lightning import run
+from lightning_inversion.__main__ import main as run
 from lightning_inversion.files import ENVIRONMENT
 
 
@@ -45,7 +45,7 @@ def test_every_token_is_recovered_with_its_certificate(tiny_folder: Path, tmp_pa
             "thresholds",
             "margins",
             "candidates",
-            "orders",
+            "proposers",
             "token_seconds",
         ):
             assert len(row[key]) == count
@@ -108,10 +108,8 @@ def test_another_policy_by_name(tiny_folder: Path, tmp_path: Path) -> None:
 def test_a_wrong_policy_ends_in_a_sentence(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        run(predict(tiny_folder, tmp_path, "--model.recovery=Guess"))
-    assert ended.value.code == 2
-    assert "Guess is no RecoveryPolicy; choose one of SIPIT, TokenRecovery" in (
+    assert run(predict(tiny_folder, tmp_path, "--model.recovery=Guess")) == 2
+    assert "unknown RecoveryPolicy 'Guess'; choose from SIPIT, TokenRecovery" in (
         capsys.readouterr().err
     )
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from lightning_inversion.cli.lightning import InversionCLI, run
+from lightning_inversion.__main__ import main as run
+from lightning_inversion.cli.lightning import InversionCLI
 from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.module import InputInversion
 from lightning_inversion.replication.claims import read_claims

@@ -6,11 +6,12 @@ import pytest
 import torch
 from lightning import Trainer
 
+from lightning_inversion.callbacks.checkpoint import RunCheckpoint
 from lightning_inversion.callbacks.results import Results
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_by_token import TokenByToken
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
-from lightning_inversion.cli.lightning import RunCheckpoint, quiet_lightning
+from lightning_inversion.cli.trainer import quiet_lightning
 from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.files import read_records
 from lightning_inversion.module import InputInversion

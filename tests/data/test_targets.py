@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_inversion.cli.lightning import run
+from lightning_inversion.__main__ import main as run
 from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.data.targets import Captured, Storage
 from lightning_inversion.errors import InputError

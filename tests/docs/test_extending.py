@@ -12,9 +12,9 @@ import torch
 import yaml
 from torch.nn.functional import cosine_similarity
 
-from lightning_inversion.cli.lightning import run
-from lightning_inversion.transformer.families import FAMILIES
+from lightning_inversion.__main__ import main as run
 from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.transformer.surgery import FAMILIES
 from tests.tiny import save_tiny, tiny_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_inversion.cli.lightning import run
+from lightning_inversion.__main__ import main as run
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_inversion import __main__ as entry
+from lightning_inversion.__main__ import main
 from lightning_inversion.data.targets import Captured, Storage
-from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.report.statistics import in_percent
-from lightning_inversion.sweep.audit import CONFIG, AuditPlan, run
+from lightning_inversion.sweep.audit import CONFIG, AuditPlan
 
 PLAN: dict[str, Any] = {
     "channels": {
@@ -26,6 +25,10 @@ PLAN: dict[str, Any] = {
     "predict": {"options": {"model.recovery.budget": 300}},
 }
 SMALL: dict[str, Any] = {**PLAN, "channels": {"untouched": {}, "loud": {"noise": 100.0}}}
+
+
+def run(options: list[str]) -> int:
+    return main(["audit", *options])
 
 
 def write_plan(root: Path, plan: dict[str, Any]) -> None:
@@ -67,7 +70,7 @@ def test_an_audit_says_what_its_rows_say(
     (folder,) = (tmp_path / "lightning_logs").iterdir()
     said = capsys.readouterr()
     assert said.out.splitlines()[-1] == str(folder / "audit.html")
-    assert "16-in-bfloat16 failed, RuntimeError" in said.err
+    assert "16-in-bfloat16 failed: RuntimeError" in said.err
     page = (folder / "audit.html").read_text()
     assert "This is a part of the audit: 3 of 4 runs are done." in page
     assert "at depth 2, 16 in bfloat16 (RuntimeError: lost &lt;i&gt;power" in page
@@ -90,7 +93,7 @@ def test_an_audit_says_what_its_rows_say(
     loud = rows_of(folder / "predict,depth=2,loud")
     right = sum(row["token_accuracy"] for row in loud) / len(loud)
     assert right < 1
-    assert not any(sum(row["verified"]) for row in loud)
+    assert not any(any(row["token_verified"]) for row in loud)
     assert f"Loud: {in_percent(right)} of the tokens, none verified." in page
     (fit,) = folder.glob("fit,*")
     accuracy = [row["token_accuracy"] for row in rows_of(fit)]
@@ -99,25 +102,22 @@ def test_an_audit_says_what_its_rows_say(
     assert "<b>" not in page
 
 
-def test_an_audit_that_is_asked_to_end_says_that_it_goes_on(
+def test_an_audit_that_is_asked_to_end_can_be_resumed(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     write_plan(tmp_path, SMALL)
     monkeypatch.setattr(InputInversion, "begin", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert run([*options, "--depths", "2"]) == 1
-    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert "stopped; the same command resumes" in capsys.readouterr().err
 
 
-def test_a_plan_runs_nothing(options: list[str], tmp_path: Path, capsys) -> None:
+def test_a_dry_run_leaves_nothing(options: list[str], tmp_path: Path, capsys) -> None:
     write_plan(tmp_path, SMALL)
     assert run([*options, "--depths", "2", "--dry-run"]) == 0
     plan = capsys.readouterr().out
-    assert "predict,depth=2,untouched: about" in plan
-    assert "3 of 3 cells to run: about" in plan
-    assert "; fit from the first iterations of fit,depth=2,untouched; " in plan
-    assert "predict from the first batch of predict,depth=2,loud\n" in plan  # the costliest
-    assert not list(tmp_path.rglob("results.jsonl"))
-    assert not list(tmp_path.rglob("audit.html"))
+    assert "  predict,depth=2,untouched\n    predict " in plan
+    assert plan.endswith("3 of 3 cells to run\n")
+    assert not (tmp_path / "lightning_logs").exists()
 
 
 def test_the_plan_in_the_package_can_be_run() -> None:
@@ -135,7 +135,7 @@ def test_the_plan_in_the_package_can_be_run() -> None:
     [
         ({}, ["--depths", "1", "1"], "--depths has a depth twice"),
         ({}, ["--depths", "9"], "9 blocks were asked for and the model has 4"),
-        ({}, ["--depths", "x"], "argument --depths: invalid int value"),
+        ({}, ["--depths", "x"], "--depths: x is not a whole number"),
         ({}, ["--processes=0"], "--processes must be at least 1"),
         ({}, ["--model.recovery.budgte=3"], "'budgte' is not accepted"),
         ({}, ["--prompts=nowhere.txt"], "--prompts 'nowhere.txt' cannot be read"),
@@ -157,18 +157,35 @@ def test_wrong_use_ends_before_a_run(
     plan = {**PLAN, **({"fit": {"channels": []}, "predict": {}} if "channels" in change else {})}
     write_plan(tmp_path, {**plan, **change})
     monkeypatch.setattr(InputInversion, "begin", lambda *_: pytest.fail("a batch was begun"))
-    monkeypatch.setattr("sys.argv", ["lightning-inversion", "audit", *options, *arguments])
-    try:
-        code = entry.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
+    assert run([*options, *arguments]) == 2
     message = capsys.readouterr().err
-    assert code == 2
     assert sentence in message
     assert message.count("\n") == 1, message
     assert not list(tmp_path.rglob("results.jsonl"))
 
 
-def test_prompts_are_needed(options: list[str]) -> None:
-    with pytest.raises(InputError, match="the following arguments are required: --prompts"):
-        run(options[1:])
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"channels: {\xe9t\xe9: {}}", "is no plan of an audit: 'utf-8' codec"),
+        (b"channels: {1: {}, 2: {}}", "a channel whose name is not a string"),
+        (b"a: &a [1]\nchannels: *a", "it has an alias"),
+        (b"channels: &c {x: *c}", "it has an alias"),
+        (b"[" * 5000 + b"]" * 5000, "nested too deep"),
+        (b"[", "is no plan of an audit"),
+        (b"3", "is no plan of an audit"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_one_sentence(
+    content: bytes, sentence: str, options: list[str], tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "plan.yaml").write_bytes(content)
+    assert run(options) == 2
+    message = capsys.readouterr().err
+    assert sentence in message
+    assert message.count("\n") == 1, message
+
+
+def test_prompts_are_needed(options: list[str], capsys) -> None:
+    assert run(options[1:]) == 2
+    assert "--prompts must be given" in capsys.readouterr().err

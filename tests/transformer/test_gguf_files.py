@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_inversion.transformer import TransformerSpec, resolve_source
-from lightning_inversion.transformer.gguf_files import is_converted
+from lightning_inversion.transformer.sources import is_converted
 from tests.tiny import BLOCKS, VOCABULARY, WIDTH, tiny_model, tiny_tokenizer
 
 TENSORS = {
@@ -84,12 +84,12 @@ def test_a_gguf_file_gives_the_same_features(
 
 
 def test_a_conversion_is_kept_and_a_damaged_one_is_made_again(tiny_gguf: Path) -> None:
-    folder = Path(resolve_source(str(tiny_gguf), progress=False).location)
+    folder = Path(resolve_source(str(tiny_gguf)).location)
     weights = folder / "model.safetensors"
     written = weights.stat().st_mtime_ns
-    resolve_source(str(tiny_gguf), progress=False)
+    resolve_source(str(tiny_gguf))
     assert weights.stat().st_mtime_ns == written
     weights.write_bytes(weights.read_bytes()[:1000])
     assert not is_converted(folder)
-    resolve_source(str(tiny_gguf), progress=False)
+    resolve_source(str(tiny_gguf))
     assert is_converted(folder)

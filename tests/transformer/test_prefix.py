@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_inversion.transformer.prefix import KnownPrefix
-from lightning_inversion.transformer.surgery import Surgery
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.tiny import CONFIGS, FAMILIES, VOCABULARY, shared_tiny_model, tiny_model
 
@@ -16,7 +15,7 @@ OTHERS = torch.arange(3 * 4).reshape(3, 4) * 29 % VOCABULARY
 
 
 def walked(transformer: TruncatedTransformer, rows: torch.Tensor) -> torch.Tensor:
-    """Features of each token of TEXTS, found by keeping one of four candidates at each place.
+    """Features of each token of TEXTS, found by keeping one of four candidates at each position.
 
     Row 1 is left two tokens behind, so that rows of different lengths are run together.
     """
@@ -26,12 +25,12 @@ def walked(transformer: TruncatedTransformer, rows: torch.Tensor) -> torch.Tenso
         at = prefix.lengths[rows]
         right = TEXTS[rows, at]
         ids = OTHERS[rows].clone()
-        places = at % ids.shape[1]
-        ids[torch.arange(len(rows)), places] = right
+        slots = at % ids.shape[1]
+        ids[torch.arange(len(rows)), slots] = right
         features = prefix.candidates(rows, transformer.embedding(ids))
-        found[rows, at] = features[torch.arange(len(rows)), places]
+        found[rows, at] = features[torch.arange(len(rows)), slots]
         waits = (rows == 1) & (prefix.lengths[0] < 2)
-        prefix.keep(rows, torch.where(waits, -1, places))
+        prefix.keep(rows, torch.where(waits, -1, slots))
         rows = rows[prefix.lengths[rows] < TEXTS.shape[1]]
     torch.testing.assert_close(prefix.vectors[:, : TEXTS.shape[1]], transformer.embedding(TEXTS))
     return found
@@ -50,16 +49,6 @@ def test_most_families_keep_keys_and_values() -> None:
         for family in ("gpt2", "gptj", "llama", "qwen3", "gemma2", "opt", "bloom")
     }
     assert kept == {**dict.fromkeys(kept, True), "bloom": False}  # ALiBi takes the keys' order
-
-
-def test_surgery_runs_plainly() -> None:
-    first = TruncatedTransformer.from_model(
-        tiny_model("llama"), depth=3, surgery=Surgery(repeat_first=True)
-    )
-    assert not first.caches
-    torch.testing.assert_close(
-        walked(first, torch.arange(3)), first.features_of(TEXTS), atol=2e-4, rtol=1e-4
-    )
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
@@ -150,3 +139,27 @@ def test_a_tree_that_is_too_wide_leaves_what_is_kept() -> None:
     prefix.begin(rows, transformer.embedding(TEXTS), torch.tensor([3, 3, 2]))
     assert not prefix.reaches(rows, 8, 2)
     assert prefix.reaches(rows, 4, 2)
+
+
+@pytest.mark.parametrize(("family", "limit"), [("gpt2", "n_positions"), ("gpt_neo", "window_size")])
+def test_more_candidates_than_a_mask_has_room_for(family: str, limit: str) -> None:
+    """They come in several forwards, and any of them can be kept."""
+    config = CONFIGS[family]()
+    setattr(config, limit, 8)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    transformer = TruncatedTransformer.from_model(model, depth=2)
+    assert transformer.caches
+    prefix, rows = KnownPrefix(transformer, 3), torch.arange(3)
+    vectors = transformer.embedding(TEXTS)
+    prefix.begin(rows, vectors, torch.tensor([3, 3, 2]))
+    ids = torch.arange(3 * 12).reshape(3, 12) * 7
+    ids[rows, 11 - 3 * rows] = TEXTS[rows, prefix.lengths]
+    found = prefix.candidates(rows, transformer.embedding(ids))
+    whole = transformer.features_of(TEXTS)
+    torch.testing.assert_close(
+        found[rows, 11 - 3 * rows], whole[rows, prefix.lengths], atol=2e-4, rtol=1e-4
+    )
+    prefix.keep(rows, 11 - 3 * rows)
+    after = prefix.candidates(rows, vectors[rows, prefix.lengths][:, None])[:, 0]
+    torch.testing.assert_close(after, whole[rows, prefix.lengths], atol=2e-4, rtol=1e-4)

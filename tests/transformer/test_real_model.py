@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_inversion.transformer import TransformerSpec, TruncatedTransformer
+from lightning_inversion.transformer.prefix import KnownPrefix
 
 pytestmark = pytest.mark.integration
 
@@ -39,15 +40,15 @@ def test_duplicate_tokens_and_decoding(smollm2: TruncatedTransformer) -> None:
     assert (found != torch.arange(2000)).sum() < 60
 
 
-def test_candidates_are_plain_rows(smollm2: TruncatedTransformer) -> None:
-    from lightning_inversion.transformer.candidates import plain_candidates
-
-    assert smollm2.tree_attention
-    prefix = smollm2.embedding(torch.arange(200, 212).reshape(2, 6))
+def test_candidates_behind_kept_keys_are_plain_rows(smollm2: TruncatedTransformer) -> None:
+    assert smollm2.caches
+    prefix, rows = KnownPrefix(smollm2, 2), torch.arange(2)
+    vectors = smollm2.embedding(torch.arange(200, 212).reshape(2, 6))
     tried = smollm2.embedding(torch.arange(1000, 1128).reshape(2, 64))
     lengths = torch.tensor([6, 3])
-    found = smollm2.candidates(prefix, lengths, tried)
-    expected = plain_candidates(smollm2, prefix, lengths, tried)
+    prefix.begin(rows, vectors, lengths)
+    found = prefix.candidates(rows, tried)
+    expected = smollm2.candidates(vectors, lengths, tried)
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 

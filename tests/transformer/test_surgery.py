@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer import Surgery, TransformerSpec, TruncatedTransformer
-from lightning_inversion.transformer.families import FAMILIES as ROWS
-from lightning_inversion.transformer.families import family_of
+from lightning_inversion.transformer.prefix import KnownPrefix
+from lightning_inversion.transformer.surgery import FAMILIES as ROWS
+from lightning_inversion.transformer.surgery import family_of
 from tests.tiny import FAMILIES, shared_tiny_model, tiny_model
 
 IDS = torch.tensor([[5, 9, 77, 120, 33], [4, 3, 2, 1, 6]])
@@ -94,18 +95,18 @@ def test_without_residuals(family: str) -> None:
     # In the model itself, take the block's input out of what the MLP's side is given.
     block = blocks_of(model)[0]
     attention = cut(model, mlp=False, residuals=False)
-    heard: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
     block.get_submodule(row.middle).register_forward_pre_hook(
         lambda module, inputs: (attention.reshape_as(inputs[0]),)
     )
     block.get_submodule(row.mlp[-1]).register_forward_hook(
-        lambda module, inputs, output: heard.update(mlp=output)
+        lambda module, inputs, output: outputs.update(mlp=output)
     )
     hidden(model, 1)
-    assert close(found, heard["mlp"].reshape_as(found))
+    assert close(found, outputs["mlp"].reshape_as(found))
 
 
-def test_the_documents_self_attention_alone() -> None:
+def test_the_sources_self_attention_alone() -> None:
     model = tiny_model("llama", "eager")
     found = cut(model, 2, mlp=False, norms=False, residuals=False)
     base = model.base_model
@@ -144,7 +145,7 @@ def test_the_first_position_is_right_for_the_first_token(family: str) -> None:
     assert close(cut(model, positions="none")[:, 0], cut(model)[:, 0]) != learned
 
 
-def test_the_documents_first_position_in_gpt2() -> None:
+def test_the_sources_first_position_in_gpt2() -> None:
     model = tiny_model("gpt2")
     found = cut(model, 1, positions="first")
     weight = model.base_model.wpe.weight
@@ -168,7 +169,7 @@ def test_without_causality_every_token_sees_every_other(family: str) -> None:
     mask = torch.arange(7)[None] < torch.tensor([[5], [5]])
     padded = torch.cat([IDS, torch.full((2, 2), 8)], dim=1)
     assert close(transformer.features_of(padded, mask)[:, :5], features)
-    assert not transformer.tree_attention
+    assert not transformer.caches
     embeds = transformer.embedding(IDS)
     found = transformer.candidates(embeds[:, :4], torch.tensor([4, 4]), embeds[:, 4:])
     assert close(found[:, 0], features[:, -1])
@@ -184,15 +185,30 @@ def test_the_first_block_in_the_place_of_each(family: str) -> None:
     assert close(found, hidden(model, 3))
 
 
-@pytest.mark.parametrize("parts", [{"mlp": False, "residuals": False}, {"positions": "none"}])
-def test_candidates_after_surgery(parts: dict[str, Any]) -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"mlp": False, "residuals": False},
+        {"positions": "first"},
+        {"positions": "none"},
+        {"repeat_first": True},
+    ],
+)
+def test_candidates_after_surgery_are_run_behind_kept_keys(
+    family: str, parts: dict[str, Any]
+) -> None:
     transformer = TruncatedTransformer.from_model(
-        shared_tiny_model("llama"), depth=2, surgery=Surgery(**parts)
+        shared_tiny_model(family), depth=3, surgery=Surgery(**parts)
     )
+    assert transformer.caches
+    prefix, rows = KnownPrefix(transformer, 2), torch.arange(2)
     embeds = transformer.embedding(IDS)
-    assert transformer.tree_attention
-    found = transformer.candidates(embeds[:, :4], torch.tensor([4, 4]), embeds[:, 4:])
-    assert close(found[:, 0], transformer.features_of(IDS)[:, -1])
+    prefix.begin(rows, embeds, torch.tensor([2, 2]))
+    prefix.candidates(rows, embeds[:, 2:])
+    prefix.keep(rows, torch.tensor([0, 0]))
+    found = prefix.candidates(rows, embeds[:, 3:])
+    assert close(found[:, 0], transformer.features_of(IDS)[:, 3])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gptj"])

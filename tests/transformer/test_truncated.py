@@ -1,4 +1,4 @@
-"""Selections of features, candidates side by side, and what is said about the model."""
+"""Selections of features, candidates with their prefixes, and the description of the model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer import TruncatedTransformer
-from lightning_inversion.transformer.candidates import plain_candidates, tree_candidates
-from tests.tiny import BLOCKS, CONFIGS, FAMILIES, VOCABULARY, WIDTH, shared_tiny_model, tiny_model
+from tests.tiny import BLOCKS, FAMILIES, VOCABULARY, WIDTH, shared_tiny_model, tiny_model
 
 IDS = torch.tensor([[5, 9, 77, 120, 33]])
 
@@ -55,9 +53,8 @@ def test_options_that_do_not_fit_name_themselves(options: dict[str, object], opt
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_candidates_are_plain_rows(family: str) -> None:
+def test_candidates_are_the_next_tokens_of_their_rows(family: str) -> None:
     transformer = TruncatedTransformer.from_model(shared_tiny_model(family, "eager"), depth=2)
-    assert transformer.tree_attention == (family not in {"bloom", "mpt"})
     ids = torch.randint(1, VOCABULARY, (3, 4), generator=torch.Generator().manual_seed(1))
     lengths = torch.tensor([4, 0, 2])
     tried = torch.randint(1, VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(2))
@@ -65,47 +62,18 @@ def test_candidates_are_plain_rows(family: str) -> None:
         transformer.embedding(ids), lengths, transformer.embedding(tried)
     )
     for row, length in enumerate(lengths):
-        for k in range(6):
-            sequence = torch.cat([ids[row, :length], tried[row, k : k + 1]])[None]
-            expected = transformer.features_of(sequence)[0, -1]
-            torch.testing.assert_close(found[row, k], expected, rtol=1e-4, atol=1e-4)
+        sequences = torch.cat([ids[row, :length].expand(6, -1), tried[row, :, None]], dim=1)
+        expected = transformer.features_of(sequences)[:, -1]
+        torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_candidates_in_several_groups(tiny_transformer: TruncatedTransformer) -> None:
+def test_more_candidates_than_one_forward_takes(tiny_transformer: TruncatedTransformer) -> None:
     embedding = tiny_transformer.embedding
-    prefix = embedding(torch.tensor([[3, 4, 5], [6, 7, 8]]))
-    lengths = torch.tensor([3, 1])
     everything = embedding(torch.arange(VOCABULARY)).expand(2, -1, -1)
-    tree = tree_candidates(tiny_transformer, prefix, lengths, everything)
-    plain = plain_candidates(tiny_transformer, prefix, lengths, everything)
-    assert tree.shape == (2, VOCABULARY, WIDTH)
-    torch.testing.assert_close(tree, plain, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("family", "window"), [("mistral", "sliding_window"), ("gpt_neo", "window_size")]
-)
-def test_candidates_beyond_a_window(family: str, window: str) -> None:
-    config = CONFIGS[family]()
-    setattr(config, window, 4)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    transformer = TruncatedTransformer.from_model(model, depth=2)
-    assert transformer.tree_attention or family == "gpt_neo"
-    for length in (2, 9):
-        ids = torch.arange(1, length + 1)[None]
-        tried = torch.arange(20, 26)[None]
-        found = transformer.candidates(
-            transformer.embedding(ids), torch.tensor([length]), transformer.embedding(tried)
-        )
-        rows = torch.cat([ids.expand(6, -1), tried.T], dim=1)
-        torch.testing.assert_close(found[0], transformer.features_of(rows)[:, -1])
-
-
-def test_candidates_keep_no_gradient(tiny_transformer: TruncatedTransformer) -> None:
-    prefix = tiny_transformer.embedding(IDS).requires_grad_()
-    features = tiny_transformer.candidates(prefix, torch.tensor([5]), prefix)
-    assert not features.requires_grad
+    prefix = embedding(torch.tensor([[3, 4, 5], [6, 7, 8]]))
+    found = tiny_transformer.candidates(prefix, torch.tensor([3, 1]), everything)
+    part = tiny_transformer.candidates(prefix, torch.tensor([3, 1]), everything[:, 290:])
+    torch.testing.assert_close(found[:, 290:], part, rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_gives_float32() -> None:
@@ -116,7 +84,7 @@ def test_half_precision_gives_float32() -> None:
     assert features.dtype == torch.float32
     assert half.dtype == torch.bfloat16
     assert torch.nn.functional.cosine_similarity(features, whole, dim=-1).min() > 0.99
-    assert half.tree_attention
+    assert half.caches
 
 
 def test_the_description_is_plain_and_tells_models_apart(

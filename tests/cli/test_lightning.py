@@ -2,15 +2,18 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_inversion import __main__ as entry
+from lightning_inversion.__main__ import main as run
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_by_token import TokenByToken
-from lightning_inversion.cli.lightning import RECOMMENDED, run
+from lightning_inversion.cli.lightning import RECOMMENDED
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.transformer.loading import TransformerSpec
@@ -42,9 +45,10 @@ def rows_of(root: Path, version: int = 0) -> list[dict]:
         (["--model.iterations=0"], "--model.iterations must be at least 1"),
         (["--model.iterations=x"], "--model.iterations: x is not a whole number"),
         (["--model.transformer.depth=x"], "depth: x is not a whole number or null"),
-        (["--model.transformer.dtype=int3"], "int3 is unknown; choose one of float32, bfloat16"),
+        (["--model.transformer.dtype=int3"], "int3 is unknown; choose from float32, bfloat16"),
         (["--data.tokens_per_batch=x"], "tokens_per_batch: x is not a whole number or auto"),
         (["--nothing_like_it=1"], "see lightning-inversion fit --help"),
+        (["--results.file=rows.jsonl"], "unrecognized arguments: --results.file=rows.jsonl"),
         (["--results.top_k=0"], "--results.top_k must be at least 1, and is 0"),
         (["--seed_everything=-1"], "--seed_everything must be between 0 and 4294967295"),
         (["--trainer.accelerator=foo"], "--trainer.accelerator: "),
@@ -55,8 +59,8 @@ def rows_of(root: Path, version: int = 0) -> list[dict]:
         ([f"--trainer.default_root_dir={__file__}"], "is a file; give a folder"),
         (["--model.transformer.depth=0"], "--model.transformer.depth"),
         (["--model.transformer.depth=99"], "99 blocks were asked for and the model has 4"),
-        (["--model.objective=L3"], "L3 is no Objective; choose one of C"),
-        (["--model.decoder=Pin"], "Pin is no Decoder; choose one of C"),
+        (["--model.objective=L3"], "unknown Objective 'L3'; choose from C"),
+        (["--model.decoder=Pin"], "unknown Decoder 'Pin'; choose from C"),
         (["--model.learnable=VocabularyInput"], "set --token_by_token.every 0"),
         (["--data.prompts=[' ']"], "--data.prompts, prompt 1 is empty"),
         (["--data.batch_size=0"], "--data.batch_size must be at least 1"),
@@ -83,12 +87,8 @@ def test_wrong_use_ends_in_one_sentence_and_code_2(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(InputInversion, "begin", lambda *_: pytest.fail("a batch was begun"))
-    try:
-        code = run(fit(tiny_folder, tmp_path, *arguments))
-    except SystemExit as stop:
-        code = stop.code
+    assert run(fit(tiny_folder, tmp_path, *arguments)) == 2
     message = capsys.readouterr().err
-    assert code == 2
     assert sentence in message
     assert message.count("\n") == 1, message
     assert not (tmp_path / "lightning_logs").exists()
@@ -97,28 +97,23 @@ def test_wrong_use_ends_in_one_sentence_and_code_2(
 def test_a_config_of_other_bytes_is_one_sentence(tmp_path: Path, capsys) -> None:
     config = tmp_path / "bytes.yaml"
     config.write_bytes(bytes(range(128, 256)))
-    try:
-        code = run(["fit", f"--config={config}"])
-    except SystemExit as stop:
-        code = stop.code
+    assert run(["fit", f"--config={config}"]) == 2
     message = capsys.readouterr().err
-    assert code == 2
     assert "--config" in message
     assert message.count("\n") == 1, message
 
 
 def test_an_unknown_command_is_told_the_known_ones(monkeypatch, capsys) -> None:
-    monkeypatch.setattr("sys.argv", ["lightning-inversion", "fitt"])
     monkeypatch.setattr(entry, "import_module", lambda name: pytest.fail(f"{name} was imported"))
-    assert entry.main() == 2
-    message = capsys.readouterr().err
-    assert "'fitt' is no command; choose one of fit, validate, predict, attribute" in message
+    assert run(["fitt"]) == 2
+    assert capsys.readouterr().err == (
+        "lightning-inversion: unknown command 'fitt'; choose from fit, validate, predict, capture, "
+        "attribute, sweep, report, audit.\n"
+    )
 
 
 def test_options_that_must_be_given_are_named_as_they_are_written(capsys) -> None:
-    with pytest.raises(SystemExit) as ended:
-        run(["capture", "--prompts=p.txt"])
-    assert ended.value.code == 2
+    assert run(["capture", "--prompts=p.txt"]) == 2
     assert "--out must be given" in capsys.readouterr().err
 
 
@@ -146,14 +141,27 @@ def test_a_missing_prompt_and_a_missing_checkpoint(
     assert "name it with --ckpt_path" in capsys.readouterr().err
 
 
-def test_help_and_version_need_no_torch(monkeypatch, capsys) -> None:
-    monkeypatch.setattr("sys.argv", ["lightning-inversion", "--version"])
-    assert entry.main() == 0
-    monkeypatch.setattr("sys.argv", ["lightning-inversion", "--help"])
-    assert entry.main() == 0
-    output = capsys.readouterr().out
-    assert output.startswith("lightning-inversion 0.")
-    assert "usage: lightning-inversion COMMAND" in output
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--version"], "lightning-inversion 0."),
+        (["--help"], "usage: lightning-inversion COMMAND"),
+        (["sweep", "--help"], "--processes"),
+        (["audit", "--help"], "--processes"),
+        (["report", "--help"], "--title"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_and_version_need_no_torch(arguments: list[str], shown: str) -> None:
+    code = (
+        "import sys\nfrom lightning_inversion.__main__ import main\n"
+        f"assert main({arguments}) == 0\n"
+        "heavy = {'torch', 'lightning', 'transformers'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert shown in done.stdout
 
 
 def test_a_run_leaves_all_that_is_promised(tiny_folder: Path, tmp_path: Path, capsys) -> None:
@@ -361,7 +369,7 @@ def test_predict_says_that_a_checkpoint_holds_none_of_its_texts(
     path = fitted / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
     options = fit(tiny_folder, tmp_path, f"--ckpt_path={path}", '--data.prompts=["other"]')[1:]
     assert run(["predict", *options]) == 0
-    assert "holds none of these texts" in capsys.readouterr().err
+    assert "holds none of these prompts" in capsys.readouterr().err
 
 
 def test_a_row_that_was_cut_off_at_the_end_is_made_again_from_the_start(
@@ -381,7 +389,7 @@ def test_a_row_that_was_cut_off_at_the_end_is_made_again_from_the_start(
     ("file", "content", "sentence"),
     [
         ("config.yaml", "[", "config.yaml' cannot be read as the settings of a run"),
-        ("results.jsonl", "{}\n", "results.jsonl', line 1 is no row; remove the line and go on"),
+        ("results.jsonl", "{}\n", "results.jsonl', line 1 is no row; remove the line and run"),
     ],
 )
 def test_a_damaged_run_is_not_gone_on_with(
