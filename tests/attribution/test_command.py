@@ -8,20 +8,20 @@ import shlex
 from pathlib import Path
 
 import pytest
-from jsonargparse import ArgumentParser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_inversion.__main__ import main
 from lightning_inversion.attribution.command import add_attribute_arguments, run_attribute
-from lightning_inversion.cli.lightning import run as main
+from lightning_inversion.cli.parser import OneSentenceParser
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.loading import TransformerSpec
 from tests.attribution.conftest import SENTENCE
 
 
 def run(*words: object) -> int:
-    parser = ArgumentParser(prog="attribute", exit_on_error=False, allow_abbrev=False)
+    parser = OneSentenceParser(prog="attribute")
     add_attribute_arguments(parser)
-    return run_attribute(parser.parse_args([str(word) for word in words]))
+    return run_attribute(parser.parse_command([str(word) for word in words]))
 
 
 @pytest.fixture
@@ -73,9 +73,11 @@ def test_pipes(
 
 @pytest.mark.parametrize("text", ["# Heading", "null", "~", "[1]", "'x'", "a: b", "12", " #", "\n"])
 def test_text_is_text(text: str) -> None:
-    parser = ArgumentParser(exit_on_error=False)
+    parser = OneSentenceParser(prog="attribute")
     add_attribute_arguments(parser)
-    options = parser.parse_args([text, "--token", text, "--against", text, "--replacement", text])
+    options = parser.parse_command(
+        [text, "--token", text, "--against", text, "--replacement", text]
+    )
     assert (options.text, options.token, options.against, options.replacement) == (text,) * 4
 
 
