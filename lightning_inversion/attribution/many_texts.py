@@ -108,14 +108,7 @@ class RowFile:
         self.path, self.texts, self.settings = path, texts, settings
         self.finished: set[int] = set()
         for row in read_records(path):
-            index = int(row["index"])
-            text = texts[index] if 0 <= index < len(texts) else None
-            if text is None or row.get("text") != text or row.get("settings") != settings:
-                raise InputError(
-                    f"--json {str(path)!r} holds rows of other texts or other options; "
-                    "give another file, or remove it."
-                )
-            self.finished.add(index)
+            self._add(row)
 
     @property
     def missing(self) -> list[int]:
@@ -166,11 +159,22 @@ class RowFile:
         return self.path.with_name(f".{self.path.name}.claims")
 
     def _read_new(self, rows: BinaryIO) -> None:
-        """Add the rows that were appended since the last call; a line may still be incomplete."""
+        """Add the rows that were appended since the last call; a line may be incomplete."""
         new = rows.read()
         whole = new[: new.rfind(b"\n") + 1]
         rows.seek(len(whole) - len(new), os.SEEK_CUR)
-        self.finished.update(int(json.loads(line)["index"]) for line in whole.splitlines())
+        for line in whole.splitlines():
+            self._add(json.loads(line))
+
+    def _add(self, row: Record) -> None:
+        index = int(row["index"])
+        text = self.texts[index] if 0 <= index < len(self.texts) else None
+        if text is None or row.get("text") != text or row.get("settings") != self.settings:
+            raise InputError(
+                f"--json {str(self.path)!r} holds rows of other texts or other options; "
+                "give another file, or remove it."
+            )
+        self.finished.add(index)
 
 
 def run_texts(request: Request, rows: RowFile, processes: int) -> None:

@@ -81,6 +81,13 @@ def test_two_runs_share_the_texts(tmp_path: Path) -> None:
     assert len(RowFile(first.path, TEXTS, {"a": 1}).finished) == 3
 
 
+def test_a_run_with_other_options_does_not_join(tmp_path: Path) -> None:
+    ours, theirs = (RowFile(tmp_path / "rows.jsonl", TEXTS, {"a": a}) for a in (1, 2))
+    ours.append(0, {"text": TEXTS[0]})
+    with pytest.raises(InputError, match="other options"):
+        next(theirs.unclaimed())
+
+
 def test_the_text_of_a_run_that_dies_is_taken_by_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +111,7 @@ def test_a_row_that_is_being_written_is_not_read(tmp_path: Path) -> None:
     waiting = rows.unclaimed()
     assert next(waiting) == 0
     rows.append(0, {"text": "a"})
-    line = b'{"index": 1, "text": "b"}\n'
+    line = b'{"index": 1, "text": "b", "settings": {}}\n'
     with path.open("ab") as file:
         file.write(line[:12])
     assert next(waiting) == 1
