@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_inversion.attribution import render
@@ -19,14 +19,10 @@ class AttributionResult(Scores):
     """`Scores` and the way to show them.
 
     Args:
-        display: how scores become colours.
+        display: how scores become colours; `dataclasses.replace` gives a result with another.
     """
 
     display: Display
-
-    def with_display(self, **options: Any) -> AttributionResult:
-        """The same result with other fields of `Display`."""
-        return replace(self, display=replace(self.display, **options))
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "display": asdict(self.display)}
