@@ -22,8 +22,8 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     start = 0
     for end in range(1, len(ids) + 1):
         context = max(0, start - 4)  # as much as decides how a token is written
-        before = _decode(tokenizer, ids[context:start])
-        text = _decode(tokenizer, ids[context:end])[len(before) :]
+        before = decoded(tokenizer, ids[context:start])
+        text = decoded(tokenizer, ids[context:end])[len(before) :]
         # No character has more than four bytes: four unfinished tokens are not part of one.
         if text.endswith(_UNFINISHED) and end - start < 4 and end < len(ids):
             continue
@@ -42,7 +42,7 @@ def shown_tokens(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int]) 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """The text of one token alone."""
-    return _decode(tokenizer, [token])
+    return decoded(tokenizer, [token])
 
 
 def named_token(tokenizer: PreTrainedTokenizerBase, name: str, option: str) -> int:
@@ -74,7 +74,8 @@ def named_token(tokenizer: PreTrainedTokenizerBase, name: str, option: str) -> i
     )
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of all tokens together; special tokens and spaces stay as they are."""
     text = tokenizer.decode(
         list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )

@@ -93,7 +93,7 @@ FAULTS = (
         "callbacks/learning_rate.py",
         "return self.start + (self.end - self.start) * share",
         "return self.start",
-        "tests/test_results.py",
+        "tests/callbacks/test_learning_rate.py",
     ),
     Fault(
         "the final norm is dropped",
@@ -103,11 +103,11 @@ FAULTS = (
         "tests/transformer/test_parity.py",
     ),
     Fault(
-        "a held position moves",
-        "inputs.py",
-        "torch.where(self.held[..., None], before, self.values)",
-        "torch.where(self.held[..., None], self.values, before)",
-        "tests/test_module.py tests/test_inputs.py",
+        "a fixed position moves",
+        "state.py",
+        "torch.where(held[..., None], before, self.values)",
+        "torch.where(held[..., None], self.values, before)",
+        "tests/test_state.py tests/test_module.py",
     ),
     Fault(
         "integrated gradients at nodes of the wrong interval",

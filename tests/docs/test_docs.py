@@ -35,7 +35,7 @@ def test_examples_of_a_module(name: str) -> None:
 
 def test_public_parts_have_examples() -> None:
     finder = doctest.DocTestFinder()
-    for name in ("objectives", "metrics", "decoding", "report.statistics", "sweep.grid"):
+    for name in ("objectives", "metrics", "decoding", "report.tables", "sweep.grid"):
         module = importlib.import_module(f"lightning_inversion.{name}")
         assert any(test.examples for test in finder.find(module)), name
 

@@ -17,6 +17,8 @@ from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.surgery import FAMILIES
 from tests.tiny import save_tiny, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
+
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
 
