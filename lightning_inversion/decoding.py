@@ -19,7 +19,17 @@ if TYPE_CHECKING:
 
 
 class Decoder(ABC):
-    """Vectors ``[..., D]`` -> a score for each token ``[..., V]``, the best token highest."""
+    """Vectors ``[..., D]`` -> a score for each token ``[..., V]``, the best token highest.
+
+    Any subclass can be selected by its ``class_path``.
+
+    Example:
+        >>> class DotProduct(Decoder):
+        ...     def __call__(self, vectors, embedding):
+        ...         return embedding.dot(vectors)
+        >>> DotProduct()(torch.tensor([1.0, 0.0]), TokenEmbedding(torch.eye(2)))
+        tensor([1., 0.])
+    """
 
     @abstractmethod
     def __call__(self, vectors: Tensor, embedding: TokenEmbedding) -> Tensor:

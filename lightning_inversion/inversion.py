@@ -75,6 +75,26 @@ class Inversion(nn.Module):
     Attributes:
         state: the batch that is optimised; empty where there is none.
         distances: ``[B]`` of the latest iteration; None before the first of a batch.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from lightning_inversion.schedules import AllPositions
+        >>> _ = torch.manual_seed(0)
+        >>> config = LlamaConfig(
+        ...     vocab_size=100, hidden_size=32, intermediate_size=64,
+        ...     num_hidden_layers=4, num_attention_heads=4,
+        ... )
+        >>> transformer = TruncatedTransformer.from_model(LlamaForCausalLM(config), depth=2)
+        >>> inversion = Inversion(schedule=AllPositions()).use(transformer)
+        >>> inversion.begin(PromptBatch.collate([(0, "a prompt", [11, 42, 7, 8])]))
+        >>> optimizer = inversion.make_optimizer([inversion.state.values])
+        >>> for _ in range(20):
+        ...     optimizer.zero_grad()
+        ...     inversion.compute_distances().sum().backward()
+        ...     _ = optimizer.step()
+        >>> best = inversion.top_tokens().best
+        >>> best.tolist(), inversion.verify(best).verified.tolist()
+        ([[11, 42, 7, 8]], [[True, True, True, True]])
     """
 
     state: BatchState

@@ -26,9 +26,20 @@ _SMALLEST_NORM = 1e-8
 class Objective(nn.Module, ABC):
     """Distance of features: ``([B, T, F], [B, T, F], [B, T]) -> [B]``.
 
+    Rows must stay independent, and positions outside the mask must not count. Any subclass can be
+    selected by its ``class_path``; the arguments of its constructor become options.
+
     Attributes:
         by_row: a row's distance follows from the row alone, wherever it stands in the batch, and
             from the positions in its mask alone.
+
+    Example:
+        >>> class Huber(Objective):
+        ...     def forward(self, generated, target, mask):
+        ...         loss = torch.nn.functional.huber_loss(generated, target, reduction="none")
+        ...         return (loss * mask[..., None]).sum((1, 2))
+        >>> Huber()(torch.tensor([[[0.5, 3.0]]]), torch.zeros(1, 1, 2), torch.tensor([[True]]))
+        tensor([2.6250])
     """
 
     by_row = True

@@ -35,8 +35,9 @@ NEARNESS = 0.15
 class Proposer(ABC):
     """Ranks the whole vocabulary for the next token of each prompt.
 
-    A subclass can be selected by its ``class_path``. It holds settings only, so that one object
-    serves several recoveries at once.
+    Any subclass can be selected by its ``class_path``; ``Exhaustive`` is the shortest one. A
+    proposer ranks all tokens, so that a bad one costs time and never a right token. It holds
+    settings only, so that one object serves several recoveries at once.
 
     Attributes:
         needs_language_model: whether it uses the whole model with its head.

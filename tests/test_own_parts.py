@@ -1,9 +1,8 @@
-"""``docs/extending.md`` is a file of parts from outside; each is run by its class_path."""
+"""Parts from outside the package are selected by their class_path."""
 
 import importlib
 import json
-import re
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -19,19 +18,11 @@ from tests.tiny import save_tiny, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
 
-PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
-
 
 @pytest.fixture(scope="module")
-def my_parts(tmp_path_factory: pytest.TempPathFactory):
-    """The page's blocks of Python, as the file they say they are."""
-    folder = tmp_path_factory.mktemp("outside")
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    (folder / "my_parts.py").write_text("\n\n".join(blocks))
-    sys.path.insert(0, str(folder))
-    yield importlib.import_module("my_parts")
-    sys.path.remove(str(folder))
-    del sys.modules["my_parts"]
+def parts() -> Iterator[ModuleType]:
+    """The parts, which a class_path imports."""
+    yield importlib.import_module("tests.own_parts")
     FAMILIES.pop("my_llama")
 
 
@@ -47,37 +38,42 @@ def fit(folder: Path, root: Path, *more: str) -> tuple[list[dict], dict]:
     return rows, yaml.safe_load((made / "config.yaml").read_text())
 
 
-def test_an_objective(my_parts: ModuleType, tiny_folder: Path, tmp_path: Path) -> None:
+def test_an_objective(parts: ModuleType, tiny_folder: Path, tmp_path: Path) -> None:
     (row,), config = fit(
-        tiny_folder, tmp_path, "--model.objective=my_parts.Huber", "--model.objective.delta=0.5"
+        tiny_folder,
+        tmp_path,
+        "--model.objective=tests.own_parts.Huber",
+        "--model.objective.delta=0.5",
     )
     assert row["objective"] == "Huber"
-    written = {"class_path": "my_parts.Huber", "init_args": {"delta": 0.5}}
+    written = {"class_path": "tests.own_parts.Huber", "init_args": {"delta": 0.5}}
     assert config["model"]["objective"] == written
-    huber = my_parts.Huber(delta=1.0)
+    huber = parts.Huber(delta=1.0)
     generated = torch.tensor([[[0.5, 3.0], [9.0, 9.0]]])
     mask = torch.tensor([[True, False]])
     assert huber(generated, torch.zeros(1, 2, 2), mask).tolist() == [0.125 + 2.5]
 
 
-def test_a_decoder(my_parts: ModuleType, tiny_folder: Path, tmp_path: Path) -> None:
-    (row,), config = fit(tiny_folder, tmp_path, "--model.decoder=my_parts.CentredCosineDecoder")
+def test_a_decoder(parts: ModuleType, tiny_folder: Path, tmp_path: Path) -> None:
+    (row,), config = fit(
+        tiny_folder, tmp_path, "--model.decoder=tests.own_parts.CentredCosineDecoder"
+    )
     assert row["decoder"] == "CentredCosineDecoder"
-    assert config["model"]["decoder"]["class_path"] == "my_parts.CentredCosineDecoder"
+    assert config["model"]["decoder"]["class_path"] == "tests.own_parts.CentredCosineDecoder"
     embedding = TransformerSpec(model=str(tiny_folder)).load().embedding
     vectors = embedding(torch.tensor([[5, 77]]))[0] + 0.1
-    scores = my_parts.CentredCosineDecoder()(vectors, embedding)
+    scores = parts.CentredCosineDecoder()(vectors, embedding)
     mean = embedding.matrix.mean(0)
     expected = cosine_similarity(vectors[:, None] - mean, embedding.matrix[None] - mean, dim=-1)
     assert torch.allclose(scores / (vectors - mean).norm(dim=1, keepdim=True), expected, atol=1e-5)
     assert scores.argmax(-1).tolist() == [5, 77]
 
 
-def predict(folder: Path, root: Path, *order: str) -> dict:
+def predict(folder: Path, root: Path, *options: str) -> dict:
     arguments = [
         "predict", f"--model.transformer.model={folder}", "--model.transformer.depth=2",
         '--data.prompts=["The sky is blue."]', "--data.tokens_per_batch=100",
-        f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", *order,
+        f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", *options,
     ]  # fmt: skip
     assert run(arguments) == 0
     (line,) = (root / "lightning_logs/version_0/results.jsonl").read_text().splitlines()
@@ -87,26 +83,32 @@ def predict(folder: Path, root: Path, *order: str) -> dict:
     return row
 
 
-def test_a_candidate_order(my_parts: ModuleType, tiny_folder: Path, tmp_path: Path) -> None:
-    option = "--model.recovery.order=my_parts.SuspectedText"
+def test_a_proposer(parts: ModuleType, tiny_folder: Path, tmp_path: Path) -> None:
+    option = "--model.recovery.proposer=tests.own_parts.SuspectedText"
     likely, unlikely = (
-        predict(tiny_folder, tmp_path / name, option, f"--model.recovery.order.text={text}")
+        predict(tiny_folder, tmp_path / name, option, f"--model.recovery.proposer.text={text}")
         for name, text in (("likely", "The sky is red or blue."), ("unlikely", "x"))
     )
-    assert set(likely["orders"][1:]) == {"SuspectedText"}
+    assert set(likely["proposers"][1:]) == {"SuspectedText"}
     first_two_rounds = 4 + 16
     assert max(likely["candidates"][1:]) <= first_two_rounds
     assert max(unlikely["candidates"][1:]) > first_two_rounds
-    (yaml_of_a_mixture,) = (
-        block for block in re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
-        if "Mixture" in block
-    )  # fmt: skip
-    (tmp_path / "mixture.yaml").write_text(yaml_of_a_mixture)
+    mixture = {
+        "class_path": "Mixture",
+        "init_args": {
+            "proposers": [
+                {"class_path": "ProbeProposer"},
+                {"class_path": "tests.own_parts.SuspectedText", "init_args": {"text": "sky"}},
+            ]
+        },
+    }
+    policy = {"class_path": "TokenRecovery", "init_args": {"proposer": mixture}}
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump({"model": {"recovery": policy}}))
     row = predict(tiny_folder, tmp_path / "mixed", f"--config={tmp_path / 'mixture.yaml'}")
     assert row["policy"] == "TokenRecovery(ProbeProposer+SuspectedText)"
 
 
-def test_a_model_family(my_parts: ModuleType, tmp_path: Path) -> None:
+def test_a_model_family(parts: ModuleType, tmp_path: Path) -> None:
     ours, theirs = tmp_path / "mine", save_tiny(tmp_path / "llama")
     TransformerSpec(model=str(theirs)).load_causal_lm()[0].save_pretrained(ours)
     tiny_tokenizer().save_pretrained(ours)
@@ -120,6 +122,6 @@ def test_a_model_family(my_parts: ModuleType, tmp_path: Path) -> None:
         assert type(ours_cut.model).__name__ == "MyModel"
         assert torch.equal(ours_cut.features_of(ids), theirs_cut.features_of(ids))
     (row,), _ = fit(
-        ours, tmp_path, "--model.objective=my_parts.Huber", "--model.transformer.mlp=false"
+        ours, tmp_path, "--model.objective=tests.own_parts.Huber", "--model.transformer.mlp=false"
     )
     assert row["mlp"] is False

@@ -3,12 +3,13 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightning_inversion import __main__
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHOWN = sorted(set(re.findall(r"`(lightning-inversion [a-z]+ [^`]+)`", README)))
 PROMPTS = "The sky is blue.\nA quick brown fox\n"
@@ -89,5 +90,14 @@ def test_the_readme_shows_every_command() -> None:
 
 def test_files_that_the_readme_names_are_there() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert len(links) > 10
+    assert len(links) >= 9
     assert all((ROOT / link).exists() for link in links if "://" not in link)
+
+
+@pytest.mark.integration  # loads the real model
+def test_the_python_block_runs() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["features"].shape == (1, 5, 576)
+    assert names["page"].startswith("<!DOCTYPE html>")

@@ -1,8 +1,4 @@
-"""``python -m tests.benchmarks.mutations``: ten deliberate faults, and whether the tests see them.
-
-Each fault is put into a copy of the package, one at a time, and the tests named beside it run
-there. Prints a line for each; the exit code is 1 if one was not caught.
-"""
+"""Ten deliberate faults, each put into a copy of the package: the tests beside it must fail."""
 
 from __future__ import annotations
 
@@ -10,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 
 
@@ -111,47 +109,29 @@ FAULTS = (
     ),
     Fault(
         "integrated gradients at nodes of the wrong interval",
-        "attribution/integrated.py",
-        "return (points + 1) / 2, vectors[0] ** 2",
-        "return points, vectors[0] ** 2",
-        "tests/attribution/test_scores.py tests/attribution/test_captum.py",
+        "attribution/methods.py",
+        "((nodes + 1) / 2).tolist()",
+        "nodes.tolist()",
+        "tests/attribution/test_methods.py",
     ),
 )
 
 
-def caught(fault: Fault) -> bool:
-    """Whether the fault's tests fail where it is, and only there."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
-        for name in ("lightning_inversion", "tests", "configs", "docs"):
-            ignored = shutil.ignore_patterns("__pycache__", "results", "images")
-            shutil.copytree(ROOT / name, copy / name, ignore=ignored)
-        shutil.copy(ROOT / "pyproject.toml", copy)
-        fault.put_into(copy / "lightning_inversion")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not integration", "-p"]
-        done = subprocess.run(
-            [*command, "no:cacheprovider", *fault.tests.split()],
-            cwd=copy,
-            env={**os.environ, "PYTHONPATH": str(copy)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode not in (0, 1):  # no tests, or none that could be collected
-        raise RuntimeError(f"{fault.name}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.returncode == 1
-
-
-def main() -> int:
-    """Put in each fault; returns the exit code."""
-    missed = 0
-    for fault in FAULTS:
-        seen = caught(fault)
-        missed += not seen
-        print(f"{'caught' if seen else 'NOT CAUGHT'}: {fault.name} ({fault.file})", flush=True)
-    print(f"{len(FAULTS) - missed} of {len(FAULTS)} caught")
-    return 1 if missed else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
+    for name in ("lightning_inversion", "tests", "configs"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.jsonl", "images")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    fault.put_into(tmp_path / "lightning_inversion")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-m", "not integration"]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", *fault.tests.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # 1: tests failed. Anything else is no verdict: no tests, or none that could be collected.
+    assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
