@@ -1,4 +1,4 @@
-"""Claims, lines that are whole or absent, and places that take a file."""
+"""Claims, lines that are whole or absent, places that take a file, text that is safe to print."""
 
 import json
 import subprocess
@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import append_records, check_writable, claimed, read_records
+from lightning_inversion.files import (
+    append_records,
+    check_writable,
+    claimed,
+    one_line,
+    read_records,
+    visible,
+)
 
 CLAIMS_AND_WAITS = """\
 import sys, time
@@ -69,13 +76,19 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: bytes) -> None:
 
 
 @pytest.mark.parametrize("below", [Path("/proc"), Path(__file__)])
-def test_a_place_that_takes_no_file_is_refused(below: Path) -> None:
-    with pytest.raises(InputError, match=r"--out '.*' cannot be") as error:
+def test_a_path_that_takes_no_file_is_refused(below: Path) -> None:
+    with pytest.raises(InputError, match=r"--out '.*' cannot (be written|hold files)") as error:
         check_writable(below / "new" / "file", "--out")
     assert "\n" not in str(error.value)
 
 
-def test_a_place_is_looked_at_and_left_alone(tmp_path: Path) -> None:
+def test_a_path_is_looked_at_and_left_alone(tmp_path: Path) -> None:
     check_writable(tmp_path / "new" / "file", "--out")
     check_writable(tmp_path, "--out", folder=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_seen_is_shown() -> None:
+    assert visible("a\nb\t\x1b\u202e\u200b") == "a↵\nb⇥\t␛⟨U+202E⟩⟨U+200B⟩"
+    assert visible("👩\u200d👧") == "👩\u200d👧"
+    assert one_line(" a\n") == "·a↵"

@@ -109,10 +109,10 @@ FAULTS = (
     ),
     Fault(
         "integrated gradients at nodes of the wrong interval",
-        "attribution/integrated.py",
-        "return (points + 1) / 2, vectors[0] ** 2",
-        "return points, vectors[0] ** 2",
-        "tests/attribution/test_scores.py tests/attribution/test_captum.py",
+        "attribution/methods.py",
+        "((nodes + 1) / 2).tolist()",
+        "nodes.tolist()",
+        "tests/attribution/test_methods.py",
     ),
 )
 

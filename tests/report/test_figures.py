@@ -23,7 +23,6 @@ def canvases(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     seen: dict[str, Any] = {}
 
     def kept(name: str, title: str, canvas: Any) -> figures.RenderedFigure:
-        canvas.draw_without_rendering()
         seen[name] = canvas
         return figures.RenderedFigure(name, title, b"", b"")
 
@@ -93,6 +92,7 @@ def test_a_legend_stays_within_its_figure(tmp_path: Path, canvases: dict[str, An
     draw(load_results([tmp_path]))
     assert set(canvases) == {"depth", "candidates"}
     for canvas in canvases.values():
+        canvas.draw_without_rendering()
         (legend,) = canvas.legends
         box, page = legend.get_window_extent(), canvas.bbox
         assert page.x0 <= box.x0
@@ -133,6 +133,7 @@ def test_axes_can_be_read(runs: Path, canvases: dict[str, Any]) -> None:
     draw(load_results([runs]))
     for axes in (*canvases["depth"].axes, *canvases["candidates"].axes):
         assert axes.get_ylim() == pytest.approx((-0.05, 1.05))
+    canvases["candidates"].draw_without_rendering()
     ticks = [label.get_text() for label in canvases["candidates"].axes[0].get_xticklabels()]
     assert {"1", "10"} <= set(ticks)
     assert all(float(tick) for tick in ticks)
@@ -174,8 +175,8 @@ def test_a_curve_is_read_from_event_files_and_a_resumed_run_replaces_its_steps(
     ]
 
 
-def test_a_rendered_figure_is_the_same_file_each_time(runs: Path) -> None:
-    loaded = load_results([runs / "p"])
+def test_a_rendered_figure_is_the_same_file_each_time(tmp_path: Path) -> None:
+    loaded = load_results([write_run(tmp_path, [predicted(0)])])
     once, again = (draw(loaded) for _ in range(2))
     assert once == again
     assert once[0].png.startswith(b"\x89PNG")

@@ -1,9 +1,8 @@
-"""The page: escaped, self-contained, readable, whole characters, and all to repeat it."""
+"""The page, the terminal and TensorBoard: escaped, self-contained, readable, whole characters."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -13,8 +12,8 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_inversion.attribution.attribute import attribute
-from lightning_inversion.attribution.config import Choices, Look
-from lightning_inversion.attribution.provenance import command_line
+from lightning_inversion.attribution.config import Choices, Display
+from lightning_inversion.attribution.render import image_strip, markdown_table
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.attribution.shading import (
     DARK_PAGE,
@@ -22,22 +21,14 @@ from lightning_inversion.attribution.shading import (
     Shade,
     contrast,
     strengths,
-    strip,
 )
-from lightning_inversion.attribution.tensorboard import image_strip, markdown_table
-from lightning_inversion.files import one_line, visible
-from lightning_inversion.transformer.tokens import Piece, pieces
 
 HARD = '<script>alert(1)</script> & "q"\n\tשלום مرحبا 👩‍👧 \u202eend\x00'
 
 
-def silent(sentence: str) -> None:
-    """Say nothing."""
-
-
 @pytest.fixture(scope="module")
 def hard(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> AttributionResult:
-    return attribute(llama, tokenizer, HARD, name="<b>model</b>", say=silent)
+    return attribute(llama, tokenizer, HARD, name="<b>model</b>")
 
 
 class Reader(HTMLParser):
@@ -84,47 +75,25 @@ def _elements(html: str) -> list[tuple[str, dict[str, str | None]]]:
     return reader.elements
 
 
-def test_tiles_join_to_the_text_and_each_has_its_raw_score(hard: AttributionResult) -> None:
-    assert "".join(piece.text for piece in hard.pieces) == HARD
+def test_each_tile_has_the_raw_scores_of_its_tokens(hard: AttributionResult) -> None:
     titles = [
-        a["title"] for _, a in _elements(hard.to_html()) if a.get("class") == "t" and "title" in a
+        a["title"] or ""
+        for _, a in _elements(hard.to_html())
+        if a.get("class") == "t" and "title" in a
     ]
-    assert len(titles) == len(hard.pieces)
-    for piece, title in zip(hard.pieces, titles, strict=True):
-        for token in piece.tokens:
-            assert f"#{token} id {hard.ids[token]}: {float(hard.scores[0, token]):.4g}" in title
+    assert len(titles) == len([text for text in hard.tokens if text])
+    lines = "\n".join(titles).splitlines()
+    for token, (line, score) in enumerate(zip(lines, hard.token_scores.tolist(), strict=True)):
+        assert f"#{token} id {hard.ids[token]}: {score:.4g}" in line
 
 
 def test_an_emoji_of_several_tokens_is_one_tile_with_a_band_each(hard: AttributionResult) -> None:
-    (emoji,) = [piece for piece in hard.pieces if piece.text == "👧"]
-    assert len(emoji.tokens) == 4
+    first = hard.tokens.index("👧")
+    assert hard.tokens[first + 1 : first + 4] == ("", "", "")
     titles = [a.get("title") or "" for _, a in _elements(hard.to_html())]
     (title,) = [title for title in titles if "👧" in title]
     assert "(4 of 4 tokens)" in title
     assert title.count("\n") == 3
-
-
-def test_bytes_that_are_no_character_are_not_held_back(tokenizer: PreTrainedTokenizerFast) -> None:
-    byte = tokenizer.convert_tokens_to_ids("ð")  # 0xf0, which begins a character of four bytes
-    found = pieces(tokenizer, [byte] * 9)
-    assert sorted(token for piece in found for token in piece.tokens) == list(range(9))
-
-
-def test_what_cannot_be_seen_is_shown() -> None:
-    assert visible("a\nb\t\x1b\u202e\u200b") == "a↵\nb⇥\t␛⟨U+202E⟩⟨U+200B⟩"
-    assert visible("👩\u200d👧") == "👩\u200d👧"
-    assert one_line(" a\n") == "·a↵"
-
-
-def test_the_command_gives_the_text_back(hard: AttributionResult) -> None:
-    text = "it's <b> $HOME & `x`"
-    command = command_line(text, Choices(against=" s"), Look(), None, {"model": "a b"})
-    assert shlex.split(command)[-1] == text
-    assert "--against= s" in shlex.split(command)
-    hidden = command_line("a\n'\u202e", Choices(), Look(), None, {"model": "m"})
-    assert hidden.endswith(r"$'a\n\'\U0000202E'")
-    assert command_line("-x", Choices(), Look(), None, {}).endswith(" -- -x")
-    assert hard.command.endswith(" - < text.txt")  # no argument can hold a NUL
 
 
 def test_the_page_says_all_that_is_needed_to_repeat_it(
@@ -136,7 +105,6 @@ def test_the_page_says_all_that_is_needed_to_repeat_it(
         "a b",
         Choices(method="occlusion", scalar="prob"),
         name="pypi:some==1",
-        say=silent,
     ).to_html()
     for said in ("drop of prob", "replacement", "pypi:some==1", "float32", torch.__version__):
         assert said in html
@@ -147,7 +115,7 @@ def test_the_page_says_all_that_is_needed_to_repeat_it(
 def test_a_map_is_a_table_of_its_lower_half(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    result = attribute(llama, tokenizer, "a bus", Choices(every_token=True), say=silent)
+    result = attribute(llama, tokenizer, "a bus", Choices(every_token=True))
     T = len(result.ids)
     cells = [a for name, a in _elements(result.to_html()) if name == "td" and "title" in a]
     assert len(cells) == T * (T + 1) // 2
@@ -155,9 +123,9 @@ def test_a_map_is_a_table_of_its_lower_half(
 
 def test_a_page_of_2000_tokens(hard: AttributionResult) -> None:
     count = 2000
-    texts = tuple(Piece(f" w{token}", (token,)) for token in range(count))
+    texts = tuple(f" w{token}" for token in range(count))
     scores = torch.linspace(0, 1, count)[None]
-    long = replace(hard, ids=(1,) * count, pieces=texts, scores=scores, parts={"gradient": scores})
+    long = replace(hard, ids=(1,) * count, tokens=texts, scores=scores, parts={"gradient": scores})
     html = long.to_html()
     assert len([a for _, a in _elements(html) if a.get("class") == "t" and "title" in a]) == count
     assert len(html) < 1_000_000
@@ -166,7 +134,7 @@ def test_a_page_of_2000_tokens(hard: AttributionResult) -> None:
     assert "is in the JSON" in a_map.to_html()
 
 
-@pytest.mark.parametrize("palette", ["heat", "document"])
+@pytest.mark.parametrize("palette", ["heat", "original"])
 @pytest.mark.parametrize("page", [LIGHT_PAGE, DARK_PAGE])
 def test_text_contrasts_on_every_shade(palette: str, page: tuple[int, int, int]) -> None:
     for step in range(-100, 101):
@@ -174,9 +142,9 @@ def test_text_contrasts_on_every_shade(palette: str, page: tuple[int, int, int])
         assert contrast(shade.background, shade.ink) >= 4.5
 
 
-def test_red_is_high_and_the_document_palette_is_the_documents() -> None:
-    assert Shade.of(1.0, "document", LIGHT_PAGE).background == (255, 110, 110)
-    assert Shade.of(0.0, "document", LIGHT_PAGE).background == (0, 110, 110)
+def test_red_is_high_and_the_original_palette_is_that_of_the_source() -> None:
+    assert Shade.of(1.0, "original", LIGHT_PAGE).background == (255, 110, 110)
+    assert Shade.of(0.0, "original", LIGHT_PAGE).background == (0, 110, 110)
     red, green, blue = Shade.of(1.0, "heat", DARK_PAGE).background
     assert red > 3 * max(green, blue)
     red, _, blue = Shade.of(-1.0, "heat", LIGHT_PAGE).background
@@ -185,14 +153,14 @@ def test_red_is_high_and_the_document_palette_is_the_documents() -> None:
 
 def test_scales_and_leaving_out_the_last() -> None:
     scores = torch.tensor([1.0, -4.0, 16.0])
-    assert strengths(scores, Look()).tolist() == [1 / 16, -0.25, 1.0]
-    assert strengths(scores, Look(scale="sqrt")).tolist() == [0.25, -0.5, 1.0]
-    assert strengths(scores, Look(scale="rank")).tolist() == pytest.approx([1 / 3, -2 / 3, 1.0])
-    assert strengths(scores, Look(normalise="minmax")).tolist() == [0.25, 0.0, 1.0]
-    left = strengths(scores, Look(leave_out_last=True))
+    assert strengths(scores, Display()).tolist() == [1 / 16, -0.25, 1.0]
+    assert strengths(scores, Display(scale="sqrt")).tolist() == [0.25, -0.5, 1.0]
+    assert strengths(scores, Display(scale="rank")).tolist() == pytest.approx([1 / 3, -2 / 3, 1.0])
+    assert strengths(scores, Display(normalise="minmax")).tolist() == [0.25, 0.0, 1.0]
+    left = strengths(scores, Display(leave_out_last=True))
     assert left[:2].tolist() == [0.25, -1.0]
     assert left[2].isnan()
-    assert strengths(torch.zeros(2), Look()).tolist() == [0.0, 0.0]
+    assert strengths(torch.zeros(2), Display()).tolist() == [0.0, 0.0]
 
 
 def test_a_notebook_gets_an_element_that_leaves_the_rest_alone(hard: AttributionResult) -> None:
@@ -214,13 +182,14 @@ def test_the_terminal_shows_every_piece_and_no_markup(hard: AttributionResult) -
     assert "predicted next token" in re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
-def test_tensorboard_gets_a_table_and_a_strip(hard: AttributionResult, tmp_path) -> None:
-    table = markdown_table(hard)
+def test_tensorboard_gets_a_table_and_a_strip(hard: AttributionResult) -> None:
+    table = markdown_table(hard, hard.display)
     assert table.count("\n") == 3 + len(hard.ids)
     assert "<" not in table.replace("&lt;", "")
-    image = image_strip(hard)
+    image = image_strip(hard, hard.display)
     assert image.shape == (3, 24, 24 * len(hard.ids))
     assert image.dtype == torch.uint8
-    map_image = strip(torch.tensor([[1.0, torch.nan], [0.0, -1.0]]), Look())
-    assert map_image.shape == (3, 48, 48)
-    assert map_image[:, 0, 0].tolist() == list(Shade.of(1, "heat", LIGHT_PAGE).background)
+    scores = torch.tensor([[1.0, torch.nan], [0.0, -1.0]])
+    of_map = image_strip(replace(hard, queries=hard.queries * 2, scores=scores), Display())
+    assert of_map.shape == (3, 48, 48)
+    assert of_map[:, 0, 0].tolist() == list(Shade.of(1, "heat", LIGHT_PAGE).background)

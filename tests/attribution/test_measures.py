@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from lightning_inversion.attribution.config import Reduce, Scalar
-from lightning_inversion.attribution.integrated import gauss_legendre
-from lightning_inversion.attribution.scores import (
+from lightning_inversion.attribution.measures import (
     FeatureMeasure,
     TokenMeasure,
     combine,
@@ -79,9 +78,3 @@ def test_combined_takes_each_by_its_largest_and_keeps_what_is_not_visible() -> N
     gradient = torch.tensor([[1.0, 10.0, torch.nan], [1.0, 2.0, 0.0]])
     expected = torch.tensor([[0.775, 0.625, torch.nan], [0.125, 0.25, 0.0]])
     torch.testing.assert_close(combine(occluded, gradient, 0.75), expected, equal_nan=True)
-
-
-def test_gauss_legendre_is_exact_for_polynomials() -> None:
-    points, weights = gauss_legendre(4)
-    for power in range(8):
-        assert float((weights * points**power).sum()) == pytest.approx(1 / (power + 1))
