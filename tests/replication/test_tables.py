@@ -1,5 +1,6 @@
 """The tables of the two pages are what their files of rows say."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -38,11 +39,17 @@ def test_the_page_names_experiments_that_exist() -> None:
         assert any(name.startswith(word.removesuffix("...")) for name in names), word
 
 
-def test_pages_link_to_files_that_exist() -> None:
-    for page in (CONFIGS / "original" / "RESULTS.md", CONFIGS / "recovery" / "README.md"):
-        links = set(re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")))
-        assert links
-        assert all((page.parent / link).exists() for link in links)
+def test_pages_name_files_and_modules_that_exist() -> None:
+    pages = [*CONFIGS.rglob("*.md")]
+    assert len(pages) == 3
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#]+)\)", text):
+            assert (page.parent / link).exists(), f"{page}: {link}"
+        for path in re.findall(r"\b(?:configs|tests)/[\w/]+\.\w+", text):
+            assert path.endswith("NAME.yaml") or (CONFIGS.parent / path).exists(), path
+        for module in re.findall(r"python -m ([\w.]*\w)", text):
+            assert importlib.util.find_spec(module), f"{page}: {module}"
 
 
 def test_the_command_needs_neither_torch_nor_lightning() -> None:
