@@ -169,7 +169,7 @@ class ResultRow:
         for key, value in record.items():
             if key not in _types():
                 raise ValueError(f"has an unknown key {key!r}")
-            if not _is_a(value, _types()[key]):
+            if not has_type(value, _types()[key]):
                 raise ValueError(f"has a {key} of the wrong type")
         if not isinstance(record.get("index"), int) or record["index"] < 0:
             raise ValueError("has no index")
@@ -187,15 +187,22 @@ def _types() -> dict[str, Any]:
     return get_type_hints(ResultRow)
 
 
-def _is_a(value: Any, wanted: Any) -> bool:
-    """Whether a JSON value has a field's type; JSON's whole numbers serve as floats."""
+def has_type(value: Any, wanted: Any) -> bool:
+    """Whether a value read from JSON has a type, as an annotation names it.
+
+    Whole numbers serve as floats; true and false are no numbers.
+    """
     origin, inner = get_origin(wanted), get_args(wanted)
     if origin in (Union, types.UnionType):
-        return any(_is_a(value, one) for one in inner)
+        return any(has_type(value, one) for one in inner)
     if origin is Literal:
         return value in inner
     if origin is list:
-        return isinstance(value, list) and all(_is_a(one, inner[0]) for one in value)
+        return isinstance(value, list) and all(has_type(one, inner[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(has_type(one, inner[1]) for one in value.values())
+    if wanted is Any:
+        return True
     if wanted is float:
         return isinstance(value, float | int) and not isinstance(value, bool)
     if wanted is int:

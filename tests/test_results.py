@@ -6,9 +6,6 @@ import pytest
 from lightning_inversion.callbacks.learning_rate import LinearLearningRate
 from lightning_inversion.callbacks.summary import mean, print_rows
 from lightning_inversion.cli.resume import differences
-from lightning_inversion.data.batch import PromptBatch
-from lightning_inversion.data.prompts import PromptDataModule
-from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import append_records, check_writable, read_records
 
@@ -90,51 +87,6 @@ def test_configs_differ_by_key() -> None:
     theirs = {"model": {"transformer": {"depth": 2}, "iterations": 5}, "ckpt_path": "last"}
     assert differences(ours, theirs) == ["model.transformer.depth"]
     assert differences(ours, ours) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("p.txt", "", "holds no text"),
-        (
-            "p.jsonl",
-            '{"prompt": "a"}\n{"text": "b"}\n',
-            'line 2 is not a JSON object with a key "p',
-        ),
-        ("p.jsonl", '{"prompt": 12}\n', "line 1: .*not a string; quote it"),
-        ("p.jsonl", "{", "line 1 is not"),
-    ],
-)
-def test_bad_prompt_files_are_named_by_line(tmp_path: Path, name, text, message) -> None:
-    path = tmp_path / name
-    path.write_text(text)
-    with pytest.raises(InputError, match=message):
-        read_prompts(path, "--data.file")
-
-
-def test_prompt_files_are_read(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("  leading space\nzwei\n\n")
-    assert read_prompts(tmp_path / "p.txt", "--data.file") == ["  leading space", "zwei"]
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a\\nb"}\n')
-    assert read_prompts(tmp_path / "p.jsonl", "--data.file") == ["a\nb"]
-    with pytest.raises(InputError, match="cannot be read: No such file"):
-        read_prompts(tmp_path / "none.txt", "--data.file")
-
-
-def test_prompts_come_from_one_place() -> None:
-    with pytest.raises(InputError, match="none was given"):
-        PromptDataModule()
-    with pytest.raises(InputError, match=r"prompts and --data\.file were given"):
-        PromptDataModule(prompts=["a"], file="b")
-    with pytest.raises(InputError, match="prompt 1 is empty"):
-        PromptDataModule(prompts=[" ", ""])
-
-
-def test_a_ragged_batch_is_padded_on_the_right() -> None:
-    batch = PromptBatch.collate([(4, "a", [1, 2, 3]), (9, "b", [7])])
-    assert batch.ids.tolist() == [[1, 2, 3], [7, 0, 0]]
-    assert batch.lengths == [3, 1]
-    assert batch.index == (4, 9)
 
 
 def test_a_runs_mean_is_the_mean_of_its_rows() -> None:

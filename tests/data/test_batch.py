@@ -1,10 +1,10 @@
-"""Batches follow from the lengths alone, waste little, and part no prompt's repeats."""
+"""Batches: their padding; they follow from the lengths alone, and part no prompt's repeats."""
 
 import random
 
 import pytest
 
-from lightning_inversion.data.packing import pack
+from lightning_inversion.data.batch import PromptBatch, pack
 
 LENGTHS = [random.Random(3).randint(1, 64) for _ in range(500)]
 
@@ -31,8 +31,19 @@ def test_repeats_stay_together_and_rows_are_limited() -> None:
     lengths = [length for length in LENGTHS[:50] for _ in range(3)]
     for batch in pack(lengths, 200, together=3):
         assert all(
-            batch[place : place + 3] == [batch[place] + n for n in range(3)]
-            for place in range(0, len(batch), 3)
+            batch[start : start + 3] == [batch[start] + n for n in range(3)]
+            for start in range(0, len(batch), 3)
         )
     assert max(map(len, pack(LENGTHS, 10_000, rows=7))) == 7
     assert pack([2] * 5, 100, rows=2, together=5) == [[0, 1], [2, 3], [4]]
+
+
+def test_a_ragged_batch_is_padded_on_the_right() -> None:
+    batch = PromptBatch.collate([(4, "a", [1, 2, 3]), (9, "b", [7])])
+    assert batch.ids.tolist() == [[1, 2, 3], [7, 0, 0]]
+    assert batch.lengths == [3, 1]
+    assert batch.index == (4, 9)
+    assert batch.mask.tolist() == [[True] * 3, [True, False, False]]
+    part = batch.rows([1])
+    assert part.ids.tolist() == [[7]]
+    assert PromptBatch.of_state(batch.state()).prompts == ("a", "b")
