@@ -167,7 +167,7 @@ class Captured:
         """Refuse a model other than the one that made the features.
 
         Where both sides know the hash of the weights, it decides, whatever the model's name; where
-        the file knows one and the model is not loaded yet, its name is left to that.
+        only the file has one and the model is not loaded yet, names are not compared.
 
         Args:
             description: ``TruncatedTransformer.description``, or as much as is known of it before
@@ -178,7 +178,7 @@ class Captured:
             InputError: lists each difference, and the options that would remove it.
         """
         theirs = self.transformer
-        left_out = {_ROUNDING_ALONE, "depth"}  # the layers say the depth
+        left_out = {_ROUNDING_ALONE, "depth"}  # the layers imply the depth
         if "weights_sha256" in theirs and (
             theirs["weights_sha256"] == description.get("weights_sha256", theirs["weights_sha256"])
         ):

@@ -163,6 +163,8 @@ def test_a_fit_of_captured_targets_is_that_of_the_prompts(
         assert all(ours[key] is None for key in scores) is not kept
         for key in set(theirs) - unknown - {"seconds"}:
             assert ours[key] == theirs[key], key
+    if kept:
+        return
     before = rows_of(tmp_path / "a")
     again = fit(tiny_folder, tmp_path / "a", f"--data.targets={path}", "--ckpt_path=last")
     assert run(again) == 0
