@@ -1,4 +1,4 @@
-"""Files and folders: writable places, claims, JSON lines, the cache; text that is safe to print."""
+"""Files and folders: writable paths, claims, JSON lines, the cache; text that is safe to print."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def check_writable(path: Path, option: str, folder: bool = False) -> None:
-    """Refuse a place where nothing can be written, and leave nothing there.
+    """Refuse a path where nothing can be written, and leave nothing there.
 
     Args:
         path: the file or folder to be; folders on the way to it need not exist.
@@ -52,28 +52,30 @@ def check_writable(path: Path, option: str, folder: bool = False) -> None:
         InputError: it cannot be made there.
     """
     where = f"{option} {str(path)!r}"
-    place = path.absolute()
+    if "\0" in str(path):
+        raise InputError(f"{where} has a NUL in it; give another path.")
+    there = path.absolute()
     try:
-        while not place.exists():
-            place = place.parent
-        if place.is_dir():
-            with tempfile.TemporaryFile(dir=place):  # permissions alone do not tell, in /proc say
+        while not there.exists():
+            there = there.parent
+        if there.is_dir():
+            with tempfile.TemporaryFile(dir=there):  # in /proc permissions are not enough
                 return
-        writable = os.access(place, os.W_OK)
+        writable = os.access(there, os.W_OK)
     except OSError as error:
         raise InputError(
-            f"{where} cannot be written ({error.strerror}); give another place."
+            f"{where} cannot be written ({error.strerror}); give another path."
         ) from error
-    if folder or place != path.absolute():
-        raise InputError(f"{where} cannot be a place for files: {place} is a file; give a folder.")
+    if folder or there != path.absolute():
+        raise InputError(f"{where} cannot hold files: {there} is a file; give a folder.")
     if not writable:
-        raise InputError(f"{where} may not be written; give another place.")
+        raise InputError(f"{where} may not be written; give another path.")
 
 
 def ended_by(error: OSError) -> str | None:
-    """One sentence on what could not be read or written; None where no file is to blame."""
+    """A sentence that names the file that failed; None where no file is to blame."""
     if error.errno in FULL:
-        return f"nothing more can be written ({error.strerror}); make room and go on."
+        return f"nothing more can be written ({error.strerror}); make room and resume."
     if error.filename is not None:
         return f"{str(error.filename)!r} failed: {error.strerror}; the run has ended."
     return None
@@ -135,7 +137,7 @@ def cached_folder(
     """The cached folder `key`, made by `build(folder)` unless it lies there whole.
 
     A file lock makes the other processes wait while one builds. The folder is built beside its
-    place and renamed into it, so that a killed build leaves nothing that looks finished.
+    path and renamed to it, so that a killed build leaves nothing that looks finished.
     """
     root = cache_root()
     folder = root / key

@@ -112,7 +112,7 @@ class InversionCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments, whatever the process was started with."""
-        with wrong_values():
+        with wrong_values("--config", RecursionError):
             self.config = parser.parse_args(args)
         seed = self.config[self.config.subcommand].seed_everything
         if not isinstance(seed, bool) and seed is not None and not 0 <= seed < _SEEDS:
@@ -133,7 +133,8 @@ class InversionCLI(LightningCLI):
         parser.add_lightning_class_args(RecoveryDisplay, "display")
         parser.add_lightning_class_args(Results, "results")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        parser.usage = "lightning-inversion COMMAND [--config FILE] [--key value ...]"
+        parser.usage = f"lightning-inversion {self._args[0]} [--config FILE] [--key value ...]"
+        parser.description = None  # Lightning's is of training
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("model.iterations", "data.iterations")
         parser.link_arguments("model.transformer.model", "data.tokenizer")
@@ -144,7 +145,7 @@ class InversionCLI(LightningCLI):
         """Turn ``--ckpt_path last`` into the newest run, which ``fit`` and ``predict`` continue."""
         config = self.config[self.subcommand]
         compute_in_precision(config)
-        with wrong_values():
+        with wrong_values("--trainer", TypeError):
             share_prompts_out(config.trainer)
         root = Path(config.trainer.default_root_dir or ".") / "lightning_logs"
         if self.subcommand == "validate":
@@ -175,10 +176,10 @@ class InversionCLI(LightningCLI):
         # A predict continues from its rows alone.
         config.ckpt_path = None if self.subcommand == "predict" else str(checkpoint)
         if self.subcommand != "validate":
-            check_continues(run, settings, self._settings())
+            check_continues(run, settings, self.settings())
             self._write_into(run)
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """This command's settings, as a run's folder keeps them."""
         settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
         assert isinstance(settings, dict)
@@ -188,7 +189,7 @@ class InversionCLI(LightningCLI):
         """Refuse a checkpoint that this command cannot read, and note its prompts."""
         assert self.subcommand is not None
         parts = _COMPARED[self.subcommand]
-        batch = read_stored_input(path, self._settings(), parts)["batch"]
+        batch = read_stored_input(path, self.settings(), parts)["batch"]
         self._stored = set(zip(batch["index"], batch["prompts"], strict=True))
 
     def _write_into(self, run: Path) -> None:
@@ -211,7 +212,7 @@ class InversionCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Find what does not fit together before a folder is made or a model loaded."""
         self.model.check(self.trainer)
-        with wrong_values("--model.optimizer"):
+        with wrong_values("--model.optimizer", TypeError):
             self.model.optimizer_of([torch.zeros(1, requires_grad=True)])
         if isinstance(self.trainer.strategy, strategy.IndependentPrompts):
             self.trainer.strategy.run_by([sys.executable, "-m", _PACKAGE, *self._args])
@@ -229,9 +230,6 @@ class InversionCLI(LightningCLI):
                 self.model.use(*self.models.load_with_head(self.model.spec))
             else:
                 self.model.use(self.models.load(self.model.spec))
-        if self.subcommand != "validate":
-            folder = self.trainer.log_dir or self.trainer.default_root_dir
-            check_prompts(Path(folder), self.datamodule.texts)
         config = self.config_init[self.subcommand]
         if self._stored and self._stored.isdisjoint(enumerate(self.datamodule.texts)):
             self._report_unused(config.ckpt_path)
@@ -245,15 +243,20 @@ class InversionCLI(LightningCLI):
                 "%s holds none of these prompts, and nothing is taken from it.", checkpoint
             )
 
-    def after_predict(self) -> None:
-        """Show what was recovered."""
-        self.after_fit()
+    def before_fit(self) -> None:
+        """Refuse the folder of a run with other prompts."""
+        folder = self.trainer.log_dir or self.trainer.default_root_dir
+        check_prompts(Path(folder), self.datamodule.texts)
+
+    before_predict = before_fit
 
     def after_fit(self) -> None:
-        """Show what was read, of a run that had ended before as well."""
+        """Show what was recovered, by a run that had ended before as well."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Results) and self.trainer.is_global_zero:
                 callback.show(self.trainer)
+
+    after_predict = after_fit
 
 
 def run_lightning(args: list[str]) -> None:
@@ -270,17 +273,19 @@ def run_lightning(args: list[str]) -> None:
 
 
 @contextmanager
-def wrong_values(option: str = "") -> Iterator[None]:
+def wrong_values(option: str = "", *also: type[Exception]) -> Iterator[None]:
     """Turn a library's refusal of the values of options into an `InputError`.
 
     Args:
         option: to which the values belong, if it is known.
+        also: errors that mean a wrong value here, beside ValueError and Lightning's own.
     """
+    kinds: tuple[type[Exception], ...] = (ValueError, MisconfigurationException, *also)
     try:
         yield
     except InputError:
         raise
-    except (ValueError, MisconfigurationException) as error:
+    except kinds as error:
         ours = input_error_behind(error)
         if ours is not None:
             raise ours from error
@@ -289,7 +294,7 @@ def wrong_values(option: str = "") -> Iterator[None]:
                 "--config names a file that is not UTF-8 text; give a file of YAML."
             ) from error
         text = " ".join(str(error).split())
-        key = re.search(r"\b(accelerator|devices|num_nodes|precision|strategy)=", text)
+        key = re.search(r"\b(accelerator|devices|num_nodes|precision|strategy)[=`]", text)
         name = f"--trainer.{key[1]}" if key else option
         raise InputError(
             f"{name}: {text.rstrip('.')}; choose another value.".removeprefix(": ")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -105,14 +106,6 @@ class AuditPlan:
                     raise InputError(f"{where}: {name!r} is no channel of it; choose from {known}.")
         return plan
 
-    def attacks(self) -> list[tuple[str, str, Attack]]:
-        """Each command over each of its channels."""
-        return [
-            (command, channel, attack)
-            for command, attack in zip(COMMANDS, (self.fit, self.predict), strict=True)
-            for channel in (self.channels if attack.channels is None else attack.channels)
-        ]
-
 
 class _PlainLoader(yaml.SafeLoader):
     """YAML without aliases: a few of them can make a structure endless or fill the memory."""
@@ -166,11 +159,7 @@ def run_audit(options: Namespace) -> int:
     asked = [prompts, sorted(options.depths), asdict(plan), passed_on]
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:6]
     folder = root_of(passed_on) / "lightning_logs" / f"audit-{digest}"
-    cells = tuple(
-        _cell(folder, plan, depth, command, channel, attack, passed_on)
-        for depth in sorted(options.depths)
-        for command, channel, attack in plan.attacks()
-    )
+    cells = tuple(cells_of(plan, sorted(options.depths), passed_on, folder))
     if not cells:
         raise InputError(f"--config {str(options.config)!r} leaves nothing to run.")
     sweep = Sweep(folder, cells)
@@ -187,26 +176,32 @@ def run_audit(options: Namespace) -> int:
             print(write_audit(parts, folder / "audit.html"))
 
 
-def _cell(
-    folder: Path,
-    plan: AuditPlan,
-    depth: int,
-    command: str,
-    channel: str,
-    attack: Attack,
-    passed_on: list[str],
-) -> Cell:
-    return Cell(
-        f"{command},depth={depth},{short(channel)}",
-        command,
-        (
-            *(f"--{key}={_written(value)}" for key, value in attack.options.items()),
-            *passed_on,
-            *_transformer(plan.channels[channel], depth),
-            f"--data.targets={folder / 'targets' / f'depth={depth},{short(channel)}.safetensors'}",
-        ),
-        {"command": command, "depth": str(depth), "channel": channel},
-    )
+def cells_of(
+    plan: AuditPlan, depths: Sequence[int], passed_on: Sequence[str], folder: Path
+) -> Iterator[Cell]:
+    """Each attack at each depth over each of its channels.
+
+    Args:
+        plan: what is tried.
+        depths: after how many blocks the observer looks.
+        passed_on: options of every run.
+        folder: of the audit, in which the activations are.
+    """
+    for depth in depths:
+        for command, attack in zip(COMMANDS, (plan.fit, plan.predict), strict=True):
+            for channel in plan.channels if attack.channels is None else attack.channels:
+                name = f"depth={depth},{short(channel)}"
+                yield Cell(
+                    f"{command},{name}",
+                    command,
+                    (
+                        *(f"--{key}={_written(value)}" for key, value in attack.options.items()),
+                        *passed_on,
+                        *_transformer(plan.channels[channel], depth),
+                        f"--data.targets={folder / 'targets' / f'{name}.safetensors'}",
+                    ),
+                    {"command": command, "depth": str(depth), "channel": channel},
+                )
 
 
 def _written(value: Any) -> str:

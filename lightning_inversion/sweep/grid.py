@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -58,20 +58,14 @@ class Cell:
         Raises:
             ValueError: it describes none.
         """
-        keys = [one.name for one in fields(cls)]
-        if not isinstance(record, dict) or set(record) != set(keys):
-            raise ValueError(f"a cell has the keys {', '.join(keys)}")
-        name, command, arguments, values = (record[key] for key in keys)
-        if not isinstance(name, str) or not is_plain_name(name):
-            raise ValueError(f"{name!r} is not a plain name")
-        if command not in COMMANDS:
-            raise ValueError(f"{command!r} is not one of {', '.join(COMMANDS)}")
-        texts = [*arguments, *values, *values.values()] if (
-            isinstance(arguments, list) and isinstance(values, dict)
-        ) else [None]  # fmt: skip
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError("arguments are a list of strings, and values map strings to strings")
-        return cls(name, command, tuple(arguments), values)
+        try:
+            cell = cls(**{**record, "arguments": tuple(map(str, record["arguments"]))})
+            plain = is_plain_name(cell.name) and isinstance(cell.values, dict)
+        except (TypeError, LookupError) as error:
+            raise ValueError(f"a cell cannot be read ({error})") from error
+        if not plain or cell.command not in COMMANDS:
+            raise ValueError(f"{cell.name!r} is not the name of a run of {' or '.join(COMMANDS)}")
+        return cell
 
 
 def cells_of(command: str, arguments: Sequence[str], axes: Sequence[Axis]) -> tuple[Cell, ...]:
@@ -113,14 +107,9 @@ def _with_own_names(cells: Sequence[Cell]) -> tuple[Cell, ...]:
     """Cells whose name is too long, or another's too, get a digest behind it."""
     twice = _repeated([cell.name for cell in cells])
     return tuple(
-        cell
-        if cell.name not in twice and len(cell.name) <= _NAME_LENGTH
-        else Cell(
-            f"{cell.name[:_NAME_LENGTH]}-{_digest(cell.arguments)}",
-            cell.command,
-            cell.arguments,
-            cell.values,
-        )
+        replace(cell, name=f"{cell.name[:_NAME_LENGTH]}-{_digest(cell.arguments)}")
+        if cell.name in twice or len(cell.name) > _NAME_LENGTH
+        else cell
         for cell in cells
     )
 

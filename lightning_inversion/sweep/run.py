@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_inversion.cli.lightning import InversionCLI
-from lightning_inversion.cli.resume import FITTED, PREDICTED, differences, read_settings
+from lightning_inversion.cli.resume import (
+    FITTED,
+    PREDICTED,
+    check_prompts,
+    differences,
+    read_settings,
+)
 from lightning_inversion.cli.trainer import quiet_lightning
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import claimed, readable_time
@@ -140,10 +145,6 @@ class _Checked(InversionCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         pass
 
-    def settings(self) -> Any:
-        """What the run's config.yaml would hold."""
-        return self._settings()
-
 
 def spec_of(command: str, arguments: Sequence[str]) -> TransformerSpec:
     """The model that a command's options name.
@@ -152,9 +153,7 @@ def spec_of(command: str, arguments: Sequence[str]) -> TransformerSpec:
         InputError: the options are wrong.
     """
     quiet_lightning()
-    with tempfile.TemporaryDirectory() as folder:
-        run = _Checked([command, *arguments, *_logger(Path(folder), "checked", "only")])
-    spec: TransformerSpec = run.model.spec
+    spec: TransformerSpec = _Checked([command, *arguments, "--trainer.logger=false"]).model.spec
     return spec
 
 
@@ -167,7 +166,7 @@ def check(sweep: Sweep) -> list[TransformerSpec]:
     quiet_lightning()
     specs = []
     for cell in sweep.cells:
-        run = _Checked([cell.command, *cell.arguments, *_place(sweep, cell)])
+        run = _Checked(_arguments(sweep, cell))
         stored = sweep.folder(cell) / (PREDICTED if cell.command == "predict" else FITTED)
         if stored.exists():
             different = differences(read_settings(stored), run.settings())
@@ -176,8 +175,21 @@ def check(sweep: Sweep) -> list[TransformerSpec]:
                     f"{str(stored.parent)!r} was made with another {different[0]}; "
                     "give the sweep another --name, or remove the folder."
                 )
+        check_prompts(sweep.folder(cell), run.datamodule.texts)
         specs.append(run.model.spec)
     return specs
+
+
+def _arguments(sweep: Sweep, cell: Cell) -> list[str]:
+    """The command line of a cell, with the options that make its folder the run's."""
+    return [
+        cell.command,
+        *cell.arguments,
+        "--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger",
+        f"--trainer.logger.save_dir={sweep.path.parent}",
+        f"--trainer.logger.name={sweep.path.name}",
+        f"--trainer.logger.version={cell.name}",
+    ]
 
 
 # -- running ---------------------------------------------------------------------------------
@@ -255,7 +267,7 @@ def _run(sweep: Sweep, cell: Cell, models: SharedModels) -> None:
         contextlib.redirect_stderr(messages),
     ):
         try:
-            InversionCLI([cell.command, *cell.arguments, *_place(sweep, cell), *again], models)
+            InversionCLI([*_arguments(sweep, cell), *again], models)
         except Exception:
             messages.write(traceback.format_exc())
             raise
@@ -330,17 +342,3 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _place(sweep: Sweep, cell: Cell) -> list[str]:
-    return _logger(sweep.path.parent, sweep.path.name, cell.name)
-
-
-def _logger(root: Path, name: str, version: str) -> list[str]:
-    """Options that make a run's folder ``root/name/version``."""
-    return [
-        "--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger",
-        f"--trainer.logger.save_dir={root}",
-        f"--trainer.logger.name={name}",
-        f"--trainer.logger.version={version}",
-    ]

@@ -82,14 +82,13 @@ def test_too_many_cells_are_refused_at_once() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"name": "../../escape"}, "not a plain name"),
-        ({"name": ".."}, "not a plain name"),
-        ({"name": 3}, "not a plain name"),
-        ({"command": "rm"}, "not one of fit, predict"),
-        ({"arguments": "--model.x=1"}, "list of strings"),
-        ({"arguments": [1]}, "list of strings"),
-        ({"values": None}, "map strings to strings"),
-        ({"more": 1}, "has the keys name, command"),
+        ({"name": "../../escape"}, "is not the name of a run"),
+        ({"name": ".."}, "is not the name of a run"),
+        ({"name": 3}, "cannot be read"),
+        ({"command": "rm"}, "of fit or predict"),
+        ({"arguments": None}, "cannot be read"),
+        ({"values": None}, "is not the name of a run"),
+        ({"more": 1}, "cannot be read"),
     ],
     ids=str,
 )
