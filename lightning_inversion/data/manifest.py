@@ -128,6 +128,8 @@ def _wrong_values(manifest: Manifest) -> str | None:
         return f"has storage {json.dumps(storage)}; {WAYS_OUT['storage']}."
     if not 0 <= storage.get("noise", 0) < float("inf"):
         return f"has storage.noise {storage['noise']!r}; write a standard deviation, 0 or more."
+    if any("\ud800" <= letter <= "\udfff" for text in manifest.prompts or () for letter in text):
+        return "has prompts with half of a surrogate pair, which is no character; correct them."
     for key, lists in (("known_prefix", [manifest.known_prefix]), ("ids", manifest.ids or [])):
         if not all(0 <= token < 2**31 for ids in lists for token in ids):
             return f"has {key} with numbers that are no token ids; {WAYS_OUT[key]}."
