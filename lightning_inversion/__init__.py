@@ -1,3 +1,44 @@
 """Reads a language model's input back out of its hidden states."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_inversion.attribution.attribute import attribute
+    from lightning_inversion.data.prompts import PromptDataModule
+    from lightning_inversion.inversion import Inversion
+    from lightning_inversion.module import InputInversion
+    from lightning_inversion.results import ResultRow, read_rows
+    from lightning_inversion.transformer.loading import TransformerSpec
+    from lightning_inversion.transformer.truncated import TruncatedTransformer
+
 __version__ = "0.1.0"
+__all__ = [
+    "InputInversion",
+    "Inversion",
+    "PromptDataModule",
+    "ResultRow",
+    "TransformerSpec",
+    "TruncatedTransformer",
+    "attribute",
+    "read_rows",
+]
+_HOMES = {
+    "InputInversion": "module",
+    "Inversion": "inversion",
+    "PromptDataModule": "data.prompts",
+    "ResultRow": "results",
+    "TransformerSpec": "transformer.loading",
+    "TruncatedTransformer": "transformer.truncated",
+    "attribute": "attribution.attribute",
+    "read_rows": "results",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch alone takes seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lightning_inversion' has no attribute {name!r}")
+    return getattr(import_module(f"lightning_inversion.{_HOMES[name]}"), name)

@@ -1,18 +1,35 @@
 """Reading a learnable input back as tokens: decoders, the allowed-token mask and top-k."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput, LearnableInput
 from lightning_inversion.transformer.embedding import TokenEmbedding, best_tokens
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class Decoder(ABC):
-    """Vectors ``[..., D]`` -> a score for each token ``[..., V]``, the best token highest."""
+    """Vectors ``[..., D]`` -> a score for each token ``[..., V]``, the best token highest.
+
+    Any subclass can be selected by its ``class_path``.
+
+    Example:
+        >>> class DotProduct(Decoder):
+        ...     def __call__(self, vectors, embedding):
+        ...         return embedding.dot(vectors)
+        >>> DotProduct()(torch.tensor([1.0, 0.0]), TokenEmbedding(torch.eye(2)))
+        tensor([1., 0.])
+    """
 
     @abstractmethod
     def __call__(self, vectors: Tensor, embedding: TokenEmbedding) -> Tensor:
@@ -20,7 +37,7 @@ class Decoder(ABC):
 
 
 class PinvDecoder(Decoder):
-    """W+ e, the document's decoder. It favours tokens with unusual embeddings."""
+    """W+ e, the source's decoder. It favours tokens with unusual embeddings."""
 
     def __call__(self, vectors: Tensor, embedding: TokenEmbedding) -> Tensor:
         return embedding.unmix(vectors)
@@ -44,7 +61,7 @@ class L2Decoder(Decoder):
     """
 
     def __call__(self, vectors: Tensor, embedding: TokenEmbedding) -> Tensor:
-        # In place: a second tensor of scores would take as much memory again.
+        # Computed in place: a second tensor of scores would take as much memory again.
         return embedding.dot(vectors).sub_(embedding.norms.square() / 2)
 
 
@@ -68,6 +85,7 @@ class TopTokens:
 
 @torch.no_grad()
 def decode(
+    values: Tensor,
     learnable: LearnableInput,
     embedding: TokenEmbedding,
     decoder: Decoder | None,
@@ -77,20 +95,21 @@ def decode(
     first: int | None = None,
     mask: Tensor | None = None,
 ) -> TopTokens:
-    """The k best tokens of each position of a learnable input.
+    """The k best tokens of each position of an optimised input.
 
     Args:
-        learnable: its ``values [B, T, C]`` are read.
+        values: ``[B, T, C]`` of the learnable input.
+        learnable: how values become vectors.
         embedding: the model's token embedding.
         decoder: how vectors become scores; None reads vocabulary vectors as the scores they are.
         k: how many tokens.
         disallowed: ``[V]`` or ``[B, V]`` bool, True for tokens that must not be chosen.
-        masked_score: the score of a disallowed token. The document's code multiplies by 0, so that
+        masked_score: the score of a disallowed token. The source's code multiplies by 0, so that
             a disallowed token beats an allowed one with a negative score; 0 reproduces that.
         first: decode only this many rows; scoring a whole vocabulary costs as much as iterations.
         mask: ``[B, T]`` True at a token; the padding is not decoded, and its tokens are 0.
     """
-    values = learnable.values.detach()[:first]
+    values = values.detach()[:first]
     rows, length, channels = values.shape
     wanted = torch.arange(rows * length, device=values.device)
     if mask is not None:
@@ -109,16 +128,16 @@ def decode(
             values[wanted]
         )  # a verified token has one vector wherever it stands
         scored = wanted[torch.unique(which)]
-    for places in torch.split(scored, embedding.at_a_time):
-        chunk = values[places]
+    for some in torch.split(scored, embedding.at_a_time):
+        chunk = values[some]
         all_scores = chunk
         if decoder is not None:
             all_scores = decoder(learnable.embed(chunk, embedding), embedding)
         if disallowed is not None:
-            hidden = disallowed if disallowed.dim() == 1 else disallowed[places // length]
+            hidden = disallowed if disallowed.dim() == 1 else disallowed[some // length]
             all_scores.masked_fill_(hidden, masked_score)
         best = best_tokens(all_scores, k)
-        ids[places], scores[places] = best.indices, best.values
+        ids[some], scores[some] = best.indices, best.values
     ids[wanted], scores[wanted] = ids[wanted[which]], scores[wanted[which]]
     shape = (rows, length, k)
     return TopTokens(ids.view(shape), scores.view(shape))
@@ -140,6 +159,33 @@ def first_of_equals(vectors: Tensor) -> Tensor:
 def natural_decoder(learnable: LearnableInput) -> Decoder | None:
     """The decoder that fits an input: nearest embedding, or a vocabulary vector's own values."""
     return L2Decoder() if isinstance(learnable, EmbeddingInput) else None
+
+
+def allowed_ids(
+    allowed: list[int] | str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    embedding: TokenEmbedding,
+) -> list[int]:
+    """The tokens that may be decoded: ids, the tokens of a text, or none.
+
+    Raises:
+        InputError: a text without a tokenizer, an id outside the vocabulary, or no token.
+    """
+    if allowed is None:
+        return []
+    if not isinstance(allowed, str):
+        ids = list(allowed)
+    elif tokenizer is None:
+        raise InputError("--model.allowed_tokens is a text, and the model has no tokenizer.")
+    else:
+        ids = tokenizer(allowed, add_special_tokens=False)["input_ids"]
+    vocabulary = embedding.vocabulary_size
+    if not ids or min(ids) < 0 or max(ids) >= vocabulary:
+        raise InputError(
+            f"--model.allowed_tokens must name tokens between 0 and {vocabulary - 1}, "
+            f"and at least one; it gives {ids[:10]}."
+        )
+    return ids
 
 
 def disallowed_tokens(allowed: list[int], vocabulary_size: int) -> Tensor:

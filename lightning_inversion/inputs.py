@@ -1,6 +1,6 @@
-"""The learnable input: the one thing that is optimised, its starts and its shifted targets.
+"""The learnable input: the one thing that is optimised, its initializers and its perturbed targets.
 
-``EmbeddingInput`` is the document's *indirect* method (the embedding is the leaf),
+``EmbeddingInput`` is the source's *indirect* method (the embedding is the leaf),
 ``VocabularyInput`` its *direct* method (section 'Direct Input Representation').
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.embedding import TokenEmbedding
@@ -48,8 +48,8 @@ def row_generator(seed: int, index: int, stream: str) -> torch.Generator:
 
 
 @dataclass(frozen=True)
-class Given:
-    """What a start may look at.
+class InitializerInputs:
+    """What an initializer may use.
 
     Attributes:
         embedding: the model's token embedding.
@@ -65,15 +65,15 @@ class Given:
 
 
 class Initializer(ABC):
-    """Where an input begins: standard normal noise -> starting values, both ``[B, T, C]``."""
+    """Where an input begins: standard normal noise -> initial values, both ``[B, T, C]``."""
 
     @abstractmethod
-    def __call__(self, noise: Tensor, given: Given) -> Tensor:
-        """Turn noise into a start."""
+    def __call__(self, noise: Tensor, given: InitializerInputs) -> Tensor:
+        """Initial values from noise."""
 
 
 class NormalInitializer(Initializer):
-    """Independent normal values: N(1/2, 1/20) as the document prints it.
+    """Independent normal values: N(1/2, 1/20) as the source prints it.
 
     Args:
         mean: mean of each value.
@@ -83,7 +83,7 @@ class NormalInitializer(Initializer):
     def __init__(self, mean: float = 0.5, std: float = 0.05) -> None:
         self.mean, self.std = mean, std
 
-    def __call__(self, noise: Tensor, given: Given) -> Tensor:
+    def __call__(self, noise: Tensor, given: InitializerInputs) -> Tensor:
         return self.mean + self.std * noise
 
 
@@ -91,7 +91,7 @@ class MeanInitializer(Initializer):
     """The mean of the model's embeddings plus noise in units of their std.
 
     Args:
-        std: standard deviations of the embedding to add; 0 starts every position at the mean.
+        std: noise to add, in std of the embedding; 0 starts every position at the mean.
     """
 
     def __init__(self, std: float = 0.0) -> None:
@@ -99,16 +99,16 @@ class MeanInitializer(Initializer):
             raise InputError(f"initializer.std must not be negative, and is {std}.")
         self.std = std
 
-    def __call__(self, noise: Tensor, given: Given) -> Tensor:
+    def __call__(self, noise: Tensor, given: InitializerInputs) -> Tensor:
         _check_width(self, noise, given.embedding)
         return given.embedding.mean + self.std * given.embedding.std * noise
 
 
 class ProbeInitializer(Initializer):
-    """A linear guess of the embeddings from the target's features; see ``LinearProbe``.
+    """The linear probe's guess of the embeddings from the target; see ``LinearProbe``.
 
     Args:
-        std: standard deviations of the embedding to add as noise.
+        std: noise to add, in std of the embedding.
     """
 
     def __init__(self, std: float = 0.0) -> None:
@@ -116,7 +116,7 @@ class ProbeInitializer(Initializer):
             raise InputError(f"initializer.std must not be negative, and is {std}.")
         self.std = std
 
-    def __call__(self, noise: Tensor, given: Given) -> Tensor:
+    def __call__(self, noise: Tensor, given: InitializerInputs) -> Tensor:
         _check_width(self, noise, given.embedding)
         positions = torch.arange(noise.shape[1], device=noise.device).expand(noise.shape[:2])
         guess = given.probe()(given.features, positions)
@@ -134,11 +134,11 @@ class PromptInitializer(Initializer):
     def __init__(self, noise: float = 1.0, target: float = 1.0) -> None:
         self.noise, self.target = noise, target
 
-    def __call__(self, noise: Tensor, given: Given) -> Tensor:
+    def __call__(self, noise: Tensor, given: InitializerInputs) -> Tensor:
         if given.values is None:
             raise InputError(
-                "PromptInitializer needs known prompts; choose NormalInitializer or MeanInitializer "
-                "for captured targets."
+                "PromptInitializer needs known prompts; choose NormalInitializer or "
+                "MeanInitializer for captured targets."
             )
         return self.noise * noise + self.target * given.values
 
@@ -146,37 +146,20 @@ class PromptInitializer(Initializer):
 def _check_width(initializer: Initializer, noise: Tensor, embedding: TokenEmbedding) -> None:
     if noise.shape[-1] != embedding.width:
         raise InputError(
-            f"{type(initializer).__name__} starts an EmbeddingInput; choose NormalInitializer or PromptInitializer for "
-            "--model.learnable VocabularyInput."
+            f"{type(initializer).__name__} is for an EmbeddingInput; choose NormalInitializer or "
+            "PromptInitializer for --model.learnable VocabularyInput."
         )
 
 
-class LearnableInput(nn.Module, ABC):
-    """The parameter ``values [B, T, C]`` and its reading as vectors ``[B, T, D]``.
+class LearnableInput(ABC):
+    """What is optimised: values ``[B, T, C]``, and how they become vectors ``[B, T, D]``.
 
     Args:
         initializer: where the values begin.
     """
 
-    values: nn.Parameter
-    held: Tensor
-
     def __init__(self, initializer: Initializer) -> None:
-        super().__init__()
         self.initializer = initializer
-        self.allocate((0, 0, 0))
-
-    def allocate(self, shape: Sequence[int]) -> None:
-        """Make room for values of ``shape`` [B, T, C], none of them held."""
-        device = self.values.device if hasattr(self, "values") else None
-        self.values = nn.Parameter(torch.zeros(*shape, device=device))
-        self.register_buffer("held", torch.zeros(*shape[:2], dtype=torch.bool, device=device))
-
-    @torch.no_grad()
-    def begin(self, noise: Tensor, given: Given) -> None:
-        """Initializer afresh from standard normal ``noise`` [B, T, C]."""
-        self.allocate(noise.shape)
-        self.values.copy_(self.initializer(noise, given))
 
     @abstractmethod
     def channels(self, embedding: TokenEmbedding) -> int:
@@ -188,20 +171,11 @@ class LearnableInput(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, values: Tensor, embedding: TokenEmbedding) -> Tensor:
-        """Values ``[..., C]`` -> the vectors ``[..., D]`` that the transformer reads."""
-
-    def forward(self, embedding: TokenEmbedding) -> Tensor:
-        """The input as it stands, ``[B, T, D]``."""
-        return self.embed(self.values, embedding)
-
-    @torch.no_grad()
-    def restore_held(self, before: Tensor) -> None:
-        """Put held positions back to ``before`` [B, T, C]: momentum must not move them."""
-        self.values.copy_(torch.where(self.held[..., None], before, self.values))
+        """Values ``[..., C]`` -> the vectors ``[..., D]`` that the transformer takes."""
 
 
 class EmbeddingInput(LearnableInput):
-    """Embeddings ``[B, T, D]`` are optimised: the document's indirect method.
+    """Embeddings ``[B, T, D]`` are optimised: the source's indirect method.
 
     Args:
         initializer: where the embeddings begin.
@@ -222,23 +196,23 @@ class EmbeddingInput(LearnableInput):
 
 
 class VocabularyInput(LearnableInput):
-    """A vector over the vocabulary for each position, ``[B, T, V]``: the document's direct method.
+    """A vector over the vocabulary for each position, ``[B, T, V]``: the source's direct method.
 
     Args:
         initializer: where the vectors begin.
-        target: how a token is written as a vector: `one_hot` (`scale` at the token, 0 elsewhere)
-            or `pinv` (W+ E(a)).
-        scale: the value of a one-hot vector at its token; the document uses 10.
+        target: how a token is written as a vector: `one_hot` (`one_hot_value` at the token, 0
+            elsewhere) or `pinv` (W+ E(a)).
+        one_hot_value: the value of a one-hot vector at its token; the source uses 10.
     """
 
     def __init__(
         self,
         initializer: Initializer | None = None,
         target: Literal["one_hot", "pinv"] = "one_hot",
-        scale: float = 10.0,
+        one_hot_value: float = 10.0,
     ) -> None:
         super().__init__(initializer or NormalInitializer())
-        self.target, self.scale = target, scale
+        self.target, self.one_hot_value = target, one_hot_value
 
     def channels(self, embedding: TokenEmbedding) -> int:
         return embedding.vocabulary_size
@@ -247,7 +221,7 @@ class VocabularyInput(LearnableInput):
         if self.target == "pinv":
             return embedding.unmix(embedding(ids))
         one_hot = torch.zeros(*ids.shape, embedding.vocabulary_size, device=ids.device)
-        return one_hot.scatter_(-1, ids[..., None], self.scale)
+        return one_hot.scatter_(-1, ids[..., None], self.one_hot_value)
 
     def embed(self, values: Tensor, embedding: TokenEmbedding) -> Tensor:
         return embedding.mix(values)
@@ -264,10 +238,10 @@ class Perturbation(ABC):
 
 
 class GaussianPerturbation(Perturbation):
-    """a' = a + N(0, std), on the learnable input's own values (the document's choice).
+    """a' = a + N(0, std), on the learnable input's own values (the source's choice).
 
     Args:
-        std: standard deviation of the shift; the document's is 1/20.
+        std: standard deviation of the shift; the source's is 1/20.
     """
 
     def __init__(self, std: float = 0.05) -> None:
@@ -293,6 +267,18 @@ class NeighbourPerturbation(Perturbation):
     ) -> Tensor:
         position = noise[..., 0].abs().argmax(dim=1, keepdim=True)
         token = ids.gather(1, position)
-        distance = torch.cdist(embedding(token).flatten(0, 1), embedding.matrix.float())
-        distance[distance <= distance.amin(dim=1, keepdim=True) + 1e-6] = torch.inf
-        return learnable.encode(ids.scatter(1, position, distance.argmin(1, True)), embedding)
+        nearest = torch.stack([nearest_other(int(one), embedding) for one in token]).to(ids)
+        return learnable.encode(ids.scatter(1, position, nearest[:, None]), embedding)
+
+
+def nearest_other(token: int, embedding: TokenEmbedding) -> Tensor:
+    """The id of the token with the nearest other embedding; duplicates of it do not count.
+
+    The nearest by scores come first. Their differences are then taken one by one, because the
+    rounding of scores is larger than the distance of rows that are nearly alike.
+    """
+    own = embedding(torch.tensor([token], device=embedding.matrix.device))
+    scores = embedding.dot(own)[0] - embedding.norms.square() / 2
+    scores[embedding.first_duplicate == embedding.first_duplicate[token]] = -torch.inf
+    near = scores.topk(min(64, len(scores) - 1)).indices
+    return near[(embedding(near) - own).norm(dim=1).argmin()]

@@ -5,8 +5,11 @@ position counts) to ``[B]``. The loss of a run is the sum over rows, so that a r
 not depend on what shares its batch.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ from torch.nn.functional import cosine_similarity
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.linear_probe import LinearProbe
+from lightning_inversion.transformer.prefix import KnownPrefix
 from lightning_inversion.transformer.selection import check_slice, slice_of
 
 _SMALLEST_NORM = 1e-8
@@ -22,9 +26,20 @@ _SMALLEST_NORM = 1e-8
 class Objective(nn.Module, ABC):
     """Distance of features: ``([B, T, F], [B, T, F], [B, T]) -> [B]``.
 
+    Rows must stay independent, and positions outside the mask must not count. Any subclass can be
+    selected by its ``class_path``; the arguments of its constructor become options.
+
     Attributes:
         by_row: a row's distance follows from the row alone, wherever it stands in the batch, and
             from the positions in its mask alone.
+
+    Example:
+        >>> class Huber(Objective):
+        ...     def forward(self, generated, target, mask):
+        ...         loss = torch.nn.functional.huber_loss(generated, target, reduction="none")
+        ...         return (loss * mask[..., None]).sum((1, 2))
+        >>> Huber()(torch.tensor([[[0.5, 3.0]]]), torch.zeros(1, 1, 2), torch.tensor([[True]]))
+        tensor([2.6250])
     """
 
     by_row = True
@@ -61,10 +76,10 @@ class _Norm(Objective):
 
 
 class L1(_Norm):
-    """||O(a_g) - O(a)||_1, the document's metric.
+    """||O(a_g) - O(a)||_1, the source's metric.
 
     Args:
-        relative: False sums over the whole row (the document); True divides the distance at each
+        relative: False sums over the whole row (the source); True divides the distance at each
             position by the norm of the target there and sums the quotients, so that a position
             with massive activations weighs no more than another.
         squared: with ``relative``, square each position's quotient: its gradient fades as the
@@ -83,7 +98,7 @@ class L2(_Norm):
     """||O(a_g) - O(a)||_2, not squared.
 
     Args:
-        relative: False sums over the whole row (the document); True divides the distance at each
+        relative: False sums over the whole row (the source); True divides the distance at each
             position by the norm of the target there and sums the quotients, so that a position
             with massive activations weighs no more than another.
         squared: with ``relative``, square each position's quotient: its gradient fades as the
@@ -97,7 +112,7 @@ class CosineDistance(Objective):
     """1 - cos of the angle between features (section 'Indirect input representation via cosine').
 
     Args:
-        each_position: False flattens a row to one vector (the document); True sums the distance of
+        each_position: False flattens a row to one vector (the source); True sums the distance of
             each position.
         absolute: take abs(cos), as the author's code does; opposite directions then count as equal.
 
@@ -121,10 +136,10 @@ class CosineDistance(Objective):
 
 
 class Standardized(Objective):
-    """Another objective on features in units of their spread over random tokens.
+    """Another objective on features in units of their std over random tokens.
 
     Trained models have massive activations: a few channels hundreds of times larger than the rest,
-    which alone decide a plain distance. In units of its own spread, every channel counts.
+    which alone decide a plain distance. In units of its own std, every channel counts.
 
     Args:
         objective: the distance of the standardised features; default relative L2 plus cosine.
@@ -139,7 +154,7 @@ class Standardized(Objective):
         self.by_row = self.objective.by_row
 
     def calibrate(self, probe: Callable[[], LinearProbe]) -> None:
-        """Take the spread of each feature from the model's probe."""
+        """Take the std of each feature from the model's probe."""
         self.probe = probe()
 
     def forward(self, generated: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -154,13 +169,13 @@ class Standardized(Objective):
 
 
 class WeightedSum(Objective):
-    """alpha * first + beta * second (the document's linear combination of cosine and L1).
+    """alpha * first + beta * second (the source's linear combination of cosine and L1).
 
     Args:
         alpha: weight of the first objective.
         beta: weight of the second objective.
-        first: the document's is the cosine distance.
-        second: the document's is the L1 distance.
+        first: the source's is the cosine distance.
+        second: the source's is the L1 distance.
     """
 
     def __init__(
@@ -208,10 +223,10 @@ class Narrowed(Objective):
         super().__init__()
         if not ranges:
             raise InputError("objective.ranges must name at least one slice, as ['0:64'].")
-        for text in ranges:
-            check_slice(text, "objective.ranges")
+        for one in ranges:
+            check_slice(one, "objective.ranges")
         self.ranges, self.objective = list(ranges), objective or L1()
-        self.by_row = False  # its range follows from its place
+        self.by_row = False  # its range follows from its number in the batch
         if isinstance(self.objective, Standardized):
             raise InputError(
                 "Narrowed.objective Standardized would move the zeros outside a range; put "
@@ -231,10 +246,72 @@ class Narrowed(Objective):
                 f"--data.repeat {len(self.ranges)}, and --data.batch_size to a multiple of it."
             )
         inside = torch.zeros(len(self.ranges), 1, features, dtype=torch.bool, device=target.device)
-        for row, text in enumerate(self.ranges):
-            inside[row, :, slice_of(text)] = True
+        for row, one in enumerate(self.ranges):
+            inside[row, :, slice_of(one)] = True
         outside = ~inside.repeat(rows // len(self.ranges), 1, 1)
         distance: Tensor = self.objective(
             generated.masked_fill(outside, 0.0), target.masked_fill(outside, 0.0), mask
         )
         return distance
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which positions of which rows an iteration has to run.
+
+    Attributes:
+        compared: ``[B, T]`` bool, the positions that the objective compares.
+        rows: ``[R]`` those that still move.
+        lengths: ``[R]`` how many positions each begins with that are fixed.
+        width: how many behind them are run.
+    """
+
+    compared: Tensor
+    rows: Tensor
+    lengths: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, compared: Tensor, prefix_lengths: Tensor) -> Window | None:
+        """None where it would save nothing.
+
+        Args:
+            compared: ``[B, T]`` bool, the positions that the objective compares.
+            prefix_lengths: ``[B]`` how many positions each row begins with that are fixed.
+        """
+        rows = compared.any(dim=1).nonzero()[:, 0]
+        if not len(rows):
+            return None
+        positions = torch.arange(compared.shape[1], device=rows.device)
+        lengths = prefix_lengths[rows]
+        ends = torch.where(compared[rows], positions + 1, 0).amax(dim=1)
+        width = int((ends - lengths).max())
+        return None if 2 * width > compared.shape[1] else cls(compared, rows, lengths, width)
+
+    def distances(
+        self, vectors: Tensor, prefix: KnownPrefix, objective: Objective, target: Tensor
+    ) -> Tensor:
+        """The distance of each row ``[B]``, 0 where it does not move; differentiable.
+
+        Args:
+            vectors: ``[B, T, D]`` the input.
+            prefix: runs the window behind what is fixed.
+            objective: of rows that are independent (``Objective.by_row``).
+            target: ``[B, T, F]``.
+        """
+        rows, lengths, width, last = self.rows, self.lengths, self.width, target.shape[1] - 1
+        prefix.begin(rows, vectors[rows], lengths)
+        # Position 0 has statistics of its own in a probe: nothing else may stand in column 0.
+        columns = torch.arange(width + 1, device=rows.device)
+        shift = (lengths > 0).long()[:, None]
+        positions = (lengths[:, None] + columns - shift).clamp(max=last)
+        inside = (columns >= shift) & (columns < width + shift)
+        inside &= lengths[:, None] + columns - shift <= last
+        run = (lengths[:, None] + columns[:width]).clamp(max=last)
+        features = prefix.followed_by(rows, vectors[rows[:, None], run])
+        features = features.gather(
+            1, (columns - shift).clamp(0, width - 1)[..., None].expand(-1, -1, features.shape[-1])
+        )
+        mask = self.compared[rows[:, None], positions] & inside
+        distances = objective(features, target[rows[:, None], positions], mask)
+        return torch.zeros_like(target[:, 0, 0]).index_put((rows,), distances)

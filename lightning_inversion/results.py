@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -167,9 +167,10 @@ class ResultRow:
         if schema != SCHEMA:
             raise ValueError(f"has schema {schema!r}, and {SCHEMA} is read")
         for key, value in record.items():
-            if key not in _types():
+            check = _checks().get(key)
+            if check is None:
                 raise ValueError(f"has an unknown key {key!r}")
-            if not has_type(value, _types()[key]):
+            if not check(value):
                 raise ValueError(f"has a {key} of the wrong type")
         if not isinstance(record.get("index"), int) or record["index"] < 0:
             raise ValueError("has no index")
@@ -183,31 +184,31 @@ def names(kind: Literal["setting", "outcome", "version"]) -> tuple[str, ...]:
 
 
 @cache
-def _types() -> dict[str, Any]:
-    return get_type_hints(ResultRow)
+def _checks() -> dict[str, Callable[[Any], bool]]:
+    """For each field the test of a value's type; built once, because rows hold many values."""
+    return {name: check_of(wanted) for name, wanted in get_type_hints(ResultRow).items()}
 
 
-def has_type(value: Any, wanted: Any) -> bool:
-    """Whether a value read from JSON has a type, as an annotation names it.
-
-    Whole numbers serve as floats; true and false are no numbers.
-    """
-    origin, inner = get_origin(wanted), get_args(wanted)
-    if origin in (Union, types.UnionType):
-        return any(has_type(value, one) for one in inner)
-    if origin is Literal:
-        return value in inner
-    if origin is list:
-        return isinstance(value, list) and all(has_type(one, inner[0]) for one in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(has_type(one, inner[1]) for one in value.values())
+def check_of(wanted: Any) -> Callable[[Any], bool]:
+    """A test of whether a JSON value has a type; JSON's whole numbers serve as floats."""
+    origin, arguments = get_origin(wanted), get_args(wanted)
     if wanted is Any:
-        return True
-    if wanted is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
-    if wanted is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, wanted)
+        return lambda value: True
+    if origin is dict:
+        of_entry = check_of(arguments[1])
+        return lambda value: type(value) is dict and all(map(of_entry, value.values()))
+    if origin is Literal:
+        return lambda value: value in arguments
+    options = arguments if origin in (Union, types.UnionType) else (wanted,)
+    scalars = {one for one in options if get_origin(one) is None}
+    if float in scalars:
+        scalars.add(int)
+    entries = [check_of(get_args(one)[0]) for one in options if get_origin(one) is list]
+    if not entries:
+        return lambda value: type(value) in scalars
+    return lambda value: (
+        type(value) in scalars or (type(value) is list and all(map(entries[0], value)))
+    )
 
 
 def read_rows(path: Path) -> list[ResultRow]:

@@ -1,43 +1,144 @@
-"""Where each row of a batch stands."""
+"""``BatchState``: the one record of a batch while it is optimised, and what a checkpoint holds."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_inversion.data.batch import PromptBatch
+from lightning_inversion.recovery.search import PrefixSearch, Proposals
+from lightning_inversion.transformer.prefix import KnownPrefix
 
-class Progress(nn.Module):
-    """Where each row of the batch stands; travels with the checkpoint.
+_STORED = ("values", "fixed", "verified", "focus", "stopped_at", "criterion_met_at", "ratio")
+
+
+class BatchState(nn.Module):
+    """Where each prompt of a batch stands.
+
+    A position moves as long as it is not fixed and its row has not stopped.
+
+    Args:
+        batch: the prompts.
+        values: ``[B, T, C]`` where the learnable input begins.
+        target: ``[B, T, F]`` the features to match; None until they are computed.
 
     Attributes:
-        met_at: ``[B]`` iteration at which the stopping criterion was first met, -1 before.
-        stopped_at: ``[B]`` iteration at which the row stopped moving, -1 while it moves.
-        ratio: ``[B]`` the latest distance ratio of the stopping criterion, nan before the first.
-        verified: ``[B, T]`` True where the token was verified and fixed.
-        focus: ``[B, T]`` True where the objective looks; callbacks narrow it.
+        values: the learnable input, the only parameter that is optimised.
+        fixed: ``[B, T]`` bool, positions whose value is final: given, verified or decoded.
+        verified: ``[B, T]`` bool, positions fixed to a token that reproduces the target.
+        focus: ``[B, T]`` bool, the positions that the objective compares.
+        stopped_at: ``[B]`` iteration at which the row stopped, -1 while it moves.
+        criterion_met_at: ``[B]`` iteration at which the stopping criterion was first met, or -1.
+        ratio: ``[B]`` latest distance ratio of the stopping criterion, nan before the first.
+        iteration: the number of the iteration that runs or follows, from 0.
+        prefix: keeps the keys and values of fixed positions; None without a causal mask.
+        search: the schedule's search for the next tokens, with its ``proposals``; None without one.
+        stored_search: what the search of a checkpoint has tried.
     """
 
-    met_at: Tensor
-    stopped_at: Tensor
-    ratio: Tensor
+    values: nn.Parameter
+    target: Tensor | None
+    fixed: Tensor
     verified: Tensor
     focus: Tensor
+    stopped_at: Tensor
+    criterion_met_at: Tensor
+    ratio: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, batch: PromptBatch, values: Tensor, target: Tensor | None = None) -> None:
         super().__init__()
-        self.allocate((0, 0), torch.device("cpu"))
+        (B, T), device = batch.mask.shape, values.device
+        self.batch = batch
+        self.values = nn.Parameter(values.detach().clone())
+        self.register_buffer("target", target)
+        self.register_buffer("fixed", torch.zeros(B, T, dtype=torch.bool, device=device))
+        self.register_buffer("verified", torch.zeros(B, T, dtype=torch.bool, device=device))
+        self.register_buffer("focus", torch.ones(B, T, dtype=torch.bool, device=device))
+        self.register_buffer("stopped_at", torch.full((B,), -1, device=device))
+        self.register_buffer("criterion_met_at", torch.full((B,), -1, device=device))
+        self.register_buffer("ratio", torch.full((B,), torch.nan, device=device))
+        self.iteration = 0
+        self.prefix: KnownPrefix | None = None
+        self.search: PrefixSearch | None = None
+        self.proposals: Proposals | None = None
+        self.stored_search: dict[str, Tensor] = {}
 
-    def allocate(self, shape: Sequence[int], device: torch.device) -> None:
-        """Start afresh for a batch of ``shape`` [B, T]."""
-        rows, length = shape
-        self.register_buffer("met_at", torch.full((rows,), -1, device=device))
-        self.register_buffer("stopped_at", torch.full((rows,), -1, device=device))
-        self.register_buffer("ratio", torch.full((rows,), float("nan"), device=device))
-        verified = torch.zeros(rows, length, dtype=torch.bool, device=device)
-        self.register_buffer("verified", verified)
-        self.register_buffer("focus", torch.ones_like(verified))
+    @classmethod
+    def empty(cls) -> BatchState:
+        """A state of no prompt, where there is no batch."""
+        none = torch.zeros(0, 0, dtype=torch.bool)
+        return cls(PromptBatch((), (), None, none), torch.zeros(0, 0, 0))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no prompt."""
+        return not self.batch.index
 
     @property
     def stopped(self) -> Tensor:
         """``[B]`` bool, True for rows that no longer move."""
         return self.stopped_at >= 0
+
+    @property
+    def compared(self) -> Tensor:
+        """``[B, T]`` bool, the positions that the next iteration compares with the target."""
+        return self.batch.mask & self.focus & ~self.stopped[:, None]
+
+    @property
+    def lengths(self) -> Tensor:
+        """``[B]`` tokens of each prompt."""
+        return self.batch.mask.sum(1)
+
+    @property
+    def prefix_lengths(self) -> Tensor:
+        """``[B]`` how many positions each row begins with that are fixed."""
+        return self.fixed.cummin(dim=1).values.sum(dim=1)
+
+    @torch.no_grad()
+    def fix(self, rows: Tensor, positions: Tensor, values: Tensor, verified: bool = False) -> None:
+        """Give positions ``[R]`` of ``rows`` [R] their final values ``[R, C]``."""
+        self.values[rows, positions] = values
+        self.fixed[rows, positions] = True
+        if verified:
+            self.verified[rows, positions] = True
+
+    def stop(self, rows: Tensor) -> None:
+        """Rows ``[B]`` bool stop moving from this iteration on."""
+        self.stopped_at[rows & ~self.stopped] = self.iteration
+
+    def record_ratio(self, ratio: Tensor, met: Tensor) -> None:
+        """Keep distance ratios ``[B]``, and where the criterion is met for the first time."""
+        self.ratio = ratio
+        first = met & (self.criterion_met_at < 0)
+        # A row that has stopped was as it is now when it did.
+        at = self.stopped_at.where(self.stopped, self.iteration)
+        self.criterion_met_at[first] = at[first]
+
+    @torch.no_grad()
+    def hold(self, before: Tensor) -> None:
+        """Put what does not move back to ``before`` [B, T, C]: momentum must not move it."""
+        held = self.fixed | self.stopped[:, None]
+        self.values.copy_(torch.where(held[..., None], before, self.values))
+
+    # -- checkpoints -------------------------------------------------------------------------
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """Plain values and tensors on the CPU; the target is computed again."""
+        search = self.stored_search if self.search is None else self.search.state()
+        return {
+            "batch": self.batch.state(),
+            "search": {name: tensor.cpu() for name, tensor in search.items()},
+            **{name: getattr(self, name).detach().cpu() for name in _STORED},
+        }
+
+    @classmethod
+    def from_checkpoint(cls, stored: dict[str, Any], device: torch.device) -> BatchState:
+        """The state of a checkpoint, without its target."""
+        batch = PromptBatch.of_state(stored["batch"]).to(device)
+        state = cls(batch, stored["values"].to(device))
+        for name in _STORED[1:]:
+            setattr(state, name, stored[name].to(device))
+        state.stored_search = dict(stored["search"])
+        return state

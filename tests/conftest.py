@@ -7,8 +7,9 @@ runs no test as well.
 from __future__ import annotations
 
 import gc
+import logging
 import os
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,17 +59,38 @@ def _no_user_cache(
         monkeypatch.setenv("LIGHTNING_INVERSION_CACHE", str(cache))
 
 
-@pytest.fixture(autouse=True)
-def _made_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runs that tests start in this process share what is the same for all.
+@pytest.fixture
+def shared_parsers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of this process build their parsers once, for modules that start many."""
+    from tests.shared import share_parsers
 
-    Tests marked integration, and fixtures that tests share, make their own, as a user's run does.
-    """
-    if "lightning_inversion.cli.lightning" in sys.modules and "integration" not in request.keywords:
-        from tests.made_once import share_instruments, share_parsers
+    share_parsers(monkeypatch)
 
-        share_parsers(monkeypatch)
-        share_instruments(monkeypatch)
+
+@pytest.fixture
+def shared_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs of this process measure each tiny model once, for modules that start many."""
+    from tests.shared import share_measurements
+
+    share_measurements(monkeypatch)
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What the package reports through ``logging`` while the test runs, a line each."""
+    lines: list[str] = []
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, handler = logging.getLogger("lightning_inversion"), Lines()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

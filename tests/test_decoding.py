@@ -1,3 +1,5 @@
+"""Values back to tokens: scores, masks, top-k."""
+
 import pytest
 import torch
 
@@ -18,18 +20,11 @@ def embedding() -> TokenEmbedding:
     return TokenEmbedding(torch.randn(50, 6, generator=torch.Generator().manual_seed(0)))
 
 
-def at(learnable, values: torch.Tensor):
-    learnable.allocate(values.shape)
-    with torch.no_grad():
-        learnable.values.copy_(values)
-    return learnable
-
-
 @pytest.mark.parametrize("decoder", [L2Decoder(), CosineDecoder()], ids=["l2", "cosine"])
 def test_a_token_decodes_to_itself(decoder, embedding: TokenEmbedding) -> None:
     ids = torch.arange(50)[None]
-    learnable = at(EmbeddingInput(), embedding(ids))
-    assert torch.equal(decode(learnable, embedding, decoder).best, ids)
+    top = decode(embedding(ids), EmbeddingInput(), embedding, decoder)
+    assert torch.equal(top.best, ids)
 
 
 def test_scores_against_their_definitions(embedding: TokenEmbedding) -> None:
@@ -49,26 +44,28 @@ def test_scores_against_their_definitions(embedding: TokenEmbedding) -> None:
 
 def test_top_k_is_best_first_and_chunks_do_not_show(embedding: TokenEmbedding) -> None:
     values = torch.randn(3, 70, 6, generator=torch.Generator().manual_seed(2))
-    top = decode(at(EmbeddingInput(), values), embedding, L2Decoder(), k=4)
+    top = decode(values, EmbeddingInput(), embedding, L2Decoder(), k=4)
     scores = L2Decoder()(values, embedding)
     torch.testing.assert_close(top.scores, scores.topk(4).values)
     assert top.ids.shape == (3, 70, 4)
 
 
 def test_a_vocabulary_vector_is_its_own_scores(embedding: TokenEmbedding) -> None:
-    learnable = at(VocabularyInput(), torch.eye(50)[None, :5])
+    learnable = VocabularyInput()
     assert natural_decoder(learnable) is None
-    assert decode(learnable, embedding, None).best.tolist() == [[0, 1, 2, 3, 4]]
+    assert decode(torch.eye(50)[None, :5], learnable, embedding, None).best.tolist() == [
+        [0, 1, 2, 3, 4]
+    ]
 
 
 def test_only_allowed_tokens_are_decoded(embedding: TokenEmbedding) -> None:
     values = -torch.ones(1, 1, 50)
     values[0, 0, 3], values[0, 0, 7] = -0.5, 5.0
-    learnable = at(VocabularyInput(), values)
+    learnable = VocabularyInput()
     disallowed = disallowed_tokens([3, 4], 50)
-    assert decode(learnable, embedding, None, disallowed=disallowed).best.item() == 3
-    # The document's mask multiplies by 0: a disallowed token then beats a negative score.
-    by_zero = decode(learnable, embedding, None, disallowed=disallowed, masked_score=0.0)
+    assert decode(values, learnable, embedding, None, disallowed=disallowed).best.item() == 3
+    # The source's mask multiplies by 0: a disallowed token then beats a negative score.
+    by_zero = decode(values, learnable, embedding, None, disallowed=disallowed, masked_score=0.0)
     assert by_zero.best.item() not in (3, 4)
 
 
@@ -83,11 +80,16 @@ def test_equal_vectors_are_scored_once(embedding: TokenEmbedding) -> None:
     learnable = EmbeddingInput()
     ids = torch.tensor([[3, 5, 3, 3], [5, 3, 7, 0]])
     mask = torch.tensor([[True] * 4, [True, True, True, False]])
-    learnable.allocate((2, 4, embedding.width))
-    with torch.no_grad():
-        learnable.values.copy_(embedding(ids))
-    top = decode(learnable, embedding, Watched(), 2, mask=mask)
+    top = decode(embedding(ids), learnable, embedding, Watched(), 2, mask=mask)
     assert scored == [3]
     assert torch.equal(top.best[mask], ids[mask])
-    each = decode(learnable, embedding, L2Decoder(), 2)
+    each = decode(embedding(ids), learnable, embedding, L2Decoder(), 2)
     assert torch.equal(top.ids[mask], each.ids[mask])
+
+
+def test_a_mask_of_its_own_for_each_row() -> None:
+    values = torch.tensor([[[1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0]]])
+    hidden = torch.tensor([[False, True, True], [False, False, True]])
+    embedding = TokenEmbedding(torch.eye(3))
+    best = decode(values, VocabularyInput(), embedding, None, disallowed=hidden).best
+    assert best.tolist() == [[0], [1]]

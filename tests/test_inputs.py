@@ -1,3 +1,5 @@
+"""Initial values, encodings and perturbed targets of the learnable input."""
+
 import pytest
 import torch
 
@@ -5,12 +7,13 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import (
     EmbeddingInput,
     GaussianPerturbation,
-    Given,
+    InitializerInputs,
     MeanInitializer,
     NeighbourPerturbation,
     NormalInitializer,
     PromptInitializer,
     VocabularyInput,
+    nearest_other,
     row_noise,
 )
 from lightning_inversion.transformer.embedding import TokenEmbedding
@@ -24,11 +27,11 @@ def embedding() -> TokenEmbedding:
     return TokenEmbedding(torch.randn(40, 8, generator=generator) * 0.1 + 0.02)
 
 
-def given(embedding: TokenEmbedding, values: torch.Tensor | None = None) -> Given:
+def given(embedding: TokenEmbedding, values: torch.Tensor | None = None) -> InitializerInputs:
     def unused() -> None:
         pytest.fail("no probe is needed")
 
-    return Given(embedding, torch.zeros(2, 3, 8), unused, values)
+    return InitializerInputs(embedding, torch.zeros(2, 3, 8), unused, values)
 
 
 def test_noise_of_a_prompt_does_not_depend_on_its_batch() -> None:
@@ -40,7 +43,7 @@ def test_noise_of_a_prompt_does_not_depend_on_its_batch() -> None:
     assert not torch.equal(row_noise(4, [2], [2], 5, "start"), alone)
 
 
-def test_starts_have_the_mean_and_spread_they_promise(embedding: TokenEmbedding) -> None:
+def test_initial_values_have_the_mean_and_std_they_promise(embedding: TokenEmbedding) -> None:
     noise = row_noise(0, [0], [4000], 8, "start")
     normal = NormalInitializer(mean=0.5, std=0.05)(noise, given(embedding))
     assert normal.mean().item() == pytest.approx(0.5, abs=2e-3)
@@ -66,19 +69,7 @@ def test_encoding_a_token_gives_its_embedding(learnable, embedding: TokenEmbeddi
     torch.testing.assert_close(vectors, scale * embedding(IDS), atol=1e-5, rtol=1e-4)
 
 
-def test_held_positions_return_to_where_they_were(embedding: TokenEmbedding) -> None:
-    learnable = EmbeddingInput(NormalInitializer())
-    learnable.begin(row_noise(0, [0, 1], [3, 3], 8, "start"), given(embedding))
-    before = learnable.values.detach().clone()
-    learnable.held[0, 1] = True
-    with torch.no_grad():
-        learnable.values.add_(1.0)
-    learnable.restore_held(before)
-    moved = (learnable.values != before).any(-1)
-    assert moved.tolist() == [[True, False, True], [True, True, True]]
-
-
-def test_shifts(embedding: TokenEmbedding) -> None:
+def test_perturbations(embedding: TokenEmbedding) -> None:
     learnable = EmbeddingInput()
     noise = row_noise(0, [0, 1], [3, 3], 8, "shift")
     gaussian = GaussianPerturbation(std=0.1)(IDS, noise, learnable, embedding)
@@ -92,7 +83,46 @@ def test_shifts(embedding: TokenEmbedding) -> None:
     torch.testing.assert_close(neighbour[row, position], embedding.matrix[others.argmin()])
 
 
-def test_an_embedding_start_is_refused_for_vocabulary_vectors(embedding: TokenEmbedding) -> None:
+def nearly_alike() -> TokenEmbedding:
+    """300 tokens, of which 30 are 1e-5 std apart and two have one embedding."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(300, 32, generator=generator)
+    matrix[100:130] = matrix[100] + 1e-5 * torch.randn(30, 32, generator=generator)
+    matrix[7] = matrix[8]
+    return TokenEmbedding(matrix)
+
+
+def test_the_nearest_other_token_is_the_nearest_by_direct_difference() -> None:
+    embedding = nearly_alike()
+    matrix = embedding.matrix.double()
+    for token in [*range(95, 135), 7, 8, 0]:
+        distances = (matrix - matrix[token]).norm(dim=1)
+        distances[embedding.first_duplicate == embedding.first_duplicate[token]] = torch.inf
+        nearest = int(nearest_other(token, embedding))
+        assert nearest != token
+        assert float(distances[nearest]) == pytest.approx(float(distances.min()), rel=1e-4)
+
+
+def test_a_neighbour_differs_even_where_tokens_are_nearly_alike() -> None:
+    embedding, learnable = nearly_alike(), EmbeddingInput()
+    for index in range(40):
+        ids = torch.tensor([[100 + index % 30, 100 + (7 * index) % 30, 8]])
+        noise = row_noise(0, [index], [3], 32, "shift")
+        neighbour = NeighbourPerturbation()(ids, noise, learnable, embedding)
+        changed = (neighbour != embedding(ids)).any(-1)
+        assert changed.sum() == 1
+        assert changed[0].nonzero().item() == noise[0, :, 0].abs().argmax()
+
+
+def test_an_initializer_of_embeddings_is_refused_for_vocabulary_vectors(
+    embedding: TokenEmbedding,
+) -> None:
     learnable = VocabularyInput(initializer=MeanInitializer())
     with pytest.raises(InputError, match="MeanInitializer"):
-        learnable.begin(row_noise(0, [0], [3], 40, "start"), given(embedding))
+        learnable.initializer(row_noise(0, [0], [3], 40, "start"), given(embedding))
+
+
+def test_a_one_hot_vector_has_the_value_that_is_asked_for(embedding: TokenEmbedding) -> None:
+    vectors = VocabularyInput(one_hot_value=3.0).encode(IDS, embedding)
+    assert vectors.argmax(-1).tolist() == IDS.tolist()
+    assert vectors.sum(-1).unique().tolist() == [3.0]

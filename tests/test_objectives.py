@@ -1,9 +1,20 @@
+"""Distances by hand, rows that are independent, padding that does not count."""
+
 import pytest
 import torch
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.objectives import L1, L2, CosineDistance, Objective, WeightedSum
+from lightning_inversion.objectives import (
+    L1,
+    L2,
+    CosineDistance,
+    Narrowed,
+    Objective,
+    Standardized,
+    WeightedSum,
+)
 
+MASK = torch.ones(4, 3, dtype=torch.bool)
 EVERY = [
     L1(),
     L1(relative=True),
@@ -76,3 +87,33 @@ def test_values_by_hand() -> None:
 def test_weights_are_checked() -> None:
     with pytest.raises(InputError, match=r"objective\.alpha"):
         WeightedSum(alpha=-1)
+
+
+@pytest.mark.parametrize("objective", [L1(), L2(), CosineDistance(), L2(relative=True)])
+def test_narrowed_is_the_objective_of_the_sliced_features(objective) -> None:
+    generated, target = torch.randn(2, 4, 3, 10).unbind()
+    found = Narrowed(["0:4", "2:9"], objective)(generated, target, MASK)
+    for row, inside in enumerate([slice(0, 4), slice(2, 9)] * 2):
+        alone = objective(
+            generated[row : row + 1, :, inside], target[row : row + 1, :, inside], MASK[:1]
+        )
+        torch.testing.assert_close(found[row], alone[0])
+
+
+def test_narrowed_gives_no_gradient_outside_its_range() -> None:
+    generated = torch.randn(2, 3, 10, requires_grad=True)
+    Narrowed(["0:4", "2:9"])(generated, torch.randn(2, 3, 10), MASK[:2]).sum().backward()
+    assert generated.grad is not None
+    assert not generated.grad[0, :, 4:].any()
+    assert not generated.grad[1, :, :2].any()
+
+
+def test_narrowed_refuses_what_does_not_fit() -> None:
+    with pytest.raises(InputError, match="at least one slice"):
+        Narrowed([])
+    with pytest.raises(InputError, match=r"objective\.ranges: '7' is not a slice"):
+        Narrowed(["7"])
+    with pytest.raises(InputError, match=r"Standardized\.objective"):
+        Narrowed(["0:4"], Standardized())
+    with pytest.raises(InputError, match=r"--data\.repeat 3"):
+        Narrowed(["0:4"] * 3)(torch.ones(4, 3, 10), torch.ones(4, 3, 10), MASK)

@@ -1,102 +1,95 @@
-import json
+"""The one schema of rows: every key is of a kind, and nothing else is written or read."""
+
+from __future__ import annotations
+
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from lightning_inversion.callbacks.learning_rate import LinearLearningRate
-from lightning_inversion.callbacks.summary import mean, print_rows
-from lightning_inversion.cli.resume import differences
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import append_records, check_writable, read_records
+from lightning_inversion.results import (
+    SCHEMA,
+    ResultRow,
+    append_rows,
+    names,
+    read_rows,
+    sort_rows,
+)
 
 
-def test_rows_are_whole_or_absent_after_a_kill(tmp_path: Path) -> None:
+def test_every_key_is_a_setting_an_outcome_or_a_version() -> None:
+    """A new key must be given a kind: without one it would be compared by nobody or by all."""
+    kinds = {field.name: field.metadata.get("kind") for field in fields(ResultRow)}
+    assert set(kinds.values()) == {"setting", "outcome", "version"}, kinds
+    sets = [set(names(kind)) for kind in ("setting", "outcome", "version")]
+    assert sum(map(len, sets)) == len(set().union(*sets)) == len(kinds)
+    assert {"depth", "model", "schedule", "command"} <= sets[0]
+    assert {"index", "recovered_ids", "seconds", "seed"} <= sets[1]
+    assert {"schema", "version_torch"} <= sets[2]
+
+
+def test_a_key_that_the_schema_does_not_have_cannot_be_written() -> None:
+    with pytest.raises(TypeError, match="orders"):
+        ResultRow(index=0, **{"orders": []})
+    with pytest.raises(TypeError):
+        ResultRow(**{"index": 0, "token_accuracies": 1.0})
+
+
+def test_a_row_comes_back_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    append_records(path, [{"index": 1, "text": "é"}])
+    rows = [
+        ResultRow(index=1, prompt="é", ids=[1, 2], token_accuracy=1, depth=3, verified=True),
+        ResultRow(index=0, error="is empty; give it a text.", token_residuals=[0.5, None]),
+    ]
+    append_rows(path, rows)
+    assert read_rows(path) == rows[::-1]
     with path.open("ab") as file:
         file.write(b'{"index": 2, "te')  # killed here
-    assert read_records(path) == [{"index": 1, "text": "é"}]
-    append_records(path, [{"index": 0}])
-    lines = path.read_text().splitlines()
-    assert [json.loads(line)["index"] for line in lines] == [1, 0]
-    assert [row["index"] for row in read_records(path)] == [0, 1]
+    assert read_rows(path) == rows[::-1]
+    assert sort_rows(path) == rows[::-1]
+    assert path.read_text().count("\n") == 2
+    assert read_rows(tmp_path / "none.jsonl") == []
 
 
-@pytest.mark.parametrize("line", [b"{not JSON\n", b'{"text": "no index"}\n', b"\xff\x00\n", b"3\n"])
-def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: bytes) -> None:
+def test_a_record_has_every_key_in_the_order_of_the_schema() -> None:
+    record = ResultRow(index=0).to_record()
+    assert list(record) == [field.name for field in fields(ResultRow)]
+    assert record["schema"] == SCHEMA
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"orders": []}, "has an unknown key 'orders'"),
+        ({"schema": 3}, "has schema 3, and 4 is read"),
+        ({"schema": None}, "has schema None"),
+        ({"index": -1}, "has no index"),
+        ({"index": True}, "has a index of the wrong type"),
+        ({"depth": "two"}, "has a depth of the wrong type"),
+        ({"ids": [1, "2"]}, "has a ids of the wrong type"),
+        ({"command": "guess"}, "has a command of the wrong type"),
+        ({"verified": 1}, "has a verified of the wrong type"),
+        ({"token_accuracy": True}, "has a token_accuracy of the wrong type"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_a_record_is_named(changes: dict[str, object], sentence: str) -> None:
+    record = ResultRow(index=0).to_record()
+    assert ResultRow.from_record(record) == ResultRow(index=0)
+    with pytest.raises(ValueError, match=sentence):
+        ResultRow.from_record({**record, **changes})
+
+
+def test_a_record_is_an_object_with_an_index() -> None:
+    with pytest.raises(ValueError, match="is no JSON object"):
+        ResultRow.from_record([1])
+    with pytest.raises(ValueError, match="has no index"):
+        ResultRow.from_record({"schema": SCHEMA})
+
+
+def test_a_file_with_another_schema_is_named_with_the_prompt(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    path.write_bytes(b'{"index": 0}\n' + line + b'{"index": 1}\n')
-    with pytest.raises(InputError, match=r"results\.jsonl', line 2 is no row; remove the line"):
-        read_records(path)
-
-
-@pytest.mark.parametrize("below", [Path("/proc"), Path(__file__)])
-def test_a_place_that_takes_no_file_is_refused(below: Path) -> None:
-    with pytest.raises(InputError, match=r"--out '.*' cannot") as error:
-        check_writable(below / "new" / "file", "--out")
-    assert "\n" not in str(error.value)
-
-
-def fitted(index: int, right: bool) -> dict[str, object]:
-    ids = [1, 2, 3][: 1 + index % 3]
-    read = ids if right else [ids[0], *[9 for _ in ids[1:]]]
-    return {
-        "index": index, "error": None, "recovered": f"text {index}", "verified": read == ids,
-        "verified_tokens": 1, "token_accuracy": 1.0, "iterations": 5, "distance_ratio": None,
-        "ids": ids, "recovered_ids": read, "top_k_ids": [[token, 7] for token in read],
-    }  # fmt: skip
-
-
-def test_texts_of_unequal_length_count_alike() -> None:
-    averages = mean([fitted(index, right=index != 1) for index in range(300)])
-    assert averages["TokenAccuracy"] == pytest.approx((299 + 1 / 2) / 300)
-    assert averages["TopKAccuracy"] == pytest.approx((299 + 1 / 2) / 300)
-    assert averages["ExactMatch"] == pytest.approx(299 / 300)
-
-
-def test_of_many_rows_the_doubtful_ones_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    print_rows([fitted(index, right=index != 299) for index in range(300)])
-    printed = capsys.readouterr().out
-    assert "text 299" in printed
-    assert "text 48 " in printed
-    assert "text 49 " not in printed
-    assert "... and 250 more, all of them verified" in printed
-    assert "verified 0.997 of 300 prompts" in printed
-    print_rows([fitted(index, right=index % 3 == 0) for index in range(90)])
-    assert "... and 40 more, 10 of them not verified" in capsys.readouterr().out
-
-
-def test_a_place_is_looked_at_and_left_alone(tmp_path: Path) -> None:
-    check_writable(tmp_path / "new" / "file", "--out")
-    check_writable(tmp_path, "--out", folder=True)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_learning_rate_goes_from_base_to_a_hundredth() -> None:
-    schedule = LinearLearningRate()
-    assert schedule.factor(0, 500) == 1
-    assert schedule.factor(499, 500) == pytest.approx(0.01)
-    assert schedule.factor(250, 501) == pytest.approx(0.505)
-    assert schedule.factor(0, 1) == 1
-    with pytest.raises(InputError, match=r"learning_rate\.start"):
-        LinearLearningRate(start=-1)
-
-
-def test_configs_differ_by_key() -> None:
-    ours = {"model": {"transformer": {"depth": 1}, "iterations": 5}, "ckpt_path": None}
-    theirs = {"model": {"transformer": {"depth": 2}, "iterations": 5}, "ckpt_path": "last"}
-    assert differences(ours, theirs) == ["model.transformer.depth"]
-    assert differences(ours, ours) == []
-
-
-def test_a_runs_mean_is_the_mean_of_its_rows() -> None:
-    rows = [
-        {"ids": [1, 2], "recovered_ids": recovered, "top_k_ids": [[1, 9], [9, 2]],
-         "distance_ratio": None, "verified": exact, "iterations": 3, "exact": exact}
-        for recovered, exact in (([1, 2], True), ([1, 9], False), ([9, 9], False))
-    ]  # fmt: skip
-    means = mean(rows)
-    assert means["TokenAccuracy"] == pytest.approx(0.5)
-    assert means["ExactMatch"] == pytest.approx(1 / 3)
-    assert means["TopKAccuracy"] == pytest.approx(1)
-    assert means["Hamming"] == pytest.approx(0)
+    path.write_text('{"index": 4, "schema": 3}\n')
+    with pytest.raises(InputError, match=r"results\.jsonl': the row of prompt 5 has schema 3"):
+        read_rows(path)

@@ -1,7 +1,7 @@
-"""Which input tokens an output depends on, and a page that shows it."""
+"""Which input tokens a prediction or a hidden state depends on."""
 
 from lightning_inversion.attribution.attribute import attribute
-from lightning_inversion.attribution.config import Choices, Look
+from lightning_inversion.attribution.config import Choices, Display
 from lightning_inversion.attribution.result import AttributionResult
 
-__all__ = ["AttributionResult", "Choices", "Look", "attribute"]
+__all__ = ["AttributionResult", "Choices", "Display", "attribute"]

@@ -1,50 +1,47 @@
-"""One call: a model, a text, and what to attribute -> an `AttributionResult`."""
+"""One call: a model, a text and what to attribute -> an `AttributionResult`."""
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
 
-from lightning_inversion.attribution.config import Choices, Look, Method, with_preset
-from lightning_inversion.attribution.gradient import gradient_times_input
-from lightning_inversion.attribution.integrated import integrated_gradients
+from lightning_inversion.attribution import methods
+from lightning_inversion.attribution.config import Choices, Display, command_line, with_preset
+from lightning_inversion.attribution.measures import FeatureMeasure, TokenMeasure, combine
 from lightning_inversion.attribution.model import (
-    FeatureReader,
-    LogitReader,
     Reader,
     check_gradients,
+    describe,
+    longest_input,
+    reader_of,
     undisturbed,
+    whole_model,
 )
-from lightning_inversion.attribution.naming import named_token, replacement_for
-from lightning_inversion.attribution.occlusion import clean_pass, occlusion
-from lightning_inversion.attribution.provenance import command_line, describe
-from lightning_inversion.attribution.result import AttributionResult, Prediction, Query
-from lightning_inversion.attribution.scores import (
-    FeatureMeasure,
-    Measure,
-    TokenMeasure,
-    combine,
-)
+from lightning_inversion.attribution.result import AttributionResult
+from lightning_inversion.attribution.scores import Prediction, Query
 from lightning_inversion.errors import InputError
-from lightning_inversion.transformer.tokens import pieces, token_text
+from lightning_inversion.transformer.tokens import named_token, token_text, token_texts
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
-_TOP = 5
-# The largest part of a text's rise that integrated gradients may miss without saying so.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+_PREDICTIONS = 5
 _TOLERATED_GAP = 0.05
-
-
-def to_stderr(sentence: str) -> None:
-    """Where progress is said."""
-    print(sentence, file=sys.stderr, flush=True)
+"""The largest part of a rise that integrated gradients may miss without a note."""
+_SMALLEST_RISE = 1e-4
+"""Rises below it count as this large: of a smaller one, rounding alone is a considerable part."""
+_SPECIAL = ("pad", "eos", "unk", "bos")
 
 
 def attribute(
@@ -54,29 +51,28 @@ def attribute(
     choices: Choices | None = None,
     *,
     preset: str | None = None,
-    look: Look | None = None,
+    display: Display | None = None,
     name: str | None = None,
     model_options: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = to_stderr,
 ) -> AttributionResult:
-    """Which tokens of `text` what the model says next, or its hidden state, depends on.
+    """Which tokens of `text` the model's prediction, or its hidden state, depends on.
 
-    The document's section 'Model Interpretability'. The model is not changed; gradients can be had
+    The source's section 'Model Interpretability'. The model is not changed. Gradients are computed
     inside `torch.inference_mode()` too.
 
     Args:
-        model: a causal language model of transformers; for `choices.depth` a truncated one will do.
-        tokenizer: its tokenizer.
+        model: a causal language model of transformers; with `choices.depth`, also a truncated one.
+        tokenizer: of the model.
         text: of T tokens, at least one.
         choices: what is attributed, and how.
-        preset: 'document' for the document's choices exactly.
-        look: how the result is shown.
+        preset: 'original' for the source's choices.
+        display: how the result is shown.
         name: of the model, in the output; its own if left out.
-        model_options: how it was loaded, for the command in the output.
-        say: is given the number of forwards before they start, and what was decided.
+        model_options: options of `TransformerSpec` that loaded it, for the command in the output.
 
     Raises:
-        InputError: the text is empty or too long, a token is not one, or choices contradict.
+        InputError: the text is empty or too long, an option does not name a token, or options
+            contradict.
 
     Example::
 
@@ -84,119 +80,178 @@ def attribute(
         result.print()
         Path("page.html").write_text(result.to_html(), encoding="utf-8")
     """
-    choices, look = with_preset(preset, choices or Choices(), look or Look())
-    ids = encode(tokenizer, text)
-    limit = getattr(model.config, "max_position_embeddings", None) if _is_lm(model) else None
-    if limit is not None and len(ids) > limit:
-        raise InputError(
-            f"The text has {len(ids)} tokens, and the model takes {limit}; shorten it."
-        )
+    choices, display = with_preset(preset, choices or Choices(), display or Display())
+    ids = encode(tokenizer, text, longest_input(whole_model(model).config))
     if choices.method_for(len(ids)) != "occlusion":
         check_gradients(model)
     with undisturbed(model):
-        work = _Attribution(model, tokenizer, text, ids, choices, say)
-        scores, parts = work.run()
-        described = describe(model, name)
-        return AttributionResult(
-            text=text,
-            ids=tuple(ids),
-            pieces=tuple(pieces(tokenizer, ids)),
-            queries=work.queries(),
-            scores=scores,
-            parts=parts,
-            method=work.method,
-            signed=_signed(work.method, choices),
-            predictions=work.predictions(),
-            choices=choices,
-            look=look,
-            replacement=work.replacement.name if work.method != "gradient" else "",
-            model=described,
-            command=command_line(
-                text, choices, look, preset, {"model": described["model"], **(model_options or {})}
-            ),
-            forwards=work.forwards,
-            notes=tuple(work.notes),
-        )
+        work = _Attribution(model, tokenizer, ids, choices)
+        parts = work.parts()
+        if work.method == "combined":
+            scores = combine(parts["occlusion"], parts["gradient"], choices.weight)
+        else:
+            (scores,) = parts.values()
+        work.check_finite(scores)
+    described = describe(model, name)
+    return AttributionResult(
+        text=text,
+        ids=tuple(ids),
+        tokens=tuple(token_texts(tokenizer, ids)),
+        queries=work.queries(),
+        scores=scores,
+        parts=parts,
+        method=work.method,
+        predictions=work.predictions(),
+        choices=choices,
+        replacement=work.replacement.name if work.method != "gradient" else "",
+        model=described,
+        command=command_line(
+            text, choices, display, preset, {"model": described["model"], **(model_options or {})}
+        ),
+        forwards=work.forwards,
+        notes=tuple(work.notes),
+        display=display,
+    )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text, with what the tokenizer itself adds.
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, longest: int | None, name: str = "The text"
+) -> list[int]:
+    """The tokens of a text, with those that the tokenizer adds.
+
+    Args:
+        tokenizer: of the model.
+        text: what is attributed.
+        longest: the number of tokens that the model takes; None for any.
+        name: of the text, for messages.
 
     Raises:
-        InputError: there are none.
+        InputError: there is no token, or there are too many.
     """
-    ids = tokenizer(text)["input_ids"]
-    assert isinstance(ids, list)
+    ids: list[int] = tokenizer(text)["input_ids"]
     if not ids:
-        raise InputError("The text is empty: give at least one token to attribute to.")
-    return [int(token) for token in ids]
+        raise InputError(f"{name} is empty: give at least one token to attribute to.")
+    if longest is not None and len(ids) > longest:
+        raise InputError(f"{name} has {len(ids)} tokens, and the model takes {longest}; cut it.")
+    return ids
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What an occluded token becomes.
+
+    Args:
+        name: in the output.
+        token: its id; None for the zero vector.
+        note: a fallback that was taken, or "".
+    """
+
+    name: str
+    token: int | None
+    note: str = ""
+
+    @classmethod
+    def named(cls, tokenizer: PreTrainedTokenizerBase, name: str) -> Replacement:
+        """The replacement that an option names; 'pad', 'eos', 'unk', 'bos' fall back to each other.
+
+        Raises:
+            InputError: the tokenizer has none of them, or `name` is not one token.
+        """
+        if name == "zero":
+            return cls("a zero vector", None)
+        if name not in _SPECIAL:
+            token = named_token(tokenizer, name, "replacement")
+            return cls(repr(token_text(tokenizer, token)), token)
+        for special in (name, *(other for other in _SPECIAL if other != name)):
+            token_or_none = getattr(tokenizer, f"{special}_token_id")
+            if token_or_none is not None:
+                note = f"The tokenizer has no {name} token: {special} is used."
+                text = f"{special} {token_text(tokenizer, token_or_none)!r}"
+                return cls(text, token_or_none, "" if special == name else note)
+        raise InputError(
+            f"--replacement {name}: the tokenizer has none of {', '.join(_SPECIAL)}; "
+            "give the text of a token, or zero."
+        )
+
+    def vector(self, reader: Reader) -> Tensor:
+        """[D]."""
+        vector = reader.embed(torch.tensor([self.token or 0]))[0]
+        return torch.zeros_like(vector) if self.token is None else vector
 
 
 class _Attribution:
-    """One text's work: the measure, the methods, and what is said on the way."""
+    """The work on one text: its clean pass, the measure, the methods, and notes on the way."""
 
     def __init__(
         self,
         model: PreTrainedModel | TruncatedTransformer,
         tokenizer: PreTrainedTokenizerBase,
-        text: str,
         ids: Sequence[int],
         choices: Choices,
-        say: Callable[[str], None],
     ) -> None:
-        self.tokenizer, self.ids, self.choices, self._say = tokenizer, ids, choices, say
+        self.tokenizer, self.ids, self.choices = tokenizer, ids, choices
         self.notes: list[str] = []
-        self.forwards = 0
-        self.method: Method = choices.method_for(len(ids))
+        self.method = choices.method_for(len(ids))
         if choices.method == "auto" and self.method == "gradient":
-            self.note(
+            self._note(
                 f"{len(ids)} tokens are more than {choices.occlusion_limit} (occlusion_limit): "
                 "gradient x input alone, without occlusion."
             )
-        self.replacement = replacement_for(tokenizer, choices.replacement)
+        self.replacement = Replacement.named(tokenizer, choices.replacement)
         if self.replacement.note and self.method != "gradient":
-            self.note(self.replacement.note)
+            self._note(self.replacement.note)
         # Named tokens are looked up before anything is run.
-        named = {
-            option: named_token(tokenizer, name, option)
-            for option in ("token", "against")
-            if (name := getattr(choices, option)) is not None
-        }
-        self.reader = _reader(model, choices)
-        self.embeds = self.reader.embed(torch.tensor(ids))
-        last = len(ids) - 1
-        positions = range(len(ids)) if choices.every_token else [last]
-        self.at = torch.tensor(list(positions), device=self.reader.device)
+        token, self._against = (
+            None if name is None else named_token(tokenizer, name, option)
+            for option, name in (("token", choices.token), ("against", choices.against))
+        )
+        reader = reader_of(model, choices.depth)
+        embeds = reader.embed(torch.tensor(ids))
+        positions = range(len(ids)) if choices.every_token else [len(ids) - 1]
+        at = torch.tensor(list(positions), device=reader.device)
+        self._clean = methods.clean_pass(reader, embeds, at)
+        self.forwards = 1
+        outputs, distance = self._clean.outputs, choices.occlusion_distance
         self._targets: Tensor | None = None
-        self._against = named.get("against")
-        self._clean = clean_pass(self.reader, self.embeds, self.at)
-        self.forwards += 1
-        self.measure = self._measure(named.get("token"))
+        measure: FeatureMeasure | TokenMeasure
+        if choices.depth is None:
+            following = int(outputs[-1].argmax()) if token is None else token
+            targets = [*ids[1:], following] if choices.every_token else [following]
+            self._targets = torch.tensor(targets, device=outputs.device)
+            against = (
+                None if self._against is None else torch.full_like(self._targets, self._against)
+            )
+            measure = TokenMeasure(self._targets, against, choices.scalar, distance)
+        else:
+            features = outputs.shape[-1]
+            measure = FeatureMeasure.seeded(choices.probes, features, choices.seed, distance)
+        self.task = methods.Task(reader, embeds, at, measure, choices.batch_size)
 
-    def note(self, sentence: str) -> None:
-        """Said now, and kept in the result."""
-        self.notes.append(sentence)
-        self._say(sentence)
-
-    def run(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scores [R, T] and the parts they are made of."""
-        if self.method == "gradient":
-            scores = self._gradient()
-            return scores, {"gradient": scores}
-        if self.method == "occlusion":
-            scores = self._occlusion()
-            return scores, {"occlusion": scores}
+    def parts(self) -> dict[str, Tensor]:
+        """The raw scores [R, T] of each method that runs."""
         if self.method == "integrated":
-            scores = self._integrated()
-            return scores, {"integrated": scores}
-        occluded, gradient = self._occlusion(), self._gradient()
-        scores = combine(occluded, gradient, self.choices.weight)
-        return scores, {"occlusion": occluded, "gradient": gradient}
+            return {"integrated": self._integrated()}
+        parts = {}
+        if self.method in ("occlusion", "combined"):
+            parts["occlusion"] = self._occlusion()
+        if self.method in ("gradient", "combined"):
+            parts["gradient"] = self._gradient()
+        return parts
+
+    def check_finite(self, scores: Tensor) -> None:
+        """Note how many scores [R, T] of tokens up to their query are not finite."""
+        visible = self.task.visible
+        wrong = int((visible & ~scores.isfinite()).sum())
+        if wrong:
+            self._note(
+                f"{wrong} of {int(visible.sum())} scores are not finite: the model overflows or "
+                "its weights are not finite; load it with --dtype float32."
+            )
 
     def queries(self) -> tuple[Query, ...]:
-        """What was attributed."""
+        """The positions and targets [R] that were attributed."""
         if self._targets is None:
-            return tuple(Query(int(position)) for position in self.at)
+            return tuple(Query(int(position)) for position in self.task.at)
         against = None if self._against is None else token_text(self.tokenizer, self._against)
         probabilities = self._clean.outputs.softmax(-1)
         return tuple(
@@ -207,124 +262,64 @@ class _Attribution:
                 probability=float(probabilities[row, token]),
                 against=against,
             )
-            for row, (position, token) in enumerate(zip(self.at, self._targets, strict=True))
+            for row, (position, token) in enumerate(zip(self.task.at, self._targets, strict=True))
         )
 
     def predictions(self) -> tuple[Prediction, ...]:
         """The most probable next tokens."""
         if self._targets is None:
             return ()
-        top = self._clean.outputs[-1].softmax(-1).topk(_TOP)
+        top = self._clean.outputs[-1].softmax(-1).topk(_PREDICTIONS)
         return tuple(
             Prediction(int(token), token_text(self.tokenizer, int(token)), float(probability))
             for probability, token in zip(top.values, top.indices, strict=True)
         )
 
-    def _measure(self, token: int | None) -> Measure:
-        choices, outputs = self.choices, self._clean.outputs
-        if choices.depth is not None:
-            return FeatureMeasure.seeded(
-                choices.probes, outputs.shape[-1], choices.seed, choices.occlusion_distance
-            )
-        next_tokens = self.ids[1:] if choices.every_token else []
-        following = int(outputs[-1].argmax()) if token is None else token
-        device = outputs.device
-        self._targets = torch.tensor([*next_tokens, following], device=device)
-        against = (
-            None
-            if self._against is None
-            else torch.full_like(self._targets, self._against, device=device)
-        )
-        return TokenMeasure(self._targets, against, choices.scalar, choices.occlusion_distance)
-
     def _gradient(self) -> Tensor:
-        count = len(self.at) * self.measure.repeats
+        count = len(self.task.at) * self.task.measure.repeats
         self.forwards += count
         if count > 1:
-            self._say(f"gradient x input: {count} forwards and backwards.")
-        return gradient_times_input(
-            self.reader,
-            self.embeds,
-            self.at,
-            self.measure,
-            self.choices.reduction,
-            self.choices.batch_size,
-        )
+            _log.info("gradient x input: %d forwards and backwards", count)
+        return methods.gradient_times_input(self.task, self.choices.reduction)
 
     def _occlusion(self) -> Tensor:
-        count = len(self.ids)
+        count, clean = len(self.ids), self._clean
         self.forwards += count
-        how = "from the replaced token on" if self._clean.prefix else "whole"
-        self._say(f"occlusion: {count} forwards, in batches, each {how}.")
-        if self._clean.prefix is None and self.choices.depth is None:
-            self.note(f"No keys and values are shared between forwards: {self._clean.why_plain}.")
-        with self._progress(count) as advance:
-            return occlusion(
-                self.reader,
-                self.embeds,
-                self.at,
-                self.measure,
-                self.replacement.vector(self.reader),
-                self.choices.batch_size,
-                self._clean,
-                advance,
+        extent = "from the replaced token on" if clean.prefix else "whole"
+        _log.info("occlusion: %d forwards, in batches, each %s", count, extent)
+        if clean.prefix is None and self.choices.depth is None:
+            self._note(f"Forwards share no keys and values: {clean.why_plain}.")
+        with _progress(count) as advance:
+            return methods.occlusion(
+                self.task, self.replacement.vector(self.task.reader), clean, advance
             )
-
-    @contextmanager
-    def _progress(self, count: int) -> Iterator[Callable[[int], None]]:
-        """A bar beside what is said on stderr; none where somebody else is told."""
-        quiet = self._say is not to_stderr
-        columns = ("occlusion", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
-            task = bar.add_task("occlusion", total=count)
-            yield lambda rows: bar.advance(task, rows)
 
     def _integrated(self) -> Tensor:
-        count = len(self.at) * self.choices.steps
+        choices = self.choices
+        count = len(self.task.at) * choices.steps
         self.forwards += count + 1
-        self._say(f"integrated gradients: {count} forwards and backwards.")
-        scores, missing = integrated_gradients(
-            self.reader,
-            self.embeds,
-            self.at,
-            self.measure,
-            self.replacement.vector(self.reader),
-            self.choices.steps,
-            self.choices.reduction,
-            self.choices.batch_size,
-        )
-        largest = float(missing.abs().max())
-        if largest > _TOLERATED_GAP:
-            self.note(
-                f"Integrated gradients miss {largest:.2g} of what they should add up to; "
-                "more steps make that less."
+        _log.info("integrated gradients: %d forwards and backwards", count)
+        baseline = self.replacement.vector(self.task.reader)
+        found = methods.integrated_gradients(self.task, baseline, choices.steps, choices.reduction)
+        gaps = found.missing.abs() / found.rise.abs().clamp_min(_SMALLEST_RISE)
+        worst = int(gaps.argmax())
+        if float(gaps[worst]) > _TOLERATED_GAP:
+            self._note(
+                f"Integrated gradients miss {float(found.missing[worst]):.2g} of a rise of "
+                f"{float(found.rise[worst]):.2g} that they should add up to; raise --steps."
             )
-        return scores
+        return found.scores
+
+    def _note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+        _log.warning("%s", sentence)
 
 
-def _is_lm(model: nn.Module) -> bool:
-    return isinstance(model, PreTrainedModel)
-
-
-def _reader(model: PreTrainedModel | TruncatedTransformer, choices: Choices) -> Reader:
-    if isinstance(model, TruncatedTransformer):
-        if choices.depth is None:
-            raise InputError(
-                "A truncated transformer predicts no token: give --depth, or the whole model."
-            )
-        if choices.depth != model.depth:
-            raise InputError(
-                f"--depth {choices.depth} is not the model's depth, which is {model.depth}."
-            )
-        return FeatureReader(model)
-    if choices.depth is None:
-        return LogitReader(model)
-    return FeatureReader(TruncatedTransformer.from_model(model, depth=choices.depth))
-
-
-def _signed(method: Method, choices: Choices) -> bool:
-    if choices.depth is not None or method == "combined":
-        return False
-    if method == "occlusion":
-        return choices.occlusion_distance == "drop"
-    return choices.reduction == "sum"
+@contextmanager
+def _progress(count: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, where messages are shown."""
+    columns = ("occlusion", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    hidden = not _log.isEnabledFor(logging.INFO)
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
+        task = bar.add_task("occlusion", total=count)
+        yield lambda rows: bar.advance(task, rows)

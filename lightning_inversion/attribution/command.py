@@ -2,47 +2,54 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
-from lightning_inversion.attribution.attribute import encode, to_stderr
-from lightning_inversion.attribution.config import Choices, Look, with_preset
-from lightning_inversion.attribution.many_texts import run_texts
-from lightning_inversion.attribution.naming import named_token, replacement_for
-from lightning_inversion.attribution.request import Request
+from lightning_inversion.attribution.attribute import Replacement, encode
+from lightning_inversion.attribution.config import Choices, Display, with_preset
+from lightning_inversion.attribution.many_texts import Request, RowFile, run_texts
+from lightning_inversion.attribution.model import longest_input
 from lightning_inversion.attribution.result import AttributionResult
-from lightning_inversion.attribution.rows import RowFile
 from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_writable
 from lightning_inversion.transformer.loading import WHAT_IS_LOADED, TransformerSpec
+from lightning_inversion.transformer.tokens import named_token
 
-_IN_AND_OUT = "-"
+_log = logging.getLogger(__name__)
+_STDIO = Path("-")
+_LITERAL = {
+    "token": "The target token, as text or as id:NUMBER. The default is the predicted token.",
+    "against": "A second token, as text or as id:NUMBER, whose scalar is subtracted from the "
+    "target's: why the target and not this one.",
+}
+"""Options of `Choices` that take any text as it is written. For `str | None`, as the class has it,
+jsonargparse reads "null" and "# x" as None."""
 
 
 def add_attribute_arguments(parser: ArgumentParser) -> None:
-    """The options of the command, flat: those of the model, `Choices` and `Look`, and files."""
+    """Add the options of the command: files, and those of `Choices`, `Display` and the model."""
     parser.add_argument(
-        "text", type=str | None, nargs="?", help="The text to attribute to; - reads it from stdin."
+        "text", type=str, nargs="?", help="The text to attribute to; - reads it from stdin."
     )
     parser.add_argument(
         "--texts",
-        type=Path | None,
+        type=Path,
         help="A file of texts, one a line (or .jsonl, key prompt), instead of one; needs --json.",
     )
-    parser.add_argument(
-        "--out", type=Path | None, help="Where to write the page of HTML; - for stdout."
-    )
+    parser.add_argument("--out", type=Path, help="Where to write the page of HTML; - for stdout.")
     parser.add_argument(
         "--json",
-        type=Path | None,
-        help="Where to write JSON; - for stdout. With --texts JSON lines, and a run goes on.",
+        type=Path,
+        help="Where to write JSON; - for stdout. With --texts, JSON lines: the same command "
+        "resumes a stopped run, or shares a running one.",
     )
     parser.add_argument(
         "--processes",
@@ -51,34 +58,36 @@ def add_attribute_arguments(parser: ArgumentParser) -> None:
         help="Share the texts of --texts over so many processes, with a model and one thread each.",
     )
     parser.add_argument(
-        "--tensorboard", type=Path | None, help="A folder of event files to add the result to."
+        "--tensorboard", type=Path, help="A folder of event files to add the result to."
     )
-    parser.add_argument(
-        "--preset", type=str | None, help="document: the choices of the document, exactly."
-    )
-    parser.add_class_arguments(Choices)
-    parser.add_class_arguments(Look)
+    parser.add_argument("--preset", type=str, help="original: the source's choices.")
+    parser.add_class_arguments(Choices, skip=set(_LITERAL))
+    for option, description in _LITERAL.items():
+        parser.add_argument(f"--{option}", type=str, help=description)
+    parser.add_class_arguments(Display)
     others = {field.name for field in fields(TransformerSpec)} - set(WHAT_IS_LOADED)
     parser.add_class_arguments(TransformerSpec, skip=others)
 
 
 def run_attribute(options: Namespace) -> int:
-    """Run the command; returns the exit code, 1 if it was interrupted.
+    """Run the command; returns the exit code: 0 done, 1 interrupted.
 
     Args:
-        options: what a parser with `add_attribute_arguments` parsed.
+        options: from a parser with `add_attribute_arguments`.
 
     Raises:
         InputError: the options are wrong; before a model is loaded wherever that can be known.
         ProcessLostError: one of several processes died.
     """
-    choices, look = with_preset(options.preset, _made(Choices, options), _made(Look, options))
+    choices, display = with_preset(
+        options.preset, _of_class(Choices, options), _of_class(Display, options)
+    )
     texts = _texts(options)
     _check_files(options)
     _check_processes(options)
-    request = Request(choices, look, options.preset, _spec(options))
-    _check_tokens(request.spec.load_tokenizer(), texts, choices)
-    if options.texts is not None and options.json != Path(_IN_AND_OUT):
+    request = Request(choices, display, options.preset, _spec(options))
+    _check_tokens(request, texts, options.texts)
+    if options.texts is not None and options.json != _STDIO:
         return _run_file(request, texts, options)
     model, tokenizer = request.spec.load_causal_lm()
     for text in texts:
@@ -90,20 +99,19 @@ def run_attribute(options: Namespace) -> int:
     return 0
 
 
-def _run_file(request: Request, texts: list[str], options: Namespace) -> int:
-    """Texts to rows, which the same command goes on with."""
-    with RowFile.alone(options.json, texts, request.settings) as rows:
-        try:
-            run_texts(request, rows, options.processes)
-        except KeyboardInterrupt:
-            to_stderr(
-                f"{rows.standing} texts are finished, in {rows.path}; the same command goes on."
-            )
-            return 1
+def _run_file(request: Request, texts: Sequence[str], options: Namespace) -> int:
+    rows = RowFile(options.json, texts, request.settings)
+    try:
+        run_texts(request, rows, options.processes)
+    except KeyboardInterrupt:
+        _log.warning(
+            "%s texts are finished, in %s; repeat the command to resume", rows.standing, rows.path
+        )
+        return 1
     return 0
 
 
-def _made(kind: type[Any], options: Namespace) -> Any:
+def _of_class(kind: type[Any], options: Namespace) -> Any:
     return kind(**{field.name: options[field.name] for field in fields(kind)})
 
 
@@ -122,18 +130,8 @@ def _texts(options: Namespace) -> list[str]:
             else "A text and --texts are two inputs; leave one of them out."
         )
     if options.texts is not None:
-        texts = read_prompts(options.texts, "--texts")
-        for number, text in enumerate(texts, start=1):
-            if not text.strip():
-                raise InputError(
-                    f"--texts {str(options.texts)!r}, line {number} is empty; every line needs a "
-                    "text."
-                )
-        return texts
-    text = sys.stdin.read().removesuffix("\n") if options.text == _IN_AND_OUT else options.text
-    if not text:
-        raise InputError("The text is empty: give at least one token to attribute to.")
-    return [text]
+        return read_prompts(options.texts, "--texts")
+    return [sys.stdin.read().removesuffix("\n") if options.text == str(_STDIO) else options.text]
 
 
 def _check_files(options: Namespace) -> None:
@@ -143,11 +141,11 @@ def _check_files(options: Namespace) -> None:
                 raise InputError(f"--{option} shows one text; with --texts give --json alone.")
         if options.json is None:
             raise InputError("--texts needs --json, the file of the rows (- for stdout).")
-    if options.out == options.json == Path(_IN_AND_OUT):
+    if options.out == options.json == _STDIO:
         raise InputError("--out and --json cannot both be stdout; give one of them a file.")
     for option in ("out", "json"):
         path = options[option]
-        if path is None or path == Path(_IN_AND_OUT):
+        if path is None or path == _STDIO:
             continue
         if path.is_dir():
             raise InputError(f"--{option} {str(path)!r} is a folder; give a file in it.")
@@ -165,7 +163,7 @@ def _check_processes(options: Namespace) -> None:
         raise InputError(
             "--processes shares out the texts of --texts, and here is one text; leave it out."
         )
-    if options.json == Path(_IN_AND_OUT):
+    if options.json == _STDIO:
         raise InputError(
             "--processes needs a file of rows, which --json - is not; give --json a file."
         )
@@ -176,38 +174,38 @@ def _check_processes(options: Namespace) -> None:
         )
 
 
-def _check_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], choices: Choices) -> None:
-    """What a tokenizer alone can tell, while no model is loaded."""
-    for option in ("token", "against"):
-        if (name := getattr(choices, option)) is not None:
+def _check_tokens(request: Request, texts: Sequence[str], file: Path | None) -> None:
+    """Check what needs the model's tokenizer and configuration, and no weights."""
+    tokenizer, choices = request.spec.load_tokenizer(), request.choices
+    longest = longest_input(request.spec.config())
+    for option, name in (("token", choices.token), ("against", choices.against)):
+        if name is not None:
             named_token(tokenizer, name, option)
-    replacement_for(tokenizer, choices.replacement)
-    for text in texts:
-        encode(tokenizer, text)
+    Replacement.named(tokenizer, choices.replacement)
+    for number, text in enumerate(texts, start=1):
+        name = "The text" if file is None else f"--texts {str(file)!r}, line {number}"
+        encode(tokenizer, text, longest, name)
 
 
 def _write(result: AttributionResult, options: Namespace) -> None:
-    """To the places that were asked for, or to the terminal."""
-    _put(options.out, result.to_html)
-    _put(options.json, result.to_json)
+    """Write the files that were asked for, and the coloured text to the terminal."""
+    _write_text(options.out, result.to_html)
+    _write_text(options.json, result.to_json)
     if options.tensorboard is not None:
-        # Slow to import, and seldom needed.
-        from torch.utils.tensorboard import SummaryWriter
-
-        from lightning_inversion.attribution.tensorboard import log_attribution
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and seldom needed
 
         with SummaryWriter(str(options.tensorboard)) as writer:
-            log_attribution(result, writer)
-    stdout_taken = Path(_IN_AND_OUT) in (options.out, options.json)
+            result.log(writer)
+    stdout_taken = _STDIO in (options.out, options.json)
     Console(stderr=stdout_taken).print(result)
 
 
-def _put(path: Path | None, content: Any) -> None:
+def _write_text(path: Path | None, content: Callable[[], str]) -> None:
     if path is None:
         return
-    if path == Path(_IN_AND_OUT):
+    if path == _STDIO:
         sys.stdout.write(content() + "\n")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content(), encoding="utf-8")
-    to_stderr(f"written to {path}.")
+    _log.info("written to %s", path)

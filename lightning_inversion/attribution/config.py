@@ -1,7 +1,10 @@
-"""What an attribution depends on, in one place: every choice is an option and is in the output."""
+"""The options of an attribution, their checks, and the command line that repeats them."""
 
 from __future__ import annotations
 
+import shlex
+import unicodedata
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -13,45 +16,47 @@ Reduce = Literal["l1", "abs_sum", "l2", "sum"]
 Distance = Literal["drop", "l1_logits", "l1_probs", "l1_features", "relative_features"]
 Normalise = Literal["max", "minmax"]
 Scale = Literal["linear", "sqrt", "rank"]
-Palette = Literal["heat", "document"]
+Palette = Literal["heat", "original"]
 
 FEATURE_DISTANCES = ("l1_features", "relative_features")
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What is attributed to what, and how.
+    """What is attributed, and by which method.
 
     Args:
-        method: gradient x input, occlusion, combined, integrated gradients; auto is combined for
+        method: gradient x input, occlusion, combined, or integrated gradients; auto is combined for
             texts of up to `occlusion_limit` tokens and gradient above.
-        scalar: the number whose cause is looked for: the target token's log-probability, logit,
-            probability; or the document's sum of all logits, which is no function of the
-            prediction.
-        reduce: how gradient * embedding [D] becomes one number a token: sum of absolute values,
-            absolute sum, L2 norm, or (signed) sum. None for l1; for sum with integrated.
-        distance: how occlusion compares outputs: the (signed) drop of the scalar, the L1 distance
-            of all logits (the document) or probabilities; with `depth`, the L1 distance of the
-            features or the L2 distance relative to their norm. None for drop, or relative_features.
+        scalar: the output that is attributed: the log-probability, logit or probability of the
+            target token, or the sum of all logits (the source's choice), which is not a function of
+            the prediction.
+        reduce: how gradient * embedding [D] becomes one score a token: l1 (sum of absolute values),
+            abs_sum (absolute value of the sum), l2 (norm), or sum (signed). The default is sum with
+            `depth` and for integrated gradients, l1 otherwise.
+        distance: how occlusion compares outputs: the signed drop of the scalar, the L1 distance of
+            all logits (the source's choice) or of all probabilities; with `depth`, the L1 distance
+            of the features, or their L2 distance relative to the clean features' norm. The default
+            is drop, or relative_features with `depth`.
         replacement: what an occluded token becomes, and where integrated gradients start: pad, eos,
-            unk or bos (the next of them the tokenizer has, said in the output), zero for a zero
-            vector, or the text of one token.
+            unk or bos (where the tokenizer lacks it, the next of them, with a note), zero for a
+            zero vector, or the text of one token.
         weight: combined is weight * occlusion + (1 - weight) * gradient, each divided by its
             maximum.
-        steps: points of the Gauss-Legendre rule on the path of integrated gradients.
-        token: the target token, as text or as id:NUMBER. None for the token the model predicts.
-        against: a second token, as text or as id:NUMBER: why the target and not this one (the
-            difference of the two scalars).
-        every_token: a map: the attribution of each next token of the text, and of the one after it.
+        steps: points on the path of integrated gradients.
+        token: the target token, as text or as id:NUMBER. The default is the predicted token.
+        against: a second token, as text or as id:NUMBER, whose scalar is subtracted from the
+            target's: why the target and not this one.
+        every_token: attribute each next token of the text and the one after it: a map.
         depth: attribute the features after this many blocks, instead of a token.
-        probes: random directions of the features whose gradients are taken, with `depth`.
+        probes: random directions of the features along which gradients are taken, with `depth`.
         seed: of those directions.
         occlusion_limit: tokens up to which auto also occludes.
-        batch_size: rows in one forward. None chooses by length and device; the numbers do not
+        batch_size: rows in one forward. The default depends on length and device; the scores do not
             depend on it.
 
     Raises:
-        InputError: one choice contradicts another, or is out of its range.
+        InputError: an option contradicts another, or is out of its range.
     """
 
     method: Method = "auto"
@@ -79,16 +84,21 @@ class Choices:
 
     @property
     def occlusion_distance(self) -> Distance:
-        """The distance that is used."""
+        """`distance`, or its default."""
         return self.distance or ("drop" if self.depth is None else "relative_features")
 
     @property
     def reduction(self) -> Reduce:
-        """The reduction that is used; only a sum keeps what integrated gradients add up to."""
-        return self.reduce or ("sum" if self.method == "integrated" else "l1")
+        """`reduce`, or its default.
+
+        Only signed sums add up to the rise of integrated gradients, and only they estimate the norm
+        of a Jacobian along random directions (see `FeatureMeasure`).
+        """
+        summed = self.depth is not None or self.method == "integrated"
+        return self.reduce or ("sum" if summed else "l1")
 
     def method_for(self, length: int) -> Method:
-        """The method that is used for a text of `length` tokens."""
+        """The method for a text of `length` tokens; never auto."""
         if self.method != "auto":
             return self.method
         return "combined" if length <= self.occlusion_limit else "gradient"
@@ -96,15 +106,11 @@ class Choices:
     def _check_ranges(self) -> None:
         if not 0 <= self.weight <= 1:
             raise InputError(f"--weight must be from 0 to 1, and is {self.weight}.")
-        for name, least in (("steps", 1), ("probes", 1), ("occlusion_limit", 0), ("depth", 0)):
+        smallest = {"steps": 1, "probes": 1, "occlusion_limit": 0, "depth": 0, "batch_size": 1}
+        for name, least in smallest.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"--{name} must be at least {least}, and is {value}.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise InputError(
-                f"--batch_size must be at least 1, and is {self.batch_size}; "
-                "leave it out to have it chosen."
-            )
 
     def _check_token_target(self) -> None:
         if self.distance in FEATURE_DISTANCES:
@@ -117,10 +123,10 @@ class Choices:
                 "--every_token takes each next token of the text as its target; leave --token out."
             )
         for name in ("token", "against"):
-            if getattr(self, name) is not None and not self._looks_at_the_token():
+            if getattr(self, name) is not None and not self._depends_on_target():
                 raise InputError(
                     f"--{name} changes nothing here, because neither --scalar {self.scalar} nor "
-                    f"--distance {self.occlusion_distance} looks at one token; leave it out, or "
+                    f"--distance {self.occlusion_distance} depends on one token; leave it out, or "
                     "choose --scalar logprob."
                 )
         if self.against is not None and self.scalar == "sum_logits":
@@ -129,7 +135,7 @@ class Choices:
                 "choose --scalar logit or logprob."
             )
 
-    def _looks_at_the_token(self) -> bool:
+    def _depends_on_target(self) -> bool:
         if self.scalar == "sum_logits":
             return False
         return self.method != "occlusion" or self.occlusion_distance == "drop"
@@ -150,22 +156,22 @@ class Choices:
             )
         if self.scalar != Choices.scalar:
             raise InputError(
-                f"--scalar {self.scalar} is of a prediction, and --depth has none; leave it out."
+                f"--scalar {self.scalar} needs a prediction, and --depth has none; leave it out."
             )
 
 
 @dataclass(frozen=True)
-class Look:
-    """How scores are shown. The raw scores stay as they are.
+class Display:
+    """How scores are shown. The raw scores are kept.
 
     Args:
-        normalise: divide by the largest absolute score; minmax also moves the smallest to 0 (the
-            document).
-        scale: linear; sqrt shows small scores better; rank shows their order alone.
-        leave_out_last: do not let the last token, which usually dominates, set the scale; it is not
-            coloured.
-        palette: heat: the page's own colour to red, and to blue below 0; document: the document's
-            colours.
+        normalise: max divides by the largest absolute score; minmax also moves the smallest to 0
+            (the source's choice).
+        scale: linear; sqrt lifts small scores; rank shows their order alone.
+        leave_out_last: do not colour the last token, which usually dominates, and do not let it set
+            the scale.
+        palette: heat: from the page's own colour to red, and to blue below 0; original: the
+            source's colours.
     """
 
     normalise: Normalise = "max"
@@ -174,32 +180,30 @@ class Look:
     palette: Palette = "heat"
 
 
-PRESETS: dict[str, tuple[Choices, Look]] = {
-    # The section 'Model Interpretability': sum of |gradient * embedding| of the summed logits, L1
-    # distance of the whole output, a PAD token, an equal linear combination for short inputs.
-    "document": (
+PRESETS: dict[str, tuple[Choices, Display]] = {
+    # The source, section 'Model Interpretability': |gradient * embedding| of the summed logits,
+    # added up; L1 distance of the whole output; a PAD token; an equal linear combination.
+    "original": (
         Choices(scalar="sum_logits", reduce="l1", distance="l1_logits", replacement="pad"),
-        Look(normalise="minmax", palette="document"),
+        Display(normalise="minmax", palette="original"),
     ),
 }
-_FREE = {"method", "every_token", "steps", "occlusion_limit", "batch_size"}
+_FREE = ("method", "every_token", "steps", "occlusion_limit", "batch_size")
+"""Options that a preset leaves as they are: the source does not fix them."""
 
 
-def with_preset(name: str | None, choices: Choices, look: Look) -> tuple[Choices, Look]:
-    """`choices` and `look` with what the preset `name` sets.
-
-    A preset fixes what the attribution is, not what is free in its source: the method, the map, and
-    what changes no number.
+def with_preset(name: str | None, choices: Choices, display: Display) -> tuple[Choices, Display]:
+    """`choices` and `display` with what the preset `name` sets.
 
     Raises:
-        InputError: there is no such preset, or a choice contradicts it.
+        InputError: there is no such preset, or an option contradicts it.
     """
     if name is None:
-        return choices, look
+        return choices, display
     if name not in PRESETS:
-        raise InputError(f"--preset {name!r} is not one of {', '.join(PRESETS)}.")
-    preset_choices, preset_look = PRESETS[name]
-    for given, preset in ((choices, preset_choices), (look, preset_look)):
+        raise InputError(f"--preset {name!r} is unknown; choose {' or '.join(PRESETS)}.")
+    preset_choices, preset_display = PRESETS[name]
+    for given, preset in ((choices, preset_choices), (display, preset_display)):
         for option in fields(given):
             value, wanted = getattr(given, option.name), getattr(preset, option.name)
             if option.name not in _FREE and value not in (option.default, wanted):
@@ -207,10 +211,69 @@ def with_preset(name: str | None, choices: Choices, look: Look) -> tuple[Choices
                     f"--{option.name} {value} contradicts --preset {name}, which has {wanted}; "
                     "leave one of them out."
                 )
-    free = {name: getattr(choices, name) for name in _FREE}
-    return replace(preset_choices, **free), preset_look
+    free = {option: getattr(choices, option) for option in _FREE}
+    return replace(preset_choices, **free), preset_display
 
 
-def different(ours: Choices | Look, base: Choices | Look) -> dict[str, Any]:
-    """The fields of `ours` that are not as in `base`: what has to be said of them."""
+def differing(ours: Choices | Display, base: Choices | Display) -> dict[str, Any]:
+    """The fields of `ours` whose values differ from those of `base`."""
     return {name: value for name, value in asdict(ours).items() if value != getattr(base, name)}
+
+
+LONGEST_IN_COMMAND = 500
+"""Characters of a text that a command line still contains."""
+TEXT_FILE = "text.txt"
+"""The file from which the command line of a longer text reads it."""
+_HIDDEN = ("Cc", "Cf", "Zl", "Zp")
+"""Unicode categories that a shell or a page does not show."""
+
+
+def command_line(
+    text: str,
+    choices: Choices,
+    display: Display,
+    preset: str | None,
+    model_options: Mapping[str, Any],
+) -> str:
+    """The command line that gives the same result; a long text is read from `TEXT_FILE`.
+
+    Args:
+        text: what is attributed.
+        choices: with what the preset sets.
+        display: with what the preset sets.
+        preset: its name.
+        model_options: options of `TransformerSpec` and their values.
+    """
+    base, base_display = with_preset(preset, Choices(), Display())
+    options = {
+        **model_options,
+        **({} if preset is None else {"preset": preset}),
+        **differing(choices, base),
+        **differing(display, base_display),
+    }
+    words = ["lightning-inversion", "attribute"]
+    for option, value in options.items():
+        # With '=', a value may begin with a dash.
+        words.append(f"--{option}={str(value).lower() if isinstance(value, bool) else value}")
+    command = " ".join(_quoted(word) for word in words)
+    # A text that is a dash would be read from stdin, and no argument can contain a NUL.
+    if len(text) > LONGEST_IN_COMMAND or "\0" in text or text == "-":
+        return f"{command} - < {TEXT_FILE}"
+    return f"{command} {'-- ' if text.startswith('-') else ''}{_quoted(text)}"
+
+
+def _quoted(word: str) -> str:
+    """`word` for a shell; one with hidden characters as $'...', with their code points."""
+    if not any(unicodedata.category(character) in _HIDDEN for character in word):
+        return shlex.quote(word)
+    return f"$'{''.join(_escaped(character) for character in word)}'"
+
+
+def _escaped(character: str) -> str:
+    if character in "\\'":
+        return f"\\{character}"
+    if character == "\n":
+        return "\\n"
+    if unicodedata.category(character) in _HIDDEN:
+        return f"\\U{ord(character):08X}"
+    return character

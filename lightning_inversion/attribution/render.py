@@ -1,17 +1,20 @@
-"""A result as a page of HTML: one file, no script, nothing fetched, everything escaped."""
+"""Scores as a page of HTML, as lines of a terminal, and as a table and an image for TensorBoard."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from rich.style import Style
+from rich.text import Text
+from torch import Tensor
 
-from lightning_inversion.attribution.config import Choices, different
-from lightning_inversion.attribution.provenance import TEXT_FILE
-from lightning_inversion.attribution.result import AttributionResult, Query
+from lightning_inversion.attribution.config import TEXT_FILE, Choices, Display, differing
+from lightning_inversion.attribution.scores import Scores
 from lightning_inversion.attribution.shading import (
     BLACK,
     DARK_PAGE,
@@ -24,56 +27,120 @@ from lightning_inversion.attribution.shading import (
 )
 from lightning_inversion.files import one_line, visible
 
-# Above this a map of every token has more cells than a browser scrolls smoothly.
 MOST_MAP_TOKENS = 160
+"""A map of more tokens has more cells than a browser scrolls smoothly."""
+_NOT_COLOURED = (200, 200, 200)
+_BAR = 10
+"""Characters of the longest bar of a table."""
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A piece of text with its colours; one that is made of several tokens has a band for each.
+def page(scores: Scores, display: Display) -> str:
+    """A page in one file: no script, nothing fetched, everything escaped."""
+    return _template("page.html").render(**_content(scores, display))
 
-    Args:
-        text: what is shown.
-        title: the raw scores, for whoever points at it.
-        style: the colours, as custom properties of CSS.
-        left_out: not coloured on purpose.
+
+def fragment(scores: Scores, display: Display) -> str:
+    """An element for a notebook: the text, the prediction, the legend and the notes."""
+    return _template("fragment.html").render(**_content(scores, display))
+
+
+def terminal_lines(scores: Scores, display: Display) -> Iterator[Text]:
+    """The coloured text, its prediction, the legend, what the scores are, and the notes."""
+    shown = strengths(scores.token_scores, display).tolist()
+    text = Text()
+    for tokens in _tiles_of(scores.tokens):
+        strongest = max((shown[token] for token in tokens), key=_size)
+        style = Style(underline=True)
+        if not math.isnan(strongest):
+            shade = Shade.of(strongest, display.palette, DARK_PAGE)
+            style = Style(color=hexadecimal(shade.ink), bgcolor=hexadecimal(shade.background))
+        text.append(visible(scores.tokens[tokens[0]]), style=style)
+    yield text
+    if scores.predictions:
+        best = scores.predictions[0]
+        yield Text(f"predicted next token: {one_line(best.text)} ({best.probability:.1%})")
+    lowest, highest = legend_ends(scores, display)
+    legend = Text(f"{lowest} ")
+    for colour in legend_stops(display, scores.signed, DARK_PAGE):
+        legend.append("  ", style=Style(bgcolor=hexadecimal(colour)))
+    yield legend.append(f" {highest}")
+    yield Text(f"{scores.target}: {scores.quantity}", style="dim")
+    for note in scores.notes:
+        yield Text(note, style="dim")
+
+
+def markdown_table(scores: Scores, display: Display) -> str:
+    """A row a token, with its raw score and a bar; TensorBoard removes colours from text."""
+    shown = strengths(scores.token_scores, display).nan_to_num(0.0).tolist()
+    rows = zip(scores.tokens, scores.token_scores.tolist(), shown, strict=True)
+    return "\n".join(
+        [
+            f"{_cell(scores.target)}: {scores.quantity}, {_cell(scores.model['model'])}",
+            "",
+            "| # | token | score | |",
+            "| --- | --- | --- | --- |",
+            *(
+                f"| {position} | {_cell(text)} | {score:.6g} | {'█' * round(_BAR * _size(size))} |"
+                for position, (text, score, size) in enumerate(rows)
+            ),
+        ]
+    )
+
+
+def image_strip(scores: Scores, display: Display, side: int = 24) -> Tensor:
+    """Bytes [3, rows * side, T * side]: a square a token; for a map, a row a prediction."""
+    rows = scores.token_scores[None] if len(scores.queries) == 1 else scores.scores
+    picture = torch.tensor(
+        [[_pixel(x, display) for x in strengths(row, display).tolist()] for row in rows]
+    )
+    large = picture.repeat_interleave(side, 0).repeat_interleave(side, 1)
+    return large.permute(2, 0, 1).to(torch.uint8)
+
+
+def legend_ends(scores: Scores, display: Display) -> tuple[str, str]:
+    """The labels of the legend's ends: raw scores, where they are the same for all rows."""
+    minus = "-" if scores.signed and display.palette != "original" else ""
+    if display.scale == "rank" or len(scores.queries) > 1:
+        highest = "highest rank" if display.scale == "rank" else "largest"
+        return (f"-{highest}" if minus else "0"), highest
+    shown = scores.token_scores
+    coloured = shown[strengths(shown, display).isfinite()]
+    if not len(coloured):
+        return "", ""
+    if display.normalise == "minmax":
+        return f"{float(coloured.min()):.4g}", f"{float(coloured.max()):.4g}"
+    highest = f"{float(coloured.abs().max()):.4g}"
+    return (f"-{highest}" if minus else "0"), highest
+
+
+def _size(strength: float) -> float:
+    return -1.0 if math.isnan(strength) else abs(strength)
+
+
+def _pixel(strength: float, display: Display) -> Colour:
+    if math.isnan(strength):
+        return _NOT_COLOURED
+    return Shade.of(strength, display.palette, LIGHT_PAGE).background
+
+
+def _cell(text: str) -> str:
+    """`text` as markdown shows it literally, in one cell."""
+    plain = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join(f"\\{c}" if c in "\\`*_{}[]()#+-.!|~$" else c for c in plain)
+
+
+def _tiles_of(tokens: Sequence[str]) -> list[list[int]]:
+    """Positions by tile: a token with text, and those behind it that only complete its character.
+
+    A first token without text is a tile of its own.
     """
-
-    text: str
-    title: str
-    style: str
-    left_out: bool
-
-
-@dataclass(frozen=True)
-class Line:
-    """A row of the table of tokens."""
-
-    position: int
-    text: str
-    id: int
-    score: str
-    parts: tuple[str, ...]
-    style: str
-
-
-@dataclass(frozen=True)
-class MapRow:
-    """A row of the map: a prediction, and the colours of the tokens up to it."""
-
-    label: str
-    title: str
-    cells: tuple[tuple[str, str], ...]
-
-
-def page(result: AttributionResult) -> str:
-    """The whole page."""
-    return _template("page.html").render(**_content(result))
-
-
-def fragment(result: AttributionResult) -> str:
-    """What a notebook shows: the text, the prediction and the legend, in an element of its own."""
-    return _template("fragment.html").render(**_content(result))
+    tiles: list[list[int]] = []
+    for position, text in enumerate(tokens):
+        if text or not tiles:
+            tiles.append([position])
+        else:
+            tiles[-1].append(position)
+    return tiles
 
 
 @cache
@@ -89,107 +156,89 @@ def _template(name: str) -> Template:
     return environment.get_template(name)
 
 
-def _content(result: AttributionResult) -> dict[str, Any]:
-    shown = strengths(result.token_scores, result.look).tolist()
+def _content(scores: Scores, display: Display) -> dict[str, Any]:
+    shown = strengths(scores.token_scores, display).tolist()
+    mapped = len(scores.queries) > 1 and len(scores.ids) <= MOST_MAP_TOKENS
+    rows = len(scores.queries) if mapped else 0
     return {
-        "result": result,
-        "tiles": _tiles(result, shown),
-        "lines": _lines(result, shown),
-        "map_rows": _map_rows(result),
+        "scores": scores,
+        "tiles": [_tile(scores, tokens, shown, display) for tokens in _tiles_of(scores.tokens)],
+        "lines": [_line(scores, token, x, display) for token, x in enumerate(shown)],
+        "map_rows": [_map_row(scores, row, display) for row in range(rows)],
         "most_map_tokens": MOST_MAP_TOKENS,
-        "legend_light": _legend(result, LIGHT_PAGE),
-        "legend_dark": _legend(result, DARK_PAGE),
-        "text_in_file": result.command.endswith(f" - < {TEXT_FILE}"),
-        "facts": _facts(result),
+        "ends": legend_ends(scores, display),
+        "legend_light": _legend(scores, display, LIGHT_PAGE),
+        "legend_dark": _legend(scores, display, DARK_PAGE),
+        "text_file": TEXT_FILE if scores.command.endswith(f" - < {TEXT_FILE}") else "",
+        "facts": _facts(scores, display),
     }
 
 
-def _tiles(result: AttributionResult, shown: list[float]) -> list[Tile]:
-    tiles = []
-    for piece in result.pieces:
-        several = len(piece.tokens) > 1
-        titles = [
-            f"{one_line(piece.text)}  {_raw(result, token)}"
-            + (f"  ({part} of {len(piece.tokens)} tokens)" if several else "")
-            for part, token in enumerate(piece.tokens, 1)
-        ]
-        strongest = [shown[token] for token in piece.tokens]
-        tiles.append(
-            Tile(
-                visible(piece.text),
-                "\n".join(titles),
-                _style(strongest, result),
-                all(math.isnan(strength) for strength in strongest),
-            )
+def _parts(scores: Scores, token: int) -> dict[str, float]:
+    """The parts of a token's score, where it has several; those of a map are in the JSON."""
+    if len(scores.parts) == 1 or len(scores.queries) > 1:
+        return {}
+    return {name: float(part[0, token]) for name, part in scores.parts.items()}
+
+
+def _tile(
+    scores: Scores, tokens: Sequence[int], shown: Sequence[float], display: Display
+) -> dict[str, str]:
+    """A stretch of text with its raw scores, and its colours: a band for each of its tokens."""
+    text, titles = scores.tokens[tokens[0]], []
+    for number, token in enumerate(tokens, 1):
+        parts = "".join(f", {name} {part:.4g}" for name, part in _parts(scores, token).items())
+        title = f"{one_line(text)}  #{token} id {scores.ids[token]}: "
+        title += f"{float(scores.token_scores[token]):.4g}{parts}"
+        titles.append(title + (f"  ({number} of {len(tokens)} tokens)" if len(tokens) > 1 else ""))
+    style = _style([shown[token] for token in tokens], display)
+    return {"text": visible(text), "title": "\n".join(titles), "style": style}
+
+
+def _line(scores: Scores, token: int, strength: float, display: Display) -> dict[str, Any]:
+    """A row of the table of tokens."""
+    return {
+        "position": token,
+        "text": one_line(scores.tokens[token]) or "(continues)",
+        "id": scores.ids[token],
+        "score": f"{float(scores.token_scores[token]):.6g}",
+        "parts": [f"{part:.6g}" for part in _parts(scores, token).values()],
+        "style": _style([strength], display),
+    }
+
+
+def _map_row(scores: Scores, row: int, display: Display) -> dict[str, Any]:
+    """A row of the map: a prediction, and the style and title of each token up to it."""
+    query, texts = scores.queries[row], [one_line(text) for text in scores.tokens]
+    label = texts[query.position] if query.token is None else one_line(query.text)
+    shown = strengths(scores.scores[row], display).tolist()
+    cells = [
+        (
+            _style([shown[token]], display),
+            f"{label} <- {texts[token]}  #{token}: {float(scores.scores[row, token]):.4g}",
         )
-    return tiles
-
-
-def _raw(result: AttributionResult, token: int) -> str:
-    """The raw scores of a token in words."""
-    scores = [f"{float(result.token_scores[token]):.4g}"]
-    if len(result.parts) > 1 and len(result.queries) == 1:
-        scores += [f"{name} {float(part[0, token]):.4g}" for name, part in result.parts.items()]
-    return f"#{token} id {result.ids[token]}: " + ", ".join(scores)
-
-
-def _lines(result: AttributionResult, shown: list[float]) -> list[Line]:
-    texts = result.token_texts
-    with_parts = len(result.parts) > 1 and len(result.queries) == 1
-    return [
-        Line(
-            position=token,
-            text=one_line(texts[token]) or "(begins the next)",
-            id=result.ids[token],
-            score=f"{float(result.token_scores[token]):.6g}",
-            parts=tuple(f"{float(part[0, token]):.6g}" for part in result.parts.values())
-            if with_parts
-            else (),
-            style=_style([shown[token]], result),
-        )
-        for token in range(len(result.ids))
+        for token in range(query.position + 1)
     ]
+    title = "" if query.probability is None else f"probability {query.probability:.2%}"
+    return {"label": label, "title": title, "cells": cells}
 
 
-def _map_rows(result: AttributionResult) -> list[MapRow]:
-    if len(result.queries) == 1 or len(result.ids) > MOST_MAP_TOKENS:
-        return []
-    texts = [one_line(text) for text in result.token_texts]
-    rows = []
-    for row, query in enumerate(result.queries):
-        label = _label(query, texts)
-        shown = strengths(result.scores[row], result.look).tolist()
-        cells = tuple(
-            (
-                _style([shown[token]], result),
-                f"{label} <- {texts[token]}  #{token}: {float(result.scores[row, token]):.4g}",
-            )
-            for token in range(query.position + 1)
-        )
-        title = "" if query.probability is None else f"probability {query.probability:.2%}"
-        rows.append(MapRow(label, title, cells))
-    return rows
-
-
-def _label(query: Query, texts: list[str]) -> str:
-    return texts[query.position] if query.token is None else one_line(query.text)
-
-
-def _style(strengths_of_tokens: list[float], result: AttributionResult) -> str:
-    """Background and ink, on a light page and on a dark one."""
+def _style(strengths_of_tokens: Sequence[float], display: Display) -> str:
+    """Background and ink, on a light page and on a dark one; "" where nothing is coloured."""
     if all(math.isnan(strength) for strength in strengths_of_tokens):
         return ""
     values = [0.0 if math.isnan(strength) else strength for strength in strengths_of_tokens]
-    parts = []
+    strongest = max(range(len(values)), key=lambda i: abs(values[i]))
+    styles = []
     for theme, page_colour in (("l", LIGHT_PAGE), ("d", DARK_PAGE)):
-        shades = [Shade.of(value, result.look.palette, page_colour) for value in values]
-        strongest = shades[max(range(len(values)), key=lambda i: abs(values[i]))]
-        ink = "#000" if strongest.ink == BLACK else "#fff"
-        parts.append(f"--{theme}:{_bands([s.background for s in shades])};--{theme}i:{ink}")
-    return ";".join(parts)
+        shades = [Shade.of(value, display.palette, page_colour) for value in values]
+        ink = "#000" if shades[strongest].ink == BLACK else "#fff"
+        background = _bands([shade.background for shade in shades])
+        styles.append(f"--{theme}:{background};--{theme}i:{ink}")
+    return ";".join(styles)
 
 
-def _bands(colours: list[Colour]) -> str:
+def _bands(colours: Sequence[Colour]) -> str:
     if len(colours) == 1:
         return hexadecimal(colours[0])
     share = 100 / len(colours)
@@ -200,36 +249,31 @@ def _bands(colours: list[Colour]) -> str:
     return f"linear-gradient(90deg,{stops})"
 
 
-def _legend(result: AttributionResult, page_colour: Colour) -> str:
-    stops = legend_stops(result.look, result.signed, page_colour)
-    return f"linear-gradient(90deg,{','.join(hexadecimal(colour) for colour in stops)})"
+def _legend(scores: Scores, display: Display, page_colour: Colour) -> str:
+    stops = legend_stops(display, scores.signed, page_colour)
+    return f"linear-gradient(90deg,{','.join(map(hexadecimal, stops))})"
 
 
-def _facts(result: AttributionResult) -> list[tuple[str, str]]:
-    """All that is needed to get the same scores again."""
-    model = result.model
-    look = result.look
-    shown = f"{look.scale}, by {look.normalise}" + (
-        ", the last token left out" if look.leave_out_last else ""
-    )
+def _facts(scores: Scores, display: Display) -> list[tuple[str, str]]:
+    """What the footer lists: all that is needed to compute the scores again."""
+    model, choices = scores.model, scores.choices
+    last = ", the last token left out" if display.leave_out_last else ""
+    options = differing(choices, Choices())
     facts = [
-        ("scores", result.quantity),
-        ("target", result.target),
-        ("replacement", result.replacement or "none"),
-        ("shown", shown),
+        ("scores", scores.quantity),
+        ("target", scores.target),
+        ("replacement", scores.replacement or "none"),
+        ("shown", f"{display.scale}, by {display.normalise}{last}"),
         ("model", f"{model['model']} ({model['class']})"),
         ("computed in", f"{model['quantization'] or model['dtype']} on {model['device']}"),
-        ("tokens", f"{len(result.ids)}, {result.forwards} forwards"),
-    ]
-    options = different(result.choices, Choices())
-    facts.append(("options", ", ".join(f"{k}={v!r}" for k, v in options.items()) or "defaults"))
-    if result.choices.depth is not None:
-        facts.append(("seed", str(asdict(result.choices)["seed"])))
-    facts.append(
+        ("tokens", f"{len(scores.ids)}, {scores.forwards} forwards"),
+        ("options", ", ".join(f"{k}={v!r}" for k, v in options.items()) or "defaults"),
         (
             "versions",
             f"lightning-inversion {model['version']}, torch {model['version_torch']}, "
             f"transformers {model['version_transformers']}, Python {model['version_python']}",
-        )
-    )
+        ),
+    ]
+    if choices.depth is not None:
+        facts.insert(-1, ("seed", str(choices.seed)))
     return facts

@@ -1,164 +1,193 @@
-"""The pure functions: outputs -> a number, gradients -> a number a token, outputs -> a distance."""
+"""The raw scores of a text, and everything needed to compute them again."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_inversion.attribution.config import Distance, Reduce, Scalar
+from lightning_inversion.attribution.config import Choices, Method
 
-
-def scalar_of(logits: Tensor, tokens: Tensor, scalar: Scalar) -> Tensor:
-    """The number whose cause is looked for.
-
-    Args:
-        logits: [..., V].
-        tokens: [...] target tokens, broadcast to the logits.
-        scalar: 'logprob', 'logit', 'prob' of the token, or 'sum_logits', which ignores it. The last
-            is the document's; adding a constant to all logits changes it and no probability.
-
-    Returns:
-        [...].
-    """
-    if scalar == "sum_logits":
-        return logits.sum(-1)
-    logit = logits.gather(-1, tokens.expand(logits.shape[:-1])[..., None]).squeeze(-1)
-    if scalar == "logit":
-        return logit
-    logprob = logit - logits.logsumexp(-1)
-    return logprob if scalar == "logprob" else logprob.exp()
-
-
-def reduce_embedding(products: Tensor, reduce: Reduce) -> Tensor:
-    """Gradient * embedding [..., D] -> one number a token [...].
-
-    Args:
-        products: the element-wise product.
-        reduce: 'l1' sum of absolute values (the document's code), 'abs_sum' absolute value of the
-            sum, 'l2' Euclidean norm (inseq, ecco), 'sum' (Captum; the only signed one).
-    """
-    if reduce == "l1":
-        return products.abs().sum(-1)
-    if reduce == "l2":
-        norm: Tensor = torch.linalg.vector_norm(products, dim=-1)
-        return norm
-    total = products.sum(-1)
-    return total if reduce == "sum" else total.abs()
-
-
-def combine(occlusion: Tensor, gradient: Tensor, weight: float) -> Tensor:
-    """weight * occlusion + (1 - weight) * gradient, each by its largest absolute value in a row.
-
-    Both [R, T]; NaN where a token is after the position, and in the result too. The linear
-    combination of the document's section 'Model Interpretability'.
-    """
-    return weight * _by_largest(occlusion) + (1 - weight) * _by_largest(gradient)
-
-
-def _by_largest(scores: Tensor) -> Tensor:
-    size = scores.abs()
-    largest = size.nan_to_num(0.0).amax(-1, keepdim=True)
-    return size / largest.where(largest > 0, torch.ones_like(largest))
-
-
-class Measure(Protocol):
-    """What is read from the outputs at a position, for each of R queries."""
-
-    @property
-    def repeats(self) -> int:
-        """Numbers read at one position; gradients are taken of each."""
-        ...
-
-    def value(self, outputs: Tensor, query: Tensor, repeat: int = 0) -> Tensor:
-        """Outputs [..., K] at the positions of `query` [...] -> the number [...]."""
-        ...
-
-    def change(self, clean: Tensor, changed: Tensor, query: Tensor) -> Tensor:
-        """Outputs [Q, K] and [B, Q, K] at the positions of `query` [Q] -> [B, Q]."""
-        ...
+SCHEMA = 2
+"""Version of the keys of `to_dict` and `to_records`."""
 
 
 @dataclass(frozen=True)
-class TokenMeasure:
-    """Of a token's prediction.
+class Query:
+    """One prediction, or one hidden state, that is attributed to the tokens up to it.
 
     Args:
-        tokens: [R], the target of each query.
-        against: [R] tokens whose scalar is subtracted, or None.
-        scalar: see `scalar_of`.
-        distance: of occlusion: 'drop' of the scalar (of the log-probability: Captum's ablation),
-            'l1_logits' (the document), 'l1_probs'.
+        position: of the last token that it depends on.
+        token: the target's id; None for features.
+        text: the target's text.
+        probability: of the target; None for features.
+        against: the text of the token whose scalar is subtracted, or None.
     """
 
-    tokens: Tensor
-    against: Tensor | None
-    scalar: Scalar
-    distance: Distance
-
-    @property
-    def repeats(self) -> int:
-        """One."""
-        return 1
-
-    def value(self, outputs: Tensor, query: Tensor, repeat: int = 0) -> Tensor:
-        """The scalar [...] of logits [..., V]."""
-        value = scalar_of(outputs, self.tokens[query], self.scalar)
-        if self.against is None:
-            return value
-        return value - scalar_of(outputs, self.against[query], self.scalar)
-
-    def change(self, clean: Tensor, changed: Tensor, query: Tensor) -> Tensor:
-        """What occlusion did to the logits [Q, V] that became [B, Q, V]: [B, Q]."""
-        if self.distance == "drop":
-            return self.value(clean, query) - self.value(changed, query)
-        if self.distance == "l1_logits":
-            return (changed - clean).abs().sum(-1)
-        return (changed.softmax(-1) - clean.softmax(-1)).abs().sum(-1)
+    position: int
+    token: int | None = None
+    text: str = ""
+    probability: float | None = None
+    against: str | None = None
 
 
 @dataclass(frozen=True)
-class FeatureMeasure:
-    """Of the features [F] at a position of a hidden layer.
+class Prediction:
+    """A next token and its probability."""
 
-    The gradient of a vector is a matrix J_i [F, D] for each input token; gradient x input becomes
-    the vector J_i a_i, and its L2 norm the score. For directions v of independent random signs the
-    mean of (v' J_i a_i)^2 is that norm squared, so a few backward passes do (Hutchinson's
-    estimator; relative error about sqrt(1 / (2 probes))).
+    token: int
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The scores of the tokens of a text.
 
     Args:
-        probes: [P, F], the directions.
-        distance: of occlusion: 'l1_features', or 'relative_features', L2 over the clean norm.
+        text: what was attributed.
+        ids: [T] its tokens.
+        tokens: [T] their texts; of a character that several tokens make up, the first has all.
+        queries: [R] what was attributed: one, or with `every_token` one a position.
+        scores: [R, T], raw; NaN where a token is after the query's position.
+        parts: the raw scores from which `scores` is computed, by method.
+        method: that was used; never auto.
+        predictions: the most probable next tokens; empty for features.
+        choices: every option.
+        replacement: what occluded tokens became, or '' where none did.
+        model: name, type, dtype, device and versions.
+        command: that gives the same result.
+        forwards: rows that went through the model.
+        notes: fallbacks and limits that the reader has to know.
     """
 
-    probes: Tensor
-    distance: Distance
+    text: str
+    ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    queries: tuple[Query, ...]
+    scores: Tensor
+    parts: dict[str, Tensor]
+    method: Method
+    predictions: tuple[Prediction, ...]
+    choices: Choices
+    replacement: str
+    model: dict[str, Any]
+    command: str
+    forwards: int
+    notes: tuple[str, ...] = ()
 
-    @classmethod
-    def seeded(cls, probes: int, size: int, seed: int, distance: Distance) -> FeatureMeasure:
-        """With `probes` directions of random signs; as many as features or more: exact."""
-        if probes >= size:
-            return cls(torch.eye(size) * size**0.5, distance)
-        generator = torch.Generator().manual_seed(seed)
-        signs = torch.randint(0, 2, (probes, size), generator=generator) * 2 - 1
-        return cls(signs.float(), distance)
+    @cached_property
+    def token_scores(self) -> Tensor:
+        """[T], one raw score a token: of the one query, or the mean size over those of a map."""
+        if len(self.queries) == 1:
+            return self.scores[0]
+        return self.scores.abs().nanmean(0)
 
     @property
-    def repeats(self) -> int:
-        """P."""
-        return self.probes.shape[0]
+    def signed(self) -> bool:
+        """Whether a negative score means that the token counts against the target."""
+        if self.choices.depth is not None or self.method == "combined":
+            return False
+        if self.method == "occlusion":
+            return self.choices.occlusion_distance == "drop"
+        return self.choices.reduction == "sum"
 
-    def value(self, outputs: Tensor, query: Tensor, repeat: int = 0) -> Tensor:
-        """The features [..., F] along direction `repeat`: [...]."""
-        return outputs @ self.probes[repeat].to(outputs.device)
+    @property
+    def target(self) -> str:
+        """A phrase for what was attributed."""
+        if self.choices.depth is not None:
+            where = "each position" if len(self.queries) > 1 else "the last position"
+            return f"the features after {self.choices.depth} blocks at {where}"
+        if self.choices.every_token:
+            what = "each next token"
+        else:
+            (query,) = self.queries
+            chosen = "the given token" if self.choices.token else "the predicted token"
+            what = f"{chosen} {query.text!r}"
+        against = self.queries[0].against
+        return what if against is None else f"{what} rather than {against!r}"
 
-    def change(self, clean: Tensor, changed: Tensor, query: Tensor) -> Tensor:
-        """What occlusion did to the features [Q, F] that became [B, Q, F]: [B, Q]."""
-        order = 1 if self.distance == "l1_features" else 2
-        distance: Tensor = torch.linalg.vector_norm(changed - clean, ord=order, dim=-1)
-        if self.distance == "l1_features":
-            return distance
-        size: Tensor = torch.linalg.vector_norm(clean, dim=-1)
-        return distance / size.clamp_min(1e-12)
+    @property
+    def quantity(self) -> str:
+        """A phrase for what a score is."""
+        chosen, parts = self.choices, []
+        differentiated = (
+            chosen.scalar if chosen.depth is None else f"rms over {chosen.probes} directions"
+        )
+        gradient = f"{differentiated}, {chosen.reduction}"
+        if self.method in ("occlusion", "combined"):
+            distance = chosen.occlusion_distance
+            parts.append(
+                f"occlusion ({f'drop of {chosen.scalar}' if distance == 'drop' else distance})"
+            )
+        if self.method in ("gradient", "combined"):
+            parts.append(f"gradient x input ({gradient})")
+        if self.method == "integrated":
+            parts.append(f"integrated gradients ({gradient}, {chosen.steps} steps)")
+        if self.method == "combined":
+            weights = f"{chosen.weight:g} and {1 - chosen.weight:g}"
+            return f"{' and '.join(parts)}, each by its largest, weighted {weights}"
+        return parts[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain values; None for a number that is not finite.
+
+        So None is also the score of a token after a query's position.
+        """
+        return {
+            "schema": SCHEMA,
+            "text": self.text,
+            "ids": list(self.ids),
+            "tokens": list(self.tokens),
+            "method": self.method,
+            "quantity": self.quantity,
+            "target": self.target,
+            "signed": self.signed,
+            "queries": [_finite(asdict(query)) for query in self.queries],
+            "scores": _numbers(self.scores),
+            "parts": {name: _numbers(part) for name, part in self.parts.items()},
+            "predictions": [_finite(asdict(prediction)) for prediction in self.predictions],
+            "choices": asdict(self.choices),
+            "replacement": self.replacement,
+            "model": self.model,
+            "command": self.command,
+            "forwards": self.forwards,
+            "notes": list(self.notes),
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """`to_dict` as JSON; with indent None, one line."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False, indent=indent)
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One flat record for each token of each query: for a data frame."""
+        return [
+            {
+                "schema": SCHEMA,
+                "position": token,
+                "id": self.ids[token],
+                "token": self.tokens[token],
+                "target_position": query.position + 1,
+                "target": query.text,
+                "score": float(self.scores[row, token]),
+                **{name: float(part[row, token]) for name, part in self.parts.items()},
+            }
+            for row, query in enumerate(self.queries)
+            for token in range(query.position + 1)
+        ]
+
+
+def _numbers(scores: Tensor) -> list[list[float | None]]:
+    rows: list[list[float]] = scores.double().tolist()
+    return [[x if math.isfinite(x) else None for x in row] for row in rows]
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    wrong = {
+        key: None for key, x in record.items() if isinstance(x, float) and not math.isfinite(x)
+    }
+    return {**record, **wrong}

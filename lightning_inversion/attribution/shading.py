@@ -1,72 +1,70 @@
-"""Raw scores -> how strongly each token is shown -> colours. Display only: raw scores are kept."""
+"""Raw scores -> strengths -> colours."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_inversion.attribution.config import Look, Palette
+from lightning_inversion.attribution.config import Display, Palette
 
 Colour = tuple[int, int, int]
 
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 LIGHT_PAGE, DARK_PAGE = (255, 255, 255), (22, 24, 29)
 _RED, _BLUE = (214, 40, 40), (33, 102, 172)
-# The document's `red, green, blue = int(score * 255), 110, 110`.
-_DOCUMENT = 110
+_ORIGINAL = 110
+"""The source's `red, green, blue = int(score * 255), 110, 110`."""
 
 
-def strengths(scores: Tensor, look: Look) -> Tensor:
+def strengths(scores: Tensor, display: Display) -> Tensor:
     """Raw scores [T] -> [T] in [-1, 1]: 1 is the strongest colour, NaN is not coloured.
 
     Args:
         scores: raw; NaN stays.
-        look: the normalisation, the scale, and whether the last token is left out.
+        display: the normalisation, the scale, and whether the last token is left out.
     """
     shown = scores.double().clone()
     finite = shown.isfinite()
-    if look.leave_out_last and int(finite.sum()) > 1:
+    if display.leave_out_last and int(finite.sum()) > 1:
         shown[int(finite.nonzero()[-1])] = torch.nan
         finite = shown.isfinite()
     if not finite.any():
         return shown
     values = shown[finite]
-    if look.scale == "rank":
+    if display.scale == "rank":
         values = _ranks(values)
     else:
-        if look.normalise == "minmax":
+        if display.normalise == "minmax":
             values = values - values.min()
         values = values / values.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-    if look.scale == "sqrt":
+    if display.scale == "sqrt":
         values = values.sign() * values.abs().sqrt()
     shown[finite] = values
     return shown
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """The place of each size among the sizes, in (0, 1]; equal sizes share a place."""
-    sizes, place = torch.unique(values.abs(), return_inverse=True)
-    ranks: Tensor = (place + 1) / len(sizes) * values.sign()
+    """The rank of each size among the sizes, in (0, 1], with its sign; equal sizes share a rank."""
+    sizes, rank = torch.unique(values.abs(), return_inverse=True)
+    ranks: Tensor = (rank + 1) / len(sizes) * values.sign()
     return ranks
 
 
 @dataclass(frozen=True)
 class Shade:
-    """A background and the black or white that is read on it."""
+    """A background, and black or white ink that contrasts with it."""
 
     background: Colour
     ink: Colour
 
     @classmethod
     def of(cls, strength: float, palette: Palette, page: Colour) -> Shade:
-        """The shade of a token, strongest at 1 and -1, on a page of the given colour."""
-        if palette == "document":
+        """The shade of a strength from -1 to 1, on a page of the given colour."""
+        if palette == "original":
             red = round(max(0.0, strength) * 255)
-            background = (red, _DOCUMENT, _DOCUMENT)
+            background = (red, _ORIGINAL, _ORIGINAL)
         else:
             background = _between(page, _RED if strength >= 0 else _BLUE, min(1.0, abs(strength)))
         return cls(background, ink_on(background))
@@ -101,29 +99,10 @@ def hexadecimal(colour: Colour) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
-def legend_stops(look: Look, signed: bool, page: Colour, count: int = 9) -> list[Colour]:
+def legend_stops(display: Display, signed: bool, page: Colour, count: int = 9) -> list[Colour]:
     """Colours from the lowest strength to the highest."""
-    lowest = -1.0 if signed and look.palette != "document" else 0.0
+    lowest = -1.0 if signed and display.palette != "original" else 0.0
     return [
-        Shade.of(lowest + (1 - lowest) * step / (count - 1), look.palette, page).background
+        Shade.of(lowest + (1 - lowest) * step / (count - 1), display.palette, page).background
         for step in range(count)
     ]
-
-
-def strip(scores: Tensor, look: Look, height: int = 24, width: int = 24) -> Tensor:
-    """The scores [T] or [R, T] as an image [3, rows * height, T * width] of bytes.
-
-    TensorBoard strips the colours of text; this it shows (`SummaryWriter.add_image`).
-    """
-    rows = scores[None] if scores.dim() == 1 else scores
-    picture = torch.tensor(
-        [[_pixel(x, look) for x in strengths(row, look).tolist()] for row in rows]
-    )
-    large = picture.repeat_interleave(height, 0).repeat_interleave(width, 1)
-    return large.permute(2, 0, 1).to(torch.uint8)
-
-
-def _pixel(strength: float, look: Look) -> Sequence[int]:
-    if math.isnan(strength):
-        return (200, 200, 200)
-    return Shade.of(strength, look.palette, LIGHT_PAGE).background

@@ -6,6 +6,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.module import InputInversion
 
 ENDED = "batch_has_ended"
 """Key of a checkpoint, true where its batch had ended."""
@@ -33,7 +34,8 @@ class RunCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Skip the last iteration, from which Lightning would not resume, and empty epochs."""
-        if not trainer.is_last_batch and getattr(pl_module, "batch", None) is not None:
+        assert isinstance(pl_module, InputInversion)
+        if not trainer.is_last_batch and not pl_module.state.is_empty:
             super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

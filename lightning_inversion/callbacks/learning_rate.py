@@ -1,4 +1,6 @@
-"""The document's schedule: the learning rate falls linearly from eta to eta / 100."""
+"""The source's learning rate: it falls linearly from eta to eta / 100."""
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -14,9 +16,9 @@ class LinearLearningRate(Callback):
 
     Args:
         start: multiple of the optimiser's own learning rate at the first iteration.
-        end: multiple at the last iteration; the document's page ends at 1/100, Part II at 1/10.
-        in_embedding_std: the optimiser's learning rate is in units of the embedding's standard deviation,
-            so that one value suits models whose embeddings differ in size.
+        end: multiple at the last iteration; the source's page ends at 1/100, its Part II at 1/10.
+        in_embedding_std: the optimiser's learning rate is in std of the embedding, so that one
+            value suits models whose embeddings differ in size.
     """
 
     def __init__(
@@ -39,13 +41,12 @@ class LinearLearningRate(Callback):
     ) -> None:
         """Set the rate of the step that follows."""
         assert isinstance(pl_module, InputInversion)
-        factor = self.factor(pl_module.iteration % pl_module.period, pl_module.period)
+        period = pl_module.schedule.period(pl_module.iterations)
+        factor = self.factor(pl_module.state.iteration % period, period)
         if self.in_embedding_std:
             factor *= pl_module.embedding.std
         for group in optimizer.param_groups:
             base: Any = group.setdefault("initial_lr", group["lr"])
             group["lr"] = base * factor
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.logger is not None and pl_module.iteration % every == 0:
-            rate = optimizer.param_groups[0]["lr"]
-            trainer.logger.log_metrics({"optimizer/learning_rate": rate}, pl_module.step)
+        if pl_module.logs_now:
+            pl_module.report({"optimizer/learning_rate": optimizer.param_groups[0]["lr"]})

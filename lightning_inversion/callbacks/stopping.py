@@ -1,4 +1,6 @@
-"""The document's stopping criterion: ||O(a_g) - O(a)|| < ||O(a') - O(a)||."""
+"""The source's stopping criterion: ||O(a_g) - O(a)|| < ||O(a') - O(a)||."""
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -16,14 +18,14 @@ from lightning_inversion.module import InputInversion
 class StoppingCriterion(Callback):
     """Watches each row's distance ratio, and stops the row when it falls below the threshold.
 
-    Meeting the criterion says nothing about the tokens: a' is not a token, and how far it lies
-    from a is arbitrary beside the distance between tokens. Read it beside the token accuracy.
-    Captured targets of prompts that are not known have no a': nothing is reported, no row stops.
+    Meeting the criterion says nothing about the tokens: a' is not a token, and its distance from a
+    is arbitrary beside the distance between tokens. Read it beside the token accuracy. Captured
+    targets without their prompts have no a': nothing is reported, and no row stops.
 
     Args:
-        perturbation: what a' is; the document's is a Gaussian shift of 1/20.
-        stop: False reports the criterion and lets the row go on.
-        threshold: the distance ratio below which the criterion is met; the document's is 1.
+        perturbation: what makes a' of a; the source's is Gaussian with std 1/20.
+        stop: False reports the criterion and lets the row continue.
+        threshold: the distance ratio below which the criterion is met; the source's is 1.
         log_every: iterations between two values of the ratio in TensorBoard.
     """
 
@@ -41,81 +43,72 @@ class StoppingCriterion(Callback):
             )
         self.perturbation = perturbation or GaussianPerturbation()
         self.stop, self.threshold, self.log_every = stop, threshold, log_every
-        self._shifted: tuple[tuple[int, ...], Tensor] | None = None
+        self._perturbed: tuple[tuple[int, ...], Tensor] | None = None
 
-    def shifted_distance(self, module: InputInversion) -> Tensor:
+    def perturbed_distance(self, module: InputInversion) -> Tensor:
         """||O(a') - O(a)||_1 of each row ``[B]``, computed once for a batch."""
-        batch = module.batch
-        assert batch is not None
+        batch, target = module.state.batch, module.state.target
         assert batch.ids is not None
-        if self._shifted is None or self._shifted[0] != batch.index:
+        assert target is not None
+        if self._perturbed is None or self._perturbed[0] != batch.index:
             values = self.perturbation(
                 batch.ids, module.noise("shift"), module.learnable, module.embedding
             )
-            distance = row_distance(module.features_of(values), module.target, batch.mask)
-            self._shifted = (batch.index, distance)
-        return self._shifted[1]
+            distance = row_distance(module.features_of(values, batch.mask), target, batch.mask)
+            self._perturbed = (batch.index, distance)
+        return self._perturbed[1]
 
     @torch.no_grad()
-    def judge(self, module: InputInversion, features: Tensor) -> None:
-        """Note each row's distance ratio, and whether it meets the criterion for the first time.
+    def judge(self, module: InputInversion, compute: bool = True) -> None:
+        """Compare the input as it stands with the criterion; doing so twice changes nothing.
 
         Args:
             module: whose rows are judged.
-            features: ``[B, T, F]`` of its input as it stands.
+            compute: run the model where the latest iteration did not run whole rows; else the rows
+                are not judged there.
         """
-        assert module.batch is not None
-        if module.batch.ids is None:
+        state = module.state
+        if state.is_empty or state.batch.ids is None:
             return
-        progress = module.progress
-        distance = row_distance(features, module.target, module.batch.mask)
-        progress.ratio = distance / self.shifted_distance(module)
-        first = (progress.ratio < self.threshold) & (progress.met_at < 0)
-        # A row that has ended was as it is now when it did.
-        at = progress.stopped_at.where(progress.stopped, module.iteration)
-        progress.met_at[first] = at[first]
+        features = module.features(compute)
+        if features is None:
+            return
+        assert state.target is not None
+        distance = row_distance(features, state.target, state.batch.mask)
+        ratio = distance / self.perturbed_distance(module)
+        met = ratio < self.threshold
+        module.record_ratio(ratio, met)
         if self.stop:
-            module.stop_rows(progress.met_at >= 0)
+            module.stop_rows(met)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Judge the input whose features were just computed, before it moves on.
+        """Judge the input whose features were just computed, before the step moves it.
 
-        Where an iteration runs a few positions of each row alone, the others are run for this
-        every ``log_every`` iterations.
+        Where an iteration runs a few positions of each row alone, whole rows are run for this every
+        ``log_every`` iterations.
         """
         assert isinstance(pl_module, InputInversion)
-        if pl_module.features is not None:
-            self.judge(pl_module, pl_module.features)
-        elif pl_module.iteration % self.log_every == 0:
-            self._judge_values(pl_module)
-        if pl_module.iteration % self.log_every == 0:
-            self._log(trainer, pl_module)
+        now = pl_module.state.iteration % self.log_every == 0
+        self.judge(pl_module, compute=now)
+        if now:
+            self._report(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge where the last step has left the input; a batch that was given up has none."""
+        """Judge where the last step has left the input."""
         assert isinstance(pl_module, InputInversion)
-        if pl_module.batch is not None:
-            self._judge_values(pl_module)
-            self._log(trainer, pl_module)
-
-    @staticmethod
-    def _log(trainer: Trainer, module: InputInversion) -> None:
-        judged = module.batch is not None and module.batch.ids is not None
-        if judged and trainer.logger is not None:
-            ratio = float(module.progress.ratio.mean())
-            trainer.logger.log_metrics({"match/distance_ratio": ratio}, module.step)
+        self.judge(pl_module)
+        self._report(pl_module)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
         """Judge a stored input."""
-        self._judge_values(pl_module)
+        assert isinstance(pl_module, InputInversion)
+        self.judge(pl_module)
 
-    def _judge_values(self, module: LightningModule) -> None:
-        assert isinstance(module, InputInversion)
-        with torch.no_grad():
-            if module.features is None:
-                module.features = module.generated()
-            self.judge(module, module.features)
+    @staticmethod
+    def _report(module: InputInversion) -> None:
+        if not module.state.is_empty and module.state.batch.ids is not None:
+            module.report({"match/distance_ratio": float(module.state.ratio.mean())})

@@ -1,4 +1,4 @@
-"""What the rows of a run come to: their means, and a table of them in the terminal."""
+"""A run's rows in short: their means, and a table of them in the terminal."""
 
 import sys
 
@@ -62,7 +62,7 @@ def _padded(rows: list[ResultRow], key: str, padding: int = 0) -> Tensor:
 
 
 def print_rows(rows: list[ResultRow]) -> None:
-    """The recovered texts as a table on stdout; verified texts green, others red.
+    """The recovered prompts as a table on stdout; verified ones green, others red.
 
     Of many rows those are shown that were not verified, then the first ones.
     """

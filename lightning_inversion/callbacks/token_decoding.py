@@ -1,6 +1,9 @@
 """The tokens as they emerge: a live table on a terminal, plain lines elsewhere, TensorBoard."""
 
-import sys
+from __future__ import annotations
+
+import logging
+import math
 from typing import Any
 
 import torch
@@ -12,25 +15,31 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lightning_inversion.callbacks.live_display import LiveDisplay
-from lightning_inversion.callbacks.nearest_tokens import nearest_distances, picture
-from lightning_inversion.callbacks.shown_tokens import shown_tokens
-from lightning_inversion.decoding import TopTokens
+from lightning_inversion.callbacks.display import LiveDisplay
+from lightning_inversion.decoding import TopTokens, first_of_equals
 from lightning_inversion.errors import InputError
 from lightning_inversion.metrics import token_accuracy
 from lightning_inversion.module import InputInversion
+from lightning_inversion.transformer.embedding import TokenEmbedding, best_tokens
+from lightning_inversion.transformer.tokens import shown_tokens
+
+_log = logging.getLogger(__name__)
 
 _EARLY = (0, 5, 10, 20)
-"""At these, from 0, a fit tries candidates by default; many prove their last token so early."""
+"""Iterations, from 0, after which a fit with the default schedule often verifies its last token."""
+
+_SQUARE = 12
+"""Pixels of a square's side."""
+_NEAR_TO_FAR = ((253, 231, 37), (94, 201, 98), (33, 145, 140), (59, 82, 139), (68, 1, 84))
+"""Colours of viridis, which colour-blind readers can tell apart."""
 
 
 class TokenDecoding(LiveDisplay):
     """Decodes the input every few iterations and shows its best tokens.
 
-    Green tokens are verified, dim tokens are wrong, plain tokens are right but not verified yet, or of
-    a prompt that is not known. Below
-    the prompts stands the document's view of the first one: line j holds the j-th best token of
-    every position.
+    Verified tokens are green, wrong ones dim, others plain: right and not verified yet, or of a
+    prompt that is not known. Below the prompts stand the best tokens of the first one, as in the
+    source: line j holds the j-th best token of every position.
 
     Args:
         every: iterations between two decodings.
@@ -38,7 +47,7 @@ class TokenDecoding(LiveDisplay):
         prompts: how many prompts of a batch are decoded and shown; the accuracy is theirs. Scoring
             a vocabulary for every position of many prompts would cost more than iterations do.
         show: the terminal display; False leaves only TensorBoard.
-        early: decode at a few of the first iterations as well, where many a fit ends.
+        early: decode after a few of the first iterations as well, where fits often end.
     """
 
     def __init__(
@@ -80,7 +89,7 @@ class TokenDecoding(LiveDisplay):
         assert isinstance(pl_module, InputInversion)
         if self._live is not None and self._bar.task_ids:
             self._bar.update(self._bar.task_ids[0], completed=batch_idx + 1)
-        if pl_module.batch is None:
+        if pl_module.state.is_empty:
             return
         if (batch_idx + 1) % self.every == 0 or batch_idx in self.early:
             self._report(trainer, pl_module)
@@ -88,7 +97,7 @@ class TokenDecoding(LiveDisplay):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decode and show what the batch has come to, if its last iteration was not shown."""
         assert isinstance(pl_module, InputInversion)
-        if pl_module.batch is not None and self._reported != pl_module.step:
+        if not pl_module.state.is_empty and self._reported != pl_module.step:
             self._report(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -100,20 +109,15 @@ class TokenDecoding(LiveDisplay):
         self._reported = module.step
         if not self.show and trainer.logger is None:
             return  # nobody would see it
-        batch = module.batch
-        assert batch is not None
+        batch = module.state.batch
         shown = min(self.prompts, len(batch.prompts))
         top = module.top_tokens(self.top_k, first=shown)
-        shares = {
-            "verified": float((module.progress.verified & batch.mask).sum() / batch.mask.sum())
-        }
+        shares = {"verified": float((module.state.verified & batch.mask).sum() / batch.mask.sum())}
         if batch.ids is not None:
             right = token_accuracy(top.best, batch.ids[:shown], batch.mask[:shown])
             shares = {"accuracy": float(right.mean()), **shares}
         texts = [self._tokens(module, top, row) for row in range(shown)]
-        if trainer.logger is not None:
-            metrics = {f"tokens/{name}": share for name, share in shares.items()}
-            trainer.logger.log_metrics(metrics, module.step)
+        module.report({f"tokens/{name}": share for name, share in shares.items()})
         if isinstance(trainer.logger, TensorBoardLogger):
             markdown = self._markdown(module, top, [text.plain for text in texts])
             trainer.logger.experiment.add_text("tokens/top_k", markdown, module.step)
@@ -122,64 +126,60 @@ class TokenDecoding(LiveDisplay):
             )
         if not self.show:
             return
-        # The tokens are of the input as the iteration has left it, with those it has verified.
+        # The tokens are those that the iteration has left, the distance is that of its beginning.
         summary = "before the first iteration: "
         if module.distances is not None:
             distance = float(module.distances.detach().mean())
-            summary = (
-                f"iteration {module.iteration + 1}: distance {distance:.4g} at its start, then "
-            )
+            iteration = module.state.iteration + 1
+            summary = f"iteration {iteration}: distance {distance:.4g} at its start, then "
         if "accuracy" in shares:
             summary += f"token accuracy {shares['accuracy']:.3f}, "
         summary += f"verified {shares['verified']:.3f}"
         if self._live is not None:
             self._live.update(Group(self._bar, summary, self._table(module, top, texts)))
         else:
-            print(f"{summary} | {texts[0].plain!r}", file=sys.stderr, flush=True)
+            _log.info("%s | %r", summary, texts[0].plain)
 
     def _tokens(self, module: InputInversion, top: TopTokens, row: int) -> Text:
         """The best tokens of one prompt, coloured by what is known of them."""
-        assert module.batch is not None
-        length = module.batch.lengths[row]
-        ids = module.batch.ids
+        length, ids = module.state.batch.lengths[row], module.state.batch.ids
         wrong = torch.zeros(length) if ids is None else top.best[row] != ids[row]
         text = Text()
         pieces = shown_tokens(module.frozen.tokenizer, top.best[row, :length].tolist())
         for position, piece in enumerate(pieces):
-            verified = bool(module.progress.verified[row, position])
+            verified = bool(module.state.verified[row, position])
             style = "green" if verified else "bright_black" if bool(wrong[position]) else ""
             text.append(piece, style)
         return text
 
     def _table(self, module: InputInversion, top: TopTokens, texts: list[Text]) -> Group:
-        assert module.batch is not None
         prompts = Table(box=None, show_header=False, pad_edge=False)
         for row, text in enumerate(texts):
-            prompts.add_row(f"{module.batch.index[row] + 1}", text)
+            prompts.add_row(f"{module.state.batch.index[row] + 1}", text)
         ranks = Table(box=None, show_header=False, pad_edge=False)
         for rank, pieces in enumerate(self._ranks(module, top), start=1):
             ranks.add_row(f"top {rank}", Text("".join(pieces)))
-        return Group(prompts, Text(f"prompt {module.batch.index[0] + 1}", style="bold"), ranks)
+        return Group(
+            prompts, Text(f"prompt {module.state.batch.index[0] + 1}", style="bold"), ranks
+        )
 
     @staticmethod
     def _ranks(module: InputInversion, top: TopTokens) -> list[list[str]]:
         """The first prompt's j-th best tokens of every position, for each j."""
-        assert module.batch is not None
-        by_rank = top.ids[0, : module.batch.lengths[0]].T.tolist()
+        by_rank = top.ids[0, : module.state.batch.lengths[0]].T.tolist()
         return [shown_tokens(module.frozen.tokenizer, ids) for ids in by_rank]
 
     def _picture(self, module: InputInversion) -> Tensor:
         """The distances of the first prompt's positions to the tokens nearest to them."""
-        assert module.batch is not None
-        values = module.learnable.values.detach()[0, : module.batch.lengths[0]]
+        values = module.state.values.detach()[0, : module.state.batch.lengths[0]]
         vectors = module.learnable.embed(values, module.embedding)
-        return picture(nearest_distances(vectors, module.embedding, self.top_k))
+        return nearest_picture(nearest_distances(vectors, module.embedding, self.top_k))
 
     def _markdown(self, module: InputInversion, top: TopTokens, texts: list[str]) -> str:
-        assert module.batch is not None
         lines = ["| prompt | recovered |", "|---|---|"]
         lines += [
-            f"| {module.batch.index[row] + 1} | {_cell(text)} |" for row, text in enumerate(texts)
+            f"| {module.state.batch.index[row] + 1} | {_cell(text)} |"
+            for row, text in enumerate(texts)
         ]
         ranks = range(top.ids.shape[-1])
         lines += ["", f"| position | {' | '.join(f'top {rank + 1}' for rank in ranks)} |"]
@@ -191,3 +191,35 @@ class TokenDecoding(LiveDisplay):
 
 def _cell(text: str) -> str:
     return "" if not text else "`" + text.replace("|", "\\|").replace("`", "'") + "`"
+
+
+@torch.no_grad()
+def nearest_distances(vectors: Tensor, embedding: TokenEmbedding, k: int) -> Tensor:
+    """Distances ``[T, k]`` of vectors ``[T, D]`` to the k nearest tokens, the nearest first.
+
+    In std of the embedding, so that two unrelated tokens are about sqrt(2) apart.
+    """
+    halves, k = embedding.norms.square() / 2, min(k, embedding.vocabulary_size)
+    nearest = torch.empty(len(vectors), k, device=vectors.device)
+    which = first_of_equals(vectors)
+    for rows in torch.split(torch.unique(which), embedding.at_a_time):
+        some = vectors[rows].float()
+        # Half the squared distance is |e|^2 / 2 + |v|^2 / 2 - v e: the most of what is negative.
+        most = best_tokens(embedding.dot(some).sub_(halves), k).values
+        nearest[rows] = some.square().sum(-1, keepdim=True) - 2 * most
+    unit = embedding.std * math.sqrt(embedding.width)
+    return nearest[which].clamp_min(0).sqrt() / unit
+
+
+def nearest_picture(distances: Tensor) -> Tensor:
+    """Distances ``[T, k]`` -> bytes ``[3, H, W]``: a column a position, a row a rank.
+
+    Yellow is the embedding of a token, dark is a distance of 1 and more.
+    """
+    shares = distances.T.clamp(0, 1).cpu() * (len(_NEAR_TO_FAR) - 1)
+    lower = shares.floor().long().clamp_max(len(_NEAR_TO_FAR) - 2)
+    colours = torch.tensor(_NEAR_TO_FAR, dtype=torch.float)
+    between = (shares - lower)[..., None]
+    mixed = colours[lower] * (1 - between) + colours[lower + 1] * between
+    squares = mixed.round().byte().permute(2, 0, 1)
+    return squares.repeat_interleave(_SQUARE, 1).repeat_interleave(_SQUARE, 2)

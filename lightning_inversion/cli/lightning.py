@@ -16,12 +16,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from lightning_inversion import strategy
 from lightning_inversion.callbacks.checkpoint import RunCheckpoint
+from lightning_inversion.callbacks.display import RecoveryDisplay
 from lightning_inversion.callbacks.learning_rate import LinearLearningRate
-from lightning_inversion.callbacks.position_by_position import PositionByPosition
-from lightning_inversion.callbacks.recovery_display import RecoveryDisplay
 from lightning_inversion.callbacks.results import Results
 from lightning_inversion.callbacks.stopping import StoppingCriterion
-from lightning_inversion.callbacks.token_by_token import TokenByToken
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.cli.parser import OneSentenceParser, input_error_behind
 from lightning_inversion.cli.resume import (
@@ -63,6 +61,7 @@ RECOMMENDED: dict[str, Any] = {
     },
     "model.objective": {"class_path": f"{_PACKAGE}.objectives.Standardized"},
     "model.optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 1.0}},
+    "model.schedule": {"class_path": f"{_PACKAGE}.schedules.VerifiedPrefix"},
     "model.recovery": {"class_path": f"{_PACKAGE}.recovery.token_recovery.TokenRecovery"},
     "learning_rate.in_embedding_std": True,
     "stopping.stop": False,  # a row ends when its tokens are verified
@@ -126,8 +125,6 @@ class InversionCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our callbacks under keys of their own, and each value written once."""
         parser.add_lightning_class_args(LinearLearningRate, "learning_rate")
-        parser.add_lightning_class_args(TokenByToken, "token_by_token")
-        parser.add_lightning_class_args(PositionByPosition, "position_by_position")
         parser.add_lightning_class_args(TokenDecoding, "decoding")
         parser.add_lightning_class_args(StoppingCriterion, "stopping")
         parser.add_lightning_class_args(RecoveryDisplay, "display")
@@ -189,7 +186,7 @@ class InversionCLI(LightningCLI):
         """Refuse a checkpoint that this command cannot read, and note its prompts."""
         assert self.subcommand is not None
         parts = _COMPARED[self.subcommand]
-        batch = read_stored_input(path, self.settings(), parts)["batch"]
+        batch = read_stored_input(path, self.settings(), parts)["state"]["batch"]
         self._stored = set(zip(batch["index"], batch["prompts"], strict=True))
 
     def _write_into(self, run: Path) -> None:
@@ -211,20 +208,15 @@ class InversionCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Find what does not fit together before a folder is made or a model loaded."""
-        self.model.check(self.trainer)
+        self.model.check(self.trainer, self.datamodule)
         with wrong_values("--model.optimizer", TypeError):
-            self.model.optimizer_of([torch.zeros(1, requires_grad=True)])
+            self.model.make_optimizer([torch.zeros(1, requires_grad=True)])
         if isinstance(self.trainer.strategy, strategy.IndependentPrompts):
             self.trainer.strategy.run_by([sys.executable, "-m", _PACKAGE, *self._args])
         if self.subcommand == "validate" and self.trainer.world_size > 1:
             raise InputError(
                 "validate scores one checkpoint in one process; set --trainer.devices 1."
             )
-        self.model.spec.check()
-        self.model.check_targets(self.datamodule)
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, TokenByToken):
-                callback.check(self.model)
         if self.models is not None:
             if self.subcommand == "predict" and self.model.recovery.needs_language_model:
                 self.model.use(*self.models.load_with_head(self.model.spec))

@@ -57,7 +57,7 @@ def read_stored_input(path: Path, asked: dict[str, Any], parts: Sequence[str]) -
         InputError: it cannot be read, holds no input, or is of a fit with other settings.
     """
     checkpoint = read_checkpoint(path)
-    if "batch" not in checkpoint:
+    if "state" not in checkpoint:
         raise InputError(f"--ckpt_path {str(path)!r} holds no input; name a checkpoint of a fit.")
     settings = path.parent.parent / FITTED
     if settings.exists():
@@ -119,7 +119,7 @@ def unfinished_checkpoint(path: Path, trainer: Trainer) -> str | None:
             raise
         _LOG.warning("%s is no whole checkpoint; its batch begins again.", mine)
         return None
-    running = set(checkpoint.get("batch", {}).get("index", ()))
+    running = set(checkpoint.get("state", {}).get("batch", {}).get("index", ()))
     rows = {row.index for row in read_rows(path.parent.parent / FILE)}
     return None if running <= rows or checkpoint.get(ENDED, False) else mine
 

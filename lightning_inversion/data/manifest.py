@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.results import has_type
+from lightning_inversion.results import check_of
 from lightning_inversion.transformer.loading import TransformerSpec
 
 LAYER = "output of block depth, Hugging Face hidden_states[depth] (the last after the final norm \
@@ -100,7 +100,7 @@ def _wrong_types(record: Any) -> str | None:
     for key, value in record.items():
         if key not in types:
             return f"has a key {key!r}; the keys are {', '.join(types)}."
-        if not has_type(value, types[key]):
+        if not check_of(types[key])(value):
             written = json.dumps(value)
             short = written if len(written) < 60 else f"{written[:60]}..."
             return f"has {key} {short}; {WAYS_OUT.get(key, 'leave it out')}."
@@ -124,7 +124,7 @@ def _wrong_values(manifest: Manifest) -> str | None:
     if not isinstance(transformer.get("weights_sha256", ""), str):
         return "has a transformer.weights_sha256 that is no string; leave it out."
     storage = manifest.storage
-    if not all(k in _STORAGE and has_type(value, _STORAGE[k]) for k, value in storage.items()):
+    if not all(k in _STORAGE and check_of(_STORAGE[k])(value) for k, value in storage.items()):
         return f"has storage {json.dumps(storage)}; {WAYS_OUT['storage']}."
     if not 0 <= storage.get("noise", 0) < float("inf"):
         return f"has storage.noise {storage['noise']!r}; write a standard deviation, 0 or more."

@@ -1,4 +1,4 @@
-"""Continuous stand-ins for the next token, moved by the gradient, as a candidate order."""
+"""Continuous stand-ins for the next token, moved by the gradient, as a proposer."""
 
 from __future__ import annotations
 
@@ -8,115 +8,142 @@ from torch.nn.functional import cosine_similarity
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.proposals import Proposer
-from lightning_inversion.recovery.search import PrefixSearch
+from lightning_inversion.recovery.search import PrefixSearch, Proposals
 
 
 class GradientProxy(Proposer):
     """Tokens near an embedding that descends towards the target's features.
 
-    When a first round of candidates has failed, one proxy starts at the corrected linear guess and
+    Where a first round of candidates has failed, one proxy starts at the corrected linear guess and
     moves a few steps of Adam in each round, on the cosine distance of standardised features. If it
-    finds nothing, many start together: half of them at the wrong candidates whose features came
+    finds nothing, several start together: half of them at the wrong candidates whose features came
     closest to the target, from where a hard token is found twice as often as from a random one, and
-    half at random tokens, so that no start is only ever the last one's neighbour. Prefixes are kept
-    and proxies lie side by side, so a step runs one token for each.
+    half at random tokens. Prefixes are kept and proxies lie side by side, so that a step runs one
+    token for each.
 
     Args:
         steps: steps in each round.
-        learning_rate: in units of the embedding's spread.
-        alone: rounds after which the first proxy is joined by the others.
+        learning_rate: in std of the embedding.
+        rounds_alone: rounds after which the first proxy is joined by the others.
         restart: rounds after which proxies that found nothing start again.
         proxies: how many start together.
-        sharpness: weight of the squared distance to the nearest proxy, in units of the embedding's
-            spread, in the log-likelihood.
+        nearness: weight of the squared distance to the nearest proxy, in std of the embedding, in
+            the log-likelihood.
     """
+
+    needs_evidence = True
 
     def __init__(
         self,
         steps: int = 5,
         learning_rate: float = 0.6,
-        alone: int = 2,
+        rounds_alone: int = 2,
         restart: int = 6,
         proxies: int = 8,
-        sharpness: float = 0.15,
+        nearness: float = 0.15,
     ) -> None:
-        if min(steps, alone, restart, proxies) < 1 or min(learning_rate, sharpness) <= 0:
+        if min(steps, rounds_alone, restart, proxies) < 1 or min(learning_rate, nearness) <= 0:
             raise InputError(
-                "--model.recovery: steps, alone, restart and proxies must be at least 1, "
-                f"learning_rate and sharpness positive; they are {steps}, {alone}, {restart}, "
-                f"{proxies}, {learning_rate} and {sharpness}."
+                "--model.recovery: steps, rounds_alone, restart and proxies must be at least 1, "
+                f"learning_rate and nearness positive; they are {steps}, {rounds_alone}, "
+                f"{restart}, {proxies}, {learning_rate} and {nearness}."
             )
-        self.steps, self.learning_rate, self.alone = steps, learning_rate, alone
-        self.restart, self.proxies, self.sharpness = restart, proxies, sharpness
+        self.steps, self.learning_rate, self.rounds_alone = steps, learning_rate, rounds_alone
+        self.restart, self.proxies, self.nearness = restart, proxies, nearness
 
-    def begin(self, search: PrefixSearch) -> None:
-        """Room for the proxies of each text."""
-        shape = (search.rows, self.proxies, search.transformer.embedding.width)
-        device = search.target.device
-        self._proxy, self._mean, self._square = (torch.zeros(shape, device=device) for _ in "pms")
-        self._taken = torch.zeros(search.rows, dtype=torch.long, device=device)
+    def begin(self, search: PrefixSearch) -> Proposals:
+        return DescendingProxies(search, self)
+
+
+class DescendingProxies(Proposals):
+    """The proxies of a batch.
+
+    Attributes:
+        proxies: ``[B, P, D]``.
+    """
+
+    def __init__(self, search: PrefixSearch, settings: GradientProxy) -> None:
+        super().__init__(search, settings.name)
+        self._settings = settings
+        rows, device = len(search.target), search.target.device
+        shape = (rows, settings.proxies, search.transformer.embedding.width)
+        self.proxies, self._mean, self._square = (
+            torch.zeros(shape, device=device) for _ in range(3)
+        )
+        self._taken = torch.zeros(rows, dtype=torch.long, device=device)
         self._random = torch.Generator().manual_seed(0)
 
-    def speaks(self, later: bool) -> bool:
-        """Once a first round has shown where to start."""
-        return later
+    def update(self, rows: Tensor) -> None:
+        """Start the proxies of a new position, and move those of an old one by some steps."""
+        for members, count in self._by_count(rows):
+            rounds = self.search.rounds[members]
+            self._start_alone(members[rounds <= 1])
+            joined = rounds - 1 - self._settings.rounds_alone
+            again = (joined >= 0) & (joined % self._settings.restart == 0)
+            self._start_together(members[again])
+            moving = members[rounds > 0]
+            if len(moving):
+                for _ in range(self._settings.steps):
+                    self._step(moving, count)
 
-    def scores(self, search: PrefixSearch, rows: Tensor) -> Tensor:
-        """Of the proxies after this round's steps."""
-        alone = search.rounds[rows] <= self.alone
-        scores = torch.empty(len(rows), search.tried.shape[1], device=rows.device)
-        for members, count in ((alone, 1), (~alone, self.proxies)):
+    def scores(self, rows: Tensor) -> Tensor:
+        """By the distance to the nearest proxy."""
+        scores = torch.empty(len(rows), self.search.tried.shape[1], device=rows.device)
+        alone = self._alone(rows)
+        for members, count in ((alone, 1), (~alone, self._settings.proxies)):
             if members.any():
-                scores[members] = self._scores(search, rows[members], count)
+                scores[members] = self._nearness(rows[members], count)
         return scores
 
-    def _scores(self, search: PrefixSearch, rows: Tensor, count: int) -> Tensor:
-        rounds = search.rounds[rows]
-        self._start_alone(search, rows[rounds <= 1])
-        joined = rounds - 1 - self.alone
-        self._start_together(search, rows[(joined >= 0) & (joined % self.restart == 0)])
-        moving = rows[rounds > 0]
-        if len(moving):
-            for _ in range(self.steps):
-                self._step(search, moving, count)
-        embedding, tried = search.transformer.embedding, search.tried[rows]
+    def _alone(self, rows: Tensor) -> Tensor:
+        return self.search.rounds[rows] <= self._settings.rounds_alone
+
+    def _by_count(self, rows: Tensor) -> list[tuple[Tensor, int]]:
+        """Rows with one proxy, and rows with all of them."""
+        alone = self._alone(rows)
+        groups = ((rows[alone], 1), (rows[~alone], self._settings.proxies))
+        return [(members, count) for members, count in groups if len(members)]
+
+    def _nearness(self, rows: Tensor, count: int) -> Tensor:
+        embedding, tried = self.search.transformer.embedding, self.search.tried[rows]
         nearest = torch.full(tried.shape, -torch.inf, device=rows.device)
-        for proxy in self._proxy[rows, :count].unbind(1):
+        for proxy in self.proxies[rows, :count].unbind(1):
             near = (embedding.dot(proxy) - embedding.norms.square() / 2).masked_fill_(tried, -1e9)
             # Each proxy's nearest untried token is as good as another's: one that has come to rest
             # beside a wrong token must not hide what the others are near to.
             nearest = torch.maximum(nearest, near - near.amax(1, keepdim=True))
-        return nearest * (2 * self.sharpness / embedding.std**2)
+        return nearest * (2 * self._settings.nearness / embedding.std**2)
 
-    def _start_alone(self, search: PrefixSearch, rows: Tensor) -> None:
+    def _start_alone(self, rows: Tensor) -> None:
         """The first proxy starts at the guess."""
         if len(rows):
-            self._proxy[rows, 0] = search.guess(rows)
-            self._forget(rows)
+            self.proxies[rows, 0] = self.search.guess(rows)
+            self._reset(rows)
 
-    def _start_together(self, search: PrefixSearch, rows: Tensor) -> None:
-        """Half of the proxies start where a candidate came close, half anywhere."""
+    def _start_together(self, rows: Tensor) -> None:
+        """Half of the proxies start where a candidate came close, half at random tokens."""
         if not len(rows):
             return
-        embedding = search.transformer.embedding
-        near = search.closest(rows, (self.proxies + 1) // 2)
-        size = (len(rows), self.proxies - near.shape[1])
-        anywhere = torch.randint(embedding.vocabulary_size, size, generator=self._random)
-        self._proxy[rows] = torch.cat([near, embedding(anywhere.to(rows.device))], dim=1)
-        self._forget(rows)
+        embedding, proxies = self.search.transformer.embedding, self._settings.proxies
+        near = self.search.closest(rows, (proxies + 1) // 2)
+        size = (len(rows), proxies - near.shape[1])
+        random = torch.randint(embedding.vocabulary_size, size, generator=self._random)
+        self.proxies[rows] = torch.cat([near, embedding(random.to(rows.device))], dim=1)
+        self._reset(rows)
 
-    def _forget(self, rows: Tensor) -> None:
+    def _reset(self, rows: Tensor) -> None:
         self._mean[rows] = self._square[rows] = 0.0
         self._taken[rows] = 0
 
-    def _step(self, search: PrefixSearch, rows: Tensor, count: int) -> None:
+    def _step(self, rows: Tensor, count: int) -> None:
         """One step of Adam for the first ``count`` proxies of each row."""
+        search, probe = self.search, self.search.probe
         positions = search.positions(rows)
-        target = search.probe.standardize(search.target_at(rows), positions)[:, None]
+        target = probe.standardize(search.target_at(rows), positions)[:, None]
         with torch.enable_grad():
-            leaf = self._proxy[rows, :count].requires_grad_()
+            leaf = self.proxies[rows, :count].requires_grad_()
             features = search.prefix.candidates(rows, leaf)
-            standard = search.probe.standardize(features, positions[:, None].expand(-1, count))
+            standard = probe.standardize(features, positions[:, None].expand(-1, count))
             distance = 1 - cosine_similarity(standard, target, dim=-1)
             (gradient,) = torch.autograd.grad(distance.sum(), leaf)
         self._taken[rows] += 1
@@ -125,5 +152,5 @@ class GradientProxy(Proposer):
         square = self._square[rows, :count].lerp(gradient.square(), 0.001)
         self._mean[rows, :count], self._square[rows, :count] = mean, square
         direction = (mean / (1 - 0.9**taken)) / ((square / (1 - 0.999**taken)).sqrt() + 1e-12)
-        rate = self.learning_rate * search.transformer.embedding.std
-        self._proxy[rows, :count] -= rate * direction
+        rate = self._settings.learning_rate * search.transformer.embedding.std
+        self.proxies[rows, :count] -= rate * direction

@@ -1,91 +1,64 @@
-"""Which token to try next: candidate orders, and what they know."""
+"""Proposers: what each of them ranks tokens by, and how several are combined.
+
+A proposer is a description that a YAML file can hold. ``begin`` puts it to work on one batch and
+returns its ``Proposals``, which hold all that changes.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.search import PrefixSearch
+from lightning_inversion.files import cached_folder
+from lightning_inversion.recovery.search import Candidates, PrefixSearch, Proposals, best_untried
+from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.transformer.embedding import best_tokens
+from lightning_inversion.transformer.language_model import Continuations
 
-
-@dataclass(frozen=True)
-class Candidates:
-    """Tokens to try.
-
-    Attributes:
-        ids: ``[R, K]``, the most likely first; ``[R, W, K]`` for W places.
-        orders: the name of the order that each column comes from.
-    """
-
-    ids: Tensor
-    orders: tuple[str, ...]
+_log = logging.getLogger(__name__)
+NEARNESS = 0.15
+"""Weight of the squared distance to a token, in std of the embedding, in its log-likelihood."""
 
 
 class Proposer(ABC):
-    """Ranks the whole vocabulary for the next token of each text.
+    """Ranks the whole vocabulary for the next token of each prompt.
 
-    A subclass gives `scores`, and what it needs: state of its own begins with `begin`, hears of
-    each token that is settled by `advance`, and of one that was wrong by `take_back`. Your own
-    class, given by its ``class_path``, is as good as ours.
+    Any subclass can be selected by its ``class_path``; ``Exhaustive`` is the shortest one. A
+    proposer ranks all tokens, so that a bad one costs time and never a right token. It holds
+    settings only, so that one object serves several recoveries at once.
+
+    Attributes:
+        needs_language_model: whether it uses the whole model with its head.
+        needs_evidence: whether it has candidates only where a first round at a position has failed.
     """
 
     needs_language_model: bool = False
+    needs_evidence: bool = False
 
     @property
     def name(self) -> str:
-        """How certificates call it."""
+        """The name in certificates and result rows."""
         return type(self).__name__
 
-    def begin(self, search: PrefixSearch) -> None:  # noqa: B027 - most have no state
-        """A batch of texts begins."""
-
-    def advance(self, rows: Tensor, ids: Tensor) -> None:  # noqa: B027
-        """Each of ``rows`` [R] goes on with its token of ``ids`` [R]."""
-
-    def take_back(self, rows: Tensor) -> None:  # noqa: B027
-        """The last token of each of ``rows`` [R] was wrong after all; another one will follow."""
-
-    def speaks(self, later: bool) -> bool:
-        """Whether a mixture should listen, in the first round at a place or in the later ones."""
-        return True
-
-    def ahead(
-        self, search: PrefixSearch, rows: Tensor, width: int, count: int
-    ) -> Candidates | None:
-        """The ``count`` best tokens of each of the next ``width`` places.
-
-        None, as here, where the tokens in between must be known to say anything. A place may lie
-        behind a text's end: what is said of it is ignored.
-        """
-        return None
-
     @abstractmethod
-    def scores(self, search: PrefixSearch, rows: Tensor) -> Tensor:
-        """``[R, V]`` log-likelihood of each token, up to a constant a row."""
-
-    def propose(self, search: PrefixSearch, rows: Tensor, count: int) -> Candidates:
-        """The ``count`` best tokens that were not tried yet."""
-        ids = best_untried(self.scores(search, rows), search.tried[rows], count)
-        return Candidates(ids, (self.name,) * ids.shape[1])
+    def begin(self, search: PrefixSearch) -> Proposals:
+        """Start to work on the batch of ``search``."""
 
 
-def best_untried(scores: Tensor, tried: Tensor, count: int) -> Tensor:
-    """``[R, count]`` the untried tokens with the best of scores ``[R, V]``.
-
-    A row with fewer left repeats tried ones at its end.
-    """
-    scores = scores.masked_fill(tried, -torch.inf)
-    return best_tokens(scores, min(count, scores.shape[1])).indices
-
-
-def with_surprise(log_probabilities: Tensor, share: float) -> Tensor:
-    """Log-probabilities ``[R, V]`` of which a share is spread evenly, so that nothing is ruled out.
+def mix_with_uniform(log_probabilities: Tensor, share: float) -> Tensor:
+    """Log-probabilities ``[R, V]`` with a share of the probability spread evenly.
 
     Args:
         log_probabilities: normalised.
@@ -100,79 +73,286 @@ def with_surprise(log_probabilities: Tensor, share: float) -> Tensor:
 class Exhaustive(Proposer):
     """Every token in the order of its id: brute force."""
 
-    def scores(self, search: PrefixSearch, rows: Tensor) -> Tensor:
-        """The lower the id, the sooner."""
-        V = search.tried.shape[1]
+    def begin(self, search: PrefixSearch) -> Proposals:
+        return _InOrderOfId(search, self.name)
+
+
+class _InOrderOfId(Proposals):
+    def scores(self, rows: Tensor) -> Tensor:
+        V = self.search.tried.shape[1]
         return -torch.arange(V, device=rows.device, dtype=torch.float32).expand(len(rows), V)
 
 
-class Mixture(Proposer):
-    """Several orders together: the sum of what they know, and each one's own favourites.
+# -- the language model's prior --------------------------------------------------------------
 
-    Orders fail on different tokens. Their log-likelihoods are added (a product of experts, Hinton
-    2002), which ranks highest what all find likely; from the second round at a place on, a share
-    of the places goes to each order's own best, so that none can hide what another sees.
+
+class LanguageModelPrior(Proposer):
+    """Tokens by their probability after the tokens found so far.
+
+    At position 0 all tokens are alike.
 
     Args:
-        orders: the parts.
-        alone: the share of a later round's candidates, between 0 and 1, that they name alone.
+        uniform_share: the share of the probability that is spread evenly over the vocabulary, so
+            that a prompt which the model finds absurd can be recovered too.
     """
 
-    def __init__(self, orders: list[Proposer], alone: float = 0.5) -> None:
-        if not orders or not 0 <= alone <= 1:
+    needs_language_model = True
+
+    def __init__(self, uniform_share: float = 0.05) -> None:
+        if not 0 < uniform_share < 1:
             raise InputError(
-                "--model.recovery: a mixture needs one order or more, and alone between 0 and 1; "
-                f"it has {len(orders)} and {alone}."
+                f"--model.recovery: uniform_share must lie between 0 and 1, and is {uniform_share}."
             )
-        self.orders, self.alone = orders, alone
-        self.needs_language_model = any(order.needs_language_model for order in orders)
+        self.uniform_share = uniform_share
+
+    def begin(self, search: PrefixSearch) -> Proposals:
+        return _Prior(search, self.name, self.uniform_share)
+
+
+class _Prior(Proposals):
+    def __init__(self, search: PrefixSearch, name: str, uniform_share: float) -> None:
+        super().__init__(search, name)
+        language_model = search.measurements.language_model
+        assert language_model is not None
+        rows, device = len(search.target), search.target.device
+        self._uniform_share = uniform_share
+        self._continuations = Continuations(language_model, rows)
+        self._begun = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    def accept(self, rows: Tensor, ids: Tensor) -> None:
+        self._continuations.append(rows, ids)
+        self._begun[rows] = True
+
+    def take_back(self, rows: Tensor) -> None:
+        self._continuations.drop_last(rows)
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """log of (1 - share) p + share / V."""
+        scores = torch.zeros(len(rows), self.search.tried.shape[1], device=rows.device)
+        begun = self._begun[rows]
+        if begun.any():
+            chances = self._continuations.log_probabilities(rows[begun]).to(rows.device)
+            scores[begun] = mix_with_uniform(chances, self._uniform_share)
+        return scores
+
+
+# -- vectors that a fit has optimised --------------------------------------------------------
+
+
+class NearestToInput(Proposals):
+    """Tokens near the vectors of an optimised input.
+
+    Args:
+        search: of the batch.
+        vectors: ``[B, T, D]``; nan where there are none: behind a prompt's end, and for all of a
+            prompt that the fit did not have.
+    """
+
+    def __init__(self, search: PrefixSearch, vectors: Tensor) -> None:
+        super().__init__(search, type(self).__name__)
+        self.vectors = vectors
+
+    def scores(self, rows: Tensor) -> Tensor:
+        return self._nearness(self.vectors[rows, self.search.positions(rows)])
+
+    def ahead(self, rows: Tensor, width: int, count: int) -> Candidates | None:
+        """Where each of the prompts has vectors: a prompt has all of them or none."""
+        last = self.vectors.shape[1] - 1
+        positions = self.search.positions(rows)[:, None] + torch.arange(width, device=rows.device)
+        vectors = self.vectors[rows[:, None], positions.clamp(max=last)]
+        if vectors[:, 0].isnan().any():
+            return None
+        ids = [best_tokens(self._nearness(some), count).indices for some in vectors.unbind(1)]
+        return Candidates(torch.stack(ids, dim=1), (self.name,) * count)
+
+    def _nearness(self, vectors: Tensor) -> Tensor:
+        embedding = self.search.transformer.embedding
+        given = ~vectors.isnan().any(dim=1, keepdim=True)
+        near = embedding.dot(vectors.nan_to_num()) - embedding.norms.square() / 2
+        return torch.where(given, near * (2 * NEARNESS / embedding.std**2), 0.0)
+
+
+# -- position 0 ------------------------------------------------------------------------------
+
+
+class FirstTokenScan(Proposer):
+    """Tokens whose features as the first token of a prompt are close to the target's.
+
+    A first token sees no other, so its features follow from the token alone. All are computed once
+    for a model and a depth and kept in the cache folder, projected onto random directions. The
+    language model expects nothing at this position, and its activations are massive.
+    """
+
+    def begin(self, search: PrefixSearch) -> Proposals:
+        return _NearestFirst(search, self.name)
+
+
+class _NearestFirst(Proposals):
+    def __init__(self, search: PrefixSearch, name: str) -> None:
+        super().__init__(search, name)
+        scan = search.measurements.derived(FirstTokenFeatures)
+        self._directions = scan.directions.to(search.target.device)
+        self._projected = scan.projected.to(search.target.device)
+
+    def scores(self, rows: Tensor) -> Tensor:
+        search = self.search
+        target = search.probe.standardize(search.target_at(rows), search.positions(rows))
+        return -torch.cdist(target @ self._directions, self._projected)
+
+
+class FirstTokenFeatures:
+    """The standardised features of each token as a prompt of its own, projected to ``[V, 64]``.
+
+    Attributes:
+        directions: ``[F, 64]`` random directions, the same in every run.
+        projected: ``[V, 64]``.
+    """
+
+    DIRECTIONS = 64
+    """Enough to tell tokens apart, and small."""
+    AT_A_TIME = 1024
+    FILE = "first_tokens.safetensors"
+
+    def __init__(self, directions: Tensor, projected: Tensor) -> None:
+        self.directions, self.projected = directions, projected
+
+    @classmethod
+    def of(cls, measurements: Measurements) -> FirstTokenFeatures:
+        """Read them from the cache folder, or compute them once for a model and depth."""
+        transformer, probe = measurements.transformer, measurements.probe
+        features = transformer.feature_size
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(features, min(cls.DIRECTIONS, features), generator=generator)
+        directions = drawn / features**0.5
+        described = json.dumps(transformer.description, sort_keys=True)
+        std = probe.std[0].cpu().numpy().tobytes()
+        key = hashlib.sha256(described.encode() + std).hexdigest()[:24]
+
+        def build(folder: Path) -> None:
+            save_file({"scan": cls._scan(measurements, directions)}, folder / cls.FILE)
+
+        folder = cached_folder(f"first-tokens-{key}", build, lambda f: (f / cls.FILE).exists())
+        return cls(directions, load_file(folder / cls.FILE)["scan"])
+
+    @classmethod
+    @torch.no_grad()
+    def _scan(cls, measurements: Measurements, directions: Tensor) -> Tensor:
+        transformer, probe = measurements.transformer, measurements.probe
+        ids = torch.arange(transformer.embedding.vocabulary_size, device=transformer.device)
+        directions = directions.to(transformer.device)
+        parts = []
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            _log.info("scanning the vocabulary for first tokens, once for this model and depth ...")
+        for chunk in track(
+            torch.split(ids, cls.AT_A_TIME),
+            "scanning first tokens",
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,  # it would leave an empty line in a file
+        ):
+            features = transformer.features_of(chunk[:, None])
+            first = torch.zeros(len(chunk), 1, dtype=torch.long, device=chunk.device)
+            parts.append((probe.standardize(features, first)[:, 0] @ directions).cpu())
+        return torch.cat(parts)
+
+
+# -- several together ------------------------------------------------------------------------
+
+
+class Mixture(Proposer):
+    """Several proposers together: the sum of their log-likelihoods, and each one's own best.
+
+    Proposers fail on different tokens. Their sum (a product of experts, Hinton 2002) ranks highest
+    what all find likely. From the second round at a position on, a share of the candidates is each
+    proposer's own best, so that none can hide what another finds.
+
+    Args:
+        proposers: the parts.
+        share_alone: the share of a later round's candidates, between 0 and 1, that the parts name
+            alone.
+    """
+
+    def __init__(self, proposers: list[Proposer], share_alone: float = 0.5) -> None:
+        if not proposers or not 0 <= share_alone <= 1:
+            raise InputError(
+                "--model.recovery: a mixture needs one proposer or more, and share_alone between "
+                f"0 and 1; it has {len(proposers)} and {share_alone}."
+            )
+        self.proposers, self.share_alone = proposers, share_alone
+        self.needs_language_model = any(part.needs_language_model for part in proposers)
 
     @property
     def name(self) -> str:
-        """The parts'."""
-        return "+".join(order.name for order in self.orders)
+        """The names of the parts."""
+        return "+".join(part.name for part in self.proposers)
 
-    def begin(self, search: PrefixSearch) -> None:
-        """Every part begins."""
-        for order in self.orders:
-            order.begin(search)
+    def begin(self, search: PrefixSearch) -> Proposals:
+        parts = [part.begin(search) for part in self.proposers]
+        later = [part.needs_evidence for part in self.proposers]
+        return MixedProposals(search, parts, later, self.share_alone)
 
-    def advance(self, rows: Tensor, ids: Tensor) -> None:
-        """Every part hears of it."""
-        for order in self.orders:
-            order.advance(rows, ids)
+
+class MixedProposals(Proposals):
+    """A mixture at work; see ``Mixture``.
+
+    Args:
+        search: of the batch.
+        parts: the proposals that are mixed.
+        later: which of them have no part in the first round at a position.
+        share_alone: the share of a later round's candidates that the parts name alone.
+    """
+
+    def __init__(
+        self,
+        search: PrefixSearch,
+        parts: Sequence[Proposals],
+        later: Sequence[bool],
+        share_alone: float,
+    ) -> None:
+        super().__init__(search, "+".join(part.name for part in parts))
+        self.parts, self.later, self.share_alone = list(parts), list(later), share_alone
+
+    def update(self, rows: Tensor) -> None:
+        for part in self._ready(rows):
+            part.update(rows)
+
+    def accept(self, rows: Tensor, ids: Tensor) -> None:
+        for part in self.parts:
+            part.accept(rows, ids)
 
     def take_back(self, rows: Tensor) -> None:
-        """Every part hears of it."""
-        for order in self.orders:
-            order.take_back(rows)
+        for part in self.parts:
+            part.take_back(rows)
 
-    def ahead(
-        self, search: PrefixSearch, rows: Tensor, width: int, count: int
-    ) -> Candidates | None:
-        """Those of the first part that can say."""
-        parts = (order.ahead(search, rows, width, count) for order in self.orders)
-        return next((part for part in parts if part is not None), None)
+    def ahead(self, rows: Tensor, width: int, count: int) -> Candidates | None:
+        """Those of the first part that has some."""
+        found = (part.ahead(rows, width, count) for part in self.parts)
+        return next((candidates for candidates in found if candidates is not None), None)
 
-    def scores(self, search: PrefixSearch, rows: Tensor) -> Tensor:
-        """The sum of the parts'."""
-        later = bool((search.rounds[rows] > 0).all())
-        return torch.stack(
-            [order.scores(search, rows) for order in self.orders if order.speaks(later)]
-        ).sum(0)
+    def scores(self, rows: Tensor) -> Tensor:
+        return torch.stack([part.scores(rows) for part in self._ready(rows)]).sum(0)
 
-    def propose(self, search: PrefixSearch, rows: Tensor, count: int) -> Candidates:
+    def propose(self, rows: Tensor, count: int) -> Candidates:
         """Most by the sum, the rest by each part alone."""
-        later = bool((search.rounds[rows] > 0).all())
-        speaking = [order for order in self.orders if order.speaks(later)]
-        parts = [order.scores(search, rows) for order in speaking]
-        tried = search.tried[rows]
-        each = int(self.alone * count / len(parts)) if later else 0
-        chosen = [best_untried(torch.stack(parts).sum(0), tried, count - each * len(parts))]
-        names = ["+".join(order.name for order in speaking)] * chosen[0].shape[1]
-        for order, scores in zip(speaking, parts, strict=True):
+        ready = self._ready(rows)
+        scores = [part.scores(rows) for part in ready]
+        tried = self.search.tried[rows]
+        each = int(self.share_alone * count / len(ready)) if self._later(rows) else 0
+        chosen = [best_untried(torch.stack(scores).sum(0), tried, count - each * len(ready))]
+        names = ["+".join(part.name for part in ready)] * chosen[0].shape[1]
+        for part, own in zip(ready, scores, strict=True):
             if each:
                 tried = tried.scatter(1, chosen[-1], True)
-                chosen.append(best_untried(scores, tried, each))
-                names += [order.name] * chosen[-1].shape[1]
+                chosen.append(best_untried(own, tried, each))
+                names += [part.name] * chosen[-1].shape[1]
         return Candidates(torch.cat(chosen, dim=1), tuple(names))
+
+    def _later(self, rows: Tensor) -> bool:
+        return bool((self.search.rounds[rows] > 0).all())
+
+    def _ready(self, rows: Tensor) -> list[Proposals]:
+        later = self._later(rows)
+        return [
+            part for part, waits in zip(self.parts, self.later, strict=True) if later or not waits
+        ]

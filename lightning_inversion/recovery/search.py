@@ -1,36 +1,59 @@
-"""Where the recovery of a batch of texts stands: what is known, and what was tried."""
+"""The one search behind ``fit`` and ``predict``: propose, run, verify, move on or go back.
+
+``PrefixSearch`` holds where each prompt of a batch stands. A ``Proposals`` object names candidates
+for the next token; ``step`` runs them behind the tokens found so far and compares their features
+with the target.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from lightning_inversion.recovery.measurements import Measurements
 from torch import Tensor
 
+from lightning_inversion.recovery.verification import Measurements
+from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.prefix import KnownPrefix
 
 _KEPT = 16
-"""Wrong candidates that correct the guess, the closest ones."""
-_STATE = ("tried", "count", "rounds", "reach", "_errors", "_closest", "_corrected")
+"""How many of the wrong candidates that came closest are kept at a position."""
+_STORED = ("tried", "count", "rounds", "reach", "_errors", "_closest", "_corrected")
 _FARTHEST = 64
-"""Places of one run at most, and of the first."""
+"""The most positions that are run together, and the number for a new prompt."""
+_CANDIDATES_OF_A_FORWARD = 4096
+"""Candidates of one forward over all rows, which bounds the memory."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Tokens to run.
+
+    Attributes:
+        ids: ``[R, K]``, the most likely first; ``[R, W, K]`` for W positions.
+        proposers: the name of the proposer of each of the K columns.
+    """
+
+    ids: Tensor
+    proposers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What running candidates has shown, for the rows they were run for.
+    """What running candidates at one position has shown.
 
     Attributes:
-        rows: ``[R]``.
+        rows: ``[R]`` rows of the batch.
         ids: ``[R, K]`` the candidates.
-        residuals: ``[R, K]`` how far each is from the target, see ``Calibration``.
-        threshold: ``[R]`` the residual up to which one is verified.
-        best: ``[R]`` the candidate that came closest.
-        verified: ``[R]`` bool, True where it is verified: the row has gone on behind it.
-        tried: ``[R]`` tokens run at this place so far, these among them.
-        again: True where an earlier trial has counted the forward that showed this.
+        residuals: ``[R, K]`` distance of each candidate to the target, see ``Calibration``.
+        threshold: ``[R]`` the residual up to which a candidate is verified.
+        best: ``[R]`` the candidate with the smallest residual.
+        verified: ``[R]`` bool; the search of such a row has moved on behind ``best``.
+        tried: ``[R]`` tokens run at this position so far, these included.
+        proposers: the proposer of each column of ``ids``.
+        same_forward: True where an earlier trial has counted the forward.
     """
 
     rows: Tensor
@@ -40,24 +63,72 @@ class Trial:
     best: Tensor
     verified: Tensor
     tried: Tensor
-    again: bool = False
+    proposers: tuple[str, ...] = ()
+    same_forward: bool = False
+
+
+class Proposals(ABC):
+    """A proposer at work on one batch: it ranks the vocabulary for the next token of each prompt.
+
+    Args:
+        search: of the batch.
+        name: the proposer's, as certificates show it.
+    """
+
+    def __init__(self, search: PrefixSearch, name: str) -> None:
+        self.search, self.name = search, name
+
+    def update(self, rows: Tensor) -> None:  # noqa: B027 - most need nothing
+        """A round begins for ``rows`` [R]: use what earlier rounds have shown."""
+
+    def accept(self, rows: Tensor, ids: Tensor) -> None:  # noqa: B027
+        """Each of ``rows`` [R] continues with its token of ``ids`` [R]."""
+
+    def take_back(self, rows: Tensor) -> None:  # noqa: B027
+        """The last token of each of ``rows`` [R] was wrong; another one will follow."""
+
+    def ahead(self, rows: Tensor, width: int, count: int) -> Candidates | None:
+        """The ``count`` best tokens of each of the next ``width`` positions.
+
+        None where the tokens in between must be known. A position may lie behind a prompt's end;
+        its candidates are ignored.
+        """
+        return None
+
+    @abstractmethod
+    def scores(self, rows: Tensor) -> Tensor:
+        """Log-likelihood ``[R, V]`` of each token, up to a constant a row. Changes nothing."""
+
+    def propose(self, rows: Tensor, count: int) -> Candidates:
+        """The ``count`` best tokens that were not tried yet."""
+        ids = best_untried(self.scores(rows), self.search.tried[rows], count)
+        return Candidates(ids, (self.name,) * ids.shape[1])
+
+
+def best_untried(scores: Tensor, tried: Tensor, count: int) -> Tensor:
+    """The untried tokens ``[R, count]`` with the best of scores ``[R, V]``.
+
+    A row with fewer left repeats tried ones at its end.
+    """
+    scores = scores.masked_fill(tried, -torch.inf)
+    return best_tokens(scores, min(count, scores.shape[1])).indices
 
 
 class PrefixSearch:
-    """The next unknown token of each of B texts.
+    """The next unknown token of each of B prompts.
 
     Args:
         measurements: of the model.
         target: ``[B, T, F]`` features to reproduce.
-        prefix: where its known tokens are kept; default a new one.
+        prefix: keeps the keys and values of the tokens found; default a new one.
 
     Attributes:
-        prefix: the tokens known so far.
+        prefix: the tokens found so far.
         tried: ``[B, V]`` bool, tokens that were run at the row's position.
         count: ``[B]`` how many these are.
-        rounds: ``[B]`` rounds of candidates at the row's position alone.
-        reach: ``[B]`` for how many places first guesses are worth running together: twice as many
-            as before where all were right, else half.
+        rounds: ``[B]`` rounds of candidates at the row's position.
+        reach: ``[B]`` how many positions are worth running together: twice as many as before where
+            all first candidates were right, else half.
     """
 
     def __init__(
@@ -76,38 +147,35 @@ class PrefixSearch:
         self._corrected = torch.zeros_like(self._closest)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold, beside the prefix, to go on from here."""
-        return {name: getattr(self, name) for name in _STATE}
+        """What a checkpoint holds, beside the tokens found, to continue from here."""
+        return {name: getattr(self, name) for name in _STORED}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from ``state``."""
-        for name in _STATE:
+        """Continue from ``state``."""
+        for name in _STORED:
             setattr(self, name, state[name].to(self.target.device))
 
-    @property
-    def rows(self) -> int:
-        """B."""
-        return len(self.target)
+    # -- where a row stands ------------------------------------------------------------------
 
     def positions(self, rows: Tensor) -> Tensor:
-        """``[R]`` where each row's next token stands."""
+        """The position ``[R]`` of each row's next token."""
         return self.prefix.lengths[rows]
 
     def target_at(self, rows: Tensor) -> Tensor:
-        """``[R, F]`` what each row's next token must reproduce."""
+        """The features ``[R, F]`` that each row's next token must reproduce."""
         return self.target[rows, self.positions(rows)]
 
     def linear_guess(self, rows: Tensor) -> Tensor:
-        """``[R, D]`` what the probe makes of the target."""
+        """The linear probe's embedding ``[R, D]`` of each row's next token."""
         return self.probe(self.target_at(rows), self.positions(rows))
 
     def guess(self, rows: Tensor) -> Tensor:
-        """``[R, D]`` the linear guess, corrected by the wrong candidates that came closest.
+        """The linear guess ``[R, D]``, corrected by the wrong candidates that came closest.
 
-        Each wrong candidate shows by how much the probe misses in this context: what the probe
-        makes of such a token on average, plus its difference between target and candidate, is a
-        guess without that miss (a secant step). The closer a candidate came, the more it counts.
-        A first token has no context, so that what another one shows says nothing of it.
+        Each wrong candidate shows by how much the probe misses in this context: the probe's mean
+        guess for such a token, plus its difference between target and candidate, is a guess
+        without that miss (a secant step). Closer candidates weigh more. A first token has no
+        context, so its guess is not corrected.
         """
         errors = self._errors[rows]
         known = torch.isfinite(errors)
@@ -120,86 +188,142 @@ class PrefixSearch:
         return torch.where(in_context[:, None], corrected, self.linear_guess(rows))
 
     def closest(self, rows: Tensor, count: int) -> Tensor:
-        """``[R, K, D]`` embeddings of the wrong candidates that came closest, nearest first.
+        """Embeddings ``[R, K, D]`` of the wrong candidates that came closest, nearest first.
 
-        The corrected guess stands in for those that there are not yet. K is ``count``, or 16.
+        The corrected guess fills the entries that do not exist yet. K is ``count``, or 16.
         """
         known = torch.isfinite(self._errors[rows, :count])[..., None]
         return torch.where(known, self._closest[rows, :count], self.guess(rows)[:, None])
 
-    def try_out(self, rows: Tensor, ids: Tensor) -> Trial:
-        """Run candidates ``[R, K]``; learn from them; go on behind one that is verified."""
-        return next(self.run_ahead(rows, ids[:, None], torch.ones_like(rows)))
+    # -- one round ---------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def run_ahead(self, rows: Tensor, ids: Tensor, left: Tensor) -> Iterator[Trial]:
-        """Run candidates ``[R, W, K]`` of the next W places together (speculative decoding).
+    def step(
+        self,
+        proposals: Proposals,
+        rows: Tensor,
+        sizes: Tensor,
+        remaining: Tensor,
+        at_least: int = 1,
+    ) -> Iterator[Trial]:
+        """Run each row's best untried tokens; rows that are alike are run together.
 
-        Those of a place stand behind the first ones of the places before, and show something as
-        long as these are verified.
+        Where first candidates have been right for several positions in a row, the next positions
+        are run with theirs in one forward (speculative decoding).
 
         Args:
+            proposals: name the candidates.
             rows: ``[R]``.
-            ids: ``[R, W, K]``.
-            left: ``[R]`` places that each has still to find; what is run behind them is ignored.
+            sizes: ``[R]`` candidates of each row.
+            remaining: ``[R]`` positions that each row has still to find.
+            at_least: candidates of each position where several are run together.
 
         Yields:
-            One trial a place, of the rows that have come as far; they have gone on, or have learned
-            that none of these is right.
+            One trial a position. Verified rows have moved on.
+        """
+        # A row's first round at a position may be proposed otherwise than later ones.
+        kinds = torch.stack(
+            [(self.rounds[rows] > 0).long(), sizes, self._widths(rows, remaining)], dim=1
+        )
+        for kind in torch.unique(kinds, dim=0):
+            alike = (kinds == kind).all(dim=1).nonzero()[:, 0]
+            size, widest = int(kind[1]), int(torch.minimum(kind[2], remaining[alike].max()))
+            for some in torch.split(alike, self.transformer.embedding.at_a_time):
+                members = rows[some]
+                proposals.update(members)
+                proposed = self._proposed(proposals, members, size, widest, at_least)
+                ids = proposed.ids.view(len(members), -1, len(proposed.proposers))
+                at_a_time = max(1, _CANDIDATES_OF_A_FORWARD // ids[0].numel())
+                for part in torch.split(torch.arange(len(members), device=rows.device), at_a_time):
+                    trials = self._run(members[part], ids[part], remaining[some[part]])
+                    for trial in trials:
+                        yield replace(trial, proposers=proposed.proposers)
+
+    def run(self, rows: Tensor, ids: Tensor) -> Trial:
+        """Run candidates ``[R, K]`` at each row's next position."""
+        return next(self._run(rows, ids[:, None], torch.ones_like(rows)))
+
+    def accept(self, rows: Tensor, ids: Tensor) -> None:
+        """Move on behind tokens ``[R]`` that nothing verifies."""
+        self.prefix.candidates(rows, self.transformer.embedding(ids[:, None]))
+        self.prefix.keep(rows, torch.zeros_like(rows))
+        self._leave(rows)
+
+    def take_back(self, rows: Tensor) -> None:
+        """Go back: the last token of each of ``rows`` [R] is to be found again."""
+        self.prefix.take_back(rows)
+        self._leave(rows)
+
+    def _widths(self, rows: Tensor, remaining: Tensor) -> Tensor:
+        """Positions ``[R]`` to run together: a power of two, so that many rows are alike."""
+        fresh = self.count[rows] == 0
+        reach = torch.minimum(self.reach[rows], remaining).clamp(min=1)
+        powers = 2 ** reach.double().log2().ceil().long()
+        return torch.where(fresh, powers, 1)
+
+    def _proposed(
+        self, proposals: Proposals, rows: Tensor, size: int, width: int, at_least: int
+    ) -> Candidates:
+        """Candidates of the next ``width`` positions, of fewer, or of the next one."""
+        while width > 1:
+            count = max(at_least, size // width)
+            if self.prefix.reaches(rows, width, count):
+                ahead = proposals.ahead(rows, width, count)
+                return proposals.propose(rows, size) if ahead is None else ahead
+            width //= 2
+        return proposals.propose(rows, size)
+
+    @torch.no_grad()
+    def _run(self, rows: Tensor, ids: Tensor, remaining: Tensor) -> Iterator[Trial]:
+        """Run candidates ``[R, W, K]`` of the next W positions together.
+
+        Candidates of a position stand behind the first ones of the positions before, and show
+        something as long as those are verified. Yields one trial a position, of the rows that came
+        so far.
         """
         W, K = ids.shape[1:]
         features = self.prefix.ahead(rows, self.transformer.embedding(ids))
         each = torch.arange(len(rows), device=rows.device)
         on_course = torch.ones_like(each, dtype=torch.bool)
         came = torch.zeros_like(each)
-        for place in range(W):
+        for offset in range(W):
             some = each[on_course]
             if not len(some):
                 break
-            trial, chosen = self._judge(rows[some], ids[some, place], features[some, place])
+            trial, chosen = self._judge(rows[some], ids[some, offset], features[some, offset])
             kept = torch.full_like(each, -1)
-            kept[some] = torch.where(trial.verified, place * K + chosen, -1)
+            kept[some] = torch.where(trial.verified, offset * K + chosen, -1)
             self.prefix.keep(rows, kept)
             if W == 1:
                 self.rounds[trial.rows] += 1
             self._leave(trial.rows[trial.verified])
             on_course[some] = trial.verified & (chosen == 0)
             came += on_course
-            on_course &= left > place + 1
-            if place == W - 1 or not on_course.any():
-                self._learn_reach(rows, came, W)
-            yield replace(trial, again=place > 0)
-
-    def _learn_reach(self, rows: Tensor, came: Tensor, width: int) -> None:
-        """Rows that came as far as they were run may be run farther, others less far."""
-        farther = torch.where(came == width, 2 * width, came.clamp(min=width // 2))
-        self.reach[rows] = farther.clamp(1, _FARTHEST)
+            on_course &= remaining > offset + 1
+            if offset == W - 1 or not on_course.any():
+                # Rows that came as far as they were run may be run farther, others less far.
+                farther = torch.where(came == W, 2 * W, came.clamp(min=W // 2))
+                self.reach[rows] = farther.clamp(1, _FARTHEST)
+            yield replace(trial, same_forward=offset > 0)
 
     def _judge(self, rows: Tensor, ids: Tensor, features: Tensor) -> tuple[Trial, Tensor]:
-        """What candidates ``[R, K]`` with features ``[R, K, F]`` show, and which was closest."""
+        """Compare candidates ``[R, K]`` with features ``[R, K, F]``; which one came closest."""
         positions, calibration = self.positions(rows), self.measurements.calibration
-        places = positions[:, None].expand(ids.shape)
-        residuals = calibration.residual(features, self.target_at(rows)[:, None], places)
+        at = positions[:, None].expand(ids.shape)
+        residuals = calibration.residual(features, self.target_at(rows)[:, None], at)
         count = self.count[rows] + (~self.tried[rows[:, None], ids]).sum(1)
-        closest, chosen = residuals.min(dim=1)
+        smallest, chosen = residuals.min(dim=1)
         threshold = calibration.threshold[positions.clamp(max=1)]
-        verified = closest <= threshold
+        verified = calibration.reproduced(smallest, positions)
         wrong = ~verified
-        # A row that goes on forgets what was tried: most do with their first token.
+        # Only rows that stay need a record of what was tried: most move on with their first token.
         self.tried[rows[wrong, None], ids[wrong]] = True
         self.count[rows[wrong]] = count[wrong]
         self._learn(rows[wrong], ids[wrong], features[wrong])
         best = ids.gather(1, chosen[:, None])[:, 0]
         return Trial(rows, ids, residuals, threshold, best, verified, count), chosen
 
-    def accept(self, rows: Tensor, ids: Tensor) -> None:
-        """Go on behind tokens ``[R]`` that nothing certifies."""
-        self.prefix.candidates(rows, self.transformer.embedding(ids[:, None]))
-        self.prefix.keep(rows, torch.zeros_like(rows))
-        self._leave(rows)
-
     def _learn(self, rows: Tensor, ids: Tensor, features: Tensor) -> None:
-        """Note what wrong tokens ``[R, K]`` with features ``[R, K, F]`` tell of the right one."""
+        """Keep what wrong tokens ``[R, K]`` with features ``[R, K, F]`` show of the right one."""
         if not len(rows):
             return
         positions = self.positions(rows)[:, None].expand(ids.shape)
@@ -221,11 +345,6 @@ class PrefixSearch:
         self._errors[rows] = errors.gather(1, order)
         self._closest[rows] = torch.cat([self._closest[rows], vectors], dim=1)[pick, order]
         self._corrected[rows] = torch.cat([self._corrected[rows], corrected], dim=1)[pick, order]
-
-    def take_back(self, rows: Tensor) -> None:
-        """The last token of each of ``rows`` [R] is to be found again."""
-        self.prefix.take_back(rows)
-        self._leave(rows)
 
     def _leave(self, rows: Tensor) -> None:
         """A new position begins in ``rows``."""

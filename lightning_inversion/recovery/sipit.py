@@ -6,13 +6,12 @@ import time
 from collections.abc import Iterator
 
 import torch
-from lightning_inversion.recovery.measurements import Measurements
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.certificate import RecoveredPrompt, TokenCertificate
-from lightning_inversion.recovery.policy import RecoveryPolicy
+from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy, TokenCertificate
+from lightning_inversion.recovery.verification import Measurements
 
 _RESET_EVERY = 50
 _FIRST_RATE, _LAST_RATE = 1.0, 0.01
@@ -20,7 +19,7 @@ _ALTERNATIVES = 5
 
 
 class SIPIT(RecoveryPolicy):
-    """One text at a time, one token at a time: the untested row nearest to a descending proxy.
+    """One prompt at a time, one token at a time: the untested row nearest to a descending proxy.
 
     A proxy starts at the embedding of a random token. Each iteration runs the whole prefix twice,
     with the proxy behind it, forward and backward, and with one token; if that token does not
@@ -30,15 +29,15 @@ class SIPIT(RecoveryPolicy):
 
     The clipping, and the rate that stays low after 50 iterations, are those of a public copy of the
     code, not of the paper. That copy compares with targets made prefix by prefix. A target from one
-    forward over the text is rounded differently: at blocks 15 and 30 of SmolLM2-135M the published
-    tolerance refuses right tokens. Null takes our calibrated one.
+    forward over the prompt is rounded differently: at blocks 15 and 30 of SmolLM2-135M the
+    published tolerance refuses right tokens.
 
     Args:
         tolerance: the largest absolute difference of a feature, beside 1e-5 of its size, at which a
-            token is accepted; null for the calibrated residual.
-        budget: tokens tried for a place before it is left as unresolved, its best candidate taken;
+            token is accepted; null for the calibrated threshold.
+        budget: tokens tried for a position before it is left unresolved with its best candidate;
             null tries the whole vocabulary.
-        deadline: seconds after which each place that is left gets a single try; null for none.
+        deadline: seconds after which each position that is left gets a single try; null for none.
         seed: of the random starts.
     """
 
@@ -64,31 +63,33 @@ class SIPIT(RecoveryPolicy):
         target: Tensor,
         lengths: list[int],
         known: Tensor | None = None,
-        start: Tensor | None = None,
+        fitted: Tensor | None = None,
     ) -> Iterator[list[RecoveredPrompt]]:
-        """Recover B texts, one after the other; a round is one candidate."""
+        """Recover B prompts, one after the other; a round is one candidate."""
         began = time.monotonic()
         generator = torch.Generator().manual_seed(self.seed)
         beginning = () if known is None else tuple(known.tolist())
-        texts = [RecoveredPrompt(known=beginning) for _ in lengths]
+        prompts = [RecoveredPrompt(known=beginning) for _ in lengths]
         limit = measurements.transformer.embedding.vocabulary_size
         limit = min(self.budget or limit, limit)
-        for text, features, length in zip(texts, target, lengths, strict=True):
+        for prompt, features, length in zip(prompts, target, lengths, strict=True):
             for position in range(len(beginning), length):
-                place = _Place(self.tolerance, measurements, features[position], text, generator)
+                search = _Position(
+                    self.tolerance, measurements, features[position], prompt, generator
+                )
                 while True:
-                    place.iterate()
+                    search.iterate()
                     late = self.deadline is not None and time.monotonic() - began > self.deadline
-                    if place.accepted or len(place.tried) >= limit or late or place.diverged:
+                    if search.accepted or len(search.tried) >= limit or late or search.diverged:
                         break
-                    yield texts
-                text.tokens.append(place.certificate())
-                text.seconds = time.monotonic() - began
-                yield texts
-        yield texts
+                    yield prompts
+                prompt.tokens.append(search.certificate())
+                prompt.seconds = time.monotonic() - began
+                yield prompts
+        yield prompts
 
 
-class _Place:
+class _Position:
     """The search for one token behind a prefix."""
 
     def __init__(
@@ -96,13 +97,13 @@ class _Place:
         tolerance: float | None,
         measurements: Measurements,
         target: Tensor,
-        text: RecoveredPrompt,
+        prompt: RecoveredPrompt,
         generator: torch.Generator,
     ) -> None:
         self.transformer, self.calibration = measurements.transformer, measurements.calibration
-        self.tolerance, self.target, self.text = tolerance, target, text
+        self.tolerance, self.target, self.prompt = tolerance, target, prompt
         embedding = self.transformer.embedding
-        self.prefix = torch.tensor([text.ids], dtype=torch.long, device=target.device)
+        self.prefix = torch.tensor([prompt.ids], dtype=torch.long, device=target.device)
         self.position = torch.tensor(self.prefix.shape[1], device=target.device)
         self.half_squares = embedding.norms.square() / 2
         self.candidate = int(torch.randint(embedding.vocabulary_size, (), generator=generator))
@@ -117,7 +118,7 @@ class _Place:
         """Try the candidate; if it fails, move the proxy and choose the next."""
         gradient = self._gradient()
         features = self._features(self._vector(self.candidate))
-        self.text.forwards += 2
+        self.prompt.forwards += 2
         self.residual = float(self.calibration.residual(features, self.target, self.position))
         self.tried.append(self.candidate)
         self.best = sorted([*self.best, (self.residual, self.candidate)])[: 1 + _ALTERNATIVES]
@@ -146,7 +147,7 @@ class _Place:
             threshold=self._calibrated(),
             runner_up=others[0][0] if others else None,
             candidates=len(self.tried),
-            order=SIPIT.__name__,
+            proposer=SIPIT.__name__,
             seconds=time.monotonic() - self.began,
             duplicates=tuple(other for other in same if other != token),
             alternatives=() if self.accepted else (token, *(other for _, other in others)),
@@ -176,7 +177,7 @@ class _Place:
 
     def _accepts(self, features: Tensor) -> bool:
         if self.tolerance is None:
-            return self.residual <= self._calibrated()
+            return bool(self.calibration.reproduced(torch.tensor(self.residual), self.position))
         return torch.allclose(features, self.target, atol=self.tolerance)
 
     def _calibrated(self) -> float:

@@ -1,4 +1,9 @@
-"""Our policy: candidates by what is known of them, run together, verified by the target."""
+"""The recommended policy: candidates from several proposers, run together, verified by the target.
+
+All prompts of a batch advance together, each at its own position. What a wrong candidate shows
+corrects the next round. Where none of several plausible tokens can be verified, what follows
+decides (``_PlausibleTokens``).
+"""
 
 from __future__ import annotations
 
@@ -6,73 +11,76 @@ import time
 from collections.abc import Iterator
 
 import torch
-from lightning_inversion.recovery.measurements import Measurements
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.certificate import RecoveredPrompt, TokenCertificate
-from lightning_inversion.recovery.first_token import FirstTokenScan
 from lightning_inversion.recovery.gradient_proxy import GradientProxy
-from lightning_inversion.recovery.linear_map import ProbeProposer
-from lightning_inversion.recovery.look_back import LookBack
-from lightning_inversion.recovery.optimized_input import NearestToInput
-from lightning_inversion.recovery.policy import RecoveryPolicy
-from lightning_inversion.recovery.prior import LanguageModelPrior
-from lightning_inversion.recovery.proposals import Mixture, Proposer
-from lightning_inversion.recovery.rounds import round_of
-from lightning_inversion.recovery.search import PrefixSearch, Trial
+from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy, TokenCertificate
+from lightning_inversion.recovery.probe_proposer import ProbeProposer
+from lightning_inversion.recovery.proposals import (
+    FirstTokenScan,
+    LanguageModelPrior,
+    MixedProposals,
+    Mixture,
+    NearestToInput,
+    Proposer,
+)
+from lightning_inversion.recovery.search import PrefixSearch, Proposals, Trial
+from lightning_inversion.recovery.verification import Measurements
 
 _ALTERNATIVES = 5
-_BESIDE = 2
-"""Candidates of a place at least, so that a certificate can name a runner-up."""
+_AT_LEAST = 2
+"""Candidates of a position at least, so that a certificate can name a runner-up."""
+_ENOUGH_TO_DOUBT = 256
+"""Candidates without a plausible one among them that put the token before in doubt."""
 
 
 class TokenRecovery(RecoveryPolicy):
-    """Tries candidates for the next token of every text at once until one is verified.
-
-    All texts advance together, each at its own place; the candidates of a round lie side by side in
-    one forward behind the kept prefix. What a wrong candidate shows corrects the next round. Where
-    none of several plausible tokens can be verified, what follows decides (see ``LookBack``).
+    """Runs candidates for the next token of every prompt at once until one is verified.
 
     Args:
-        order: which tokens to try first; default the mixture of prior, linear map and gradient.
-        first: the order at position 0; default a scan that is made once for a model and depth.
-        candidates: tokens run for a text in its first rounds at a place, a quarter of them in the
-            very first.
-        most: tokens of a round at most; a place that stays open gets twice as many every four
-            rounds.
-        budget: tokens tried for a place before it is left as unresolved, its best candidate taken;
-            null tries the whole vocabulary.
+        proposer: which tokens to run first; default the linear probe, the gradient and the language
+            model's prior together.
+        first: the proposer at position 0; default a scan that is made once for a model and depth.
+        candidates: tokens run for a prompt in its first rounds at a position, a quarter of them in
+            the very first.
+        max_candidates: the most tokens of a round; a position that stays open gets twice as many
+            every four rounds.
+        budget: tokens run for a position before it is left unresolved with its best candidate;
+            null runs the whole vocabulary.
     """
 
-    takes_start = True
+    uses_fit = True
     GROWS_EVERY = 4
-    """Rounds at a place after which its share of candidates doubles."""
+    """Rounds at a position after which its number of candidates doubles."""
     PATIENCE = 4
-    """Rounds after which a token that may be right, and cannot be verified, is taken as it is."""
+    """Rounds after which a plausible token that cannot be verified is taken as it is."""
 
     def __init__(
         self,
-        order: Proposer | None = None,
+        proposer: Proposer | None = None,
         first: Proposer | None = None,
         candidates: int = 16,
-        most: int = 512,
+        max_candidates: int = 512,
         budget: int | None = None,
     ) -> None:
-        if min(candidates, most, budget or 1) < 1:
+        if min(candidates, max_candidates, budget or 1) < 1:
             raise InputError(
-                "--model.recovery: candidates, most and budget must be at least 1; they are "
-                f"{candidates}, {most} and {budget}."
+                "--model.recovery: candidates, max_candidates and budget must be at least 1; they "
+                f"are {candidates}, {max_candidates} and {budget}."
             )
-        self.order = order or Mixture([ProbeProposer(), GradientProxy(), LanguageModelPrior()])
+        self.proposer = proposer or Mixture(
+            [ProbeProposer(), GradientProxy(), LanguageModelPrior()]
+        )
         self.first = first or FirstTokenScan()
-        self.candidates, self.most, self.budget = candidates, max(most, candidates), budget
-        self.needs_language_model = self.order.needs_language_model
+        self.candidates, self.max_candidates = candidates, max(max_candidates, candidates)
+        self.budget = budget
+        self.needs_language_model = self.proposer.needs_language_model
 
     @property
     def name(self) -> str:
-        """With the order of its candidates."""
-        return f"TokenRecovery({self.order.name})"
+        """With the proposer of its candidates."""
+        return f"TokenRecovery({self.proposer.name})"
 
     def recover(
         self,
@@ -80,25 +88,25 @@ class TokenRecovery(RecoveryPolicy):
         target: Tensor,
         lengths: list[int],
         known: Tensor | None = None,
-        start: Tensor | None = None,
+        fitted: Tensor | None = None,
     ) -> Iterator[list[RecoveredPrompt]]:
-        """Recover B texts; see ``RecoveryPolicy``."""
-        batch = _Batch(self, measurements, target, lengths, known, start)
+        """Recover B prompts; see ``RecoveryPolicy``."""
+        batch = _Batch(self, measurements, target, lengths, known, fitted)
         while len(rows := batch.unfinished()):
             batch.round(rows)
-            yield batch.texts
-        yield batch.texts
+            yield batch.prompts
+        yield batch.prompts
 
     def sizes(self, rounds: Tensor) -> Tensor:
-        """How many candidates rows are given after so many rounds at a place."""
+        """Candidates of rows ``[R]`` after so many rounds at a position."""
         growth = 2 ** (rounds // self.GROWS_EVERY).clamp(max=16)
-        sizes = (self.candidates * growth).clamp(max=self.most)
+        sizes = (self.candidates * growth).clamp(max=self.max_candidates)
         # Most tokens are among the first few, and a round costs as many tokens as it runs.
         return torch.where(rounds == 0, max(1, self.candidates // 4), sizes)
 
 
 class _Batch:
-    """The texts of one batch on their way."""
+    """The prompts of one batch while they are recovered."""
 
     def __init__(
         self,
@@ -107,79 +115,82 @@ class _Batch:
         target: Tensor,
         lengths: list[int],
         known: Tensor | None,
-        start: Tensor | None,
+        fitted: Tensor | None,
     ) -> None:
         self.policy, self.calibration = policy, measurements.calibration
-        self.search = PrefixSearch(measurements, target)
-        self.order = policy.order
-        if start is not None:
-            self.order = Mixture([NearestToInput(start), policy.order])
+        self.search = search = PrefixSearch(measurements, target)
         B, device = len(target), target.device
         self.embedding = measurements.transformer.embedding
         self.limit = self.embedding.vocabulary_size
         if policy.budget is not None:
             self.limit = min(policy.budget, self.limit)
         self.totals = torch.tensor(lengths, device=device)
-        self.texts = [RecoveredPrompt() for _ in range(B)]
-        self.look_back = LookBack(B)
+        self.prompts = [RecoveredPrompt() for _ in range(B)]
+        self.plausible = _PlausibleTokens(B)
         self.began = time.monotonic()
         self.spent = [0.0] * B
         shape = (B, 1 + _ALTERNATIVES)
         self.best_ids = torch.zeros(shape, dtype=torch.long, device=device)
         self.best_residuals = torch.full(shape, torch.inf, device=device)
-        self.best_orders = torch.zeros(shape, dtype=torch.long, device=device)
+        self.best_proposers = torch.zeros(shape, dtype=torch.long, device=device)
         self.names: list[str] = []
-        if known is None or not len(known):
-            policy.first.begin(self.search)
-        self.order.begin(self.search)
-        if known is not None and len(known):
+        given = known is not None and len(known) > 0
+        self.first = None if given else policy.first.begin(search)
+        self.proposals = policy.proposer.begin(search)
+        if fitted is not None:
+            parts = [NearestToInput(search, fitted), self.proposals]
+            self.proposals = MixedProposals(search, parts, [False, False], share_alone=0.5)
+        if given:
+            assert known is not None
             self._begin_with(known)
 
     def _begin_with(self, known: Tensor) -> None:
-        rows = torch.arange(len(self.texts), device=known.device)
+        rows = torch.arange(len(self.prompts), device=known.device)
         vectors = self.embedding(known).expand(len(rows), -1, -1)
         self.search.prefix.begin(rows, vectors, torch.full_like(rows, len(known)))
         for token in known:
-            self.order.advance(rows, token.expand(len(rows)))
-        for text in self.texts:
-            text.known = tuple(known.tolist())
+            self.proposals.accept(rows, token.expand(len(rows)))
+        for prompt in self.prompts:
+            prompt.known = tuple(known.tolist())
 
     def unfinished(self) -> Tensor:
-        """``[R]`` rows with tokens to find."""
+        """Rows ``[R]`` with tokens to find."""
         return (self.search.prefix.lengths < self.totals).nonzero()[:, 0]
 
     def round(self, rows: Tensor) -> None:
         """One round for rows ``[R]``."""
         at_start = self.search.positions(rows) == 0
-        for members, order in ((rows[at_start], self.policy.first), (rows[~at_start], self.order)):
-            if len(members):
-                self._round(members, order)
+        if at_start.any():
+            assert self.first is not None
+            self._round(rows[at_start], self.first)
+        if not at_start.all():
+            self._round(rows[~at_start], self.proposals)
 
-    def _round(self, rows: Tensor, order: Proposer) -> None:
+    def _round(self, rows: Tensor, proposals: Proposals) -> None:
         search = self.search
         left = self.limit - search.count[rows]
         sizes = torch.minimum(self.policy.sizes(search.rounds[rows]), left).clamp(min=1)
         began = time.monotonic()
-        places_left = self.totals[rows] - search.positions(rows)
-        for trial, orders in round_of(search, order, rows, sizes, places_left, beside=_BESIDE):
+        remaining = self.totals[rows] - search.positions(rows)
+        for trial in search.step(proposals, rows, sizes, remaining, at_least=_AT_LEAST):
             now = time.monotonic()
             for row in trial.rows.tolist():
-                self.texts[row].forwards += not trial.again
+                self.prompts[row].forwards += not trial.same_forward
                 self.spent[row] += now - began
             began = now
-            self._remember(trial, orders)
+            self._remember(trial)
             yes, no = trial.verified, ~trial.verified
             self._settle(trial.rows[yes], trial.best[yes], trial.tried[yes], verified=True)
             self._give_up(trial.rows[no], trial.tried[no])
 
     def _give_up(self, rows: Tensor, tried: Tensor) -> None:
-        """Where nothing certifies a token, take the best, so that later ones can be looked for."""
+        """Where nothing verifies a token, take the best, so that later ones can be searched."""
         if not len(rows):
             return
         likely = self.calibration.plausible[self.search.positions(rows).clamp(max=1)]
         near = self.best_residuals[rows, 0] <= likely
         patient = self.search.rounds[rows] < self.policy.PATIENCE
-        doubted = self.look_back.doubts(rows, tried) & ~near
+        doubted = self.plausible.in_doubt(rows, tried) & ~near
         ended = (tried >= self.limit) | (near & ~patient) | doubted
         for row in rows[ended & doubted].tolist():
             self._reconsider(row)
@@ -190,55 +201,49 @@ class _Batch:
             self._settle(rows, chosen, tried, verified=False)
 
     def _reconsider(self, row: int) -> None:
-        """Nothing follows the uncertain token before: put another plausible one in its place."""
+        """Nothing follows the uncertain token before: replace it by another plausible one."""
         rows = torch.tensor([row], device=self.totals.device)
-        token = self.look_back.next(row, float(self.best_residuals[row, 0]))
-        self.search.take_back(rows)
-        self.order.take_back(rows)
+        token = self.plausible.next(row, float(self.best_residuals[row, 0]))
         ids = torch.full_like(rows, token)
+        self.search.take_back(rows)
+        self.proposals.take_back(rows)
         self.search.accept(rows, ids)
-        self.order.advance(rows, ids)
-        self.texts[row].tokens[-1] = (
-            self.texts[row].tokens[-1].instead(token, self.look_back.residual(row, token))
-        )
+        self.proposals.accept(rows, ids)
+        tokens = self.prompts[row].tokens
+        tokens[-1] = tokens[-1].replaced_by(token, self.plausible.residual(row, token))
         self.best_residuals[row] = torch.inf
 
-    def _remember(self, trial: Trial, orders: tuple[str, ...]) -> None:
-        """Keep the best candidates of each row's place."""
+    def _remember(self, trial: Trial) -> None:
+        """Keep the best candidates of each row's position."""
         rows = trial.rows
-        names = [self._name(order) for order in orders]
-        columns = torch.tensor(names, device=rows.device).expand(trial.ids.shape)
+        numbers = [self._number(name) for name in trial.proposers]
+        columns = torch.tensor(numbers, device=rows.device).expand(trial.ids.shape)
         all_ids = torch.cat([self.best_ids[rows], trial.ids], dim=1)
         all_residuals = torch.cat([self.best_residuals[rows], trial.residuals], dim=1)
-        all_names = torch.cat([self.best_orders[rows], columns], dim=1)
+        all_proposers = torch.cat([self.best_proposers[rows], columns], dim=1)
         order = all_residuals.argsort(dim=1, stable=True)[:, : self.best_ids.shape[1]]
         self.best_ids[rows] = all_ids.gather(1, order)
         self.best_residuals[rows] = all_residuals.gather(1, order)
-        self.best_orders[rows] = all_names.gather(1, order)
+        self.best_proposers[rows] = all_proposers.gather(1, order)
 
-    def _name(self, order: str) -> int:
-        if order not in self.names:
-            self.names.append(order)
-        return self.names.index(order)
+    def _number(self, proposer: str) -> int:
+        if proposer not in self.names:
+            self.names.append(proposer)
+        return self.names.index(proposer)
 
     def _settle(self, rows: Tensor, ids: Tensor, tried: Tensor, verified: bool) -> None:
-        """Write certificates; the rows have gone on to their next token."""
-        places = (self.search.prefix.lengths[rows] - 1).clamp(max=1)
-        thresholds = self.calibration.threshold[places].tolist()
-        likely = self.calibration.plausible[places].tolist()
+        """Write certificates; the rows have moved on to their next token."""
+        positions = (self.search.prefix.lengths[rows] - 1).clamp(max=1)
+        thresholds = self.calibration.threshold[positions].tolist()
+        likely = self.calibration.plausible[positions].tolist()
         first_duplicate = self.embedding.first_duplicate
         now = time.monotonic()
         for number, (row, token) in enumerate(zip(rows.tolist(), ids.tolist(), strict=True)):
             same = (first_duplicate == first_duplicate[token]).nonzero()[:, 0].tolist()
-            others = [
-                (other, residual)
-                for other, residual in zip(
-                    self.best_ids[row].tolist(), self.best_residuals[row].tolist(), strict=True
-                )
-                if other not in same and residual != float("inf")
-            ]
+            found = zip(self.best_ids[row].tolist(), self.best_residuals[row].tolist(), strict=True)
+            others = [pair for pair in found if pair[0] not in same and pair[1] != float("inf")]
             residual = float(self.best_residuals[row, 0])
-            self.texts[row].tokens.append(
+            self.prompts[row].tokens.append(
                 TokenCertificate(
                     id=token,
                     verified=verified,
@@ -246,18 +251,60 @@ class _Batch:
                     threshold=thresholds[number],
                     runner_up=others[0][1] if others else None,
                     candidates=int(tried[number]),
-                    order=self.names[int(self.best_orders[row, 0])],
+                    proposer=self.names[int(self.best_proposers[row, 0])],
                     seconds=self.spent[row],
                     duplicates=tuple(other for other in same if other != token),
                     alternatives=() if verified else (token, *(other for other, _ in others)),
                 )
             )
-            self.texts[row].seconds = now - self.began
+            self.prompts[row].seconds = now - self.began
             self.spent[row] = 0.0
             plausible = [(token, residual), *others]
-            self.look_back.settle(
-                row,
-                [] if verified else [pair for pair in plausible if pair[1] <= likely[number]],
+            self.plausible.settle(
+                row, [] if verified else [pair for pair in plausible if pair[1] <= likely[number]]
             )
-        self.order.advance(rows, ids)
+        self.proposals.accept(rows, ids)
         self.best_residuals[rows] = torch.inf
+
+
+class _PlausibleTokens:
+    """For each row, the plausible tokens of its latest position, where none was verified.
+
+    Behind a wrong token no next one reproduces the target, as all that follows depends on it. If
+    none of many candidates is plausible, another of the plausible tokens is taken. If none helps,
+    the one behind which a candidate came closest stays, and recovery continues.
+
+    Args:
+        rows: B.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._waiting: list[list[tuple[int, float]]] = [[] for _ in range(rows)]
+        self._refuted: list[dict[int, tuple[float, float]]] = [{} for _ in range(rows)]
+
+    def settle(self, row: int, plausible: list[tuple[int, float]]) -> None:
+        """A token was taken: the first of ``plausible`` (ids, residuals), or a verified one.
+
+        What was in doubt before it no longer is.
+        """
+        self._waiting[row] = plausible if len(plausible) > 1 else []
+        self._refuted[row] = {}
+
+    def in_doubt(self, rows: Tensor, tried: Tensor) -> Tensor:
+        """``[R]`` bool: the token before is in doubt, after ``tried`` [R] candidates behind it."""
+        waiting = [bool(self._waiting[row]) for row in rows.tolist()]
+        return torch.tensor(waiting, device=rows.device) & (tried >= _ENOUGH_TO_DOUBT)
+
+    def next(self, row: int, nearest: float) -> int:
+        """What to try instead of the token behind which nothing came nearer than ``nearest``."""
+        (token, residual), *others = self._waiting[row]
+        self._refuted[row][token] = (nearest, residual)
+        self._waiting[row] = others
+        if others:
+            return others[0][0]
+        return min(self._refuted[row], key=lambda other: self._refuted[row][other][0])
+
+    def residual(self, row: int, token: int) -> float:
+        """The residual of a plausible token at its own position."""
+        refuted = {other: own for other, (_, own) in self._refuted[row].items()}
+        return {**dict(self._waiting[row]), **refuted}[token]

@@ -31,10 +31,9 @@ import lightning_inversion
 from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import Record, append_records, read_records
-from lightning_inversion.recovery.certificate import RecoveredPrompt
-from lightning_inversion.recovery.first_token import scan
-from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import RecoveryPolicy
+from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy
+from lightning_inversion.recovery.proposals import FirstTokenFeatures
+from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -261,7 +260,7 @@ class Protocol:
         transformer = TruncatedTransformer.from_model(model, tokenizer, depth=depth)
         language_model = LanguageModel(model, transformer.caches)
         measurements, measuring = _timed(lambda: Measurements.measure(transformer, language_model))
-        _, scanning = _timed(lambda: scan(transformer, measurements.probe))
+        _, scanning = _timed(lambda: FirstTokenFeatures.of(measurements))
         ids = torch.tensor(texts, device=transformer.device)
         # Of three, because the first also warms up and the others may be disturbed.
         forward = min(_timed(lambda: transformer.features_of(ids))[1] for _ in range(3))

@@ -1,4 +1,4 @@
-"""The runs of an audit -> one page that says in plain words how much an observer reads.
+"""The runs of an audit -> one page that sums up how much an observer recovers.
 
 Reads result files alone; each sentence is computed from their rows.
 """
@@ -6,21 +6,24 @@ Reads result files alone; each sentence is computed from their rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.report.load import Reading, Result, read
-from lightning_inversion.report.page import page
-from lightning_inversion.report.statistics import Group, grouped, in_percent
-from lightning_inversion.report.tables import lines_of
+from lightning_inversion.report.load import Loaded, load_results
+from lightning_inversion.report.page import render_page
+from lightning_inversion.report.tables import in_percent, summarize
 
 ATTACKS = {"predict": "exact recovery", "fit": "gradient inversion"}
-"""What each command is called, the stronger first."""
+"""What each command is called on the page, the stronger first."""
+_STATES = {"waiting": "not run yet", "running": "not done yet", "done": "no results"}
 
 
 @dataclass(frozen=True)
-class Part:
+class AuditRun:
     """One run of an audit.
 
     Attributes:
@@ -40,177 +43,162 @@ class Part:
     message: str | None = None
 
     @property
-    def name(self) -> str:
-        """In words."""
+    def key(self) -> tuple[str, int, str]:
+        """Identifies the run within its audit."""
+        return self.command, self.depth, self.channel
+
+    def __str__(self) -> str:
         return f"{ATTACKS[self.command]} at depth {self.depth}, {self.channel}"
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What an observer has read of the texts.
-
-    Shares are means over the texts, as everywhere else on the page: a long text counts no more
-    than a short one.
+class Share:
+    """What one run recovered.
 
     Attributes:
-        right: the share of tokens that are read right.
-        verified: the share of tokens that are verified by running them.
+        right: mean over the prompts of the share of tokens that are right; a long prompt counts as
+            much as a short one, as everywhere on the page.
+        verified: the same of tokens that are verified.
+        exact: prompts that are recovered exactly, of all
+        prompts: of the run.
         false: how many tokens are verified, and yet wrong.
-        texts: how many.
-        exact: texts that are read whole.
     """
 
     right: float
     verified: float
-    false: int
-    texts: int
     exact: int
-
-    @classmethod
-    def of(cls, results: Sequence[Result]) -> Outcome:
-        """What the results come to."""
-        group = Group({}, tuple(results))
-        right, verified = group.mean("token_accuracy"), group.mean("verified_share")
-        return cls(
-            right=right.value if right else 0,
-            verified=verified.value if verified else 0,
-            false=group.false_proofs,
-            texts=len(results),
-            exact=sum(bool(result.exact) for result in results),
-        )
+    prompts: int
+    false: int
 
     @property
-    def read(self) -> str:
-        """The share of tokens that is right."""
-        return in_percent(self.right)
-
-    @property
-    def proof(self) -> str:
-        """The share of tokens that is verified."""
-        return in_percent(self.verified)
+    def cell(self) -> str:
+        """The shares as the page's table shows them."""
+        return f"{in_percent(self.right)}, {in_percent(self.verified)} verified"
 
     def __str__(self) -> str:
-        verified = "all verified" if self.verified == 1 else f"{self.proof} verified"
-        if not self.verified:
-            verified = "none verified"
-        return f"{self.read} of the tokens, {verified}"
+        words = {0.0: "none", 1.0: "all"}
+        verified = words.get(self.verified, in_percent(self.verified))
+        return f"{in_percent(self.right)} of the tokens, {verified} verified"
 
 
-def write_audit(parts: Sequence[Part], out: Path, texts: int = 20) -> Path:
+Shares = dict[tuple[str, int, str], Share]
+
+
+def write_audit(runs: Sequence[AuditRun], out: Path, max_prompts: int = 20) -> Path:
     """Write the page of an audit; returns its path.
 
     Args:
-        parts: all its runs, done or not, in order.
+        runs: all its runs, done or not, in order.
         out: the file.
-        texts: recovered texts shown for each run.
+        max_prompts: recovered prompts shown for each run.
 
     Raises:
         InputError: not one run has a result.
     """
-    reading, outcomes = _gather(parts)
-    model = str(reading.results[0].settings["model"])
-    content = page(
-        reading,
-        lines_of(grouped(reading.results)),
+    loaded = _load(runs)
+    table = summarize(loaded)
+    shares = _shares(loaded, table)
+    model = str(loaded.settings["model"].iloc[0])
+    columns = sorted({(run.depth, [*ATTACKS].index(run.command)) for run in runs})
+    heads = [([*ATTACKS][attack], depth) for depth, attack in columns]
+    content = render_page(
+        loaded,
+        table,
         [],
-        f"What an observer reads from {model.rpartition('/')[2]}",
-        texts,
+        f"What an observer recovers from {model.rpartition('/')[2]}",
+        max_prompts,
         "audit.html",
-        sentences=summary(parts, outcomes),
-        columns=_columns(parts),
-        matrix=_matrix(parts, outcomes),
+        sentences=summary(runs, shares),
+        heads=[f"depth {depth}, {ATTACKS[command]}" for command, depth in heads],
+        matrix=_matrix(runs, shares, heads),
     )
     out.write_text(content, encoding="utf-8")
     return out
 
 
-Key = tuple[str, int, str]
-
-
-def _gather(parts: Sequence[Part]) -> tuple[Reading, dict[Key, Outcome]]:
-    """All results, each with the run that it is of as its settings."""
-    together, outcomes = Reading(), {}
-    for part in parts:
-        if part.rows is None:
+def _load(runs: Sequence[AuditRun]) -> Loaded:
+    """All results, each with its run as its experiment."""
+    results, settings, files, skipped = {}, {}, [], []
+    for number, run in enumerate(runs):
+        if run.rows is None:
             continue
         try:
-            found = read([part.rows])
+            found = load_results([run.rows])
         except InputError as error:  # no prompt of it could be run
-            together.skipped.append((part.rows, str(error)))
+            skipped.append((run.rows, str(error)))
             continue
-        settings = {
-            "command": part.command,
-            "model": found.results[0].settings["model"],
-            "depth": part.depth,
-            "channel": part.channel,
-        }
-        results = [replace(result, settings=settings) for result in found.results]
-        together.results += results
-        together.files += found.files
-        together.skipped += found.skipped
-        outcomes[part.command, part.depth, part.channel] = Outcome.of(results)
-    if not outcomes:
+        results[number] = found.results.assign(experiment=number)
+        settings[number] = (run.command, found.settings["model"].iloc[0], run.depth, run.channel)
+        files += found.files
+        skipped += found.skipped
+    if not results:
         raise InputError("The audit has no result yet; run it again.")
-    return together, outcomes
+    columns = ["command", "model", "depth", "channel"]
+    table = pd.DataFrame.from_dict(settings, "index", dtype=object, columns=columns)
+    table = table.sort_values("depth", kind="stable")
+    return Loaded(pd.concat(results.values(), ignore_index=True), table, files, skipped)
 
 
-def summary(parts: Sequence[Part], outcomes: dict[Key, Outcome]) -> list[str]:
-    """What the runs come to, in plain sentences; first, whether all of them have ended."""
-    said = []
-    undone = [part for part in parts if part.state != "done"]
-    if undone:
-        said.append(
-            f"This is a part of the audit: {len(parts) - len(undone)} of {len(parts)} runs are "
-            "done. The same command goes on."
+def _shares(loaded: Loaded, table: pd.DataFrame) -> Shares:
+    table = table.fillna({"tokens right": 0.0, "verified": 0.0})
+    exact = loaded.results.groupby("experiment")["exact"].sum()
+    prompts = loaded.results.groupby("experiment").size()
+    return {
+        (run.command, run.depth, run.channel): Share(
+            right=float(table["tokens right"][run.Index]),
+            verified=float(table["verified"][run.Index]),
+            exact=int(exact[run.Index]),
+            prompts=int(prompts[run.Index]),
+            false=int(table["verified and wrong"][run.Index]),
         )
-        said += [f"Failed: {p.name} ({p.message})." for p in undone if p.state == "failed"]
-    for depth in dict.fromkeys(part.depth for part in parts):
-        channels = list(dict.fromkeys(part.channel for part in parts if part.depth == depth))
-        for command, name in ATTACKS.items():
-            here = {c: o for c in channels if (o := outcomes.get((command, depth, c)))}
-            said += _of_attack(depth, name, here)
-    false = sum(outcome.false for outcome in outcomes.values())
+        for run in loaded.settings.itertuples()
+    }
+
+
+def summary(runs: Sequence[AuditRun], shares: Shares) -> list[str]:
+    """The results in plain sentences; first, whether all runs are done."""
+    sentences = []
+    undone = [run for run in runs if run.state != "done"]
+    if undone:
+        sentences.append(
+            f"This is a part of the audit: {len(runs) - len(undone)} of {len(runs)} runs are "
+            "done. Run the same command again to resume it."
+        )
+        sentences += [f"Failed: {run} ({run.message})." for run in undone if run.state == "failed"]
+    for depth in dict.fromkeys(run.depth for run in runs):
+        channels = dict.fromkeys(run.channel for run in runs if run.depth == depth)
+        for command, attack in ATTACKS.items():
+            own = {c: share for c in channels if (share := shares.get((command, depth, c)))}
+            if own:
+                sentences.append(_sentence(depth, attack, own))
+    false = sum(share.false for share in shares.values())
     if false:
-        said.append(f"{false} verified tokens are wrong: a fault of the method.")
-    elif any(outcome.verified for outcome in outcomes.values()):
-        said.append("No verified token is wrong.")
-    return said
+        sentences.append(f"{false} verified tokens are wrong: a fault of the method.")
+    elif any(share.verified for share in shares.values()):
+        sentences.append("No verified token is wrong.")
+    return sentences
 
 
-def _of_attack(depth: int, name: str, here: dict[str, Outcome]) -> list[str]:
-    """What one way of reading comes to at one depth; the first channel is the measure."""
-    if not here:
-        return []
-    (first, base), *others = here.items()
-    whole = f"{base.exact} of {base.texts} texts whole"
-    said = f"At depth {depth}, {name} reads {base}, and {whole} ({first})."
-    same = [channel for channel, outcome in others if outcome == base]
+def _sentence(depth: int, attack: str, shares: dict[str, Share]) -> str:
+    """What one attack recovers at one depth; the other channels are compared with the first."""
+    (first, base), *others = shares.items()
+    exact = f"{base.exact} of {base.prompts} prompts exactly"
+    sentence = f"At depth {depth}, {attack} finds {base}, and {exact} ({first})."
+    same = [channel for channel, share in others if share == base]
     if same:
-        said += f" Nothing changes with: {', '.join(same)}."
-    for channel, outcome in others:
-        if outcome != base:
-            said += f" {channel[:1].upper()}{channel[1:]}: {outcome}."
-    return [said]
-
-
-def _columns(parts: Sequence[Part]) -> list[tuple[str, int]]:
-    """Command and depth of each column."""
-    pairs = {(part.command, part.depth) for part in parts}
-    return sorted(pairs, key=lambda pair: (pair[1], list(ATTACKS).index(pair[0])))
+        sentence += f" The same with: {', '.join(same)}."
+    for channel, share in others:
+        if share != base:
+            sentence += f" {channel[:1].upper()}{channel[1:]}: {share}."
+    return sentence
 
 
 def _matrix(
-    parts: Sequence[Part], outcomes: dict[Key, Outcome]
-) -> list[tuple[str, list[Outcome | str]]]:
-    """For each channel, what came of each column; a word where nothing did."""
-    states = {(part.command, part.depth, part.channel): part.state for part in parts}
-    words = {"waiting": "not run yet", "running": "not done yet", "done": "no results"}
-    lines: list[tuple[str, list[Outcome | str]]] = []
-    for channel in dict.fromkeys(part.channel for part in parts):
-        keys = [(command, depth, channel) for command, depth in _columns(parts)]
-        cells = [
-            outcomes.get(key) or (words.get(states[key], states[key]) if key in states else "")
-            for key in keys
-        ]
-        lines.append((channel, cells))
-    return lines
+    runs: Sequence[AuditRun], shares: Shares, heads: Sequence[tuple[str, int]]
+) -> list[tuple[str, list[Any]]]:
+    """For each channel the share of each column, or a word where there is none."""
+    states = {run.key: _STATES.get(run.state, run.state) for run in runs}
+    return [
+        (channel, [shares.get(key := (*head, channel)) or states.get(key, "") for head in heads])
+        for channel in dict.fromkeys(run.channel for run in runs)
+    ]

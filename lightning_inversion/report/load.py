@@ -1,336 +1,327 @@
-"""Files of results, wherever they lie -> one slim record a prompt; what is not ours is named.
+"""Files of results -> a table of prompts and a table of settings; what is no result is named.
 
-A row of ``results.jsonl`` holds several lists a token. Ten thousand of them fit into memory because
-a record keeps one letter a token instead.
+A row of ``results.jsonl`` holds several lists with an entry a token. Ten thousand rows fit into
+memory because the table keeps one letter a token instead.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import visible
+from lightning_inversion.results import ResultRow, names
 
-SCHEMA = 4
-"""The newest version of a row's keys that is understood."""
-NEEDED = {"index", "recovered", "model", "depth"}
-"""Keys without which a row is not a row of ours."""
-OUTCOMES = {
-    "schema", "index", "prompt", "recovered", "recovered_tokens", "recovered_ids",
-    "recovered_scores", "ids", "exact", "token_accuracy", "top_k_accuracy", "top_k_ids", "hamming",
-    "verified", "verified_tokens", "unresolved", "relative_residuals",
-    "token_residuals", "thresholds", "known_tokens", "forwards", "margins", "candidates", "orders",
-    "token_seconds", "alternatives", "duplicates", "threshold", "distance_ratio",
-    "criterion_met", "criterion_met_at", "iterations", "seconds", "present", "range", "error",
-    "settings", "seed", "weights_sha256",
-}  # fmt: skip
-"""Keys that say what came of a prompt; the others say what was set."""
-_PARTS_OF_A_CONFIG = (
-    "model", "learning_rate", "token_by_token", "position_by_position", "stopping", "recovery",
-)  # fmt: skip
-_PLACE_OF_A_CLASS = re.compile(r"(?<='class_path': ')[\w.]+\.")
+VERIFIED, DUPLICATE, RIGHT, IN_TOP_K, WRONG, UNKNOWN, GIVEN, FALSE = "vdrkwugx"
+"""Marks of a token: verified; verified, and another token has the same embedding; right, not
+verified; wrong, the right one among the best k; wrong; not verified, prompt not known; given;
+verified and yet wrong, which must never be."""
+CURVES = {"match/distance": "distance", "match/distance_ratio": "distance ratio"}
+"""Tags of a run's event files that are read, and what a report calls them."""
+
+_ALWAYS = ("command", "model", "depth")
+_OF_ONE_COMMAND = {
+    *("learnable", "initializer", "objective", "decoder", "schedule", "iterations_limit", "top_k"),
+    "policy",
+}
+"""Settings of a row that only ``fit``, or only ``predict``, has."""
+_PARTS_OF_A_CONFIG = ("model", "learning_rate", "stopping")
+_IN_THE_ROW = {"learnable.initializer": "initializer", "iterations": "iterations_limit"}
+"""Keys of a config that a row holds under another name."""
+_MEASURED = (
+    *("seed", "token_accuracy", "exact", "top_k_accuracy", "verified_share"),
+    *("iterations", "seconds"),
+)
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-VERIFIED, TWIN, RIGHT, IN_TOP_K, WRONG, UNKNOWN, FALSE = "ctrkwux"
-"""Marks of a token: verified by running it; verified, one of several that nothing tells apart; right;
-wrong with the right one among the best; wrong; not verified, and nobody knows the prompt; verified and
-yet wrong, which must never be."""
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What came of one prompt in one run.
-
-    Attributes:
-        run: the file it stands in.
-        settings: what was set, by name; shared between the prompts of a run.
-        prompt: the text, None where it is not known.
-        recovered: what was read.
-        tokens: the pieces of ``recovered``; () where the row does not hold them.
-        marks: a letter for each token.
-        candidates: tokens that were run before each was named; () where it is not counted.
-    """
-
-    run: str
-    settings: dict[str, Any]
-    index: int
-    seed: int | None
-    prompt: str | None
-    recovered: str
-    tokens: tuple[str, ...]
-    marks: str
-    candidates: tuple[int, ...]
-    token_accuracy: float | None
-    exact: bool | None
-    top_k_accuracy: float | None
-    verified: bool | None
-    iterations: int | None
-    seconds: float | None
-
-    @property
-    def verified_share(self) -> float | None:
-        """The share of tokens that are verified; None where nothing was tried."""
-        if self.verified is None or not self.marks:
-            return None
-        return sum(mark in (VERIFIED, TWIN, FALSE) for mark in self.marks) / len(self.marks)
+Settings = dict[str, Any]
 
 
 @dataclass
-class Reading:
-    """All that was found.
+class Loaded:
+    """All results that were found.
 
     Attributes:
-        results: in the order of the files.
+        results: one row for each prompt of each run. ``run`` is its file, ``experiment`` its row in
+            ``settings``, ``key`` identifies the prompt (its text, or its number where the text is
+            not known), ``tokens`` and ``marks`` have one entry a token, ``verified_share`` counts
+            tokens that were not given. The other columns are fields of ``ResultRow``.
+        settings: one row an experiment, in the order of depth: what differs between them, with the
+            command, the model and the depth; None where a setting does not apply.
         files: that results were read from.
-        skipped: a file, or a part of it, and why it was left out.
+        skipped: a file, and why it or a row of it was left out.
     """
 
-    results: list[Result] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)
-    skipped: list[tuple[Path, str]] = field(default_factory=list)
+    results: pd.DataFrame
+    settings: pd.DataFrame
+    files: list[Path]
+    skipped: list[tuple[Path, str]]
 
 
-def read(paths: Iterable[Path]) -> Reading:
+def load_results(paths: Iterable[Path]) -> Loaded:
     """Every result in files and, at any depth, in folders.
 
     Args:
-        paths: of .jsonl files and of folders; the same file counts once.
+        paths: of result files and of folders; the same file counts once.
 
     Raises:
-        InputError: a path does not exist, or there is no result in any of them.
+        InputError: a path does not exist, or no path has a result.
     """
-    reading = Reading()
     given = list(paths)
-    configs = _Configs()
-    for path in _files(given):
-        rows = list(_rows(path, reading))
-        if not rows:
-            continue
-        reading.files.append(path)
-        name = "predict.yaml" if rows[0].get("command") == "predict" else "config.yaml"
-        beside = configs.of(path.with_name(name))
-        known: dict[str, dict[str, Any]] = {}
-        for row in rows:
-            reading.results.append(_result(row, str(path), beside, known))
-    if not reading.results:
-        named = ", ".join(map(str, given))
-        why = "".join(f"; {path}: {reason}" for path, reason in reading.skipped[:3])
-        raise InputError(f"No results in {named}{why}. Give folders of runs, or results.jsonl.")
-    _keep_what_differs(reading.results)
-    return reading
+    files: list[Path] = []
+    skipped: list[tuple[Path, str]] = []
+    records: list[dict[str, Any]] = []
+    numbers: dict[frozenset[tuple[str, Any]], int] = {}
+    experiments: list[Settings] = []
+    for path in _result_files(given):
+        known: dict[str, int] = {}
+        for row in _rows(path, skipped):
+            own = row.settings()
+            as_written = repr(own)
+            if as_written not in known:
+                settings = _all_settings(own, path.parent)
+                number = numbers.setdefault(frozenset(settings.items()), len(numbers))
+                if number == len(experiments):
+                    experiments.append(settings)
+                known[as_written] = number
+            records.append(_record(row, str(path), known[as_written]))
+        if known:
+            files.append(path)
+    if not records:
+        reasons = "".join(f"; {path}: {reason}" for path, reason in skipped[:3])
+        raise InputError(
+            f"No results in {', '.join(map(str, given))}{reasons}. "
+            "Give folders of runs, or results.jsonl."
+        )
+    results = pd.DataFrame(records, dtype=object)
+    for name in _MEASURED:
+        results[name] = results[name].astype(float).replace([math.inf, -math.inf], math.nan)
+    results["experiment"] = results["experiment"].astype(int)
+    return Loaded(results, _what_differs(experiments), files, skipped)
 
 
-def _files(paths: Iterable[Path]) -> Iterator[Path]:
-    seen = set()
+def load_curves(results: pd.DataFrame) -> pd.DataFrame:
+    """What the runs logged: columns experiment, curve, step and value.
+
+    Event files beside a result file are read in the order in which they were begun, so that a
+    resumed run replaces what it logged before.
+    """
+    points: dict[tuple[int, str, str, int], float] = {}
+    for run, experiment in results.groupby("run", sort=False)["experiment"].first().items():
+        for path in sorted(Path(run).parent.glob("events.out.tfevents.*")):
+            for tag, step, value in _logged(path):
+                points[experiment, run, CURVES[tag], step] = value
+    rows = [(experiment, curve, step, v) for (experiment, _, curve, step), v in points.items()]
+    return pd.DataFrame(rows, columns=["experiment", "curve", "step", "value"])
+
+
+def _logged(path: Path) -> Iterator[tuple[str, int, float]]:
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    for event in LegacyEventFileLoader(str(path)).Load():
+        for value in event.summary.value:
+            if value.tag in CURVES:
+                yield value.tag, int(event.step), float(value.simple_value)
+
+
+def _result_files(paths: Iterable[Path]) -> list[Path]:
+    found: dict[Path, Path] = {}
     for path in paths:
         if not path.exists():
             raise InputError(f"{str(path)!r} does not exist; give a folder of runs, or a file.")
-        found = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-        for file in found:
-            if file.resolve() not in seen:
-                seen.add(file.resolve())
-                yield file
+        for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
 
 
-def _rows(path: Path, reading: Reading) -> Iterator[dict[str, Any]]:
-    """The rows of a file that are ours; the rest is named in ``skipped``."""
+def _rows(path: Path, skipped: list[tuple[Path, str]]) -> Iterator[ResultRow]:
+    """The rows of a file; the rest is named in ``skipped``, a foreign file once."""
+    problems = []
+    has_rows = False
+    for row in _lines(path):
+        if isinstance(row, ResultRow):
+            has_rows = True
+            if row.error is None:
+                yield row
+                continue
+            row = f"prompt {row.index + 1} {row.error}"
+        problems.append(row)
+    skipped += [(path, problem) for problem in (problems if has_rows else problems[:1])]
+
+
+def _lines(path: Path) -> Iterator[ResultRow | str]:
+    """Each line as a row, or why it is none."""
+    number = 0
     try:
-        lines = path.read_bytes().split(b"\n")
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    yield "the last line is not whole"
+                    return
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError):
+                    yield f"line {number} is not JSON"
+                    continue
+                if not isinstance(record, dict) or "schema" not in record:
+                    yield f"line {number} is not a row of results"
+                    continue
+                try:
+                    yield ResultRow.from_record(record)
+                except ValueError as error:
+                    yield f"line {number} {error}"
     except OSError as error:
-        reading.skipped.append((path, f"cannot be read: {error.strerror}"))
+        yield f"cannot be read: {error.strerror}"
         return
-    last = lines.pop()
-    if not lines and not last:
-        reading.skipped.append((path, "is empty"))
-    for number, line in enumerate(lines, start=1):
-        reason = None
-        try:
-            row = json.loads(line)
-        except ValueError:
-            reason = "is not JSON"
-        else:
-            if not isinstance(row, dict) or not row.keys() >= NEEDED:
-                reason = "is not a row of results"
-            elif int(row.get("schema", SCHEMA)) > SCHEMA:
-                reason = f"has schema {row['schema']}, newer than {SCHEMA}"
-        if reason is None and row.get("error"):
-            reading.skipped.append((path, f"prompt {int(row['index']) + 1} {row['error']}"))
-        elif reason is None:
-            yield row
-        elif number == 1:
-            reading.skipped.append((path, f"line 1 {reason}"))
-            return
-        else:
-            reading.skipped.append((path, f"line {number} {reason}; the others are used"))
-    if last:
-        reading.skipped.append((path, "the last line is not whole; the others are used"))
+    if number == 0:
+        yield "is empty"
 
 
-def _result(
-    row: dict[str, Any], run: str, beside: dict[str, Any], known: dict[str, dict[str, Any]]
-) -> Result:
-    settings = {
-        name: value
-        for name, value in row.items()
-        if name not in OUTCOMES and not name.startswith("version")
+def _record(row: ResultRow, run: str, experiment: int) -> dict[str, Any]:
+    marks = marks_of(row)
+    tried = len(marks) - marks.count(GIVEN)
+    verified = sum(marks.count(mark) for mark in (VERIFIED, DUPLICATE, FALSE))
+    return {
+        "run": run,
+        "experiment": experiment,
+        "index": row.index,
+        "seed": row.seed,
+        "key": f"#{row.index}" if row.prompt is None else row.prompt,
+        "prompt": row.prompt,
+        "recovered": row.recovered or "",
+        "tokens": tuple(row.recovered_tokens or ()),
+        "marks": marks,
+        "candidates": tuple(row.candidates[row.known_tokens :]),
+        "token_accuracy": row.token_accuracy,
+        "exact": row.exact,
+        "top_k_accuracy": row.top_k_accuracy,
+        "verified": row.verified,
+        "verified_share": verified / tried if tried else None,
+        "iterations": row.iterations,
+        "seconds": row.seconds,
     }
-    settings.setdefault("command", "fit")
-    settings["features"] = row.get("range", row.get("features"))
-    if settings.get("layers") == [row["depth"]]:
-        del settings["layers"]
-    settings = {k: str(v) if isinstance(v, list | dict) else v for k, v in settings.items()}
-    key = repr(settings)
-    shared = known.setdefault(key, {**settings, **_beside(beside, settings)})
-    return Result(
-        run=run,
-        settings=shared,
-        index=int(row["index"]),
-        seed=row.get("seed"),
-        prompt=row.get("prompt"),
-        recovered=row["recovered"] or "",
-        tokens=tuple(row.get("recovered_tokens") or ()),
-        marks=marks_of(row),
-        candidates=tuple(row.get("candidates") or ()),
-        token_accuracy=row.get("token_accuracy"),
-        exact=row.get("exact"),
-        top_k_accuracy=row.get("top_k_accuracy"),
-        verified=row.get("verified"),
-        iterations=row.get("iterations"),
-        seconds=row.get("seconds"),
-    )
 
 
-def marks_of(row: dict[str, Any]) -> str:
+def marks_of(row: ResultRow) -> str:
     """A letter for each token of a row, '' where it does not hold them."""
-    recovered, ids = row.get("recovered_ids") or [], row.get("ids")
-    count = len(recovered)
-    if row.get("token_verified"):
-        verified = [bool(token) for token in row["token_verified"]]
-    elif "unresolved" in row:
-        unresolved = set(row["unresolved"])
-        verified = [token not in unresolved for token in range(count)]
-    else:
-        verified = [False] * count
-    verified += [False] * (count - len(verified))
-    first_duplicate = set(row.get("duplicates") or ())
-    best = row.get("top_k_ids") or [[]] * count
-    return "".join(
-        _mark(
-            verified[token],
-            token in first_duplicate,
-            None if ids is None or token >= len(ids) else recovered[token] == ids[token],
-            ids is not None and token < len(ids) and ids[token] in best[token],
-        )
-        for token in range(count)
-    )
+    return "".join(_mark(row, position) for position in range(len(row.recovered_ids)))
 
 
-def _mark(verified: bool, twin: bool, right: bool | None, in_top_k: bool) -> str:
-    if verified and right is False and not twin:
-        return FALSE
-    if verified:
-        return TWIN if twin else VERIFIED
-    if right is None:
+def _mark(row: ResultRow, position: int) -> str:
+    if position < row.known_tokens:
+        return GIVEN
+    token = row.recovered_ids[position]
+    truth = row.ids[position] if row.ids is not None and position < len(row.ids) else None
+    if position < len(row.token_verified) and row.token_verified[position]:
+        if position in row.duplicates:
+            return DUPLICATE
+        return VERIFIED if truth in (None, token) else FALSE
+    if truth is None:
         return UNKNOWN
-    if right:
+    if truth == token:
         return RIGHT
-    return IN_TOP_K if in_top_k else WRONG
+    best = row.top_k_ids[position] if position < len(row.top_k_ids) else ()
+    return IN_TOP_K if truth in best else WRONG
 
 
-class _Configs:
-    """The config.yaml beside a result file, flat; each distinct content is parsed once."""
+def _all_settings(own: Settings, folder: Path) -> Settings:
+    """The settings of a row, and those of the config beside its file that the row does not hold."""
+    if own["layers"] == [own["depth"]]:
+        own["layers"] = None
+    is_predict = own["command"] == "predict"
+    config = _settings_of(folder / ("predict.yaml" if is_predict else "config.yaml"))
+    beside = {
+        key: value
+        for key, value in config.items()
+        if _IN_THE_ROW.get(key, key) not in (*own, "seed")
+        and (key.partition(".")[0] == "recovery") == is_predict
+    }
+    settings = {**own, **beside}.items()
+    return {key: _plain(value) for key, value in settings if value is not None}
 
-    def __init__(self) -> None:
-        self._parsed: dict[bytes, dict[str, Any]] = {}
 
-    def of(self, path: Path) -> dict[str, Any]:
-        """Key -> value of the parts that decide a result; {} where there is none to be read."""
-        try:
-            text = path.read_bytes()
-            if text not in self._parsed:
-                config = yaml.load(text, Loader=_YAML)
-                parts = {part: config.get(part) for part in _PARTS_OF_A_CONFIG}
-                chosen = {part: value for part, value in parts.items() if value is not None}
-                self._parsed[text] = dict(_flat(chosen, ""))
-        except (OSError, yaml.YAMLError, AttributeError):
-            return {}
-        return self._parsed[text]
+def _plain(value: Any) -> str | int | float:
+    """A setting that can be compared, written as JSON, and shown in one line."""
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return visible(str(value)).replace("\n", "")
+
+
+def _settings_of(path: Path) -> Settings:
+    """The keys of a config that decide a result, flat; {} where none can be read."""
+    try:
+        return _parsed(path.read_bytes())
+    except OSError:
+        return {}
+
+
+@cache
+def _parsed(text: bytes) -> Settings:
+    try:
+        config = yaml.load(text, Loader=_YAML)
+    except (yaml.YAMLError, ValueError):
+        return {}
+    if not isinstance(config, dict):
+        return {}
+    parts = {part: config[part] for part in _PARTS_OF_A_CONFIG if part in config}
+    flat = {key.removeprefix("model."): value for key, value in _flat(parts, "")}
+    return {key: value for key, value in flat.items() if not key.startswith("transformer.")}
 
 
 def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Keys joined by dots; a class stands under the key of its part, by its name alone."""
+    if isinstance(value, dict) and "class_path" in value:
+        yield key, str(value["class_path"]).rpartition(".")[2]
+        value = value.get("init_args") or {}
     if isinstance(value, dict):
         for name, inner in value.items():
-            below = "" if name in ("init_args", "class_path") else str(name)
-            short = name == "class_path" and isinstance(inner, str)
-            plain = inner.rpartition(".")[2] if short else inner  # as a row names a class
-            yield from _flat(plain, ".".join(part for part in (key, below) if part))
-    elif isinstance(value, list):
-        yield key.removeprefix("model."), _PLACE_OF_A_CLASS.sub("", str(value))
+            yield from _flat(inner, f"{key}.{_plain(name)}" if key else name)
     else:
-        yield key.removeprefix("model."), value
+        yield key, _short_classes(value)
 
 
-# What a row says itself, under another name.
-_SAID = {"learnable.initializer": "start", "seed": "seed", "iterations": "iterations_limit"}
+def _short_classes(value: Any) -> Any:
+    """A list with its classes as ``Name(option=value)``."""
+    if isinstance(value, list):
+        return f"[{', '.join(str(_short_classes(inner)) for inner in value)}]"
+    if isinstance(value, dict) and "class_path" in value:
+        options = (value.get("init_args") or {}).items()
+        written = ", ".join(f"{name}={_short_classes(option)}" for name, option in options)
+        name = str(value["class_path"]).rpartition(".")[2]
+        return f"{name}({written})" if written else name
+    return value
 
 
-def _beside(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """What a config sets beyond what the row says itself; no option of the other command."""
-    of_predict = settings["command"] == "predict"
-    return {
-        key: value
-        for key, value in config.items()
-        if not key.startswith("transformer.")
-        and (key.partition(".")[0] == "recovery") == of_predict
-        and _SAID.get(key, key) not in (*settings, "seed")
-    }
+def _what_differs(experiments: list[Settings]) -> pd.DataFrame:
+    """A row an experiment, without the settings that are the same in all, or follow from others."""
+    columns = list(dict.fromkeys([*_ALWAYS, *(key for one in experiments for key in one)]))
+    table = pd.DataFrame(experiments, columns=columns, dtype=object)
+    table = table.where(table.notna(), None)
+    kept = [name for name in table if name not in _ALWAYS and not _is_implied(table, name)]
+    return table[[*_ALWAYS, *kept]].sort_values("depth", kind="stable")
 
 
-def _keep_what_differs(results: list[Result]) -> None:
-    """Leave in each record's settings what is not the same in all of them, and not implied.
+def _is_implied(table: pd.DataFrame, name: str) -> bool:
+    """Whether a setting is constant, or its command or the part it belongs to decides it."""
 
-    The model, the depth and the command stay: no report is without them.
-    """
-    every = list({id(result.settings): result.settings for result in results}.values())
-    keys = dict.fromkeys(key for settings in every for key in settings)
-    always = ("command", "model", "depth")
-    same = {
-        key
-        for key in keys
-        if key not in always
-        and (
-            len({repr(settings.get(key)) for settings in every}) == 1
-            or _of_command(key, every)
-            or _follows(key, every)
-        )
-    }
-    for settings in every:
-        ordered = [*always, *(key for key in keys if key not in always)]
-        kept = {key: settings.get(key) for key in ordered if key not in same}
-        settings.clear()
-        settings.update(kept)
+    def decided_by(other: str) -> bool:
+        values = table.groupby(other, dropna=False)[name].nunique(dropna=False)
+        return bool((values == 1).all())
 
-
-def _of_command(key: str, every: list[dict[str, Any]]) -> bool:
-    """Whether all runs of a command have the key, with one value, and no other run has it."""
-    having = [settings for settings in every if key in settings]
-    commands = {settings["command"] for settings in having}
-    return len({repr(settings[key]) for settings in having}) == 1 and len(having) == sum(
-        settings["command"] in commands for settings in every
-    )
-
-
-def _follows(key: str, every: list[dict[str, Any]]) -> bool:
-    """Whether what a key belongs to decides it: as ``objective``, ``objective.relative``."""
-    whole = _SAID.get(key.rpartition(".")[0], key.rpartition(".")[0])
-    having = [settings for settings in every if whole in settings]
-    if not having or any(key in settings and whole not in settings for settings in every):
-        return False
-    pairs = {(repr(settings[whole]), repr(settings.get(key))) for settings in having}
-    return len(pairs) == len({settings[whole] for settings in having})
+    if table[name].nunique(dropna=False) == 1:
+        return True
+    of_one_command = name in _OF_ONE_COMMAND or name not in names("setting")
+    if of_one_command and table[name].nunique() == 1 and decided_by("command"):
+        return True
+    part = name.rpartition(".")[0]
+    part = _IN_THE_ROW.get(part, part)
+    return part in table and decided_by(part)

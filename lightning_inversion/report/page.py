@@ -3,99 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_inversion import __version__
 from lightning_inversion.files import visible
-from lightning_inversion.report.curves import label_of
 from lightning_inversion.report.load import (
+    DUPLICATE,
     FALSE,
+    GIVEN,
     IN_TOP_K,
     RIGHT,
-    TWIN,
     UNKNOWN,
     VERIFIED,
     WRONG,
-    Reading,
-    Result,
+    Loaded,
 )
-from lightning_inversion.report.statistics import Group, Mean, grouped, in_percent, varying
-from lightning_inversion.report.tables import Line, cell_text, without_empty
+from lightning_inversion.report.tables import MEASURES, as_text, in_percent, labels_of
 
 if TYPE_CHECKING:
-    from lightning_inversion.report.figures import Figure
+    from lightning_inversion.report.figures import RenderedFigure
 
-MOST_TEXTS = 400
-"""Texts on a page; more would only be slow to scroll."""
+MAX_PROMPTS = 400
+"""Prompts on a page; more would be slow to scroll."""
 MEANING = {
-    VERIFIED: "verified by running it",
-    TWIN: "verified, but another token has the same embedding",
+    GIVEN: "given beforehand",
+    VERIFIED: "verified: running it reproduces the target",
+    DUPLICATE: "verified, but another token has the same embedding",
     RIGHT: "right, not verified",
+    UNKNOWN: "not verified, the prompt is not known",
     IN_TOP_K: "wrong, the right one among the best",
     WRONG: "wrong",
-    UNKNOWN: "not verified, the prompt is not known",
     FALSE: "verified and wrong: a fault of the method",
 }
+"""What the mark of a token means, the least certain last."""
 
 
-@dataclass(frozen=True)
-class Token:
-    """A piece of a text and what is known of it."""
-
-    text: str
-    mark: str
-
-
-@dataclass(frozen=True)
-class Text:
-    """A recovered text.
-
-    Attributes:
-        number: of the prompt, from 1.
-        tokens: its pieces.
-        prompt: what it should have been; '' where it is that, or nobody knows.
-        said: how much is right.
-    """
+class ShownPrompt(NamedTuple):
+    """A recovered prompt: its number from 1, pieces with a mark each, score and the true prompt."""
 
     number: int
-    tokens: list[Token]
+    tokens: list[tuple[str, str]]
+    score: str
     prompt: str
-    said: str
+    """'' where it was recovered exactly, or is not known."""
 
 
-@dataclass(frozen=True)
-class Section:
-    """The texts of one setting."""
+class Section(NamedTuple):
+    """The prompts of one experiment."""
 
     title: str
     summary: str
-    texts: list[Text]
+    prompts: list[ShownPrompt]
     left_out: int
 
 
-def page(
-    reading: Reading,
-    lines: Sequence[Line],
-    figures: Sequence[Figure],
+def render_page(
+    loaded: Loaded,
+    table: pd.DataFrame,
+    figures: Sequence[RenderedFigure],
     title: str = "",
-    texts: int = 20,
+    max_prompts: int = 20,
     template: str = "report.html",
     **more: Any,
 ) -> str:
     """The whole page.
 
     Args:
-        reading: the results.
-        lines: of the table.
+        loaded: the results.
+        table: their summary.
         figures: drawn of them.
-        title: '' for one made of the results.
-        texts: recovered texts shown for each setting.
+        title: '' for one that names the model.
+        max_prompts: recovered prompts shown for each experiment.
         template: report.html, or one that extends it.
-        more: what that one asks for beside.
+        more: variables of that template.
     """
     environment = Environment(
         loader=PackageLoader("lightning_inversion.report", "."),
@@ -104,58 +88,59 @@ def page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    groups = grouped(reading.results)
-    lines = without_empty(lines)
-    used = {mark for result in reading.results for mark in result.marks}
+    text = as_text(table)
+    bars = table[[*MEASURES]].astype(object).where(table[[*MEASURES]].notna(), None)
+    used = set("".join(loaded.results["marks"]))
     return environment.get_template(template).render(
-        title=title or _title(groups),
-        findings=findings(reading.results),
-        head=list(lines[0]),
-        lines=[[_cell(line[key]) for key in line] for line in lines],
+        title=visible(title) or _title(loaded.settings),
+        findings=findings(loaded, table),
+        head=[*text],
+        lines=[
+            [(cell, bars[name][line] if name in bars else None) for name, cell in row.items()]
+            for line, row in text.iterrows()
+        ],
         figures=figures,
-        sections=_sections(groups, texts),
+        sections=_sections(loaded, max_prompts),
         legend=[(mark, meaning) for mark, meaning in MEANING.items() if mark in used],
-        reading=reading,
+        files=[visible(str(path)) for path in loaded.files],
+        skipped=[(visible(str(path)), visible(reason)) for path, reason in loaded.skipped],
         version=__version__,
-        groups=groups,
         **more,
     )
 
 
-def findings(results: Sequence[Result]) -> list[str]:
-    """What the results come to, in a few sentences."""
-    groups = grouped(results)
-    said = [
-        f"{len(results)} results of {len({r.prompt or r.index for r in results})} prompts, "
-        f"in {len({r.run for r in results})} runs with {len(groups)} settings."
+def findings(loaded: Loaded, table: pd.DataFrame) -> list[str]:
+    """A summary in a few sentences."""
+    results = loaded.results
+    prompts, runs = results["key"].nunique(), results["run"].nunique()
+    sentences = [
+        f"{len(results)} results of {prompts} prompts, in {runs} runs with {len(table)} settings."
     ]
-    measured = [(mean.value, group) for group in groups if (mean := group.mean("token_accuracy"))]
-    if measured:
-        apart = varying(groups)
-        (low, worst), (high, best) = (f(measured, key=lambda m: m[0]) for f in (min, max))
-        least, most = in_percent(low), in_percent(high)
-        if least != most:
-            span = (
-                f"Between {least} ({label_of(worst.settings, apart)}) and {most} "
-                f"({label_of(best.settings, apart)}) of the tokens are read"
-            )
-        else:
-            span = f"{most} of the tokens are read{_in_all(len(measured), len(groups))}"
-        exact = [result.exact for result in results if result.exact is not None]
-        said.append(f"{span}; {sum(exact)} of {len(exact)} texts are exact.")
-    marks = "".join(result.marks for result in results)
-    verified = sum(marks.count(mark) for mark in (VERIFIED, TWIN, FALSE))
+    right = table["tokens right"].dropna()
+    if len(right):
+        labels = labels_of(loaded.settings)
+        least, most = in_percent(right.min()), in_percent(right.max())
+        share = (
+            f"Between {least} ({labels[right.idxmin()]}) and {most} ({labels[right.idxmax()]}) of "
+            "the tokens are recovered"
+            if least != most
+            else f"{most} of the tokens are recovered{_where(len(right), len(table))}"
+        )
+        exact = results["exact"].dropna()
+        sentences.append(f"{share}; {exact.sum():.0f} of {len(exact)} prompts are exact.")
+    marks = "".join(results["marks"])
+    verified = sum(marks.count(mark) for mark in (VERIFIED, DUPLICATE, FALSE))
     if verified:
         false = marks.count(FALSE)
-        said.append(
-            f"{verified} of {len(marks)} tokens are verified by running them; "
+        sentences.append(
+            f"{verified} of {len(marks) - marks.count(GIVEN)} tokens are verified by running them; "
             f"{false or 'none'} of these {'is' if false < 2 else 'are'} wrong."
         )
-    return said
+    return sentences
 
 
-def _in_all(measured: int, settings: int) -> str:
-    """Where the same is read, if there is more than one setting to say it of."""
+def _where(measured: int, settings: int) -> str:
+    """Where the same share is recovered, if there is more than one setting."""
     if settings == 1:
         return ""
     if measured == settings:
@@ -163,57 +148,52 @@ def _in_all(measured: int, settings: int) -> str:
     return f" in the {measured} of {settings} settings whose prompts are known"
 
 
-def _title(groups: Sequence[Group]) -> str:
-    models = list(dict.fromkeys(str(group.settings.get("model")) for group in groups))
+def _title(settings: pd.DataFrame) -> str:
+    models = settings["model"].astype(str).unique()
     name = PurePath(models[0]).name if PurePath(models[0]).is_absolute() else models[0]
-    named = name if len(models) == 1 else f"{len(models)} models"
-    return f"What is read from {named}"
+    return f"What is recovered from {name if len(models) == 1 else f'{len(models)} models'}"
 
 
-def _cell(value: Any) -> dict[str, Any]:
-    """A cell of the table: what it says, and how far its bar goes."""
-    return {"text": cell_text(value), "bar": value.value if isinstance(value, Mean) else None}
-
-
-def _sections(groups: Sequence[Group], texts: int) -> list[Section]:
-    apart = varying(groups)
-    most = min(texts, max(1, MOST_TEXTS // len(groups))) if texts else 0
+def _sections(loaded: Loaded, max_prompts: int) -> list[Section]:
+    labels = labels_of(loaded.settings)
+    most = min(max_prompts, max(1, MAX_PROMPTS // len(labels)))
+    if not most:
+        return []
+    # Each prompt once, by its first seed; the others are in the table.
+    ordered = loaded.results.sort_values(["index", "seed"], kind="stable")
+    first = ordered.drop_duplicates(["experiment", "index", "key"])
     sections = []
-    for group in groups:
-        # Each prompt once, by its first seed; the others are in the table.
-        first: dict[tuple[int, str | None], Result] = {}
-        for result in sorted(group.results, key=lambda r: (r.index, r.seed or 0)):
-            first.setdefault((result.index, result.prompt), result)
-        ordered = list(first.values())
-        mean = group.mean("token_accuracy")
+    for experiment, label in labels.items():
+        own = first[first["experiment"] == experiment]
+        right = loaded.results.loc[loaded.results["experiment"] == experiment, "token_accuracy"]
         sections.append(
             Section(
-                label_of(group.settings, apart) or "The texts",
-                "" if mean is None else f"{in_percent(mean.value)} of the tokens right",
-                [_text(result) for result in ordered[:most]],
-                max(0, len(ordered) - most),
+                label or "The prompts",
+                f"{in_percent(right.mean())} of the tokens right" if right.notna().any() else "",
+                [_shown(row) for row in own.head(most).itertuples()],
+                max(0, len(own) - most),
             )
         )
-    return sections if most else []
+    return sections
 
 
-def _text(result: Result) -> Text:
-    right = sum(mark in (VERIFIED, TWIN, RIGHT) for mark in result.marks)
-    said = f"{right}/{len(result.marks)}" if result.marks else cell_text(result.token_accuracy)
-    prompt = "" if result.exact or result.prompt is None else visible(result.prompt)
-    return Text(result.index + 1, _tokens(result), prompt, said)
+def _shown(row: Any) -> ShownPrompt:
+    right = sum(row.marks.count(mark) for mark in (VERIFIED, DUPLICATE, RIGHT))
+    score = f"{right}/{len(row.marks) - row.marks.count(GIVEN)}" if row.marks else ""
+    known = row.prompt is not None and row.exact != 1
+    return ShownPrompt(row.index + 1, _pieces(row), score, visible(row.prompt) if known else "")
 
 
-def _tokens(result: Result) -> list[Token]:
-    """The coloured pieces; the whole text as one where its tokens are not told apart."""
-    if len(result.tokens) != len(result.marks) or not result.marks:
-        mark = VERIFIED if result.verified else RIGHT if result.exact else UNKNOWN
-        return [Token(visible(result.recovered), mark)]
-    pieces: list[Token] = []
-    for text, mark in zip(result.tokens, result.marks, strict=True):
+def _pieces(row: Any) -> list[tuple[str, str]]:
+    """Pieces of text with a mark each; the whole text as one where the row has no tokens."""
+    if len(row.tokens) != len(row.marks) or not row.marks:
+        mark = VERIFIED if row.verified else RIGHT if row.exact == 1 else UNKNOWN
+        return [(visible(row.recovered), mark)]
+    pieces: list[tuple[str, str]] = []
+    for text, mark in zip(row.tokens, row.marks, strict=True):
         if not text and pieces:  # the rest of a character, whose least certain token counts
-            last = pieces.pop()
-            pieces.append(Token(last.text, max(last.mark, mark, key="ctrukwx".index)))
+            before, last = pieces.pop()
+            pieces.append((before, max(last, mark, key=[*MEANING].index)))
         else:
-            pieces.append(Token(visible(text), mark))
+            pieces.append((visible(text), mark))
     return pieces

@@ -1,14 +1,16 @@
-"""Groups of results -> one table: markdown to read, CSV and JSON to go on with."""
+"""Results -> one table with a line an experiment: markdown to read, CSV and JSON to go on with."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
 from typing import Any
 
-from lightning_inversion.report.statistics import Group, Mean, varying
+import numpy as np
+import pandas as pd
+
+from lightning_inversion.report.load import FALSE, Loaded
 
 MEASURES = {
     "tokens right": "token_accuracy",
@@ -16,94 +18,147 @@ MEASURES = {
     "in top k": "top_k_accuracy",
     "verified": "verified_share",
 }
-"""A column's name, and the attribute of a result whose mean it is."""
-FIRST = ("command", "model", "depth", "features", "channel")
-"""Settings that a reader looks for first; the others stand behind what came of them."""
-
-Line = dict[str, Any]
-
-
-def lines_of(groups: Sequence[Group]) -> list[Line]:
-    """A line for each group: where it looks, what came of it, and what else sets it apart."""
-    apart = varying(groups) or ["model", "depth"]
-    return [_line(group, apart) for group in groups]
+"""A column of the table, and the column of the results whose mean it is."""
+_FIRST = ("command", "model", "depth", "features", "channel")
+"""Settings that a reader looks for first; the others stand behind what was measured."""
+_BOUNDS = [f"{name} {bound}" for name in MEASURES for bound in ("low", "high")]
+_DRAWS, _TOGETHER = 500, 50
+_NAMED_BY_VALUE = {"command", "model", "objective", "channel"}
 
 
-def _line(group: Group, apart: Sequence[str]) -> Line:
-    candidates = sorted(group.candidates)
-    settings = {name: _plain(group.settings.get(name)) for name in apart}
-    seconds = group.median("seconds")
+def interval(values: Any) -> tuple[float, float]:
+    """The 95% interval of the mean by a bootstrap.
+
+    Args:
+        values: one for each prompt, NaN where it has none. The seeds of a prompt are not
+            independent: their mean is one value.
+    """
+    values = np.asarray(values, dtype=float)
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
+        return math.nan, math.nan
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    random = np.random.default_rng(0)
+    means = [
+        values[random.integers(len(values), size=(_TOGETHER, len(values)))].mean(axis=1)
+        for _ in range(_DRAWS // _TOGETHER)
+    ]
+    low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def in_percent(share: float) -> str:
+    """A share in percent; 100% means all, and 0% none.
+
+    Example:
+        >>> in_percent(0.75), in_percent(0.999), in_percent(0.001)
+        ('75%', 'over 99%', 'under 1%')
+    """
+    percent = round(100 * share)
+    if percent == 100 and share < 1:
+        return "over 99%"
+    return "under 1%" if percent == 0 and share else f"{percent}%"
+
+
+def means_of_prompts(results: pd.DataFrame, by: Iterable[str]) -> pd.DataFrame:
+    """The mean of each measure over the seeds of a prompt, one row for each prompt of a group."""
+    return results.groupby([*by, "key"], sort=False)[[*MEASURES.values()]].mean()
+
+
+def varying(settings: pd.DataFrame) -> list[str]:
+    """The settings in which experiments differ."""
+    return [name for name in settings if settings[name].nunique(dropna=False) > 1]
+
+
+def labels_of(settings: pd.DataFrame) -> pd.Series:
+    """For each experiment what sets it apart, in a line; '' where there is one alone."""
+    apart = varying(settings)
+    return pd.Series(
+        [_label(dict(zip(apart, values, strict=True))) for values in settings[apart].to_numpy()],
+        settings.index,
+        dtype=object,
+    )
+
+
+def _label(settings: dict[str, Any]) -> str:
+    parts = []
+    for name, value in settings.items():
+        if value is None:
+            continue
+        number = isinstance(value, int | float)
+        text = str(value) if number or "." not in name else str(value).rpartition("/")[2]
+        by_value = name in _NAMED_BY_VALUE and not number
+        parts.append(text if by_value else f"{name.rpartition('.')[2]} {text}")
+    return ", ".join(parts)
+
+
+def summarize(loaded: Loaded) -> pd.DataFrame:
+    """A line for each experiment: means over prompts with their 95% interval, medians, settings."""
+    settings, results = loaded.settings, loaded.results
+    apart = varying(settings) or ["model", "depth"]
+    groups = results.groupby("experiment")
+    prompts = means_of_prompts(results, ["experiment"]).groupby("experiment")
+    medians = groups[["iterations", "seconds"]].median()
+    is_fit = settings["command"] == "fit"
+    table = settings[[name for name in apart if name in _FIRST]].copy()
+    table["prompts"] = groups["key"].nunique()
+    for name, measure in MEASURES.items():
+        table[name] = prompts[measure].mean()
+        bounds = prompts[measure].apply(interval)
+        table[f"{name} low"], table[f"{name} high"] = bounds.str[0], bounds.str[1]
+    wrong = results["marks"].str.count(FALSE)
+    table["verified and wrong"] = wrong.groupby(results["experiment"]).sum()
+    table = table.join(settings[[name for name in apart if name not in _FIRST]])
+    table["seeds"] = groups["seed"].nunique(dropna=False)
+    table["iterations (median)"] = medians["iterations"]
+    counts = results.explode("candidates").groupby("experiment")["candidates"]
+    table["candidates (median)"] = counts.apply(lambda values: values.astype(float).median())
+    table["seconds (median)"] = medians["seconds"].where(~is_fit)
     # A fit's prompts run together, and each of its rows holds the time of them all.
-    of_batch = group.settings.get("command") == "fit"
-    return {
-        **{name: value for name, value in settings.items() if name in FIRST},
-        "prompts": group.prompts,
-        **{name: group.mean(measure) for name, measure in MEASURES.items()},
-        "verified and wrong": group.false_proofs,
-        **{name: value for name, value in settings.items() if name not in FIRST},
-        "seeds": group.seeds,
-        "iterations (median)": group.median("iterations"),
-        "candidates (median)": candidates[len(candidates) // 2] if candidates else None,
-        "seconds (median)": None if of_batch else seconds,
-        "seconds (batch, median)": seconds if of_batch else None,
-    }
+    table["seconds (batch, median)"] = medians["seconds"].where(is_fit)
+    return table
 
 
-def without_empty(lines: Sequence[Line]) -> list[Line]:
-    """The lines without columns that say nothing in any of them."""
-    used = [key for key in lines[0] if any(line[key] is not None for line in lines)]
-    return [{key: line[key] for key in used} for line in lines]
+def as_text(table: pd.DataFrame) -> pd.DataFrame:
+    """The table as it is shown: means with their interval in one cell, no empty columns."""
+    text = pd.DataFrame(index=table.index)
+    for name in table.columns.difference(_BOUNDS, sort=False):
+        if table[name].isna().all():
+            continue
+        if name in MEASURES:
+            columns = table[[name, f"{name} low", f"{name} high"]]
+            text[name] = [_mean(*values) for values in columns.to_numpy()]
+        else:
+            text[name] = [_number(value) for value in table[name]]
+    return text
 
 
-def markdown(lines: Sequence[Line]) -> str:
-    """The table as markdown; means with their 95% interval."""
-    lines = without_empty(lines)
-    head = list(lines[0])
-    rows = [head, ["---"] * len(head), *([cell_text(line[key]) for key in head] for line in lines)]
+def markdown(table: pd.DataFrame) -> str:
+    """The table as markdown."""
+    text = as_text(table)
+    rows = [[*text], ["---"] * len(text.columns), *text.to_numpy()]
     return "\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in rows) + "\n"
 
 
-def comma_separated(lines: Sequence[Line]) -> str:
-    """The table as CSV; a mean has three columns."""
-    flat = [_flat(line) for line in lines]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue()
+def as_json(table: pd.DataFrame) -> str:
+    """The table as a list of flat JSON objects; a mean has three keys."""
+    records = table.astype(object).where(table.notna(), None).to_dict("records")
+    return json.dumps(records, ensure_ascii=False, indent=1)
 
 
-def as_json(lines: Sequence[Line]) -> str:
-    """The table as JSON: a list of flat objects, with every setting that differs anywhere."""
-    return json.dumps([_flat(line) for line in lines], ensure_ascii=False, indent=1)
-
-
-def cell_text(value: Any) -> str:
-    """A value as the table shows it."""
-    if value is None:
+def _mean(value: float, low: float, high: float) -> str:
+    if math.isnan(value):
         return ""
-    if isinstance(value, Mean):
-        std = "" if value.low == value.high else f" [{value.low:.2f}, {value.high:.2f}]"
-        return f"{value.value:.3f}{std}"
+    return f"{value:.3f}" if low == high else f"{value:.3f} [{low:.2f}, {high:.2f}]"
+
+
+def _number(value: Any) -> str:
+    if value is None or value != value:
+        return ""
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     return str(value)
-
-
-def _flat(line: Line) -> Line:
-    flat: Line = {}
-    for name, value in line.items():
-        if name in MEASURES:
-            for part in ("value", "low", "high"):
-                key = name if part == "value" else f"{name} {part}"
-                flat[key] = None if value is None else getattr(value, part)
-        else:
-            flat[name] = value
-    return flat
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, int | float | str) or value is None else str(value)
 
 
 def _escaped(text: str) -> str:

@@ -18,7 +18,6 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lightning_inversion.cli.parser import OneSentenceParser
 from lightning_inversion.errors import InputError
-from lightning_inversion.report.audit import Part, write_audit
 from lightning_inversion.sweep.command import (
     add_running_arguments,
     check_processes,
@@ -28,6 +27,7 @@ from lightning_inversion.sweep.command import (
 from lightning_inversion.sweep.grid import COMMANDS, Cell, short
 
 if TYPE_CHECKING:
+    from lightning_inversion.report.audit import AuditRun
     from lightning_inversion.sweep.run import Sweep
     from lightning_inversion.transformer.loading import TransformerSpec
 
@@ -151,8 +151,9 @@ def run_audit(options: Namespace) -> int:
     if options.model is not None:
         passed_on = [f"--model.transformer.model={options.model}", *passed_on]
 
-    # Torch and Lightning take seconds to import, which --help does not need.
+    # Torch, Lightning and pandas take seconds to import, which --help does not need.
     from lightning_inversion.data.texts import read_prompts
+    from lightning_inversion.report.audit import write_audit
     from lightning_inversion.sweep.run import Sweep, check, run_cells
 
     prompts = read_prompts(options.prompts, "--prompts")
@@ -171,9 +172,9 @@ def run_audit(options: Namespace) -> int:
     try:
         return run_cells(sweep, check(sweep), options.processes)
     finally:
-        parts = [_part(sweep, cell) for cell in cells]
-        if any(part.rows is not None for part in parts):
-            print(write_audit(parts, folder / "audit.html"))
+        runs = [_run_of(sweep, cell) for cell in cells]
+        if any(run.rows is not None for run in runs):
+            print(write_audit(runs, folder / "audit.html"))
 
 
 def cells_of(
@@ -243,9 +244,11 @@ def _capture(wanted: dict[Path, tuple[Channel, TransformerSpec]], prompts: Path)
         capture(stored, spec, models.load)
 
 
-def _part(sweep: Sweep, cell: Cell) -> Part:
+def _run_of(sweep: Sweep, cell: Cell) -> AuditRun:
+    from lightning_inversion.report.audit import AuditRun
+
     status = sweep.status(cell)
-    return Part(
+    return AuditRun(
         command=cell.command,
         depth=int(cell.values["depth"]),
         channel=cell.values["channel"],

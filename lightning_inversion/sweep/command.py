@@ -151,11 +151,11 @@ def write_report(folder: Path) -> None:
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-    from lightning_inversion.report.command import write
-    from lightning_inversion.report.load import read
+    from lightning_inversion.report.command import write_files
+    from lightning_inversion.report.load import load_results
 
     out = folder / "report"
-    written = write(read([folder]), out)
+    written = write_files(load_results([folder]), out)
     for old in out.glob("events.out.tfevents.*"):
         old.unlink()
     writer = EventFileWriter(str(out))

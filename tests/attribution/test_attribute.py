@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_inversion.attribution.attribute import attribute
-from lightning_inversion.attribution.config import Choices, Look, with_preset
+from lightning_inversion.attribution.config import Choices, Display
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -18,14 +18,10 @@ from tests.attribution.conftest import SENTENCE
 from tests.tiny import tiny_model
 
 
-def silent(sentence: str) -> None:
-    """Say nothing."""
-
-
 @pytest.fixture
 def run(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast):
     def attribution(text: str = SENTENCE, **choices: object) -> AttributionResult:
-        return attribute(llama, tokenizer, text, Choices(**choices), say=silent)
+        return attribute(llama, tokenizer, text, Choices(**choices))
 
     return attribution
 
@@ -36,7 +32,7 @@ def test_each_method_scores_each_token(run, method: str) -> None:
     assert result.method == method
     assert result.scores.shape == (1, len(result.ids))
     assert result.scores.isfinite().all()
-    assert "".join(piece.text for piece in result.pieces) == SENTENCE
+    assert "".join(result.tokens) == SENTENCE
 
 
 def test_combined_keeps_its_parts_raw(run) -> None:
@@ -64,8 +60,11 @@ def test_integrated_gradients_add_up_to_what_replacing_all_tokens_changes(run) -
     assert not result.notes  # it would say what is missing
 
 
-def test_integrated_gradients_say_what_they_miss(run) -> None:
-    assert "more steps" in run(method="integrated", steps=1, replacement="s").notes[0]
+@pytest.mark.parametrize("scalar", ["logprob", "prob"])
+def test_integrated_gradients_note_what_they_miss_of_the_rise(run, scalar: str) -> None:
+    # The probability rises by less than 1e-3, of which a single step misses a large part.
+    (note,) = run(method="integrated", steps=1, replacement="s", scalar=scalar, token="e").notes
+    assert "raise --steps" in note
 
 
 def test_a_given_token_and_a_contrast(run) -> None:
@@ -93,19 +92,23 @@ def test_auto_drops_occlusion_above_its_limit_and_says_so(run) -> None:
     assert run(occlusion_limit=100).method == "combined"
 
 
-def test_the_number_of_forwards_is_said_before_they_start(
-    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+def test_the_number_of_forwards_is_logged_before_they_start(
+    run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    result = attribute(llama, tokenizer, SENTENCE, Choices(method="occlusion"), say=said.append)
-    assert f"{len(result.ids)} forwards" in said[0]
+    def stop(*_: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr("lightning_inversion.attribution.methods.occlusion", stop)
+    with caplog.at_level("INFO", "lightning_inversion"), pytest.raises(InterruptedError):
+        run(method="occlusion")
+    assert f"occlusion: {len(run(method='gradient').ids)} forwards" in caplog.messages[0]
 
 
 def test_features_of_a_depth(run, llama: PreTrainedModel, tokenizer) -> None:
     whole = run(depth=2)
     assert whole.predictions == ()
     truncated = TruncatedTransformer.from_model(llama, tokenizer, depth=2)
-    given = attribute(truncated, tokenizer, SENTENCE, Choices(depth=2), say=silent)
+    given = attribute(truncated, tokenizer, SENTENCE, Choices(depth=2))
     torch.testing.assert_close(given.scores, whole.scores)
     assert run(depth=2, every_token=True).scores.shape == (len(whole.ids), len(whole.ids))
 
@@ -113,13 +116,13 @@ def test_features_of_a_depth(run, llama: PreTrainedModel, tokenizer) -> None:
 def test_enough_probes_give_the_norm_of_the_jacobian_exactly(
     run, llama: PreTrainedModel, tokenizer
 ) -> None:
-    result = run(depth=1, method="gradient", reduce="sum", probes=32)
+    result = run(depth=1, method="gradient", probes=32)
     truncated = TruncatedTransformer.from_model(llama, tokenizer, depth=1)
     embeds = truncated.embedding(torch.tensor([result.ids]))
     jacobian = torch.autograd.functional.jacobian(lambda a: truncated(a)[0, -1], embeds)[:, 0]
     expected = torch.einsum("ftd,td->tf", jacobian, embeds[0]).norm(dim=-1)
     torch.testing.assert_close(result.scores[0], expected, atol=1e-4, rtol=1e-4)
-    few = run(depth=1, method="gradient", reduce="sum", probes=16).scores[0]
+    few = run(depth=1, method="gradient", probes=16).scores[0]
     assert float(torch.corrcoef(torch.stack([few, expected]))[0, 1]) > 0.9
 
 
@@ -128,7 +131,7 @@ def test_a_replacement_that_the_tokenizer_lacks_falls_back_and_says_so(
 ) -> None:
     without_pad = copy.deepcopy(tokenizer)
     without_pad.pad_token = None
-    result = attribute(llama, without_pad, SENTENCE, Choices(method="occlusion"), say=silent)
+    result = attribute(llama, without_pad, SENTENCE, Choices(method="occlusion"))
     assert result.replacement.startswith("eos")
     assert "no pad token" in result.notes[0]
 
@@ -138,8 +141,8 @@ def test_replacements(run, replacement: str) -> None:
     assert run(method="occlusion", replacement=replacement).scores.isfinite().all()
 
 
-def test_the_document_preset_is_the_documents_choice(run, llama, tokenizer) -> None:
-    result = attribute(llama, tokenizer, SENTENCE, preset="document", say=silent)
+def test_the_original_preset_is_the_choice_of_the_source(run, llama, tokenizer) -> None:
+    result = attribute(llama, tokenizer, SENTENCE, preset="original")
     embeds = llama.get_input_embeddings()(torch.tensor([result.ids])).detach().requires_grad_()
     output = llama(inputs_embeds=embeds).logits[:, -1]
     (gradient,) = torch.autograd.grad(output.sum(), embeds)
@@ -150,16 +153,16 @@ def test_the_document_preset_is_the_documents_choice(run, llama, tokenizer) -> N
         with torch.no_grad():
             distance = (llama(torch.tensor([ids])).logits[:, -1] - output).abs().sum()
         torch.testing.assert_close(result.parts["occlusion"][0, token], distance.detach())
-    assert result.look == Look(normalise="minmax", palette="document")
-    assert "--preset=document" in result.command
+    assert result.display == Display(normalise="minmax", palette="original")
+    assert "--preset=original" in result.command
     assert "--scalar" not in result.command
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_low_precision_runs(tokenizer: PreTrainedTokenizerFast, attention: str) -> None:
     model = tiny_model("llama", attention).to(torch.bfloat16)
-    low = attribute(model, tokenizer, SENTENCE, Choices(token="s"), say=silent)
-    high = attribute(model.float(), tokenizer, SENTENCE, Choices(token="s"), say=silent)
+    low = attribute(model, tokenizer, SENTENCE, Choices(token="s"))
+    high = attribute(model.float(), tokenizer, SENTENCE, Choices(token="s"))
     assert low.model["dtype"] == "bfloat16"
     assert float(torch.corrcoef(torch.cat([low.scores, high.scores]))[0, 1]) > 0.95
 
@@ -177,35 +180,6 @@ def test_json_and_records_hold_everything(run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("choices", "option"),
-    [
-        ({"weight": 1.5}, "--weight"),
-        ({"steps": 0}, "--steps"),
-        ({"batch_size": 0}, "--batch_size"),
-        ({"depth": 2, "token": "s"}, "--token"),
-        ({"depth": 2, "method": "integrated"}, "--method"),
-        ({"depth": 2, "distance": "l1_probs"}, "--distance"),
-        ({"depth": 2, "scalar": "prob"}, "--scalar"),
-        ({"distance": "relative_features"}, "--depth"),
-        ({"token": "s", "every_token": True}, "--every_token"),
-        ({"token": "s", "scalar": "sum_logits"}, "--token"),
-        ({"token": "s", "method": "occlusion", "distance": "l1_logits"}, "--token"),
-        ({"token": "s", "against": "e", "scalar": "sum_logits"}, "--token"),
-    ],
-)
-def test_contradictions_name_the_option(choices: dict[str, object], option: str) -> None:
-    with pytest.raises(InputError, match=option):
-        Choices(**choices)
-
-
-def test_a_preset_cannot_be_contradicted() -> None:
-    with pytest.raises(InputError, match="--scalar prob contradicts --preset document"):
-        with_preset("document", Choices(scalar="prob"), Look())
-    choices, _ = with_preset("document", Choices(method="gradient"), Look())
-    assert choices.method == "gradient"
-
-
-@pytest.mark.parametrize(
     ("text", "choices", "message"),
     [
         ("", {}, "empty"),
@@ -218,3 +192,14 @@ def test_a_preset_cannot_be_contradicted() -> None:
 def test_wrong_input_says_what_to_do(run, text: str, choices: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         run(text, **choices)
+
+
+def test_scores_that_are_not_finite_are_noted(llama: PreTrainedModel, tokenizer) -> None:
+    broken = copy.deepcopy(llama)
+    with torch.no_grad():
+        broken.lm_head.weight[5] = torch.inf
+    result = attribute(broken, tokenizer, SENTENCE)
+    T = len(result.ids)
+    assert f"{T} of {T} scores are not finite" in result.notes[-1]
+    assert json.loads(result.to_json())["scores"] == [[None] * T]
+    assert "not finite" in result.to_html()

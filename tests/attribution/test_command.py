@@ -1,27 +1,27 @@
-"""The command: files and pipes, one sentence for wrong input, rows that go on after a kill."""
+"""The command: files and pipes, text as it is written, one sentence for wrong input."""
 
 from __future__ import annotations
 
 import io
 import json
+import shlex
 from pathlib import Path
 
 import pytest
-from jsonargparse import ArgumentParser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_inversion.attribution import request
+from lightning_inversion.__main__ import main
 from lightning_inversion.attribution.command import add_attribute_arguments, run_attribute
-from lightning_inversion.attribution.rows import RowFile
+from lightning_inversion.cli.parser import OneSentenceParser
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.loading import TransformerSpec
 from tests.attribution.conftest import SENTENCE
 
 
 def run(*words: object) -> int:
-    parser = ArgumentParser(prog="attribute", exit_on_error=False, allow_abbrev=False)
+    parser = OneSentenceParser(prog="attribute")
     add_attribute_arguments(parser)
-    return run_attribute(parser.parse_args([str(word) for word in words]))
+    return run_attribute(parser.parse_command([str(word) for word in words]))
 
 
 @pytest.fixture
@@ -32,25 +32,29 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TransformerSpec, "load_causal_lm", load)
 
 
-def test_page_and_json(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_page_and_json(
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "lightning_inversion")
     page, data = tmp_path / "new" / "page.html", tmp_path / "result.json"
     words = [SENTENCE, "--model", tiny_folder, "--out", page, "--json", data]
     assert run(*words, "--method", "occlusion", "--against", "s", "--scale", "sqrt") == 0
     assert "<!doctype html>" in page.read_text(encoding="utf-8")
     result = json.loads(data.read_text(encoding="utf-8"))
     assert result["text"] == SENTENCE
-    assert result["look"]["scale"] == "sqrt"
+    assert result["display"]["scale"] == "sqrt"
     assert result["model"]["model"] == str(tiny_folder)
-    said = capsys.readouterr()
-    assert "forwards" in said.err
-    assert "predicted next token" in said.out
+    assert "forwards" in caplog.text
+    assert f"written to {page}" in caplog.messages
+    assert "predicted next token" in capsys.readouterr().out
 
 
 def test_the_command_in_the_output_gives_the_same_result(tiny_folder: Path, tmp_path: Path) -> None:
-    import shlex
-
     first, second = tmp_path / "1.json", tmp_path / "2.json"
-    options = ["--preset", "document", "--method", "occlusion", "--dtype", "bfloat16"]
+    options = ["--preset", "original", "--method", "occlusion", "--dtype", "bfloat16"]
     run("a bus", "--model", tiny_folder, "--json", first, *options)
     words = shlex.split(json.loads(first.read_text())["command"])
     run(*words[2:], "--json", second)
@@ -62,9 +66,41 @@ def test_pipes(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(SENTENCE + "\n"))
     assert run("-", "--model", tiny_folder, "--json", "-") == 0
-    said = capsys.readouterr()
-    assert json.loads(said.out)["text"] == SENTENCE
-    assert "predicted next token" in said.err
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["text"] == SENTENCE
+    assert "predicted next token" in printed.err
+
+
+@pytest.mark.parametrize("text", ["# Heading", "null", "~", "[1]", "'x'", "a: b", "12", " #", "\n"])
+def test_text_is_text(text: str) -> None:
+    parser = OneSentenceParser(prog="attribute")
+    add_attribute_arguments(parser)
+    options = parser.parse_command(
+        [text, "--token", text, "--against", text, "--replacement", text]
+    )
+    assert (options.text, options.token, options.against, options.replacement) == (text,) * 4
+
+
+def test_rows_of_results_and_of_attributions_have_the_same_tokens(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    prompt = "Ça va, é 👧!"
+    words = [
+        "predict",
+        f"--model.transformer.model={tiny_folder}",
+        "--model.transformer.depth=1",
+        f"--data.prompts={json.dumps([prompt], ensure_ascii=False)}",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.accelerator=cpu",
+    ]
+    assert main(words) == 0
+    (results,) = tmp_path.rglob("results.jsonl")
+    assert run(prompt, "--model", tiny_folder, "--json", tmp_path / "attribution.json") == 0
+    row = json.loads(results.read_text(encoding="utf-8"))
+    attribution = json.loads((tmp_path / "attribution.json").read_text(encoding="utf-8"))
+    assert row["recovered"] == "".join(row["recovered_tokens"]) == prompt
+    assert attribution["tokens"] == row["recovered_tokens"]
+    assert "👧" in attribution["tokens"]
 
 
 def test_tensorboard(tiny_folder: Path, tmp_path: Path) -> None:
@@ -75,38 +111,6 @@ def test_tensorboard(tiny_folder: Path, tmp_path: Path) -> None:
     assert events.Tags()["tensors"] == ["attribution/text_summary"]
 
 
-def test_many_texts_go_on_where_they_stopped(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    texts, rows = tmp_path / "texts.txt", tmp_path / "rows.jsonl"
-    texts.write_text("The sky\nA bus\nThe sky\n\n", encoding="utf-8")
-    words = ("--texts", texts, "--model", tiny_folder, "--json", rows, "--method", "gradient")
-    run(*words)
-    whole = rows.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    assert [json.loads(line)["text"] for line in lines] == ["The sky", "A bus", "The sky"]
-
-    rows.write_bytes(lines[0] + lines[1][:40])  # killed while it wrote the second row
-    done: list[str] = []
-    attribute = request.attribute
-
-    def counting(model: object, tokenizer: object, text: str, *rest: object, **named: object):
-        done.append(text)
-        return attribute(model, tokenizer, text, *rest, **named)
-
-    monkeypatch.setattr(request, "attribute", counting)
-    run(*words)
-    assert done == ["A bus", "The sky"]
-    assert rows.read_bytes() == whole
-    with pytest.raises(InputError, match="other options"):
-        run(*words, "--scalar", "prob")
-
-    rows.write_bytes(b"".join(reversed(lines)))  # killed when only the order was left to do
-    run(*words)
-    assert done == ["A bus", "The sky"]
-    assert rows.read_bytes() == whole
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -114,14 +118,15 @@ def test_many_texts_go_on_where_they_stopped(
         (["a", "--texts", "b"], "two inputs"),
         ([""], "empty"),
         (["a", "--weight", "2"], "--weight"),
-        (["a", "--preset", "paper"], "--preset"),
-        (["a", "--preset", "document", "--scalar", "prob"], "--scalar"),
+        ([" ", "--preset", "paper"], "--preset"),
+        (["a", "--preset", "original", "--scalar", "prob"], "--scalar"),
         (["a", "--out", "-", "--json", "-"], "--out and --json"),
         (["a", "--out", "."], "--out"),
         (["a", "--out", "/proc/x.html"], "--out '/proc/x.html' cannot be written"),
         (["a", "--model", "no such model"], "^--model"),
         (["a", "--quantization", "int8", "--dtype", "float16"], "^--quantization"),
         (["a", "--token", "two words"], "--token"),
+        (["a" * 400], "400 tokens, and the model takes 128"),
         (["a", "--replacement", "two words"], "--replacement"),
         (["--texts", "no such file"], "--texts"),
         (["a", "--processes", "0"], "--processes must be at least 1, and is 0"),
@@ -173,14 +178,3 @@ def test_what_cannot_be_shared_over_processes(
     with pytest.raises(InputError, match=message) as error:
         run("--texts", texts, "--model", tiny_folder, *options)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.usefixtures("no_model")
-def test_two_runs_do_not_write_one_file(tiny_folder: Path, tmp_path: Path) -> None:
-    texts, rows = tmp_path / "texts.txt", tmp_path / "rows.jsonl"
-    texts.write_text("a\n")
-    with (
-        RowFile.alone(rows, ["a"], {}),
-        pytest.raises(InputError, match=r"--json .* is being written by another run"),
-    ):
-        run("--texts", texts, "--model", tiny_folder, "--json", rows)

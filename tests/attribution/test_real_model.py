@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_inversion.attribution.attribute import attribute
 from lightning_inversion.attribution.config import Choices, Reduce
-from lightning_inversion.attribution.scores import reduce_embedding
+from lightning_inversion.attribution.measures import reduce_embedding
 from lightning_inversion.transformer.loading import TransformerSpec
 from tests.attribution import captum_reference as captum
 from tests.attribution.conftest import SENTENCE
@@ -26,10 +26,6 @@ from tests.benchmarks import occlusion as benchmark
 pytestmark = pytest.mark.integration
 TOLERANCE = 1e-5
 TOKEN = "id:30"  # the full stop, which is the prediction
-
-
-def silent(sentence: str) -> None:
-    """Say nothing."""
 
 
 @pytest.fixture(autouse=True)
@@ -64,16 +60,14 @@ def test_gradient_times_input_is_captums_in_double(
     model, tokenizer = trained
     torch.set_num_threads(threads)
     choices = Choices(method="gradient", reduce=reduce, token=TOKEN)
-    ours = attribute(model, tokenizer, SENTENCE, choices, say=silent)
+    ours = attribute(model, tokenizer, SENTENCE, choices)
     assert_equal(ours.scores[0].double(), reduce_embedding(captum_in_double, reduce))
 
 
 def test_occlusion_is_captums_whatever_the_batch(trained) -> None:
     model, tokenizer = trained
     results = [
-        attribute(
-            model, tokenizer, SENTENCE, Choices(method="occlusion", batch_size=rows), say=silent
-        )
+        attribute(model, tokenizer, SENTENCE, Choices(method="occlusion", batch_size=rows))
         for rows in (None, 1, 4)
     ]
     ids, target = torch.tensor(results[0].ids), results[0].queries[0].token
@@ -97,9 +91,9 @@ def test_a_fact_depends_on_what_it_is_about(trained) -> None:
     model, tokenizer = trained
     text = "The capital of France is Paris, and the capital of Germany is"
     choices = Choices(method="occlusion", against=" Paris")
-    result = attribute(model, tokenizer, text, choices, say=silent)
+    result = attribute(model, tokenizer, text, choices)
     assert result.queries[0].text == " Berlin"
-    assert result.token_texts[int(result.token_scores.argmax())] == " Germany"
+    assert result.tokens[int(result.token_scores.argmax())] == " Germany"
 
 
 def test_8_bit_weights_give_nearly_the_same_and_stay_as_they_are(trained) -> None:
@@ -109,7 +103,7 @@ def test_8_bit_weights_give_nearly_the_same_and_stay_as_they_are(trained) -> Non
     before = weight.clone()
     scores = []
     for model in (full, quantised):
-        result = attribute(model, tokenizer, SENTENCE, Choices(token=TOKEN), say=silent)
+        result = attribute(model, tokenizer, SENTENCE, Choices(token=TOKEN))
         scores.append(result.scores[0])
     assert result.model["quantization"] == "bitsandbytes"
     assert float(torch.cosine_similarity(*scores, dim=0)) > 0.95

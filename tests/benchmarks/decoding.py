@@ -58,8 +58,6 @@ def compare(vocabulary: int, width: int, places: int) -> None:
 
     embedding = TokenEmbedding(torch.randn(vocabulary, width))
     learnable = EmbeddingInput(MeanInitializer())
-    learnable.allocate(vectors.shape)
-    learnable.values.data.copy_(vectors)
     flat = vectors.flatten(0, 1)[: embedding.at_a_time]
     tried = torch.zeros(len(flat), vocabulary, dtype=torch.bool)
     scores = embedding.dot(flat)
@@ -68,7 +66,7 @@ def compare(vocabulary: int, width: int, places: int) -> None:
         products = whole * seconds(lambda: embedding.dot(flat))
         choice = whole * seconds(lambda: best_untried(scores, tried, 16))
         softmax = whole * seconds(lambda: scores.log_softmax(-1))
-    top = seconds(lambda: decode(learnable, embedding, L2Decoder(), 5))
+    top = seconds(lambda: decode(vectors, learnable, embedding, L2Decoder(), 5))
     one = seconds(iteration)
     print(
         f"V {vocabulary}, D {width}, {places} places: a block forward and backward "
@@ -102,7 +100,7 @@ def share_of_a_fit(depth: int, iterations: int) -> tuple[float, float]:
             run([
                 "fit", f"--data.prompts=[{texts}]", f"--trainer.default_root_dir={folder}",
                 "--trainer.accelerator=cpu", f"--model.transformer.depth={depth}",
-                f"--model.iterations={iterations}", "--token_by_token.every=0",
+                f"--model.iterations={iterations}", "--model.schedule=AllPositions",
                 "--stopping.stop=false",
             ])  # fmt: skip
     finally:

@@ -25,6 +25,7 @@ from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.inputs import EmbeddingInput, MeanInitializer
 from lightning_inversion.module import InputInversion
 from lightning_inversion.objectives import L1
+from lightning_inversion.schedules import AllPositions
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
@@ -73,6 +74,7 @@ def through_trainer(
         objective=L1(),
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
         iterations=iterations,
+        schedule=AllPositions(),
     ).use(transformer)
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from lightning_inversion.attribution.measures import TokenMeasure
+from lightning_inversion.attribution.methods import Task, occlusion
 from lightning_inversion.attribution.model import LogitReader, undisturbed
-from lightning_inversion.attribution.occlusion import occlusion
-from lightning_inversion.attribution.scores import TokenMeasure
 from lightning_inversion.transformer.loading import TransformerSpec
 from tests.attribution import captum_reference as captum
 
@@ -50,7 +50,7 @@ def methods(
             measure = TokenMeasure(torch.tensor([target]), None, "logprob", "drop")
             at = torch.tensor([len(ids) - 1])
             vector = reader.embed(torch.tensor([replacement]))[0]
-            return occlusion(reader, reader.embed(ids), at, measure, vector)[0]
+            return occlusion(Task(reader, reader.embed(ids), at, measure), vector)[0]
 
     def theirs(**kept: int) -> Callable[[], Tensor]:
         return lambda: captum.ablation(model, ids, target, replacement, CAPTUM_ROWS, **kept)

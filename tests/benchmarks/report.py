@@ -19,7 +19,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from lightning_inversion.report.events import TAGS
+from lightning_inversion.report.load import CURVES
 from tests.report.rows import row, write_run
 
 OBJECTIVES = ("L1", "L2", "CosineDistance", "Standardized")
@@ -41,7 +41,7 @@ def make(folder: Path, runs: int, prompts: int) -> int:
         size += (here / "results.jsonl").stat().st_size
         writer = EventFileWriter(str(here))
         for step in range(0, 500, 10):
-            for tag in TAGS.values():
+            for tag in CURVES:
                 value = Summary.Value(tag=tag, simple_value=100 / (1 + step) + depth)
                 writer.add_event(Event(step=step, summary=Summary(value=[value])))
         writer.close()

@@ -36,7 +36,7 @@ def compare_memory() -> None:
         arguments = [
             f"--data.prompts=[{text}]", f"--data.tokens_per_batch={tokens}",
             f"--model.transformer.depth={depth}", "--model.iterations=2", "--decoding.show=false",
-            "--token_by_token.every=0",  # whose candidates would leave nothing to iterate
+            "--model.schedule=AllPositions",  # candidates would leave nothing to iterate
         ]  # fmt: skip
         done = subprocess.run(
             [sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=True

@@ -9,11 +9,12 @@ import torch
 
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.callbacks.stopping import StoppingCriterion
-from lightning_inversion.callbacks.token_by_token import TokenByToken
 from lightning_inversion.cli.lightning import RECOMMENDED
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.transformer.loading import TransformerSpec
+
+pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
 
 
 def fit(folder: Path, root: Path, *more: str) -> list[str]:
@@ -53,19 +54,19 @@ def rows_of(root: Path, version: int = 0) -> list[dict]:
         (["--trainer.devices=null"], "--trainer.devices: "),
         (["--model.optimizer.lr=null"], "--model.optimizer: '<=' not supported"),
         (["--model.optimizer.lr=-1"], "--model.optimizer: Invalid learning rate: -1.0"),
-        (["--model.recovery.budget=-3"], "--model.recovery: candidates, most and budget must"),
+        (["--model.recovery.budget=-3"], "--model.recovery: candidates, max_candidates and budget"),
         (["--trainer.default_root_dir=/proc/x"], "--trainer.default_root_dir '/proc/x' cannot"),
         ([f"--trainer.default_root_dir={__file__}"], "is a file; give a folder"),
         (["--model.transformer.depth=0"], "--model.transformer.depth"),
         (["--model.transformer.depth=99"], "99 blocks were asked for and the model has 4"),
         (["--model.objective=L3"], "unknown Objective 'L3'; choose from C"),
         (["--model.decoder=Pin"], "unknown Decoder 'Pin'; choose from C"),
-        (["--model.learnable=VocabularyInput"], "set --token_by_token.every 0"),
+        (["--model.learnable=VocabularyInput"], "choose --model.schedule AllPositions"),
         (["--data.prompts=['']"], "--data.prompts, prompt 1 is empty"),
         (["--data.batch_size=0"], "--data.batch_size must be at least 1"),
         (["--data.file=none.txt"], "--data.prompts and --data.file were given"),
         (["--learning_rate.start=-1"], "learning_rate.start"),
-        (["--token_by_token.window=0"], "token_by_token"),
+        (["--model.schedule.window=0"], "--model.schedule: every, candidates and window"),
         (["--trainer.strategy=ddp", "--trainer.devices=2"], "DDPStrategy would average the inputs"),
         (["--trainer.precision=64-true"], "--trainer.precision: 64-true is not one of 32-true"),
         (
@@ -171,14 +172,17 @@ def test_the_trainers_precision_is_what_the_model_computes_in(
     assert run(fit(tiny_folder, tmp_path, *options)) == 0
     assert {row["dtype"] for row in rows_of(tmp_path)} == {"bfloat16"}
     (checkpoint,) = tmp_path.glob("lightning_logs/*/checkpoints/last.ckpt")
-    values = torch.load(checkpoint, weights_only=True)["state_dict"]["learnable.values"]
+    values = torch.load(checkpoint, weights_only=True)["state"]["values"]
     assert values.dtype == torch.float32
 
 
 def test_hparams_hold_real_values(tiny_folder: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    slowly = ["--token_by_token.candidates=1", "--token_by_token.most=1"]  # not without iterations
+    slowly = [
+        "--model.schedule.candidates=1",
+        "--model.schedule.max_candidates=1",
+    ]  # not without iterations
     assert run(fit(tiny_folder, tmp_path, "--model.iterations=12", *slowly)) == 0
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"))
     events.Reload()
@@ -265,7 +269,7 @@ def test_a_fit_goes_on_behind_a_batch_that_ended_early(
     options = [
         "--model.transformer.depth=3", "--model.iterations=400", "--data.batch_size=1",
         "--model.learnable.initializer=NormalInitializer", "--checkpoint.every=1",
-        "--token_by_token.candidates=1", "--token_by_token.most=1",
+        "--model.schedule.candidates=1", "--model.schedule.max_candidates=1",
     ]  # fmt: skip
     assert run(fit(tiny_folder, tmp_path / "whole", *options)) == 0
     iterations = [row["iterations"] for row in rows_of(tmp_path / "whole")]
@@ -276,7 +280,7 @@ def test_a_fit_goes_on_behind_a_batch_that_ended_early(
 
     def stop_in_the_second_batch(self, trainer, pl_module, optimizer) -> None:
         judge(self, trainer, pl_module, optimizer)
-        if trainer.current_epoch == 1 and pl_module.iteration == 7:
+        if trainer.current_epoch == 1 and pl_module.state.iteration == 7:
             raise InputError("stopped")
 
     arguments = fit(tiny_folder, tmp_path / "stopped", *options)
@@ -284,13 +288,13 @@ def test_a_fit_goes_on_behind_a_batch_that_ended_early(
         patch.setattr(StoppingCriterion, "on_before_optimizer_step", stop_in_the_second_batch)
         assert run(arguments) == 2
     taken: list[int] = []
-    begin = TokenByToken.on_train_batch_start
+    begin = InputInversion.on_train_batch_start
 
-    def watched(self, trainer, pl_module, batch, batch_idx) -> None:
+    def watched(self, batch, batch_idx):
         taken.append(batch_idx)
-        begin(self, trainer, pl_module, batch, batch_idx)
+        return begin(self, batch, batch_idx)
 
-    monkeypatch.setattr(TokenByToken, "on_train_batch_start", watched)
+    monkeypatch.setattr(InputInversion, "on_train_batch_start", watched)
     assert run([*arguments, "--ckpt_path=last"]) == 0
     assert taken[0] == 7
     assert without_seconds(tmp_path / "stopped") == without_seconds(tmp_path / "whole")

@@ -11,6 +11,8 @@ import pytest
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.files import ENVIRONMENT
 
+pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
+
 
 def predict(folder: Path, root: Path, *more: str) -> list[str]:
     return [
@@ -66,7 +68,7 @@ def test_it_goes_on_where_it_stopped(tiny_folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "lightning_logs" / "version_1").exists()
 
 
-def test_what_is_slow_is_said_once_and_no_line_is_empty(
+def test_slow_phases_are_reported_once_and_no_line_is_empty(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -75,8 +77,8 @@ def test_what_is_slow_is_said_once_and_no_line_is_empty(
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line.endswith(" ...")] == [
         f"loading {tiny_folder} ...",
-        "measuring the linear map from features to tokens ...",
-        "measuring how exactly a token reproduces its features ...",
+        "fitting the linear probe from hidden states to embeddings ...",
+        "calibrating verification thresholds ...",
         "scanning the vocabulary for first tokens, once for this model and depth ...",
     ]
     assert all(lines)
@@ -98,8 +100,8 @@ def test_a_prompt_that_cannot_be_run_has_a_row_with_the_keys_of_the_others(
 
 
 def test_another_policy_by_name(tiny_folder: Path, tmp_path: Path) -> None:
-    order = "--model.recovery.order=lightning_inversion.recovery.proposals.Exhaustive"
-    assert run(predict(tiny_folder, tmp_path, "--model.recovery=TokenRecovery", order)) == 0
+    proposer = "--model.recovery.proposer=lightning_inversion.recovery.proposals.Exhaustive"
+    assert run(predict(tiny_folder, tmp_path, "--model.recovery=TokenRecovery", proposer)) == 0
     rows = rows_of(tmp_path)
     assert all(row["exact"] for row in rows)
     assert rows[0]["policy"] == "TokenRecovery(Exhaustive)"
@@ -114,7 +116,7 @@ def test_a_wrong_policy_ends_in_a_sentence(
     )
 
 
-def test_a_fit_says_which_tokens_to_try_first(tiny_folder: Path, tmp_path: Path, capsys) -> None:
+def test_predict_starts_from_the_input_of_a_fit(tiny_folder: Path, tmp_path: Path, capsys) -> None:
     words = predict(tiny_folder, tmp_path / "fit", "--model.iterations=30")
     assert run(["fit", *words[1:]]) == 0
     checkpoint = tmp_path / "fit" / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
@@ -123,10 +125,10 @@ def test_a_fit_says_which_tokens_to_try_first(tiny_folder: Path, tmp_path: Path,
     assert all(row["exact"] and row["verified"] for row in rows)
     # The fit has found the texts: the first token that is tried at a place is the right one.
     for row in rows:
-        assert {order.split("+")[0] for order in row["proposers"][1:]} == {"NearestToInput"}
+        assert {name.split("+")[0] for name in row["proposers"][1:]} == {"NearestToInput"}
         assert set(row["candidates"][1:]) <= {2, 4}
 
     capsys.readouterr()
     policy = "--model.recovery=lightning_inversion.recovery.sipit.SIPIT"
     assert run(predict(tiny_folder, tmp_path, f"--ckpt_path={checkpoint}", policy)) == 2
-    assert "has no use for SIPIT" in capsys.readouterr().err
+    assert "is not used by SIPIT" in capsys.readouterr().err

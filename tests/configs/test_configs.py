@@ -16,6 +16,8 @@ from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.module import InputInversion
 from lightning_inversion.replication.claims import read_claims
 
+pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 OVERLAYS = sorted((CONFIGS / "document_models").glob("*.yaml"))
 POLICIES = sorted((CONFIGS / "recovery").glob("*.yaml"))

@@ -40,10 +40,16 @@ def test_repeats_stay_together_and_rows_are_limited() -> None:
 
 def test_a_ragged_batch_is_padded_on_the_right() -> None:
     batch = PromptBatch.collate([(4, "a", [1, 2, 3]), (9, "b", [7])])
+    assert batch.ids is not None
     assert batch.ids.tolist() == [[1, 2, 3], [7, 0, 0]]
+    assert batch.mask.tolist() == [[True, True, True], [True, False, False]]
     assert batch.lengths == [3, 1]
     assert batch.index == (4, 9)
-    assert batch.mask.tolist() == [[True] * 3, [True, False, False]]
-    part = batch.rows([1])
-    assert part.ids.tolist() == [[7]]
-    assert PromptBatch.of_state(batch.state()).prompts == ("a", "b")
+
+
+def test_a_half_has_no_padding_that_it_does_not_need() -> None:
+    first, second = PromptBatch.collate([(4, "a", [1, 2, 3]), (9, "b", [7])]).halves()
+    assert (first.index, second.index) == ((4,), (9,))
+    assert second.ids is not None
+    assert second.ids.tolist() == [[7]]
+    assert PromptBatch.of_state(first.state()).prompts == ("a",)

@@ -14,6 +14,8 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
+pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
+
 PROMPTS = ["The sky is blue.", "A quick brown fox"]
 
 
@@ -38,8 +40,8 @@ def fit(folder: Path, root: Path, *data: str) -> list[str]:
     return [
         "fit", f"--model.transformer.model={folder}", "--model.transformer.depth=2",
         f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu",
-        "--data.tokens_per_batch=100", "--model.iterations=12", "--token_by_token.candidates=2",
-        "--token_by_token.most=2", *data,
+        "--data.tokens_per_batch=100", "--model.iterations=12", "--model.schedule.candidates=2",
+        "--model.schedule.max_candidates=2", *data,
     ]  # fmt: skip
 
 
@@ -183,8 +185,10 @@ def test_features_after_a_known_prefix(
     }  # fmt: skip
     path = tmp_path / "own.safetensors"
     own_file(path, manifest, **{"0": tiny_transformer.features_of(ids)[0, 2:].contiguous()})
-    words = fit(tiny_folder, tmp_path, f"--data.targets={path}", "--token_by_token.most=64")
-    assert run([*words, "--token_by_token.candidates=64"]) == 0
+    words = fit(
+        tiny_folder, tmp_path, f"--data.targets={path}", "--model.schedule.max_candidates=64"
+    )
+    assert run([*words, "--model.schedule.candidates=64"]) == 0
     (row,) = rows_of(tmp_path)
     assert row["recovered_ids"] == ids[0].tolist()
     assert row["verified"]
@@ -220,14 +224,14 @@ def test_cheap_mismatches_come_before_the_model(
     assert sentence in capsys.readouterr().err
 
 
-def test_a_fit_proves_what_a_coarse_capture_lets_it(
+def test_a_fit_verifies_what_a_coarse_capture_lets_it(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, (noise, verified) in enumerate((("0.01", True), ("3.0", False))):
         path = capture(tiny_folder, tmp_path, "--store=float16", f"--noise={noise}")
-        more = ("--token_by_token.candidates=64", "--token_by_token.most=64")
+        more = ("--model.schedule.candidates=64", "--model.schedule.max_candidates=64")
         assert run(fit(tiny_folder, tmp_path, f"--data.targets={path}", *more)) == 0
-        assert ("none can be verified" in capsys.readouterr().err) is not verified
+        assert ("Nothing is verified" in capsys.readouterr().err) is not verified
         for row in rows_of(tmp_path, version=number):
             assert row["verified"] is verified
         path.unlink()

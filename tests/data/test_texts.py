@@ -96,12 +96,3 @@ def test_bad_prompts_are_rows_of_their_own(tiny_folder: Path, tmp_path: Path) ->
     assert [batch.prompts for batch in data.batches] == [("a",)]
     assert set(data.bad) == {1, 2}
     assert all(character < "\ud800" for text in data.texts for character in text or "")
-
-
-def test_prompts_come_from_one_place(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="none was given"):
-        PromptDataModule()
-    with pytest.raises(InputError, match=r"prompts and --data\.file were given"):
-        PromptDataModule(prompts=["a"], file="b")
-    with pytest.raises(InputError, match=r"--data\.prompts, prompt 1 is empty"):
-        PromptDataModule(prompts=["", ""])

@@ -17,7 +17,7 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
 @pytest.mark.parametrize("depth", [1, 8])
-def test_a_fit_on_a_gpu_proves_every_token(depth: int, tmp_path: Path) -> None:
+def test_a_fit_on_a_gpu_verifies_every_token(depth: int, tmp_path: Path) -> None:
     arguments = [
         "fit",
         f"--config={QUICKSTART}",

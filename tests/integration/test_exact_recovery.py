@@ -1,13 +1,13 @@
-"""Exact recovery on the real model: the text comes back, and nothing wrong is ever verified."""
+"""Exact recovery on the real model: the prompt comes back, and nothing wrong is ever verified."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import recovered
+from lightning_inversion.recovery.policy import recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
+from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.prefix import KnownPrefix
@@ -24,13 +24,13 @@ def test_a_sentence_comes_back_token_by_token_from_two_blocks() -> None:
     ids = transformer.tokenizer(TEXT, return_tensors="pt").input_ids
     measurements = Measurements.measure(transformer, LanguageModel(whole, transformer.caches))
     target = transformer.features_of(ids)
-    (text,) = recovered(TokenRecovery(), measurements, target, [ids.shape[1]])
-    assert text.ids == ids[0].tolist()
-    assert text.verified
-    assert sum(token.candidates for token in text.tokens) < 64 * len(text.tokens)
+    (prompt,) = recover_prompts(TokenRecovery(), measurements, target, [ids.shape[1]])
+    assert prompt.ids == ids[0].tolist()
+    assert prompt.verified
+    assert sum(token.candidates for token in prompt.tokens) < 64 * len(prompt.tokens)
 
 
-def test_of_a_hundred_thousand_wrong_candidates_none_is_certified(
+def test_of_a_hundred_thousand_wrong_candidates_none_is_verified(
     smollm2: TruncatedTransformer,
 ) -> None:
     assert smollm2.tokenizer is not None
@@ -47,9 +47,9 @@ def test_of_a_hundred_thousand_wrong_candidates_none_is_certified(
         wrong = everything[embedding.first_duplicate != embedding.first_duplicate[right]]
         for part in [torch.tensor([right]), *torch.split(wrong, 512)]:
             features = prefix.candidates(torch.tensor([0]), embedding(part[None]))[0]
-            place = torch.full((len(part),), position)
-            residuals = calibration.residual(features, target[0, position], place)
-            accepted = residuals <= calibration.threshold[min(position, 1)]
+            positions = torch.full((len(part),), position)
+            residuals = calibration.residual(features, target[0, position], positions)
+            accepted = calibration.reproduced(residuals, positions)
             assert accepted.tolist() == [int(token) == right for token in part]
         offered += len(wrong)
     assert offered > 100_000

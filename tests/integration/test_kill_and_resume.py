@@ -23,7 +23,7 @@ class Run(StartedRun):
             "fit", f"--model.transformer.model={folder}", "--model.transformer.depth=3",
             f"--data.prompts={json.dumps(PROMPTS)}", "--data.batch_size=2",
             "--model.learnable.initializer=NormalInitializer", "--model.iterations=150",
-            "--token_by_token.candidates=2", "--token_by_token.most=2",
+            "--model.schedule.candidates=2", "--model.schedule.max_candidates=2",
             "--checkpoint.every=10", f"--trainer.default_root_dir={root}",
             "--trainer.accelerator=cpu",
         ]  # fmt: skip

@@ -28,7 +28,8 @@ class Run(StartedRun):
         self.prompts.insert(3, "")  # a bad one, which must not stop the others
         own = [] if predict else [
             "--model.learnable.initializer=NormalInitializer", "--model.iterations=200",
-            "--token_by_token.candidates=2", "--token_by_token.most=2", "--checkpoint.every=10",
+            "--model.schedule.candidates=2", "--model.schedule.max_candidates=2",
+            "--checkpoint.every=10",
         ]  # fmt: skip
         arguments = [
             "predict" if predict else "fit",

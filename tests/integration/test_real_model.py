@@ -17,7 +17,7 @@ def rows_of(root: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_quickstart_recovers_and_proves_every_token(tmp_path: Path, capsys) -> None:
+def test_quickstart_recovers_and_verifies_every_token(tmp_path: Path, capsys) -> None:
     assert run(["fit", f"--config={QUICKSTART}", f"--trainer.default_root_dir={tmp_path}"]) == 0
     (row,) = rows_of(tmp_path)
     assert row["recovered"] == "The sky is blue or red depending on the time of day."
@@ -33,8 +33,8 @@ def test_gradient_steps_find_what_the_linear_guess_does_not(tmp_path: Path) -> N
         "fit",
         '--data.prompts=["The wipers on the bus go swish swish", "Call me Ishmael."]',
         "--model.transformer.depth=8",
-        "--token_by_token.candidates=1",  # so that what comes first must be right
-        "--token_by_token.most=1",
+        "--model.schedule.candidates=1",  # so that what comes first must be right
+        "--model.schedule.max_candidates=1",
         f"--trainer.default_root_dir={tmp_path}",
     ]
     assert run(arguments) == 0
@@ -43,7 +43,7 @@ def test_gradient_steps_find_what_the_linear_guess_does_not(tmp_path: Path) -> N
     assert max(row["iterations"] for row in rows) > 0
 
 
-def test_the_documents_recipe_meets_its_criterion_without_reading_the_text(tmp_path: Path) -> None:
+def test_the_sources_recipe_meets_its_criterion_without_reading_the_text(tmp_path: Path) -> None:
     config = QUICKSTART.with_name("document.yaml")
     arguments = [
         "fit",

@@ -1,15 +1,27 @@
-"""What orders propose, alone and together."""
+"""What proposers propose, alone and together."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.gradient_proxy import GradientProxy
-from lightning_inversion.recovery.linear_map import ProbeProposer
-from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.prior import LanguageModelPrior
-from lightning_inversion.recovery.proposals import Exhaustive, Mixture, Proposer
-from lightning_inversion.recovery.search import PrefixSearch
+from lightning_inversion.recovery.probe_proposer import ProbeProposer
+from lightning_inversion.recovery.proposals import (
+    Exhaustive,
+    FirstTokenFeatures,
+    FirstTokenScan,
+    LanguageModelPrior,
+    Mixture,
+    NearestToInput,
+    Proposer,
+)
+from lightning_inversion.recovery.search import PrefixSearch, Proposals
+from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.transformer.language_model import Continuations
 from tests.tiny import VOCABULARY
 
@@ -17,50 +29,93 @@ ROWS = torch.arange(2)
 IDS = torch.tensor([[7, 40, 3, 250, 9], [12, 7, 88, 41, 230]])
 
 
-def frontier_at(measurements: Measurements, place: int) -> PrefixSearch:
-    search = PrefixSearch(measurements, measurements.transformer.features_of(IDS))
-    vectors = measurements.transformer.embedding(IDS)
-    search.prefix.begin(ROWS, vectors, torch.full_like(ROWS, place))
-    return search
+def begun(
+    proposer: Proposer, measurements: Measurements, position: int, ids: Tensor = IDS
+) -> tuple[PrefixSearch, Proposals]:
+    """Proposals for the token at ``position``, behind the right tokens before it."""
+    search = PrefixSearch(measurements, measurements.transformer.features_of(ids))
+    vectors, rows = measurements.transformer.embedding(ids), torch.arange(len(ids))
+    search.prefix.begin(rows, vectors, torch.full_like(rows, position))
+    proposals = proposer.begin(search)
+    for earlier in range(position):
+        proposals.accept(rows, ids[:, earlier])
+    return search, proposals
 
 
-def begun(order: Proposer, measurements: Measurements, place: int) -> PrefixSearch:
-    search = frontier_at(measurements, place)
-    order.begin(search)
-    for position in range(place):
-        order.advance(ROWS, IDS[:, position])
-    return search
+def wrong(ids: Tensor, position: int) -> Tensor:
+    """The candidates ``[R, K]`` without the right token at a position."""
+    right = IDS[:, position, None]
+    return torch.where(ids == right, (right + 1) % VOCABULARY, ids)
+
+
+class Fitted(Proposer):
+    """The vectors of a fit."""
+
+    def begin(self, search: PrefixSearch) -> Proposals:
+        noise = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+        return NearestToInput(search, search.transformer.embedding(IDS) + 0.1 * noise)
+
+
+@pytest.mark.parametrize(
+    "proposer",
+    [
+        Exhaustive(), LanguageModelPrior(), FirstTokenScan(), ProbeProposer(), Fitted(),
+        GradientProxy(rounds_alone=1, proxies=3),
+        Mixture([ProbeProposer(), GradientProxy(rounds_alone=1, proxies=3), LanguageModelPrior()]),
+    ],
+    ids=lambda proposer: proposer.name,
+)  # fmt: skip
+def test_asked_twice_proposals_give_one_answer(
+    proposer: Proposer, measurements: Measurements
+) -> None:
+    first_tokens = isinstance(proposer, FirstTokenScan)
+    position = 0 if first_tokens else 2
+    search, proposals = begun(proposer, measurements, position)
+    if not proposer.needs_evidence:
+        first = proposals.scores(ROWS)
+        assert torch.equal(proposals.scores(ROWS), first)
+    for step in range(3):  # of the proxy: started, moved alone, joined by others
+        tried = torch.arange(10 * step, 10 * step + 8).expand(2, 8)
+        assert not search.run(ROWS, wrong(tried, position)).verified.any()
+        proposals.update(ROWS)
+        scores, candidates = proposals.scores(ROWS), proposals.propose(ROWS, 12)
+        assert torch.equal(proposals.scores(ROWS), scores)
+        assert torch.equal(proposals.propose(ROWS, 12).ids, candidates.ids)
+        one = proposals.scores(ROWS[1:])  # of one row, as of both
+        torch.testing.assert_close(one[0], scores[1], atol=1e-3, rtol=1e-4)
 
 
 def test_tried_tokens_are_not_proposed_again(measurements: Measurements) -> None:
-    order = Exhaustive()
-    search = begun(order, measurements, 1)
-    first = order.propose(search, ROWS, 5)
+    search, proposals = begun(Exhaustive(), measurements, 1)
+    first = proposals.propose(ROWS, 5)
     assert first.ids.tolist() == [[0, 1, 2, 3, 4]] * 2
-    search.try_out(ROWS, first.ids)
-    assert order.propose(search, ROWS, 3).ids.tolist() == [[5, 6, 7]] * 2
+    search.run(ROWS, first.ids)
+    assert proposals.propose(ROWS, 3).ids.tolist() == [[5, 6, 7]] * 2
 
 
-def test_a_mixture_names_no_token_twice_and_says_who_named_it(measurements: Measurements) -> None:
-    order = Mixture([ProbeProposer(), GradientProxy(steps=1), LanguageModelPrior()])
-    search = begun(order, measurements, 2)
-    first = order.propose(search, ROWS, 12)
-    assert set(first.orders) == {"ProbeProposer+LanguageModelPrior"}
-    wrong = torch.where(first.ids == IDS[:, 2:3], (IDS[:, 2:3] + 1) % VOCABULARY, first.ids)
-    search.try_out(ROWS, wrong)
-    later = order.propose(search, ROWS, 12)
-    assert set(later.orders) == {
+def test_a_mixture_names_no_token_twice_and_names_the_proposer(measurements: Measurements) -> None:
+    mixture = Mixture([ProbeProposer(), GradientProxy(steps=1), LanguageModelPrior()])
+    search, proposals = begun(mixture, measurements, 2)
+    proposals.update(ROWS)
+    first = proposals.propose(ROWS, 12)
+    assert set(first.proposers) == {"ProbeProposer+LanguageModelPrior"}
+    tried = wrong(first.ids, 2)
+    search.run(ROWS, tried)
+    proposals.update(ROWS)
+    later = proposals.propose(ROWS, 12)
+    assert set(later.proposers) == {
         "ProbeProposer+GradientProxy+LanguageModelPrior",
         "ProbeProposer", "GradientProxy", "LanguageModelPrior",
     }  # fmt: skip
+    assert len(later.proposers) == 12
     for row in range(2):
         assert len(set(first.ids[row].tolist())) == 12
         new = set(later.ids[row].tolist())
         assert len(new) == 12
-        assert new.isdisjoint(wrong[row].tolist())
+        assert new.isdisjoint(tried[row].tolist())
 
 
-def test_the_prior_is_that_of_the_whole_text(measurements: Measurements) -> None:
+def test_the_prior_is_that_of_the_whole_prompt(measurements: Measurements) -> None:
     assert measurements.language_model is not None
     expected = measurements.language_model.log_probabilities(IDS)
     continuations = Continuations(measurements.language_model, 2)
@@ -75,67 +130,60 @@ def test_the_prior_is_that_of_the_whole_text(measurements: Measurements) -> None
     torch.testing.assert_close(got[0], expected[0, 3], atol=1e-4, rtol=1e-4)
 
 
-def test_surprise_keeps_every_token_possible(measurements: Measurements) -> None:
-    order = LanguageModelPrior(surprise=0.5)
-    search = begun(order, measurements, 2)
-    scores = order.scores(search, ROWS)
+def test_a_prior_takes_back_what_was_accepted(measurements: Measurements) -> None:
+    _, proposals = begun(LanguageModelPrior(), measurements, 2)
+    before = proposals.scores(ROWS)
+    proposals.take_back(ROWS[:1])
+    proposals.accept(ROWS[:1], torch.tensor([99]))
+    assert not torch.allclose(proposals.scores(ROWS)[0], before[0], atol=1e-2)
+    proposals.take_back(ROWS[:1])
+    proposals.accept(ROWS[:1], IDS[:1, 1])
+    torch.testing.assert_close(proposals.scores(ROWS), before, atol=1e-4, rtol=1e-4)
+
+
+def test_a_uniform_share_keeps_every_token_possible(measurements: Measurements) -> None:
+    _, proposals = begun(LanguageModelPrior(uniform_share=0.5), measurements, 2)
+    scores = proposals.scores(ROWS)
     assert float(scores.min()) >= -torch.tensor(2.0 * VOCABULARY).log() - 1e-4
     torch.testing.assert_close(scores.exp().sum(1), torch.ones(2))
 
 
-def test_the_gradient_comes_nearer_to_the_target(measurements: Measurements) -> None:
-    order = GradientProxy(steps=10)
-    search = begun(order, measurements, 3)
-    wrong = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    assert not search.try_out(ROWS, wrong).verified.any()
-
-    def distance() -> torch.Tensor:
-        features = search.prefix.candidates(ROWS, order._proxy[ROWS, :1])[:, 0]
-        standard = search.probe.standardize(features, search.positions(ROWS))
-        target = search.probe.standardize(search.target_at(ROWS), search.positions(ROWS))
-        return 1 - torch.cosine_similarity(standard, target)
-
-    order.scores(search, ROWS)
-    before = distance()
-    search.rounds[:] = 2
-    order.scores(search, ROWS)
-    assert (distance() < before).all()
-
-
-def test_the_corrected_guess_is_nearer_than_the_linear_one(measurements: Measurements) -> None:
-    search = frontier_at(measurements, 2)
-    right = search.transformer.embedding(IDS[:, 2])
-    plain = (search.guess(ROWS) - right).norm(dim=-1)
-    others = torch.randint(VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(2))
-    others = torch.where(others == IDS[:, 2:3], (others + 1) % VOCABULARY, others)
-    assert not search.try_out(ROWS, others).verified.any()
-    assert ((search.guess(ROWS) - right).norm(dim=-1) < plain).all()
-
-
-def test_proxies_start_together_where_candidates_came_close(measurements: Measurements) -> None:
-    order = GradientProxy(steps=1, alone=1, proxies=4, learning_rate=1e-6)
-    search = begun(order, measurements, 2)
-    others = torch.stack([torch.arange(100, 140), torch.arange(20, 60)])
-    trial = search.try_out(ROWS, others)
-    assert not trial.verified.any()
-    places = torch.full_like(others, 2)
-    features = search.prefix.candidates(ROWS, search.transformer.embedding(others))
-    distances = torch.linalg.vector_norm(
-        search.probe.standardize(features, places)
-        - search.probe.standardize(search.target_at(ROWS)[:, None], places[:, :1]),
-        dim=-1,
-    )
-    nearest = others.gather(1, distances.topk(2, dim=1, largest=False).indices)
-    search.rounds[:] = 2
-    order.scores(search, ROWS)
-    expected = search.transformer.embedding(nearest)
-    torch.testing.assert_close(order._proxy[:, :2], expected, atol=1e-4, rtol=0)
-    assert not torch.isclose(order._proxy[:, 2], expected[:, 0], atol=1e-3).all()
-
-
-def test_before_any_candidate_the_guess_stands_in_for_the_closest(
-    measurements: Measurements,
+def test_the_scan_ranks_the_first_token_first_and_is_read_again(
+    measurements: Measurements, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search = frontier_at(measurements, 2)
-    closest = search.closest(ROWS, 3)
-    torch.testing.assert_close(closest, search.guess(ROWS)[:, None].expand_as(closest))
+    _, proposals = begun(FirstTokenScan(), measurements, 0)
+    assert proposals.scores(ROWS).argmax(1).tolist() == IDS[:, 0].tolist()
+    first = measurements.derived(FirstTokenFeatures)
+    monkeypatch.setattr(FirstTokenFeatures, "_scan", lambda *_: pytest.fail("scanned again"))
+    again = FirstTokenFeatures.of(measurements)
+    assert torch.equal(again.projected, first.projected)
+    assert torch.equal(again.directions, first.directions)
+
+
+def test_a_fit_that_has_no_vector_of_a_token_prefers_none(headless: Measurements) -> None:
+    ids, row = torch.tensor([[3, 4]]), torch.tensor([0])
+    vectors = headless.transformer.embedding(ids)
+    vectors[0, 1] = torch.nan
+    search = PrefixSearch(headless, headless.transformer.features_of(ids))
+    search.prefix.begin(row, vectors, torch.tensor([0]))
+    proposals = NearestToInput(search, vectors)
+    assert proposals.scores(row).argmax() == 3
+    search.accept(row, torch.tensor([3]))
+    assert not proposals.scores(row).any()
+    assert proposals.ahead(row, 2, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (lambda: LanguageModelPrior(uniform_share=0.0), "uniform_share must lie between 0 and 1"),
+        (lambda: LanguageModelPrior(uniform_share=1.0), "uniform_share must lie between 0 and 1"),
+        (lambda: GradientProxy(steps=0), "steps, rounds_alone, restart and proxies must be at lea"),
+        (lambda: GradientProxy(nearness=0.0), "nearness positive"),
+        (lambda: Mixture([]), "a mixture needs one proposer or more"),
+        (lambda: Mixture([Exhaustive()], share_alone=1.5), "share_alone between 0 and 1"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(build: Callable[[], object], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        build()

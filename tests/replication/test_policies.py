@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_inversion.recovery.certificate import RecoveredPrompt, TokenCertificate
+from lightning_inversion.recovery.policy import RecoveredPrompt, TokenCertificate
 from lightning_inversion.replication.policies import (
     NamedPolicy,
     main,

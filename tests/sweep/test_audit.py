@@ -12,8 +12,10 @@ import yaml
 from lightning_inversion.__main__ import main
 from lightning_inversion.data.targets import Captured, Storage
 from lightning_inversion.module import InputInversion
-from lightning_inversion.report.statistics import in_percent
+from lightning_inversion.report.tables import in_percent
 from lightning_inversion.sweep.audit import CONFIG, AuditPlan, cells_of
+
+pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
 
 PLAN: dict[str, Any] = {
     "channels": {
@@ -87,8 +89,8 @@ def test_an_audit_says_what_its_rows_say(
     untouched = rows_of(folder / "predict,depth=2,untouched")
     assert all(row["verified"] and row["exact"] for row in untouched)
     assert (
-        "At depth 2, exact recovery reads 100% of the tokens, all verified, and 2 of 2 texts "
-        "whole (untouched). Nothing changes with: " in page
+        "At depth 2, exact recovery finds 100% of the tokens, all verified, and 2 of 2 prompts "
+        "exactly (untouched). The same with: " in page
     )
     loud = rows_of(folder / "predict,depth=2,loud")
     right = sum(row["token_accuracy"] for row in loud) / len(loud)
@@ -97,7 +99,7 @@ def test_an_audit_says_what_its_rows_say(
     assert f"Loud: {in_percent(right)} of the tokens, none verified." in page
     (fit,) = folder.glob("fit,*")
     accuracy = [row["token_accuracy"] for row in rows_of(fit)]
-    assert f"gradient inversion reads {in_percent(sum(accuracy) / len(accuracy))} of" in page
+    assert f"gradient inversion finds {in_percent(sum(accuracy) / len(accuracy))} of" in page
     assert "&lt;b&gt;fox" in page
     assert "<b>" not in page
 

@@ -25,7 +25,7 @@ def test_commas_in_brackets_and_quotes_belong_to_a_value(text: str, pieces: list
 def test_model_may_be_left_out() -> None:
     assert read_axis("transformer.depth=1,2", KEYS) == Axis("model.transformer.depth", ("1", "2"))
     assert read_axis("model.objective=L1", KEYS).key == "model.objective"
-    assert read_axis("token_by_token.every=0,5", KEYS).key == "token_by_token.every"
+    assert read_axis("schedule.every=0,5", KEYS).key == "schedule.every"
 
 
 @pytest.mark.parametrize("text", ["depth", "=1", "depth=", "depth=1,,2"])

@@ -19,6 +19,8 @@ from lightning_inversion.module import InputInversion
 from lightning_inversion.sweep import command
 from lightning_inversion.transformer.loading import TransformerSpec
 
+pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
+
 OF_A_PLACE = {"seconds"}
 
 
@@ -80,7 +82,7 @@ class Finished:
 def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     root = tmp_path_factory.mktemp("finished")
     config = root / "c.yaml"
-    config.write_text("token_by_token: {window: 1}\n")
+    config.write_text("model: {schedule: {init_args: {window: 1}}}\n")
     options = [f"--config={config}", *options_of(tiny_folder, root)]
     over = ["--over=transformer.depth=2,4", "--name=depths"]
     out, err = io.StringIO(), io.StringIO()
@@ -298,10 +300,10 @@ def test_a_folder_of_other_options_is_not_resumed(finished: Finished, capsys) ->
 
 def test_a_changed_config_file_is_not_resumed(finished: Finished, capsys) -> None:
     before = finished.config.read_text()
-    finished.config.write_text("token_by_token: {window: 3}\n")
+    finished.config.write_text("model: {schedule: {init_args: {window: 3}}}\n")
     try:
         assert run([*finished.options, *finished.over]) == 2
-        assert "made with another token_by_token.window" in capsys.readouterr().err
+        assert "made with another model.schedule.init_args.window" in capsys.readouterr().err
     finally:
         finished.config.write_text(before)
 

@@ -1,0 +1,63 @@
+"""Rows and metrics of a run, for the file and for Lightning's own tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_inversion.callbacks.results import Results
+from lightning_inversion.callbacks.stopping import StoppingCriterion
+from lightning_inversion.errors import InputError
+from lightning_inversion.inputs import EmbeddingInput, NormalInitializer
+from lightning_inversion.results import names, read_rows
+from lightning_inversion.transformer.truncated import TruncatedTransformer
+from tests.fits import PROMPTS, fit
+
+
+def test_lightnings_own_tools_see_the_metrics(
+    tiny_folder: Path, tiny_transformer: TruncatedTransformer, tmp_path: Path
+) -> None:
+    best = ModelCheckpoint(
+        tmp_path / "best", monitor="final/TokenAccuracy", mode="max",
+        save_on_train_epoch_end=True,
+    )  # fmt: skip
+    _, trainer = fit(
+        tiny_folder, tiny_transformer, tmp_path, best, Results(), StoppingCriterion(stop=False),
+        learnable=EmbeddingInput(NormalInitializer(0, 0.1)),
+        trainer_options={"enable_checkpointing": True},
+    )  # fmt: skip
+    rows = read_rows(tmp_path / "results.jsonl")
+    assert [row.prompt for row in rows] == PROMPTS
+    accuracy = sum(row.token_accuracy or 0.0 for row in rows) / len(rows)
+    seen = trainer.callback_metrics
+    assert float(seen["final/TokenAccuracy"]) == pytest.approx(accuracy)
+    assert float(seen["match/distance"]) > 0
+    assert float(seen["match/distance_ratio"]) > 0
+    assert best.best_model_score is not None
+    assert float(best.best_model_score) == pytest.approx(accuracy)
+    assert Path(best.best_model_path).exists()
+
+
+def test_rows_of_one_run_have_the_same_settings(
+    tiny_folder: Path, tiny_transformer: TruncatedTransformer, tmp_path: Path
+) -> None:
+    fit(
+        tiny_folder, tiny_transformer, tmp_path, Results(), prompts=["bus", "", "sky"],
+        data_options={"batch_size": 1}, iterations=2,
+    )  # fmt: skip
+    rows = read_rows(tmp_path / "results.jsonl")
+    assert [row.error for row in rows] == [None, "is empty; give it a text.", None]
+    assert rows[0].settings() == rows[1].settings() == rows[2].settings()
+    settings = rows[0].settings()
+    assert set(settings) == set(names("setting"))
+    assert settings["schedule"] == "AllPositions"
+    assert settings["iterations_limit"] == 2
+    assert settings["model"] == str(tiny_folder)
+    assert {row.seed for row in rows} == {0}
+
+
+def test_a_row_keeps_a_token_at_least() -> None:
+    with pytest.raises(InputError, match=r"--results\.top_k must be at least 1"):
+        Results(top_k=0)

@@ -1,0 +1,56 @@
+"""The means of a run, and its table."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_inversion.callbacks.summary import mean, print_rows
+from lightning_inversion.results import ResultRow
+
+
+def fitted(index: int, right: bool) -> ResultRow:
+    ids = [1, 2, 3][: 1 + index % 3]
+    read = ids if right else [ids[0], *[9 for _ in ids[1:]]]
+    return ResultRow(
+        index=index, recovered=f"text {index}", verified=read == ids, verified_tokens=1,
+        token_accuracy=1.0, iterations=5, ids=ids, recovered_ids=read,
+        top_k_ids=[[token, 7] for token in read],
+    )  # fmt: skip
+
+
+def test_prompts_of_unequal_length_count_alike() -> None:
+    averages = mean([fitted(index, right=index != 1) for index in range(300)])
+    assert averages["TokenAccuracy"] == pytest.approx((299 + 1 / 2) / 300)
+    assert averages["TopKAccuracy"] == pytest.approx((299 + 1 / 2) / 300)
+    assert averages["ExactMatch"] == pytest.approx(299 / 300)
+    assert averages["Iterations"] == 5
+
+
+def test_a_runs_mean_is_the_mean_of_its_rows() -> None:
+    rows = [
+        ResultRow(
+            index=0, ids=[1, 2], recovered_ids=recovered, top_k_ids=[[1, 9], [9, 2]],
+            verified=exact, iterations=3, exact=exact,
+        )
+        for recovered, exact in (([1, 2], True), ([1, 9], False), ([9, 9], False))
+    ]  # fmt: skip
+    rows.append(ResultRow(index=3, error="is empty; give it a text."))
+    means = mean(rows)
+    assert means["TokenAccuracy"] == pytest.approx(0.5)
+    assert means["ExactMatch"] == pytest.approx(1 / 3)
+    assert means["TopKAccuracy"] == pytest.approx(1)
+    assert means["Hamming"] == pytest.approx(0)
+    assert means["Verified"] == pytest.approx(1 / 3)
+    assert mean(rows[3:]) == {}
+
+
+def test_of_many_rows_the_doubtful_ones_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    print_rows([fitted(index, right=index != 299) for index in range(300)])
+    printed = capsys.readouterr().out
+    assert "text 299" in printed
+    assert "text 48 " in printed
+    assert "text 49 " not in printed
+    assert "... and 250 more, all of them verified" in printed
+    assert "verified 0.997 of 300 prompts" in printed
+    print_rows([fitted(index, right=index % 3 == 0) for index in range(90)])
+    assert "... and 40 more, 10 of them not verified" in capsys.readouterr().out

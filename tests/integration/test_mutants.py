@@ -1,0 +1,137 @@
+"""Ten deliberate faults, each put into a copy of the package: the tests beside it must fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault, and where it is looked for.
+
+    Attributes:
+        name: what is wrong.
+        file: of the package.
+        right: what stands there, once.
+        wrong: what is put in its place.
+        tests: that have to see it.
+    """
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+    def put_into(self, package: Path) -> None:
+        """Change the file of a copy of the package."""
+        path = package / self.file
+        text = path.read_text(encoding="utf-8")
+        assert text.count(self.right) == 1, (
+            f"{self.file} has {self.right!r} {text.count(self.right)}x"
+        )
+        path.write_text(text.replace(self.right, self.wrong), encoding="utf-8")
+
+
+FAULTS = (
+    Fault(
+        "a padded position counts in the distance",
+        "objectives.py",
+        "difference = (generated - target) * mask[..., None]",
+        "difference = generated - target",
+        "tests/test_objectives.py",
+    ),
+    Fault(
+        "the cosine distance averages positions, where it should sum",
+        "objectives.py",
+        "return (distance * mask).sum(dim=1) if self.each_position",
+        "return (distance * mask).mean(dim=1) if self.each_position",
+        "tests/test_objectives.py",
+    ),
+    Fault(
+        "all tokens at position 1, where position 0 is meant",
+        "transformer/truncated.py",
+        "positions = torch.zeros(embeds.shape[:2]",
+        "positions = torch.ones(embeds.shape[:2]",
+        "tests/transformer/test_surgery.py",
+    ),
+    Fault(
+        "the nearest embedding forgets half of its norm",
+        "decoding.py",
+        "embedding.norms.square() / 2",
+        "embedding.norms.square() / 4",
+        "tests/test_decoding.py",
+    ),
+    Fault(
+        "the worst tokens are decoded for the best",
+        "decoding.py",
+        "best_tokens(all_scores, k)",
+        "best_tokens(-all_scores, k)",
+        "tests/test_decoding.py",
+    ),
+    Fault(
+        "top-k accuracy counts the padding",
+        "metrics.py",
+        "return ((ranked == ids[..., None]).any(-1) & mask).sum(1)",
+        "return (ranked == ids[..., None]).any(-1).sum(1)",
+        "tests/test_metrics.py",
+    ),
+    Fault(
+        "the learning rate ends where it began",
+        "callbacks/learning_rate.py",
+        "return self.start + (self.end - self.start) * share",
+        "return self.start",
+        "tests/callbacks/test_learning_rate.py",
+    ),
+    Fault(
+        "the final norm is dropped",
+        "transformer/selection.py",
+        "parts[-1] = normed",
+        "pass",
+        "tests/transformer/test_parity.py",
+    ),
+    Fault(
+        "a fixed position moves",
+        "state.py",
+        "torch.where(held[..., None], before, self.values)",
+        "torch.where(held[..., None], self.values, before)",
+        "tests/test_state.py tests/test_module.py",
+    ),
+    Fault(
+        "integrated gradients at nodes of the wrong interval",
+        "attribution/methods.py",
+        "((nodes + 1) / 2).tolist()",
+        "nodes.tolist()",
+        "tests/attribution/test_methods.py",
+    ),
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
+    for name in ("lightning_inversion", "tests", "configs"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.jsonl", "images")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    fault.put_into(tmp_path / "lightning_inversion")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-m", "not integration"]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", *fault.tests.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # 1: tests failed. Anything else is no verdict: no tests, or none that could be collected.
+    assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]

@@ -1,0 +1,115 @@
+"""The page: it fetches nothing, escapes everything, and sums up what its rows hold."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+from lightning_inversion.report.figures import RenderedFigure
+from lightning_inversion.report.load import load_results
+from lightning_inversion.report.page import findings, render_page
+from lightning_inversion.report.tables import summarize
+from tests.report.rows import WORDS, predicted, row, write_run
+
+
+def page_of(folder: Path, *figures: RenderedFigure, title: str = "", max_prompts: int = 20) -> str:
+    loaded = load_results([folder])
+    return render_page(loaded, summarize(loaded), figures, title, max_prompts)
+
+
+def findings_of(folder: Path) -> list[str]:
+    loaded = load_results([folder])
+    return findings(loaded, summarize(loaded))
+
+
+class _Page(HTMLParser):
+    """Every tag and address of a page, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href") and value]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_fetches_nothing_and_escapes_everything(tmp_path: Path) -> None:
+    bad = '<script>alert("x")</script>\n\u202e|& \ud800'
+    more = {"prompt": bad, "recovered": bad, "model": bad, "objective": bad, "exact": False}
+    rows = [row(0, recovered_tokens=[bad] * 6, **more), row(1, depth=2), row(2, error=bad)]
+    write_run(tmp_path / "<b>\u202e", rows)
+    text = page_of(tmp_path, title=bad)
+    parsed = _Page(text)
+    assert "script" not in parsed.tags
+    assert "b" not in parsed.tags
+    assert '<script>alert("x")</script>↵' in parsed.text
+    assert "\u202e" not in text
+    text.encode()  # half a surrogate pair is marked, too
+    assert parsed.addresses == []
+    assert "default-src 'none'" in text
+
+
+def test_a_figure_is_part_of_the_page_and_scrolls_at_its_own_size(runs: Path) -> None:
+    text = page_of(runs, RenderedFigure("depth", "By depth", b"", b"<svg/>"))
+    assert len(re.findall(r'<div class="scroll"[^>]*><img src="data:', text)) == 1
+    assert "figure img { display: block; max-width: none;" in text
+
+
+def test_the_page_marks_tokens_and_limits_prompts(tmp_path: Path) -> None:
+    rows = [row(i, right=0.5) for i in range(30)]
+    write_run(tmp_path, rows)
+    text = page_of(tmp_path, title="Mine", max_prompts=10)
+    assert "<title>Mine</title>" in text
+    verified = sum(made["verified_tokens"] for made in rows[:10])
+    assert text.count('class="tok v"') == verified + 1  # and one in the legend
+    assert text.count('class="tok w"') == 60 - verified + 1
+    assert "20 more in the files" in text
+    assert 'class="tok' not in page_of(tmp_path, max_prompts=0)
+
+
+def test_a_prompt_is_shown_once_by_its_first_seed(tmp_path: Path) -> None:
+    for seed in (1, 0):
+        write_run(tmp_path / str(seed), [row(0, seed=seed, prompt="p", right=1 - seed)])
+    text = page_of(tmp_path)
+    assert text.count("<li value=") == 1
+    assert '<span class="score">6/6</span>' in text
+
+
+def test_the_pieces_of_a_character_have_the_least_certain_mark(tmp_path: Path) -> None:
+    pieces = {"recovered_tokens": ["é", "", " a"], "recovered_ids": [1, 2, 3], "ids": [1, 9, 3]}
+    verified = {"token_verified": [True, False, True], "top_k_ids": [], "known_tokens": 0}
+    write_run(tmp_path, [row(0, **pieces, **verified)])
+    text = page_of(tmp_path)
+    assert '<span class="tok w">é</span><span class="tok v"> a</span>' in text
+
+
+def test_the_summary_counts_verified_tokens_and_reports_a_wrong_one(tmp_path: Path) -> None:
+    write_run(tmp_path / "good", [row(0), row(1)])
+    (_, _, verified) = findings_of(tmp_path)
+    assert verified == "12 of 12 tokens are verified by running them; none of these is wrong."
+    wrong = row(2)
+    wrong["recovered_ids"] = [(token + 1) % len(WORDS) for token in wrong["ids"]]
+    write_run(tmp_path / "bad", [wrong])
+    assert "6 of these are wrong" in findings_of(tmp_path)[2]
+
+
+def test_the_summary_has_the_range_of_the_settings(tmp_path: Path) -> None:
+    for depth in (1, 2, 3):
+        write_run(tmp_path / str(depth), [row(i, depth=depth) for i in range(2)])
+    recovered = findings_of(tmp_path)[1]
+    expected = "100% of the tokens are recovered in all 3 settings; 6 of 6 prompts are exact."
+    assert recovered == expected
+    unknown = dict.fromkeys(("prompt", "ids", "token_accuracy", "exact"))
+    write_run(tmp_path / "unknown", [predicted(0, depth=4, **unknown)])
+    recovered = findings_of(tmp_path)[1]
+    assert "in the 3 of 4 settings whose prompts are known; 6 of 6 prompts" in recovered
+    write_run(tmp_path / "bad", [row(0, depth=5, right=0.0)])
+    recovered = findings_of(tmp_path)[1]
+    assert recovered.startswith("Between 0% (fit, depth 5) and 100% (fit, depth 1) of the tokens")
+    assert recovered.endswith("6 of 7 prompts are exact.")
