@@ -186,19 +186,24 @@ def names(kind: Literal["setting", "outcome", "version"]) -> tuple[str, ...]:
 @cache
 def _checks() -> dict[str, Callable[[Any], bool]]:
     """For each field the test of a value's type; built once, because rows hold many values."""
-    return {name: _check_of(wanted) for name, wanted in get_type_hints(ResultRow).items()}
+    return {name: check_of(wanted) for name, wanted in get_type_hints(ResultRow).items()}
 
 
-def _check_of(wanted: Any) -> Callable[[Any], bool]:
+def check_of(wanted: Any) -> Callable[[Any], bool]:
     """A test of whether a JSON value has a type; JSON's whole numbers serve as floats."""
     origin, arguments = get_origin(wanted), get_args(wanted)
+    if wanted is Any:
+        return lambda value: True
+    if origin is dict:
+        of_entry = check_of(arguments[1])
+        return lambda value: type(value) is dict and all(map(of_entry, value.values()))
     if origin is Literal:
         return lambda value: value in arguments
     options = arguments if origin in (Union, types.UnionType) else (wanted,)
     scalars = {one for one in options if get_origin(one) is None}
     if float in scalars:
         scalars.add(int)
-    entries = [_check_of(get_args(one)[0]) for one in options if get_origin(one) is list]
+    entries = [check_of(get_args(one)[0]) for one in options if get_origin(one) is list]
     if not entries:
         return lambda value: type(value) in scalars
     return lambda value: (

@@ -12,7 +12,7 @@ from lightning_inversion.__main__ import main as run
 from lightning_inversion.errors import InputError, ProcessLostError
 
 
-def test_an_unknown_command_is_told_the_known_ones(monkeypatch, capsys) -> None:
+def test_an_unknown_command_is_answered_by_the_known_ones(monkeypatch, capsys) -> None:
     monkeypatch.setattr(entry, "import_module", lambda name: pytest.fail(f"{name} was imported"))
     assert run(["fitt"]) == 2
     assert capsys.readouterr().err == (

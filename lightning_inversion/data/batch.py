@@ -1,4 +1,4 @@
-"""One batch of prompts, or of captured targets whose prompts are not known."""
+"""One batch of prompts, or of captured targets whose prompts are not known; what shares a batch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_inversion.data.targets import Captured
 
@@ -18,12 +19,12 @@ class PromptBatch:
 
     Attributes:
         index: each row's number in the data set, from 0.
-        prompts: the texts; None where only their features are known.
+        prompts: None where only their features are known.
         ids: ``[B, T]`` tokens, 0 in the padding on the right; None where they are not known.
         mask: ``[B, T]`` bool, True at a token.
         target: ``[B, T, F]`` captured features, 0 in the padding and nan where none were stored;
             None where the prompts are run for them.
-        known_prefix: tokens with which every text is known to begin.
+        known_prefix: tokens with which every prompt is known to begin.
     """
 
     index: tuple[int, ...]
@@ -73,35 +74,28 @@ class PromptBatch:
         )
 
     @classmethod
-    def collate(cls, rows: Sequence[tuple[int, str, list[int]]]) -> PromptBatch:
-        """Rows of (index, text, token ids), padded on the right to the longest."""
-        longest = max(len(ids) for _, _, ids in rows)
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for row, (_, _, tokens) in enumerate(rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = True
-        return cls(tuple(r[0] for r in rows), tuple(r[1] for r in rows), ids, mask)
+    def collate(cls, rows: Sequence[tuple[int, str | None, Sequence[int]]]) -> PromptBatch:
+        """Rows of (index, prompt, token ids), padded on the right to the longest."""
+        index, prompts, ids = zip(*rows, strict=True)
+        mask = _mask([len(tokens) for tokens in ids])
+        return cls(index, prompts, _padded([torch.tensor(tokens) for tokens in ids]), mask)
 
     @classmethod
     def of_captured(cls, rows: Sequence[tuple[int, int]], captured: Captured) -> PromptBatch:
-        """Rows of (index, number of a captured text), padded on the right to the longest."""
-        texts = [text for _, text in rows]
-        longest = max(captured.lengths[text] for text in texts)
-        mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-        target = torch.zeros(len(rows), longest, captured.width)
-        ids = None if captured.ids is None else torch.zeros(mask.shape, dtype=torch.long)
-        for row, text in enumerate(texts):
-            length = captured.lengths[text]
-            mask[row, :length] = True
-            target[row, :length] = captured.target(text)
-            if ids is not None and captured.ids is not None:
-                ids[row, :length] = torch.tensor(captured.ids[text])
+        """Rows of (index, number of a captured prompt), padded on the right to the longest."""
+        numbers = [number for _, number in rows]
         prompts: Sequence[str | None] = captured.prompts or [None] * len(captured.targets)
+        ids = None
+        if captured.ids is not None:
+            ids = _padded([torch.tensor(captured.ids[number]) for number in numbers])
         return cls(
-            tuple(index for index, _ in rows), tuple(prompts[text] for text in texts),
-            ids, mask, target, captured.known_prefix,
-        )  # fmt: skip
+            tuple(index for index, _ in rows),
+            tuple(prompts[number] for number in numbers),
+            ids,
+            _mask([captured.lengths[number] for number in numbers]),
+            _padded([captured.target(number) for number in numbers]),
+            captured.known_prefix,
+        )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it: plain values and tensors on the CPU."""
@@ -121,3 +115,45 @@ class PromptBatch:
             tuple(stored["index"]), tuple(stored["prompts"]), stored["ids"], stored["mask"],
             stored.get("target"), tuple(stored.get("known_prefix", ())),
         )  # fmt: skip
+
+
+def _mask(lengths: Sequence[int]) -> Tensor:
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    return pad_sequence(rows, batch_first=True)
+
+
+def pack(
+    lengths: Sequence[int], tokens: int, rows: int | None = None, together: int = 1
+) -> list[list[int]]:
+    """Groups of row numbers, the longest prompts first, each group in its own order.
+
+    It looks at the lengths alone, so that any number of processes forms the same batches.
+
+    Args:
+        lengths: tokens of each row.
+        tokens: most tokens of a batch, its padding counted; a longer row is a batch by itself.
+        rows: most rows of a batch; None for any number.
+        together: that many rows, one after another, are never parted by the budget of tokens.
+
+    >>> pack([3, 9, 4, 8], tokens=18)
+    [[1, 3], [0, 2]]
+    """
+    units = [range(start, start + together) for start in range(0, len(lengths), together)]
+    units.sort(key=lambda unit: -lengths[unit[0]])
+    batches: list[list[int]] = []
+    longest = 0
+    for unit in units:
+        size = len(batches[-1]) + together if batches else 0
+        if not batches or size * longest > tokens or (rows is not None and size > rows):
+            batches.append([])
+            longest = lengths[unit[0]]
+        batches[-1].extend(unit)
+    return [part for batch in batches for part in _parts(sorted(batch), rows)]
+
+
+def _parts(batch: list[int], rows: int | None) -> list[list[int]]:
+    size = rows or len(batch)
+    return [batch[start : start + size] for start in range(0, len(batch), size)]

@@ -1,4 +1,4 @@
-"""`lightning-inversion capture`: prompts -> a file of their features; no prompt is needed after."""
+"""`lightning-inversion capture`: prompts -> a file of their features alone."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from lightning_inversion.data.packing import pack
+from lightning_inversion.data.batch import PromptBatch, pack
 from lightning_inversion.data.targets import Captured, Storage
-from lightning_inversion.data.texts import read_prompts
+from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_writable
 from lightning_inversion.inputs import row_generator
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _PACKAGES = ("lightning-inversion", "torch", "transformers", "safetensors")
 
@@ -32,7 +34,7 @@ class CaptureOptions:
     """What is captured, and how it is stored.
 
     Args:
-        prompts: a file of texts, one a line (or .jsonl, key prompt).
+        prompts: a file of prompts, one a line (or .jsonl, key prompt).
         out: the safetensors file to write; whole or not at all.
         store: the type that the features are rounded to.
         noise: standard deviation of Gaussian noise added before, in the features' own units.
@@ -85,121 +87,94 @@ def run_capture(options: Namespace) -> int:
     Raises:
         InputError: the options are wrong; before a model is loaded wherever that can be known.
     """
-    asked = _made(CaptureOptions, options)
+    stored = _made(CaptureOptions, options)
     try:
-        capture(asked, _made(TransformerSpec, options), TransformerSpec.load)
+        capture(stored, _made(TransformerSpec, options))
     except InputError as error:
         raise InputError(str(error).replace("--model.transformer.", "--")) from error
-    print(asked.out)
+    print(stored.out)
     return 0
 
 
 def capture(
-    asked: CaptureOptions,
+    options: CaptureOptions,
     spec: TransformerSpec,
-    load: Callable[[TransformerSpec], TruncatedTransformer],
+    load: Callable[[TransformerSpec], TruncatedTransformer] = TransformerSpec.load,
 ) -> None:
     """Write the file of features that is asked for.
 
     Args:
-        asked: what to capture, and how to store it.
+        options: what to capture, and how to store it.
         spec: the model.
-        load: loads it, or has it in memory.
+        load: loads it, or returns one in memory.
 
     Raises:
         InputError: the options are wrong, or a prompt does not fit the model.
     """
-    asked.check()
-    texts = read_prompts(asked.prompts, "--prompts")
+    options.check()
+    prompts = read_prompts(options.prompts, "--prompts")
     spec.check()
-    tokenizer = spec.load_tokenizer()
-    ids = _tokenized(texts, tokenizer, spec, asked)
+    tokenizer, limits = spec.load_tokenizer(), ModelLimits.of(spec.config())
+    ids = []
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            ids.append(tokenize(prompt, tokenizer, limits, options.special_tokens))
+        except InputError as error:
+            raise InputError(
+                f"--prompts {str(options.prompts)!r}, prompt {number} {error}"
+            ) from error
     transformer = load(spec)
-    storage = Storage(asked.store, asked.noise)
+    storage = Storage(options.store, options.noise)
     captured = Captured(
-        features_of_texts(transformer, ids, storage, asked.seed, asked.tokens_per_batch),
+        captured_features(transformer, ids, storage, options.seed, options.tokens_per_batch),
         transformer.description,
         storage,
-        known_prefix=_added_before(texts[0], ids, tokenizer),
-        prompts=texts if asked.keep_prompts else None,
-        ids=ids if asked.keep_prompts else None,
+        known_prefix=_added_before(prompts[0], ids, tokenizer),
+        prompts=prompts if options.keep_prompts else None,
+        ids=ids if options.keep_prompts else None,
         versions={package: version(package) for package in _PACKAGES},
-        name=asked.out.name,
+        name=options.out.name,
     )
-    captured.write(asked.out)
+    captured.write(options.out)
 
 
 @torch.no_grad()
-def features_of_texts(
+def captured_features(
     transformer: TruncatedTransformer,
     ids: Sequence[Sequence[int]],
     storage: Storage,
     seed: int = 0,
     tokens_per_batch: int = 2048,
 ) -> list[Tensor]:
-    """Features ``[T_i, F]`` of each text, as they come out of the storage; float32, on the CPU.
+    """Features ``[T_i, F]`` of each prompt, as they come out of the storage; float32, on the CPU.
 
     Args:
         transformer: the frozen model.
-        ids: tokens of each text; texts of like length share a batch.
+        ids: tokens of each prompt; prompts of like length share a batch.
         storage: what happens to the features on their way.
-        seed: of the storage's noise; each text draws its own.
+        seed: of the storage's noise; each prompt draws its own.
         tokens_per_batch: tokens of one batch, with their padding.
     """
     features: dict[int, Tensor] = {}
     console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("capturing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,  # it would leave empty lines in a file
-    )
-    with bar:
-        task = bar.add_task("capturing", total=len(ids))
-        for group in pack([len(text) for text in ids], tokens_per_batch):
-            longest = max(len(ids[text]) for text in group)
-            batch = torch.zeros(len(group), longest, dtype=torch.long)
-            mask = torch.zeros(len(group), longest, dtype=torch.bool)
-            for row, text in enumerate(group):
-                batch[row, : len(ids[text])] = torch.tensor(ids[text])
-                mask[row, : len(ids[text])] = True
-            batch, mask = batch.to(transformer.device), mask.to(transformer.device)
-            for text, found in zip(group, transformer.features_of(batch, mask), strict=True):
-                own = found[: len(ids[text])].cpu()
-                features[text] = storage(own, row_generator(seed, text, "capture"))
-            bar.advance(task, len(group))
-    return [features[text] for text in range(len(ids))]
-
-
-def _tokenized(
-    texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    spec: TransformerSpec,
-    options: CaptureOptions,
-) -> list[list[int]]:
-    longest = getattr(spec.config(), "max_position_embeddings", None)
-    tokens = []
-    for number, text in enumerate(texts, start=1):
-        ids = list(tokenizer(text, add_special_tokens=options.special_tokens)["input_ids"])
-        where = f"--prompts {str(options.prompts)!r}, prompt {number}"
-        if not text.strip() or not ids:
-            raise InputError(f"{where} is empty; give it a text, or remove it.")
-        if longest is not None and len(ids) > longest:
-            raise InputError(
-                f"{where} has {len(ids)} tokens, and the model reads at most {longest}; shorten it."
-            )
-        tokens.append(ids)
-    return tokens
+    groups = pack([len(tokens) for tokens in ids], tokens_per_batch)
+    for group in track(
+        groups, "capturing", console=console, transient=True, disable=not console.is_terminal
+    ):
+        batch = PromptBatch.collate([(row, None, ids[row]) for row in group])
+        batch = batch.to(transformer.device)
+        assert batch.ids is not None
+        for row, found in zip(group, transformer.features_of(batch.ids, batch.mask), strict=True):
+            own = found[: len(ids[row])].cpu()
+            features[row] = storage(own, row_generator(seed, row, "capture"))
+    return [features[row] for row in range(len(ids))]
 
 
 def _added_before(
-    text: str, ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
+    prompt: str, ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, ...]:
-    """The special tokens with which every text begins."""
-    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    """The special tokens with which every prompt begins."""
+    plain = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     first = list(ids[0])
     added = next(
         (count for count in range(len(first)) if first[count : count + len(plain)] == plain), 0

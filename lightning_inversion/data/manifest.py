@@ -1,89 +1,117 @@
-"""The manifest of captured features: what made them, and what is in their file.
+"""The manifest of captured targets: what made them, and what is in their file.
 
 It is JSON, in the file's metadata under 'manifest' or beside the file, in
 ``<file>.manifest.json``, for tensors that a user saved from a system of their own. The least that
-it can say, with the words of ``model.transformer``::
+it can hold, in the words of ``model.transformer``::
 
     {"transformer": {"model": "gpt2", "depth": 8}}
 
 What it leaves out of ``transformer`` is not compared with the model, but for ``layers`` (the depth
-alone), ``features`` (all) and ``final_norm`` (false). Beside ``transformer`` it may hold:
-
-- ``format``: 1.
-- ``storage``: ``{"dtype": "bfloat16", "noise": 0.01}``, what happened to the features since; the
-  type of the tensors and no noise where left out.
-- ``positions``: "all", or the number of the first position stored.
-- ``known_prefix``: ids of tokens with which every text begins, a BOS, say.
-- ``prompts`` and ``ids``: the texts and their tokens, where the result is to be scored.
-- ``layer``: the convention in words; ``versions``: of the packages.
+alone), ``features`` (all) and ``final_norm`` (false).
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, Literal, get_type_hints
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.results import check_of
 from lightning_inversion.transformer.loading import TransformerSpec
 
+LAYER = "output of block depth, Hugging Face hidden_states[depth] (the last after the final norm \
+only where final_norm is true)"
 FORMAT = 1
 """Version of the manifest's keys."""
-
-
-_KEYS = (
-    "format", "transformer", "layer", "storage", "positions", "known_prefix", "prompts", "ids",
-    "versions",
-)  # fmt: skip
-
-
+_LEAST = '{"transformer": {"model": ..., "depth": ...}}'
+WAYS_OUT = {
+    "transformer": f"write {_LEAST}",
+    "storage": 'write {"dtype": "float32", "noise": 0.0}, or leave it out',
+    "positions": "write all, or the number of the first position stored",
+    "known_prefix": "write token ids, as [1]",
+    "prompts": "write a list of strings, or leave prompts and ids out",
+    "ids": "write a list of token ids for each prompt, or leave prompts and ids out",
+}
+"""What to do about a key whose value cannot be used."""
+_STORAGE = {"dtype": Literal["float32", "bfloat16", "float16", "float64"], "noise": float}
 _OF_TRANSFORMER = {spec.name for spec in fields(TransformerSpec)} | {"weights_sha256"}
 
 
-def read_manifest(path: Path, metadata: dict[str, str], where: str) -> dict[str, Any]:
-    """The manifest in a file's metadata, or beside it.
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest of a file of captured targets.
 
     Args:
-        path: of the file.
-        metadata: of the file.
-        where: the option and the file, for messages.
-
-    Raises:
-        InputError: there is none, or something in it is wrong: the first thing, and the way out.
+        transformer: what made the features, as ``TruncatedTransformer.description`` or a part of
+            it; ``model`` and ``depth`` at least.
+        format: of the manifest.
+        layer: which hidden states these are, in words.
+        storage: what happened to the features since; the type of the tensors and no noise where
+            left out.
+        positions: "all", or the number of the first position stored.
+        known_prefix: ids of tokens with which every prompt begins, a BOS, say.
+        prompts: where the result is to be scored, together with ``ids``.
+        ids: the tokens of each prompt from position 0 on.
+        versions: of the packages that made the file.
     """
-    beside = path.with_name(f"{path.name}.manifest.json")
-    text = metadata.get("manifest")
-    if text is None and not beside.exists():
-        raise InputError(
-            f"{where} has no manifest; write {beside.name!r} beside it, with at least "
-            '{"transformer": {"model": ..., "depth": ...}}.'
-        )
-    try:
-        manifest = json.loads(beside.read_text("utf-8") if text is None else text)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{where}: its manifest is not JSON ({error}); correct it.") from error
-    wrong = _wrong_in(manifest)
-    if wrong is not None:
-        raise InputError(f"{where}: its manifest {wrong}")
-    assert isinstance(manifest, dict)
-    return manifest
+
+    transformer: dict[str, Any]
+    format: int = FORMAT
+    layer: str = LAYER
+    storage: dict[str, Any] = field(default_factory=dict)
+    positions: int | str = "all"
+    known_prefix: list[int] = field(default_factory=list)
+    prompts: list[str] | None = None
+    ids: list[list[int]] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path, metadata: dict[str, str], where: str) -> Manifest:
+        """The manifest in the metadata of the file at ``path``, or beside it.
+
+        Raises:
+            InputError: there is none, or the first thing that is wrong in it, and the way out.
+        """
+        beside = path.with_name(f"{path.name}.manifest.json")
+        text = metadata.get("manifest")
+        if text is None and not beside.exists():
+            raise InputError(
+                f"{where} has no manifest; write {beside.name!r} beside it, with at least {_LEAST}."
+            )
+        try:
+            record = json.loads(beside.read_text("utf-8") if text is None else text)
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{where}: its manifest is not JSON ({error}); correct it.") from error
+        wrong = _wrong_types(record) or _wrong_values(manifest := cls(**record))
+        if wrong is not None:
+            raise InputError(f"{where}: its manifest {wrong}")
+        return manifest
 
 
-def _wrong_in(manifest: Any) -> str | None:
-    """The first thing that is wrong in a manifest, and the way out."""
-    if not isinstance(manifest, dict):
-        return 'is no JSON object; write {"transformer": {"model": ..., "depth": ...}}.'
-    if manifest.get("format", FORMAT) != FORMAT:
-        return f"has format {manifest['format']}, and {FORMAT} is known; capture it again."
-    for key in manifest:
-        if key not in _KEYS:
-            return f"has a key {key!r}; the keys are {', '.join(_KEYS)}."
-    transformer, storage = manifest.get("transformer"), manifest.get("storage", {})
-    if not isinstance(transformer, dict) or not isinstance(transformer.get("model"), str):
-        return 'does not name the model; write {"transformer": {"model": ..., "depth": ...}}.'
+def _wrong_types(record: Any) -> str | None:
+    """The first key of a manifest that is unknown or whose value has another type."""
+    if not isinstance(record, dict):
+        return f"is no JSON object; write {_LEAST}."
+    types = get_type_hints(Manifest)
+    if record.get("format", FORMAT) != FORMAT:
+        return f"has format {record['format']!r}, and {FORMAT} is known; capture it again."
+    for key, value in record.items():
+        if key not in types:
+            return f"has a key {key!r}; the keys are {', '.join(types)}."
+        if not check_of(types[key])(value):
+            written = json.dumps(value)
+            short = written if len(written) < 60 else f"{written[:60]}..."
+            return f"has {key} {short}; {WAYS_OUT.get(key, 'leave it out')}."
+    if not isinstance(record.get("transformer", {}).get("model"), str):
+        return f"does not name the model; write {_LEAST}."
+    return None
+
+
+def _wrong_values(manifest: Manifest) -> str | None:
+    """The first value of a manifest that means nothing."""
+    transformer = manifest.transformer
     for key in transformer:
         if key not in _OF_TRANSFORMER:
             return f"has a key transformer.{key}, which is no option of --model.transformer."
@@ -95,32 +123,14 @@ def _wrong_in(manifest: Any) -> str | None:
         return f"has transformer.layers {layers}, the last of which must be its depth, {depth}."
     if not isinstance(transformer.get("weights_sha256", ""), str):
         return "has a transformer.weights_sha256 that is no string; leave it out."
-    if not isinstance(storage, dict) or not set(storage) <= {"dtype", "noise"}:
-        return 'has a wrong storage; write {"dtype": "float32", "noise": 0.0}, or leave it out.'
-    dtype, noise = (
-        getattr(torch, str(storage.get("dtype", "float32")), None),
-        storage.get("noise", 0),
-    )
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        return f"has storage.dtype {storage['dtype']!r}; choose float32, bfloat16 or float16."
-    if not isinstance(noise, int | float) or not 0 <= noise < float("inf"):
-        return f"has storage.noise {noise!r}; write a standard deviation, 0 or more."
-    if not _whole_numbers(manifest.get("known_prefix", [])):
-        return f"has known_prefix {manifest['known_prefix']!r}; write token ids, as [1]."
-    prompts, ids = manifest.get("prompts"), manifest.get("ids")
-    if prompts is not None and not (
-        isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
-    ):
-        return "has prompts that are no list of texts; correct it, or leave them out."
-    if ids is not None and not (isinstance(ids, list) and all(map(_whole_numbers, ids))):
-        return "has ids that are no lists of token ids; correct it, or leave them out."
+    storage = manifest.storage
+    if not all(k in _STORAGE and check_of(_STORAGE[k])(value) for k, value in storage.items()):
+        return f"has storage {json.dumps(storage)}; {WAYS_OUT['storage']}."
+    if not 0 <= storage.get("noise", 0) < float("inf"):
+        return f"has storage.noise {storage['noise']!r}; write a standard deviation, 0 or more."
+    if any("\ud800" <= letter <= "\udfff" for text in manifest.prompts or () for letter in text):
+        return "has prompts with half of a surrogate pair, which is no character; correct them."
+    for key, lists in (("known_prefix", [manifest.known_prefix]), ("ids", manifest.ids or [])):
+        if not all(0 <= token < 2**31 for ids in lists for token in ids):
+            return f"has {key} with numbers that are no token ids; {WAYS_OUT[key]}."
     return None
-
-
-def is_whole(number: Any) -> bool:
-    """Whether a value read from JSON is a whole number; true and false are none."""
-    return isinstance(number, int) and not isinstance(number, bool)
-
-
-def _whole_numbers(numbers: Any) -> bool:
-    return isinstance(numbers, list) and all(is_whole(n) and n >= 0 for n in numbers)

@@ -10,11 +10,10 @@ import torch
 from lightning import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_inversion.data.batch import PromptBatch
+from lightning_inversion.data.batch import PromptBatch, pack
 from lightning_inversion.data.memory import tokens_that_fit
-from lightning_inversion.data.packing import pack
 from lightning_inversion.data.targets import OPTION, Captured
-from lightning_inversion.data.texts import read_prompts
+from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize
 from lightning_inversion.errors import InputError
 from lightning_inversion.strategy import take
 from lightning_inversion.transformer.loading import TransformerSpec
@@ -29,7 +28,7 @@ class Iterations:
     """A loader whose epoch is one batch, given once for each iteration.
 
     It has a state because Lightning asks that of a loader which is left in the middle of an epoch;
-    the place itself is kept by Lightning's own loop.
+    Lightning's own loop keeps the position.
     """
 
     def __init__(self, batch: Callable[[], PromptBatch | None], iterations: int) -> None:
@@ -45,11 +44,11 @@ class Iterations:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to remember."""
+        """Empty."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to remember."""
+        """Ignore it."""
 
 
 class Batches:
@@ -71,17 +70,17 @@ class PromptDataModule(LightningDataModule):
     not finished yet.
 
     Args:
-        prompts: texts; quote them in YAML, where a bare yes or 12 is not a string.
+        prompts: quote them in YAML, where a bare yes or 12 is not a string.
         file: a text file with one prompt a line, or a .jsonl file whose lines have a key "prompt".
-        targets: a file of captured features instead, as ``lightning-inversion capture`` or a system
-            of your own writes it; the prompts need not be known.
+        targets: a file of captured features instead, from ``lightning-inversion capture`` or from
+            a system of your own; the prompts need not be known.
         tokenizer: the model whose tokenizer is used; the command line takes model.transformer's.
         revision: revision of that model on the hub.
-        special_tokens: let the tokenizer add its special tokens (a BOS, say); captured targets say
-            themselves which they have.
+        special_tokens: let the tokenizer add its special tokens (a BOS, say); a file of captured
+            targets lists its own.
         repeat: rows of each prompt, one after another; each row starts from noise of its own.
         tokens_per_batch: tokens of one batch, hence of one epoch, with their padding; auto takes
-            as many as make it efficient and fit the memory.
+            as many as are efficient and fit the memory.
         batch_size: rows of one batch at most.
         iterations: iterations of an epoch; the command line takes model.iterations.
 
@@ -128,12 +127,12 @@ class PromptDataModule(LightningDataModule):
         if self.captured is not None:
             texts = self.captured.prompts or [None] * len(self.captured.targets)
         else:
-            given_texts = read_prompts(Path(file), "--data.file") if file else list(prompts or ())
-            if not given_texts:
+            option = "--data.file" if file else "--data.prompts"
+            texts = read_prompts(Path(file), option) if file else list(prompts or ())
+            if not texts:
                 raise InputError("--data.prompts holds no prompt; give one or more.")
-            if not any(text.strip() for text in given_texts):
-                raise InputError("--data.prompts, prompt 1 is empty; give it a text.")
-            texts = given_texts
+            if not any(texts):
+                raise InputError(f"{option}, prompt 1 is empty; give it a text.")
         self.texts: list[str | None] = [text for text in texts for _ in range(repeat)]
         self.repeat = repeat
         self.tokenizer, self.revision, self.special_tokens = tokenizer, revision, special_tokens
@@ -162,8 +161,8 @@ class PromptDataModule(LightningDataModule):
             )
             if not self.batches:
                 number, reason = next(iter(self.bad.items()))
-                what = "--data.prompts, prompt" if self.captured is None else f"{OPTION}, text"
-                raise InputError(f"{what} {number + 1} {reason}")
+                option = "--data.prompts" if self.captured is None else OPTION
+                raise InputError(f"{option}, prompt {number + 1} {reason}")
             if self.trainer is None or self.trainer.is_global_zero:
                 for index, reason in self.bad.items():
                     _LOG.warning("prompt %d %s The others are run.", index + 1, reason)
@@ -173,48 +172,39 @@ class PromptDataModule(LightningDataModule):
             self._epochs = self.trainer.max_epochs
 
     def _prompt_batches(self) -> list[PromptBatch]:
-        rows = self._tokenized()
+        spec = TransformerSpec(model=self.tokenizer, revision=self.revision)
+        tokenizer, limits = spec.load_tokenizer(), ModelLimits.of(spec.config())
+        rows = []
+        for index, prompt in enumerate(self.texts):
+            assert prompt is not None
+            try:
+                ids = tokenize(prompt, tokenizer, limits, self.special_tokens)
+                rows.append((index, prompt, ids))
+            except InputError as error:
+                self.bad[index] = str(error)
+                self.texts[index] = prompt.encode(errors="replace").decode()  # can be written
         groups = self._packed([len(ids) for _, _, ids in rows])
         return [PromptBatch.collate([rows[row] for row in group]) for group in groups]
 
     def _captured_batches(self, captured: Captured) -> list[PromptBatch]:
-        longest = self._longest(TransformerSpec(model=self.tokenizer, revision=self.revision))
-        lengths = {
-            index: captured.lengths[index // self.repeat] for index in range(len(self.texts))
-        }
-        self.bad = {
-            index: _too_long(length, longest)
-            for index, length in lengths.items()
-            if longest is not None and length > longest
-        }
-        rows = [(index, index // self.repeat) for index in lengths if index not in self.bad]
-        groups = self._packed([lengths[index] for index, _ in rows])
+        spec = TransformerSpec(model=self.tokenizer, revision=self.revision)
+        limits = ModelLimits.of(spec.config())
+        rows = []
+        for index in range(len(self.texts)):
+            number = index // self.repeat
+            try:
+                limits.check_length(captured.lengths[number])
+                limits.check(list(captured.known_prefix))
+                if captured.ids is not None:
+                    limits.check(list(captured.ids[number]))
+                rows.append((index, number))
+            except InputError as error:
+                self.bad[index] = str(error)
+        groups = self._packed([captured.lengths[number] for _, number in rows])
         return [PromptBatch.of_captured([rows[row] for row in group], captured) for group in groups]
 
     def _packed(self, lengths: list[int]) -> list[list[int]]:
         return pack(lengths, self._budget(), self.batch_size, self.repeat)
-
-    @staticmethod
-    def _longest(spec: TransformerSpec) -> int | None:
-        return getattr(spec.config(), "max_position_embeddings", None)
-
-    def _tokenized(self) -> list[tuple[int, str, list[int]]]:
-        spec = TransformerSpec(model=self.tokenizer, revision=self.revision)
-        tokenizer = spec.load_tokenizer()
-        longest = self._longest(spec)
-        rows = []
-        for index, text in enumerate(self.texts):
-            assert text is not None
-            ids = tokenizer(text, add_special_tokens=self.special_tokens)["input_ids"]
-            if not text.strip():
-                self.bad[index] = "is empty; give it a text."
-            elif not ids:
-                self.bad[index] = "has no tokens; remove it."
-            elif longest is not None and len(ids) > longest:
-                self.bad[index] = _too_long(len(ids), longest)
-            else:
-                rows.append((index, text, list(ids)))
-        return rows
 
     def _budget(self) -> int:
         """Tokens of a batch: as many as are efficient, fewer where the memory is small."""
@@ -318,7 +308,3 @@ class PromptDataModule(LightningDataModule):
         raise InputError(
             "--ckpt_path is of a run with other batches; use its --data options, or leave it out."
         )
-
-
-def _too_long(length: int, longest: int) -> str:
-    return f"has {length} tokens, and the model reads at most {longest}; shorten it."

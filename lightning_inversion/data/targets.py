@@ -1,7 +1,7 @@
-"""Targets without a prompt: features in a safetensors file, with a manifest that says of what.
+"""Captured targets: hidden states in a safetensors file, with a manifest of what made them.
 
-The file holds tensors named '0', '1', ..., each ``[T_i, F]`` of any floating type, one a text. What
-the manifest may say is in ``manifest.py``.
+The file holds tensors named '0', '1', ..., each ``[T_i, F]`` of any floating type, one a prompt.
+What the manifest holds is in ``manifest.py``.
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_inversion.data.manifest import FORMAT, is_whole, read_manifest
+from lightning_inversion.data.manifest import WAYS_OUT, Manifest
 from lightning_inversion.errors import InputError
 
 OPTION = "--data.targets"
-LAYER = "output of block depth, Hugging Face hidden_states[depth] (the last after the final norm \
-only where final_norm is true)"
 
 _OF_THE_WEIGHTS = (
     "model", "revision", "weights", "weights_seed", "embedding", "embedding_seed",
 )  # fmt: skip
-"""What the hash of the weights says better, wherever their files lie."""
+"""Not compared where the hash of the weights is known."""
 _ROUNDING_ALONE = "attention"  # sdpa and eager compute the same
 
 
@@ -58,13 +56,13 @@ class Captured:
     """Captured features and their manifest.
 
     Attributes:
-        targets: ``[T_i, F]`` of each text, as stored.
-        transformer: what made them, as ``TruncatedTransformer.description`` says it, or part of it.
+        targets: ``[T_i, F]`` of each prompt, as stored.
+        transformer: what made them: ``TruncatedTransformer.description``, or part of it.
         storage: what happened to them since.
-        first_position: the position of their first row in the text.
-        known_prefix: the tokens with which every text begins.
-        prompts: the texts, where they are known.
-        ids: the tokens of each text from position 0 on, where they are known.
+        first_position: the position of their first row in the prompt.
+        known_prefix: the tokens with which every prompt begins.
+        prompts: where they are known.
+        ids: the tokens of each prompt from position 0 on, where they are known.
         versions: of the packages that made the file.
         name: of the file, for messages.
     """
@@ -81,7 +79,7 @@ class Captured:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each text, those before the first position stored among them."""
+        """Tokens of each prompt, those before the first position stored among them."""
         return [self.first_position + len(target) for target in self.targets]
 
     @property
@@ -89,30 +87,25 @@ class Captured:
         """F."""
         return int(self.targets[0].shape[1])
 
-    def target(self, text: int) -> Tensor:
-        """Features of one text from position 0 on, ``[T, F]`` float32; nan where none is stored."""
-        stored = self.targets[text].float()
+    def target(self, number: int) -> Tensor:
+        """Features ``[T, F]`` of one prompt from position 0 on, float32; nan where not stored."""
+        stored = self.targets[number].float()
         missing = torch.full((self.first_position, self.width), torch.nan)
         return torch.cat([missing, stored])
 
     # -- files -------------------------------------------------------------------------------
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         """What is written beside the tensors."""
-        manifest: dict[str, Any] = {
-            "format": FORMAT,
-            "transformer": self.transformer,
-            "layer": LAYER,
-            "storage": asdict(self.storage),
-            "positions": self.first_position or "all",
-            "known_prefix": list(self.known_prefix),
-            "versions": self.versions,
-        }
-        if self.prompts is not None:
-            manifest["prompts"] = list(self.prompts)
-        if self.ids is not None:
-            manifest["ids"] = [list(ids) for ids in self.ids]
-        return manifest
+        return Manifest(
+            self.transformer,
+            storage=asdict(self.storage),
+            positions=self.first_position or "all",
+            known_prefix=list(self.known_prefix),
+            prompts=None if self.prompts is None else list(self.prompts),
+            ids=None if self.ids is None else [list(ids) for ids in self.ids],
+            versions=self.versions,
+        )
 
     def write(self, path: Path) -> None:
         """Write the file whole or not at all; one that is there is replaced.
@@ -122,18 +115,18 @@ class Captured:
         """
         dtype = _float_type(self.storage.dtype)
         tensors = {
-            str(text): target.to(dtype).contiguous() for text, target in enumerate(self.targets)
+            str(number): target.to(dtype).contiguous() for number, target in enumerate(self.targets)
         }
-        for text, target in tensors.items():
+        for number, target in tensors.items():
             if not bool(target.float().isfinite().all()):
                 raise InputError(
-                    f"The features of text {int(text) + 1} are not finite numbers as "
+                    f"The features of prompt {int(number) + 1} are not finite numbers as "
                     f"{self.storage.dtype}; give --store bfloat16 or float32, or another --dtype."
                 )
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            save_file(tensors, partial, {"manifest": json.dumps(self.manifest())})
+            save_file(tensors, partial, {"manifest": json.dumps(asdict(self.manifest()))})
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -147,23 +140,25 @@ class Captured:
         """
         where = f"{OPTION} {str(path)!r}"
         tensors, metadata = _read_tensors(path, where)
-        manifest = read_manifest(path, metadata, where)
+        manifest = Manifest.read(path, metadata, where)
         targets = _in_order(tensors, where)
-        own = str(targets[0].dtype).removeprefix("torch.")
-        storage = {"dtype": own, **manifest.get("storage", {})}
+        own = {"dtype": str(targets[0].dtype).removeprefix("torch.")}
         captured = cls(
             targets,
-            _with_defaults(manifest["transformer"]),
-            Storage(storage["dtype"], float(storage.get("noise", 0.0))),
-            _first_position(manifest.get("positions", "all"), where),
-            tuple(manifest.get("known_prefix", ())),
-            manifest.get("prompts"),
-            manifest.get("ids"),
-            dict(manifest.get("versions", {})),
+            {
+                "layers": [manifest.transformer["depth"]], "features": None, "final_norm": False,
+                **manifest.transformer,
+            },
+            Storage(**{**own, **manifest.storage}),
+            _first_position(manifest.positions, where),
+            tuple(manifest.known_prefix),
+            manifest.prompts,
+            manifest.ids,
+            manifest.versions,
             path.name,
-        )
+        )  # fmt: skip
         _check_positions(captured, where)
-        _check_texts(captured, where)
+        _check_prompts(captured, where)
         return captured
 
     # -- the model ---------------------------------------------------------------------------
@@ -172,7 +167,7 @@ class Captured:
         """Refuse a model other than the one that made the features.
 
         Where both sides know the hash of the weights, it decides, whatever the model's name; where
-        the file knows one and the model is not loaded yet, its name is left to that.
+        only the file has one and the model is not loaded yet, names are not compared.
 
         Args:
             description: ``TruncatedTransformer.description``, or as much as is known of it before
@@ -183,7 +178,7 @@ class Captured:
             InputError: lists each difference, and the options that would remove it.
         """
         theirs = self.transformer
-        left_out = {_ROUNDING_ALONE, "depth"}  # the layers say the depth
+        left_out = {_ROUNDING_ALONE, "depth"}  # the layers imply the depth
         if "weights_sha256" in theirs and (
             theirs["weights_sha256"] == description.get("weights_sha256", theirs["weights_sha256"])
         ):
@@ -193,19 +188,19 @@ class Captured:
             for key in theirs
             if key in description and key not in left_out and theirs[key] != description[key]
         ]
-        said = [_difference(key, theirs[key], description[key]) for key in different]
+        found = [_difference(key, theirs[key], description[key]) for key in different]
         options = [_option(key, theirs[key]) for key in different if key != "weights_sha256"]
         if width is not None and width != self.width:
-            said.append(f"the features are {self.width} in the file and {width} in the model")
-        if said:
+            found.append(f"the features are {self.width} in the file and {width} in the model")
+        if found:
             way_out = f"set {' '.join(options)}" if options else "give the model that made it"
             raise InputError(
-                f"{OPTION} {self.name!r} does not fit the model: {', '.join(said)}; {way_out}."
+                f"{OPTION} {self.name!r} does not fit the model: {', '.join(found)}; {way_out}."
             )
         if self.first_position and not description.get("causal", True):
             raise InputError(
                 f"{OPTION} {self.name!r} begins at position {self.first_position}, and without a "
-                "causal mask the features before it depend on the whole text; capture all "
+                "causal mask the features before it depend on the whole prompt; capture all "
                 "positions."
             )
 
@@ -223,13 +218,6 @@ def _option(key: str, value: Any) -> str:
         key, value = "depth", value[0]
     written = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
     return f"--model.transformer.{key} {written}"
-
-
-def _with_defaults(transformer: dict[str, Any]) -> dict[str, Any]:
-    """What a short manifest means."""
-    return {
-        "layers": [transformer["depth"]], "features": None, "final_norm": False, **transformer,
-    }  # fmt: skip
 
 
 def _float_type(name: str) -> torch.dtype:
@@ -260,10 +248,12 @@ def _read_tensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def _in_order(tensors: dict[str, Tensor], where: str) -> list[Tensor]:
-    names = [str(text) for text in range(len(tensors))]
+    names = [str(number) for number in range(len(tensors))]
     if not tensors or set(tensors) != set(names):
         found = ", ".join(sorted(tensors)[:3]) or "none"
-        raise InputError(f"{where} holds the tensors {found}; name them 0, 1, 2, ..., one a text.")
+        raise InputError(
+            f"{where} holds the tensors {found}; name them 0, 1, 2, ..., one a prompt."
+        )
     targets = [tensors[name] for name in names]
     for name, target in zip(names, targets, strict=True):
         tensor = f"{where}: tensor {name}"
@@ -272,7 +262,7 @@ def _in_order(tensors: dict[str, Tensor], where: str) -> list[Tensor]:
         if target.shape[1] != targets[0].shape[1]:
             raise InputError(
                 f"{tensor} has {target.shape[1]} features and tensor 0 has "
-                f"{targets[0].shape[1]}; store the same of every text."
+                f"{targets[0].shape[1]}; store the same of every prompt."
             )
         if not target.is_floating_point():
             raise InputError(f"{tensor} holds {target.dtype}; store floating-point features.")
@@ -284,17 +274,15 @@ def _in_order(tensors: dict[str, Tensor], where: str) -> list[Tensor]:
     return targets
 
 
-def _first_position(positions: Any, where: str) -> int:
-    if positions == "all":
-        return 0
-    if is_whole(positions) and positions >= 0:
-        return int(positions)
+def _first_position(positions: int | str, where: str) -> int:
     if positions == "last":
         _refuse_unknown_prefix(f"{where} holds the last position only")
-    raise InputError(
-        f"{where}: its manifest has positions {positions!r}; write all, or the number of the first "
-        "position stored."
-    )
+    first = 0 if positions == "all" else positions
+    if isinstance(first, str) or first < 0:
+        raise InputError(
+            f"{where}: its manifest has positions {positions!r}; {WAYS_OUT['positions']}."
+        )
+    return first
 
 
 def _refuse_unknown_prefix(what: str) -> NoReturn:
@@ -312,12 +300,12 @@ def _check_positions(captured: Captured, where: str) -> None:
         _refuse_unknown_prefix(begins)
     if known > min(captured.lengths):
         raise InputError(
-            f"{where}: its known_prefix has {known} tokens and the shortest text "
+            f"{where}: its known_prefix has {known} tokens and the shortest prompt "
             f"{min(captured.lengths)}; correct it."
         )
 
 
-def _check_texts(captured: Captured, where: str) -> None:
+def _check_prompts(captured: Captured, where: str) -> None:
     """Prompts and ids that fit the targets: both, or neither."""
     if (captured.prompts is None) != (captured.ids is None):
         raise InputError(

@@ -1,42 +1,81 @@
-"""Success against the width of the channel: which share of the features is enough?"""
+"""``python -m lightning_inversion.replication.channel``: how many features are enough?
+
+The source's 'Noise on a Discreet Channel' finds one width at which every token is recovered and
+below which none is. Bisection finds a width k that recovers while k - 1 does not; where success is
+not monotone there are several, and the full curve (the experiments ``channel-...``) shows which.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
-from lightning_inversion.replication.claims import RECOVERED
+from lightning_inversion.errors import InputError
+from lightning_inversion.replication import log_to_stderr
+from lightning_inversion.replication.run import QUIET
+from lightning_inversion.sweep.grid import Cell
+from lightning_inversion.sweep.run import Sweep, check, run_cells
+from lightning_inversion.transformer.blocks import text_config
 
 
-def curve(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean token accuracy of each range of features, in the order of the rows' ranges."""
-    by_range: dict[str, list[float]] = {}
-    for row in rows:
-        by_range.setdefault(row["range"], []).append(row["token_accuracy"])
-    return {name: sum(values) / len(values) for name, values in by_range.items()}
+def critical_width(recovers: Callable[[int], bool], widest: int) -> int | None:
+    """A width that recovers while the next smaller does not; None if ``widest`` does not.
 
-
-def critical_widths(points: dict[str, float]) -> tuple[int | None, int | None]:
-    """The first width of ``0:k`` that recovers, and the width from which on all do.
-
-    The two differ where success is not monotone; a bisection finds either or anything between.
-    None where no width does.
+    Args:
+        recovers: tries a width from 1 to ``widest``; called about log2(widest) times.
+        widest: all the features there are.
     """
-    widths = sorted(
-        (int(name.removeprefix("0:")), value)
-        for name, value in points.items()
-        if name.startswith("0:")
+    if not recovers(widest):
+        return None
+    low, high = 0, widest
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if recovers(middle) else (middle, high)
+    return high
+
+
+def recovers(arguments: list[str], width: int) -> bool:
+    """Whether a fit on the first ``width`` features recovers its prompts exactly.
+
+    Raises:
+        InputError: the fit failed; its message has been logged.
+    """
+    options = (*arguments, f"--model.transformer.features=0:{width}", *QUIET)
+    with tempfile.TemporaryDirectory() as folder:
+        cell = Cell(f"0-{width}", "fit", options, {})
+        sweep = Sweep(Path(folder) / "channel", (cell,))
+        if run_cells(sweep, check(sweep)):
+            raise InputError(f"the fit on [0:{width}] did not succeed.")
+        exact = all(row.exact for row in sweep.rows(cell))
+    print(f"[0:{width}] {'recovers' if exact else 'does not recover'}", flush=True)
+    return exact
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the critical width of a prompt; returns the exit code, 2 for a wrong option."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_inversion.replication.channel",
+        description="The critical width k of [0:k] by bisection. Other options go to fit.",
     )
-    recovered = [width for width, value in widths if value >= RECOVERED]
-    failed = [width for width, value in widths if value < RECOVERED]
-    first = min(recovered, default=None)
-    after = [width for width in recovered if width > max(failed, default=0)]
-    return first, min(after, default=None)
+    parser.add_argument("--config", default="configs/original/recommended.yaml")
+    parser.add_argument("--prompt", default="Mario the man versus Mario the idea")
+    options, more = parser.parse_known_args(arguments)
+    log_to_stderr()
+    fit = [f"--config={options.config}", f"--data.prompts={json.dumps([options.prompt])}", *more]
+    try:
+        (spec,) = check(Sweep(Path("lightning_logs/channel"), (Cell("all", "fit", (*fit,), {}),)))
+        widest = int(text_config(spec.config()).hidden_size)
+        width = critical_width(lambda width: recovers(fit, width), widest)
+    except InputError as error:
+        print(f"channel: {error}", file=sys.stderr)
+        return 2
+    print("no width recovers" if width is None else f"critical width {width} of {widest}")
+    return 0
 
 
-def bars(points: dict[str, float]) -> list[str]:
-    """Lines of a table: range, token accuracy, a bar of ten."""
-    lines = ["| features | token accuracy | |", "|---|---|---|"]
-    for name, value in points.items():
-        filled = round(10 * value)
-        lines.append(f"| [{name}] | {value:.2f} | `{'#' * filled}{'.' * (10 - filled)}` |")
-    return lines
+if __name__ == "__main__":
+    raise SystemExit(main())

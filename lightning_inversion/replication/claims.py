@@ -1,4 +1,4 @@
-"""``configs/claims.yaml``: each experiment, its config, what the document says of it."""
+"""``configs/original/experiments.yaml``: the source's experiments, their settings and claims."""
 
 from __future__ import annotations
 
@@ -11,96 +11,116 @@ from typing import Any, Literal
 import yaml
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import Record
 
 Outcome = Literal["recovered", "partly", "not recovered"]
 RECOVERED, PARTLY = 0.9, 0.5
-"""Mean token accuracies from which a text counts as recovered, and as partly recovered."""
+"""Mean token accuracies from which a prompt counts as recovered, and as partly recovered."""
+SEEDS = (0, 1)
+"""Each experiment runs once with each."""
+EXPERIMENTS, RESULTS = "experiments.yaml", "results.jsonl"
 
 
 def outcome_of(token_accuracy: float) -> Outcome:
-    """The word for a mean token accuracy."""
+    """Name a mean token accuracy."""
     if token_accuracy >= RECOVERED:
         return "recovered"
     return "partly" if token_accuracy >= PARTLY else "not recovered"
 
 
+def fingerprint_of(settings: Any) -> str:
+    """A short hash of settings, the order of their keys aside."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class Experiment:
-    """One row of the table.
+    """One experiment of the source, or a control beside it.
 
     Attributes:
-        name: names the result file.
-        section: of the document, or of the defects in its code.
-        config: the YAML file, relative to ``configs/``.
-        claim: what the document says, in its words or close to them.
-        document: the claim as an outcome; None where the document makes none.
-        document_model: the overlay under ``document_models/`` that makes the config the document's
-            own experiment; None where SmolLM2 is all that is asked for.
-        needs: the model without which the claim cannot be judged, or why it is not run.
-        options: what is set beside the config.
-        seeds: each is one run.
-        run: False for what is too large to run here.
+        name: of its rows in ``results.jsonl``.
+        section: of the source, or of the defects in its code.
+        base: stem of the YAML file beside ``experiments.yaml`` that it starts from.
+        claim: what the source says, in its words or close to them.
+        outcome: the claim as an outcome; None where the source makes none.
+        source_model: stem of the overlay in ``models/`` that makes it the source's own experiment;
+            None where SmolLM2 is all that is asked for.
+        needs_source_model: whether the claim cannot be judged without that model.
+        run: False for what is too large to run on a CPU.
+        overrides: options of ``fit`` beside the base.
     """
 
     name: str
     section: str
-    config: str
+    base: str
     claim: str
-    document: Outcome | None = None
-    document_model: str | None = None
-    needs: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0, 1)
+    outcome: Outcome | None = None
+    source_model: str | None = None
+    needs_source_model: bool = False
     run: bool = True
+    overrides: dict[str, Any] = field(default_factory=dict)
 
-    def arguments(self, configs: Path) -> list[str]:
-        """What follows ``fit`` on the command line, but for the seed."""
-        options = [f"--{key}={_written(value)}" for key, value in self.options.items()]
-        return [f"--config={(configs / self.config).as_posix()}", *options]
+    def arguments(self, folder: Path) -> list[str]:
+        """The options of ``fit``, but for the seed."""
+        options = [
+            f"--{key}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+            for key, value in self.overrides.items()
+        ]
+        return [f"--config={(folder / f'{self.base}.yaml').as_posix()}", *options]
 
-    def fingerprint(self, configs: Path) -> str:
-        """Names the settings, comments aside: results made with others are not this row's."""
-        settings = yaml.safe_load((configs / self.config).read_text(encoding="utf-8"))
-        text = json.dumps([settings, self.options], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+    def fingerprint(self, folder: Path) -> str:
+        """Of the settings; rows with another fingerprint were made with other settings."""
+        base = yaml.safe_load((folder / f"{self.base}.yaml").read_text(encoding="utf-8"))
+        return fingerprint_of([base, self.overrides])
 
-    def results(self, configs: Path) -> list[dict[str, Any]]:
-        """The kept rows that were made with these settings, by seed and prompt."""
-        path = results_path(self, configs)
-        if not path.exists():
-            return []
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        settings = self.fingerprint(configs)
-        ours = [row for row in rows if row["settings"] == settings]
-        return sorted(ours, key=lambda row: (row["seed"], row["index"]))
+    @property
+    def ranges(self) -> list[str]:
+        """The ranges of features that the rows of one batch are matched on; [] for all features."""
+        return _ranges(self.overrides)
 
 
-def results_path(experiment: Experiment, configs: Path) -> Path:
-    """Where an experiment's small result file is kept."""
-    return configs / "results" / f"{experiment.name}.jsonl"
-
-
-def read_claims(configs: Path) -> list[Experiment]:
-    """The experiments of ``claims.yaml`` in its order.
+def read_experiments(folder: Path) -> list[Experiment]:
+    """The experiments of ``folder``, in order.
 
     Raises:
-        InputError: a key is unknown or missing, or a name stands twice.
+        InputError: a key is unknown or missing, or two experiments have one name.
     """
-    path = configs / "claims.yaml"
-    experiments = []
-    for section, entries in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+    path = folder / EXPERIMENTS
+    experiments: list[Experiment] = []
+    for section, entries in yaml.safe_load(path.read_text(encoding="utf-8"))["sections"].items():
         for entry in entries:
             try:
-                entry = {**entry, "seeds": tuple(entry.get("seeds", (0, 1)))}
                 experiments.append(Experiment(section=section, **entry))
             except TypeError as error:
                 raise InputError(f"{path}, {entry.get('name')}: {error}.") from error
     names = [experiment.name for experiment in experiments]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"{path} has {twice[0]} twice; rename one of them.")
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise InputError(f"{path} has {duplicates[0]} twice; rename one of them.")
     return experiments
 
 
-def _written(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def read_results(folder: Path) -> dict[str, list[Record]]:
+    """The kept rows of each experiment that were made with its present settings.
+
+    The rows of an experiment are in the order of their seeds and prompts.
+    """
+    experiments = read_experiments(folder)
+    path = folder / RESULTS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = sorted(map(json.loads, lines), key=lambda row: (row["seed"], row["index"]))
+    current = {experiment.name: experiment.fingerprint(folder) for experiment in experiments}
+    results: dict[str, list[Record]] = {name: [] for name in current}
+    for row in rows:
+        if row["fingerprint"] == current.get(row["experiment"]):
+            results[row["experiment"]].append(row)
+    return results
+
+
+def _ranges(settings: Any) -> list[str]:
+    """The ``ranges`` of a ``Narrowed`` objective, wherever it is nested."""
+    if not isinstance(settings, dict):
+        return []
+    if "ranges" in settings:
+        return list(settings["ranges"])
+    return next((found for value in settings.values() if (found := _ranges(value))), [])

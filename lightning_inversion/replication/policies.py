@@ -1,31 +1,31 @@
-"""``python -m lightning_inversion.replication.policies``: recovery policies side by side on the same targets.
+"""``python -m lightning_inversion.replication.policies``: recovery policies side by side.
 
-20 texts of 20 tokens, 18 of them natural and 2 random, at several depths of a model. Each policy is
-a config of ``configs/recovery``, or one of your own. What has a row in the results already is not
-run again, so that a stopped run goes on where it stopped; the recommended policy alone is, once for
-each run and depth, because times are compared within one process.
-``python -m lightning_inversion.replication.policy_table`` then writes the table.
+The protocol: 20 prompts of 20 tokens, 18 of them natural and 2 random, at several depths of a
+model. Each policy is a file of ``configs/recovery``, or one of your own. A policy that has a row in
+the results is not run again, so that a stopped run resumes; the recommended policy alone is run
+again beside others, because times are compared within one process.
+``python -m lightning_inversion.replication.tables`` then writes the tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import hashlib
-import json
+import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
-import transformers
 import yaml
 from jsonargparse import ArgumentParser
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lightning_inversion
 from lightning_inversion.data.texts import read_prompts
@@ -34,269 +34,250 @@ from lightning_inversion.files import Record, append_records, read_records
 from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy
 from lightning_inversion.recovery.proposals import FirstTokenFeatures
 from lightning_inversion.recovery.verification import Measurements
+from lightning_inversion.replication import log_to_stderr
+from lightning_inversion.replication.claims import fingerprint_of
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
 BASELINE = "recommended"
 """The policy to which all others are compared."""
-
-RANDOM_TEXTS = 2
+RESULTS = "protocol.jsonl"
+RANDOM_PROMPTS = 2
 _EVERY = 9
-"""A random text follows every ninth natural one, so that a subset has its share of them."""
+"""A random prompt follows every ninth natural one, so that a subset has its share of them."""
+_LOG = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class NamedPolicy:
-    """A policy as a config describes it.
+    """A policy as a YAML file describes it.
 
     Attributes:
-        name: of its file.
-        settings: what the file says under ``model.recovery``.
+        name: of the file.
+        settings: what the file has under ``model.recovery``.
     """
 
     name: str
     settings: dict[str, Any]
 
     @classmethod
-    def read(cls, named: str, configs: Path) -> NamedPolicy:
-        """Of a path, or of a file of ``configs``.
+    def read(cls, given: str, configs: Path) -> NamedPolicy:
+        """The policy of a path, or of a file of ``configs``.
 
         Raises:
             InputError: there is no such file, or it describes no policy.
         """
-        path = Path(named) if named.endswith((".yaml", ".yml")) else configs / f"{named}.yaml"
+        path = Path(given) if given.endswith((".yaml", ".yml")) else configs / f"{given}.yaml"
         try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["recovery"]
+            policy = cls(path.stem, yaml.safe_load(path.read_text("utf-8"))["model"]["recovery"])
+            policy.build()
+        except InputError:
+            raise
         except OSError as error:
             raise InputError(
                 f"--policies: {str(path)!r} cannot be read: {error.strerror}; give the name of a "
                 f"file in {str(configs)!r}, or a path that ends in .yaml."
             ) from error
-        except (KeyError, TypeError, yaml.YAMLError) as error:
+        except Exception as error:  # of many kinds, depending on what is wrong
+            reason = " ".join(str(error).split())
             raise InputError(
-                f"--policies: {str(path)!r} has no model.recovery; write the policy's class_path "
-                "there."
+                f"--policies: {str(path)!r} describes no policy under model.recovery: {reason}"
             ) from error
-        policy = cls(path.stem, settings)
-        policy.build()
         return policy
 
     def build(self) -> RecoveryPolicy:
-        """A new policy, which has seen nothing.
-
-        Raises:
-            InputError: the settings do not describe one.
-        """
+        """A new policy, without state."""
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--recovery", type=RecoveryPolicy)
-        try:
-            parsed = parser.parse_object({"recovery": self.settings})
-            policy = parser.instantiate(parsed).recovery
-        except InputError:
-            raise
-        except Exception as error:  # of many kinds, depending on what is wrong
-            reason = " ".join(str(error).split())
-            raise InputError(f"--policies: {self.name} describes no policy: {reason}") from error
-        assert isinstance(policy, RecoveryPolicy)
+        built = parser.instantiate(parser.parse_object({"recovery": self.settings}))
+        policy: RecoveryPolicy = built.recovery
         return policy
 
     @property
     def fingerprint(self) -> str:
-        """Of its settings: another policy of the same name is not the same."""
-        text = json.dumps(self.settings, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """Of the settings; another policy of the same name has another."""
+        return fingerprint_of(self.settings)
 
 
-def protocol_texts(
-    tokenizer: PreTrainedTokenizerBase, vocabulary: int, prompts: Path, length: int
+def protocol_prompts(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: int, file: Path, length: int
 ) -> list[list[int]]:
-    """The texts as ids, each of ``length`` tokens.
+    """The prompts as ids, each of ``length`` tokens.
 
     Raises:
-        InputError: a prompt is shorter than that.
+        InputError: a natural prompt is shorter than that.
     """
-    texts: list[list[int]] = []
-    for number, prompt in enumerate(read_prompts(prompts, "--file"), start=1):
+    prompts: list[list[int]] = []
+    for number, prompt in enumerate(read_prompts(file, "--file"), start=1):
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"][:length]
         if len(ids) < length:
             raise InputError(
-                f"--file {str(prompts)!r}, line {number} has {len(ids)} tokens of this model, "
+                f"--file {str(file)!r}, line {number} has {len(ids)} tokens of this model, "
                 f"fewer than {length}; write more, or lower --length."
             )
-        texts.append(ids)
+        prompts.append(ids)
     generator = torch.Generator().manual_seed(0)
-    for number in range(RANDOM_TEXTS):
+    for number in range(RANDOM_PROMPTS):
         ids = torch.randint(vocabulary, (length,), generator=generator).tolist()
-        texts.insert((number + 1) * (_EVERY + 1) - 1, ids)
-    return texts
+        prompts.insert((number + 1) * (_EVERY + 1) - 1, ids)
+    return prompts
 
 
 def run_policy(
     policy: RecoveryPolicy, measurements: Measurements, ids: Tensor, cap: float | None
 ) -> Record:
-    """Let a policy recover texts, for ``cap`` seconds at most; what it did, as plain values.
+    """Let a policy recover prompts; its scores and seconds, as plain values.
 
     Args:
         policy: new, without state.
         measurements: of the model.
         ids: ``[N, T]`` the right tokens.
-        cap: seconds after which it is stopped between two rounds; None for none.
+        cap: seconds after which it is stopped between two rounds; None for no limit.
     """
     target = measurements.transformer.features_of(ids)
-    texts: list[RecoveredPrompt] = []
+    prompts: list[RecoveredPrompt] = []
     capped = False
     began = time.monotonic()
     with torch.no_grad():
-        for texts in policy.recover(measurements, target, [ids.shape[1]] * len(ids)):
+        for prompts in policy.recover(measurements, target, [ids.shape[1]] * len(ids)):
             if cap is not None and time.monotonic() - began > cap:
-                capped = any(len(text.tokens) < ids.shape[1] for text in texts)
+                capped = any(len(prompt.tokens) < ids.shape[1] for prompt in prompts)
                 break
     seconds = time.monotonic() - began
-    return {"seconds": round(seconds, 3), "capped": capped, **scores(texts, ids.tolist())}
+    return {"seconds": round(seconds, 3), "capped": capped, **scores(prompts, ids.tolist())}
 
 
-def scores(texts: list[RecoveredPrompt], right: list[list[int]]) -> Record:
-    """How many tokens are right and verified, and what they took."""
+def scores(prompts: Sequence[RecoveredPrompt], right: list[list[int]]) -> Record:
+    """How many tokens are right and verified, and how many candidates and forwards they took."""
     pairs = [
         (token, truth)
-        for text, ids in zip(texts, right, strict=True)
-        for token, truth in zip(text.tokens, ids, strict=False)
+        for prompt, ids in zip(prompts, right, strict=True)
+        for token, truth in zip(prompt.tokens, ids, strict=False)
     ]
-    # Position 0 has an order of its own, a scan: the orders are judged by the later ones.
-    later = [token.candidates for text in texts for token in text.tokens[1:]]
+    # Position 0 has a scan of its own: the proposers are judged by the later positions.
+    later = [token.candidates for prompt in prompts for token in prompt.tokens[1:]]
+    quantiles = np.quantile(later, [0.5, 0.95, 1], method="inverted_cdf").tolist() if later else []
+    names = ("candidates_median", "candidates_p95", "candidates_max")
     return {
         "tokens": sum(map(len, right)),
         "done": len(pairs),
         "right": sum(token.id == truth for token, truth in pairs),
         "verified": sum(token.verified for token, _ in pairs),
-        "false_certificates": sum(
+        "falsely_verified": sum(
             token.verified and truth not in (token.id, *token.duplicates) for token, truth in pairs
         ),
-        "exact": sum(text.ids == ids for text, ids in zip(texts, right, strict=True)),
-        "candidates_median": _quantile(later, 0.5),
-        "candidates_p95": _quantile(later, 0.95),
-        "candidates_max": _quantile(later, 1.0),
-        "forwards": sum(text.forwards for text in texts),
+        "exact": sum(prompt.ids == ids for prompt, ids in zip(prompts, right, strict=True)),
+        **dict(zip_longest(names, quantiles)),
+        "forwards": sum(prompt.forwards for prompt in prompts),
     }
 
 
-def _quantile(values: list[int], share: float) -> int | None:
-    """The smallest value that at least this share of them does not exceed."""
-    if not values:
-        return None
-    place = max(1, -int(-share * len(values) // 1))
-    return sorted(values)[place - 1]
+def missing_policies(rows: Sequence[Record], policies: Sequence[NamedPolicy]) -> list[NamedPolicy]:
+    """The policies without a row; the baseline too, where one of the others has none."""
+    done = {(row["policy"], row["settings"]) for row in rows}
+    missing = [one for one in policies if (one.name, one.fingerprint) not in done]
+    if any(one.name != BASELINE for one in missing):
+        return [one for one in policies if one.name == BASELINE or one in missing]
+    return missing
 
 
-@dataclasses.dataclass
-class Protocol:
-    """One run of the command.
+def run_depth(
+    transformer: TruncatedTransformer,
+    model: PreTrainedModel,
+    policies: Sequence[NamedPolicy],
+    ids: Tensor,
+    cap: float | None,
+) -> Iterator[Record]:
+    """Run policies on the same targets; yields a row for each as it ends.
 
-    Attributes:
-        model: as ``TransformerSpec.model`` names it.
-        policies: what is compared.
-        depths: blocks kept.
-        prompts: how many texts, the first of the protocol's.
-        length: tokens of a text.
-        cap: seconds for a policy at a depth; what others are compared to is not stopped.
-        file: the natural texts.
-        results: the file of rows.
+    Args:
+        transformer: the truncated model.
+        model: the whole model, of the same weights.
+        policies: what is compared; the baseline beside others is not stopped.
+        ids: ``[N, T]`` the right tokens.
+        cap: seconds for each policy; None for no limit.
     """
-
-    model: str
-    policies: list[NamedPolicy]
-    depths: list[int]
-    prompts: int
-    length: int
-    cap: float | None
-    file: Path
-    results: Path
-
-    def run(self, say: Callable[[str], None]) -> None:
-        """Run what has no row yet."""
-        missing = {depth: self.missing(depth) for depth in self.depths}
-        if not any(missing.values()):
-            say(f"{self.results}: everything is there")
-            return
-        for depth in self.depths:  # before anything slow starts
-            TransformerSpec(model=self.model, depth=depth).check()
-        model, tokenizer = TransformerSpec(model=self.model).load_causal_lm()
-        weight = model.get_input_embeddings().weight
-        assert isinstance(weight, Tensor)
-        texts = protocol_texts(tokenizer, len(weight), self.file, self.length)[: self.prompts]
-        run = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
-        for depth, policies in missing.items():
-            if policies:
-                self._run_depth(model, tokenizer, depth, policies, texts, run, say)
-
-    def missing(self, depth: int) -> list[NamedPolicy]:
-        """The policies without a row; the baseline too, where one of the others has none."""
-        there = [row for row in read_records(self.results) if self._is_cell(row, depth)]
-        done = {(row["policy"], row["settings"]) for row in there}
-        missing = [
-            policy for policy in self.policies if (policy.name, policy.fingerprint) not in done
-        ]
-        baseline = [policy for policy in self.policies if policy.name == BASELINE]
-        others = [policy for policy in missing if policy.name != BASELINE]
-        return [*baseline, *others] if others else missing
-
-    def _is_cell(self, row: Record, depth: int) -> bool:
-        mine = (self.model, depth, self.prompts, self.length)
-        return (row["model"], row["depth"], row["texts"], row["length"]) == mine
-
-    def _run_depth(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        depth: int,
-        policies: list[NamedPolicy],
-        texts: list[list[int]],
-        run: str,
-        say: Callable[[str], None],
-    ) -> None:
-        transformer = TruncatedTransformer.from_model(model, tokenizer, depth=depth)
-        language_model = LanguageModel(model, transformer.caches)
-        measurements, measuring = _timed(lambda: Measurements.measure(transformer, language_model))
-        _, scanning = _timed(lambda: FirstTokenFeatures.of(measurements))
-        ids = torch.tensor(texts, device=transformer.device)
-        # Of three, because the first also warms up and the others may be disturbed.
-        forward = min(_timed(lambda: transformer.features_of(ids))[1] for _ in range(3))
-        shared: Record = {
-            "run": run,
-            "model": self.model,
-            "depth": depth,
-            "texts": len(texts),
-            "length": self.length,
-            "cap": self.cap,
-            "measuring_seconds": round(measuring, 3),
+    language_model = LanguageModel(model, transformer.caches)
+    measurements, calibrating = _timed(lambda: Measurements.measure(transformer, language_model))
+    _, scanning = _timed(lambda: FirstTokenFeatures.of(measurements))
+    # The least of three: the first also warms up, and the others may be disturbed.
+    forward = min(_timed(lambda: transformer.features_of(ids))[1] for _ in range(3))
+    _LOG.info(
+        "depth %d: calibration and linear probe %.1f s, scan %.1f s, one forward %.2f s",
+        transformer.depth, calibrating, scanning, forward,
+    )  # fmt: skip
+    for policy in policies:
+        is_baseline = policy.name == BASELINE and len(policies) > 1
+        row = run_policy(policy.build(), measurements, ids, None if is_baseline else cap)
+        _LOG.info(
+            "depth %d, %s: %d/%d right, %d verified, %d falsely, %.1f s%s",
+            transformer.depth, policy.name, row["right"], row["tokens"], row["verified"],
+            row["falsely_verified"], row["seconds"], " (stopped)" if row["capped"] else "",
+        )  # fmt: skip
+        yield {
+            "policy": policy.name,
+            "settings": policy.fingerprint,
+            "calibration_seconds": round(calibrating, 3),
             "scan_seconds": round(scanning, 3),
             "forward_seconds": round(forward, 4),
-            "threads": torch.get_num_threads(),
             "device": transformer.device.type,
-            "version": lightning_inversion.__version__,
-            "version_torch": torch.__version__,
-            "version_transformers": transformers.__version__,
+            **row,
         }
-        say(
-            f"depth {depth}: measurements {measuring:.1f} s, first tokens {scanning:.1f} s, "
-            f"one forward {forward:.2f} s"
+
+
+def run_protocol(options: argparse.Namespace) -> None:
+    """Run what has no row yet, and append its rows.
+
+    Raises:
+        InputError: an option is wrong, or does not fit the model.
+    """
+    file = options.file or options.configs / "prompts.jsonl"
+    count = len(read_prompts(file, "--file")) + RANDOM_PROMPTS
+    if not 1 <= options.prompts <= count:
+        raise InputError(f"--prompts must be from 1 to {count}, and is {options.prompts}.")
+    if options.length < 2:
+        raise InputError(f"--length must be at least 2, and is {options.length}.")
+    policies = [NamedPolicy.read(name, options.configs) for name in options.policies]
+    for depth in options.depths:  # before anything slow begins
+        TransformerSpec(model=options.model, depth=depth).check()
+
+    results = options.out / RESULTS
+    rows = read_records(results)
+    shared = {"model": options.model, "prompts": options.prompts, "length": options.length}
+    missing = {
+        depth: missing_policies(
+            [row for row in rows if {**shared, "depth": depth}.items() <= row.items()], policies
         )
-        for policy in policies:
-            # What the others are compared to ends, unless it is alone.
-            compared_to = policy.name == BASELINE and len(policies) > 1
-            cap = None if compared_to else self.cap
-            row = run_policy(policy.build(), measurements, ids, cap)
-            index = len(read_records(self.results))
-            named = {"index": index, "policy": policy.name, "settings": policy.fingerprint}
-            append_records(self.results, [{**named, **shared, **row}])
-            say(
-                f"depth {depth}, {policy.name}: {row['right']}/{row['tokens']} right, "
-                f"{row['verified']} verified, {row['false_certificates']} falsely, "
-                f"{row['seconds']:.1f} s{' (stopped)' if row['capped'] else ''}"
-            )
+        for depth in options.depths
+    }
+    if not any(missing.values()):
+        _LOG.info("every policy has its rows in %s", results)
+        return
+    model, tokenizer = TransformerSpec(model=options.model).load_causal_lm()
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    prompts = protocol_prompts(tokenizer, len(weight), file, options.length)[: options.prompts]
+    shared |= {
+        "run": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
+        "cap": options.cap,
+        "threads": torch.get_num_threads(),
+        "version": lightning_inversion.__version__,
+        "version_torch": torch.__version__,
+        "version_transformers": version("transformers"),
+    }
+    index = len(rows)
+    for depth in (depth for depth in options.depths if missing[depth]):
+        transformer = TruncatedTransformer.from_model(model, tokenizer, depth=depth)
+        ids = torch.tensor(prompts, device=transformer.device)
+        for row in run_depth(transformer, model, missing[depth], ids, options.cap):
+            append_records(results, [{"index": index, **shared, "depth": depth, **row}])
+            index += 1
 
 
 def _timed(work: Callable[[], T]) -> tuple[T, float]:
@@ -306,46 +287,27 @@ def _timed(work: Callable[[], T]) -> tuple[T, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the protocol; returns the exit code, 2 where the user has to change something."""
+    """Run the protocol; returns the exit code, 2 for a wrong option."""
     configs = Path("configs/recovery")
     parser = argparse.ArgumentParser(
         prog="python -m lightning_inversion.replication.policies",
-        description="Compare recovery policies on the same texts and depths, in one process.",
+        description="Compare recovery policies on the same prompts and depths, in one process.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--model", default=TransformerSpec.model, help="as --model.transformer.model")
     add("--depths", type=int, nargs="+", default=[1, 8, 15, 30], help="blocks kept")
     add("--policies", nargs="+", default=[BASELINE], help="files of --configs, or paths")
-    add("--prompts", type=int, default=20, help="the first N of the texts")
-    add("--length", type=int, default=20, help="tokens of a text")
-    add(
-        "--cap",
-        type=float,
-        help="seconds for a policy beside the recommended one",
-    )
+    add("--prompts", type=int, default=20, help="the first N of the prompts")
+    add("--length", type=int, default=20, help="tokens of a prompt")
+    add("--cap", type=float, help="seconds for a policy beside the recommended one")
     add("--configs", type=Path, default=configs, help="folder of the policies' files")
-    add("--file", type=Path, help="the natural texts; prompts.jsonl of --configs if left out")
-    add("--out", type=Path, default=configs / "results", help="folder of the results")
+    add("--file", type=Path, help="the natural prompts; prompts.jsonl of --configs if left out")
+    add("--out", type=Path, default=configs, help=f"folder of the results, {RESULTS}")
     options = parser.parse_args(arguments)
-    file = options.file or options.configs / "prompts.jsonl"
+    log_to_stderr()
     try:
-        count = len(read_prompts(file, "--file")) + RANDOM_TEXTS
-        if not 1 <= options.prompts <= count:
-            raise InputError(f"--prompts must be from 1 to {count}, and is {options.prompts}.")
-        if options.length < 2:
-            raise InputError(f"--length must be at least 2, and is {options.length}.")
-        protocol = Protocol(
-            model=options.model,
-            policies=[NamedPolicy.read(name, options.configs) for name in options.policies],
-            depths=options.depths,
-            prompts=options.prompts,
-            length=options.length,
-            cap=options.cap,
-            file=file,
-            results=options.out / "protocol.jsonl",
-        )
-        protocol.run(lambda line: print(line, flush=True))
+        run_protocol(options)
     except InputError as error:
         print(f"protocol: {error}", file=sys.stderr)
         return 2

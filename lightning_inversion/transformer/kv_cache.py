@@ -43,8 +43,8 @@ class RaggedCache:
 
     A forward runs new tokens behind them, in any relation to each other: one after another (a
     continuation) or side by side (candidates for one position: tree attention as in SpecInfer,
-    arXiv 2305.09781, section 4.2). Afterwards `keep` says which of the new tokens are known from
-    now on. No token is run twice, and a row's cost depends on the others' lengths by padding alone.
+    arXiv 2305.09781, section 4.2). Afterwards `keep` makes some of the new tokens known. No token
+    is run twice, and a row's cost depends on the others' lengths by padding alone.
 
     Args:
         rows: B.

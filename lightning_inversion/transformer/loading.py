@@ -74,7 +74,7 @@ class TransformerSpec:
         checkpointing: keep each block's input alone for the backward pass and run the block again
             there: less memory, a third more time.
         compile: compile the blocks by torch.compile; a minute at the start, faster iterations
-            where no prefix is kept (--token_by_token.every 0).
+            where no prefix is kept (--model.schedule AllPositions).
         mlp: keep the blocks' MLPs.
         norms: keep the blocks' norms.
         residuals: keep the residual connections; attention alone is all three of these false.

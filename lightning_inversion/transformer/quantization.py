@@ -59,7 +59,7 @@ def prepare_quantized_(model: PreTrainedModel) -> None:
     # Slow to import, and seldom needed.
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
-    # It says at each call of each layer that activations are cast to float16, which is its method.
+    # It warns at each call of each layer that activations are cast to float16, which is its method.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for name, layer in model.named_modules():
         if isinstance(layer, Linear4bit):

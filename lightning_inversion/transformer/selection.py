@@ -110,7 +110,7 @@ class Selection:
 def check_depths(depth: int | None, layers: Sequence[int] | None) -> None:
     """Raise InputError if the depths make no sense, whatever the model.
 
-    With `layers` the depth follows: it may be left at its default, be None, or say the same.
+    With `layers` the depth follows: it may be left at its default, be None, or be equal.
     """
     if depth is not None and depth < 1:
         raise InputError(

@@ -1,15 +1,24 @@
-"""Untrained weights: the model's own initialisation, drawn module by module."""
+"""Models without trained weights: drawn at random, module by module, or counted on torch's meta."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from lightning_inversion.transformer.blocks import cut_blocks_, language_model, shorten_config_
+from lightning_inversion.errors import InputError
+from lightning_inversion.transformer.blocks import (
+    cut_blocks_,
+    language_model,
+    shorten_config_,
+    takes_position_ids,
+    text_config,
+)
 
 
 def untrained_model(
@@ -91,3 +100,60 @@ def _owner(model: PreTrainedModel, path: str) -> PreTrainedModel:
 
 def _seed_of(name: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) >> 1
+
+
+_COUNTED_LENGTH = 32
+
+
+def count_block(config: PretrainedConfig) -> tuple[int, float]:
+    """Parameters of one block, and the floats a token that it keeps for the backward pass.
+
+    The model's own code is run on torch's ``meta`` device, which has shapes and no numbers.
+
+    Raises:
+        InputError: the code needs numbers to run, as experts that are chosen by them.
+    """
+    try:
+        (one_size, one_kept), (two_size, two_kept) = (_counted(config, n) for n in (1, 2))
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        raise InputError(
+            f"--model: a {config.model_type} cannot be counted without its weights; name "
+            "--data.tokens_per_batch."
+        ) from error
+    return two_size - one_size, (two_kept - one_kept) / _COUNTED_LENGTH
+
+
+def _counted(config: PretrainedConfig, blocks: int) -> tuple[int, int]:
+    """Parameters, and floats kept of one sequence, of a model of so many blocks."""
+    config = copy.deepcopy(config)
+    shorten_config_(text_config(config), blocks)
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        kept[id(base)] = base
+        return tensor
+
+    with torch.device("meta"):
+        whole = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+        model = language_model(whole).requires_grad_(False).train(False)
+        width = model.get_input_embeddings().weight.shape[1]
+        vectors = torch.empty(1, _COUNTED_LENGTH, width, requires_grad=True)
+        # The models look into the numbers of a mask that they make themselves; there are none.
+        given = {
+            "attention_mask": torch.empty(1, 1, _COUNTED_LENGTH, _COUNTED_LENGTH),
+            "use_cache": False,
+        }
+        if takes_position_ids(model):
+            given["position_ids"] = torch.empty(1, _COUNTED_LENGTH, dtype=torch.long)
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(inputs_embeds=vectors, **given)
+    for own in [*model.parameters(), *model.buffers()]:
+        kept.pop(id(own), None)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return parameters, sum(tensor.numel() for tensor in kept.values())
+
+
+def llama_config(**sizes: int) -> PretrainedConfig:
+    """The configuration of a Llama of these sizes, under the names of its ``config.json``."""
+    return AutoConfig.for_model("llama", **sizes)

@@ -18,7 +18,7 @@ from lightning_inversion.data.targets import Storage
 from lightning_inversion.recovery.policy import recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.recovery.verification import Measurements
-from lightning_inversion.replication.policies import protocol_texts
+from lightning_inversion.replication.policies import protocol_prompts
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 
@@ -60,7 +60,7 @@ def main() -> None:
         assert tokenizer is not None
         vocabulary = transformer.embedding.vocabulary_size
         file = Path("configs/recovery/prompts.jsonl")
-        texts = protocol_texts(tokenizer, vocabulary, file, options.length)[: options.prompts]
+        texts = protocol_prompts(tokenizer, vocabulary, file, options.length)[: options.prompts]
         ids = torch.tensor(texts)
         channel = Storage(**stored)
         target = channel(transformer.features_of(ids))

@@ -19,7 +19,7 @@ from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.proposals import LanguageModelPrior
 from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.recovery.verification import Measurements
-from lightning_inversion.replication.policies import protocol_texts
+from lightning_inversion.replication.policies import protocol_prompts
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 8, 15, 30])
     depths = parser.parse_args().depths
     model, tokenizer = TransformerSpec().load_causal_lm()
-    texts = protocol_texts(tokenizer, model.config.vocab_size, TEXTS, 20)
+    texts = protocol_prompts(tokenizer, model.config.vocab_size, TEXTS, 20)
     ids = torch.tensor(texts)
     print("| depth | ranked by | first | in the first 8 | mean of ranks, geometric | largest |")
     print("|---|---|---|---|---|---|", flush=True)

@@ -1,9 +1,6 @@
-"""Predicted against measured: seconds of an iteration, and the memory of a fit.
+"""The memory of a fit: predicted against measured.
 
     python -m tests.benchmarks.scale
-    python -m tests.benchmarks.scale --only_memory
-
-The machine's two rates are measured with one block; everything else is predicted from them.
 """
 
 import argparse
@@ -12,14 +9,7 @@ import sys
 
 import torch
 
-from lightning_inversion.data.memory import (
-    LIBRARIES,
-    Machine,
-    Shape,
-    memory,
-    model_seconds,
-    seconds,
-)
+from lightning_inversion.data.memory import LIBRARIES, Shape, memory
 from lightning_inversion.transformer.loading import TransformerSpec
 
 PEAK = """
@@ -33,27 +23,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 def main() -> None:
     """Print one line a prediction."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only_memory", action="store_true", help="leave the seconds out")
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(1)
-    if not parser.parse_args().only_memory:
-        compare_seconds()
     compare_memory()
-
-
-def compare_seconds() -> None:
-    """Of a forward and backward, at four depths and four sizes."""
-    config = TransformerSpec().config()
-    machine = Machine.measured(TransformerSpec(depth=1).load())
-    print(machine)
-    for depth in (1, 2, 4, 8):
-        transformer = TransformerSpec(depth=depth).load()
-        shape = Shape.of(config, depth)
-        for tokens in (32, 128, 512, 2048):
-            measured = model_seconds(transformer, tokens, repeats=3)
-            predicted = seconds(shape, machine, tokens, 1) - machine.iteration
-            print(f"depth {depth}, {tokens} tokens: measured {measured * 1e3:.0f} ms, predicted "
-                  f"{predicted * 1e3:.0f} ms, ratio {predicted / measured:.2f}")  # fmt: skip
 
 
 def compare_memory() -> None:

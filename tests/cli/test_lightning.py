@@ -62,7 +62,7 @@ def rows_of(root: Path, version: int = 0) -> list[dict]:
         (["--model.objective=L3"], "unknown Objective 'L3'; choose from C"),
         (["--model.decoder=Pin"], "unknown Decoder 'Pin'; choose from C"),
         (["--model.learnable=VocabularyInput"], "choose --model.schedule AllPositions"),
-        (["--data.prompts=[' ']"], "--data.prompts, prompt 1 is empty"),
+        (["--data.prompts=['']"], "--data.prompts, prompt 1 is empty"),
         (["--data.batch_size=0"], "--data.batch_size must be at least 1"),
         (["--data.file=none.txt"], "--data.prompts and --data.file were given"),
         (["--learning_rate.start=-1"], "learning_rate.start"),
@@ -228,12 +228,13 @@ def test_resuming_with_other_settings_is_refused(tiny_folder: Path, fitted: Path
 
 
 def test_the_defaults_of_fit_are_those_of_the_constructor(tiny_folder: Path) -> None:
-    parts = {key: RECOMMENDED[f"model.{key}"] for key in ("learnable", "objective")}
     module = InputInversion(TransformerSpec(model=str(tiny_folder)))
-    assert parts["learnable"]["class_path"].endswith(f".{type(module.learnable).__name__}")
-    start = parts["learnable"]["init_args"]["initializer"]["class_path"]
-    assert start.endswith(f".{type(module.learnable.initializer).__name__}")
-    assert parts["objective"]["class_path"].endswith(f".{type(module.objective).__name__}")
+    for part in ("learnable", "objective", "schedule", "recovery"):
+        kind = type(getattr(module, part))
+        path = RECOMMENDED[f"model.{part}"]["class_path"]
+        assert path == f"{kind.__module__}.{kind.__qualname__}"
+    initializer = RECOMMENDED["model.learnable"]["init_args"]["initializer"]["class_path"]
+    assert initializer.endswith(f".{type(module.learnable.initializer).__name__}")
 
 
 def test_a_damaged_checkpoint_costs_its_batch_alone(
@@ -263,18 +264,18 @@ def without_seconds(root: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(root)]
 
 
-def test_a_fit_goes_on_behind_a_batch_that_ended_early(
+def test_a_fit_resumes_behind_a_batch_that_ended_early(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [
-        "--model.transformer.depth=3", "--model.iterations=400", "--data.batch_size=1",
-        "--model.learnable.initializer=NormalInitializer", "--checkpoint.every=1",
-        "--model.schedule.candidates=1", "--model.schedule.max_candidates=1",
+        "--model.iterations=60", "--data.batch_size=1", "--checkpoint.every=1",
+        "--model.learnable.initializer=NormalInitializer", "--model.schedule=AllPositions",
+        "--stopping.stop=true",
     ]  # fmt: skip
     assert run(fit(tiny_folder, tmp_path / "whole", *options)) == 0
     iterations = [row["iterations"] for row in rows_of(tmp_path / "whole")]
     assert min(iterations) > 7
-    assert max(iterations) < 400
+    assert max(iterations) < 60
 
     judge = StoppingCriterion.on_before_optimizer_step
 
@@ -376,7 +377,7 @@ def test_a_row_that_was_cut_off_at_the_end_is_made_again_from_the_start(
         ("results.jsonl", "{}\n", "results.jsonl', line 1 is no row; remove the line and run"),
     ],
 )
-def test_a_damaged_run_is_not_gone_on_with(
+def test_a_damaged_run_is_not_resumed(
     file: str, content: str, sentence: str, tiny_folder: Path, fitted: Path, tmp_path: Path, capsys
 ) -> None:
     root = shutil.copytree(fitted, tmp_path / "moved")

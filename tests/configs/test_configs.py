@@ -1,8 +1,9 @@
-"""Every config: parsed with the document's own models, run for a few iterations on a tiny one."""
+"""Every config is parsed by the real command line, and run for a few iterations on a tiny model."""
 
+import argparse
 import json
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,21 @@ import pytest
 import torch
 import yaml
 
-from lightning_inversion.__main__ import main as run
+from lightning_inversion.__main__ import main
 from lightning_inversion.cli.lightning import InversionCLI
 from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.module import InputInversion
-from lightning_inversion.replication.claims import read_claims
+from lightning_inversion.replication.claims import Experiment, read_experiments
 
 pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-OVERLAYS = sorted((CONFIGS / "document_models").glob("*.yaml"))
+ORIGINAL = CONFIGS / "original"
+FITS = [CONFIGS / "quickstart.yaml", *sorted(ORIGINAL.glob("*.yaml"))]
+FITS.remove(ORIGINAL / "experiments.yaml")
+MODELS = sorted((ORIGINAL / "models").glob("*.yaml"))
 POLICIES = sorted((CONFIGS / "recovery").glob("*.yaml"))
-EXPERIMENTS = sorted({*CONFIGS.rglob("*.yaml")} - {*OVERLAYS, *POLICIES, CONFIGS / "claims.yaml"})
-CLAIMS = read_claims(CONFIGS)
-OTHERS = {b for a, b in pairwise(EXPERIMENTS) if a.parent == b.parent != CONFIGS}
-"""All but the first of each folder, whose settings are much like that one's."""
-
-
-def short(path: Path) -> str:
-    return path.relative_to(CONFIGS).as_posix()
+EXPERIMENTS = read_experiments(ORIGINAL)
 
 
 class ParsedOnly(InversionCLI):
@@ -47,101 +44,162 @@ class ParsedOnly(InversionCLI):
         pass
 
 
-@pytest.fixture(scope="module")
-def parse() -> Callable[..., Any]:
-    """Arguments of ``fit`` -> the parsed config.
-
-    The parser is built once, and the command's own: the one above it would parse everything twice.
-    """
-    parser = ParsedOnly(["fit", f"--config={CONFIGS / 'indirect/l1.yaml'}"])._parser("fit")
-    return lambda *arguments: parser.parse_args(arguments)
+@cache
+def parser(command: str) -> argparse.ArgumentParser:
+    """A command's own parser: the one above it would parse everything twice."""
+    return ParsedOnly([command, f"--config={CONFIGS / 'quickstart.yaml'}"])._parser(command)
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS, ids=short)
-def test_every_overlay_names_a_model_of_the_document(overlay: Path, parse) -> None:
-    config = parse(f"--config={CONFIGS / 'indirect/l1.yaml'}", f"--config={overlay}")
-    parsed = config.model.transformer
-    assert parsed.model in {
-        "gpt2",
-        "gpt2-xl",
-        "EleutherAI/gpt-j-6b",
-        "huggyllama/llama-7b",
-        "huggyllama/llama-13b",
-        "huggyllama/llama-30b",
-    }
-    assert parsed.depth == 1  # the experiment's own keys stay
+def parse(*arguments: str, command: str = "fit") -> Any:
+    return parser(command).parse_args(arguments)
 
 
-@pytest.mark.parametrize("experiment", CLAIMS, ids=lambda experiment: experiment.name)
-def test_every_row_of_the_table_is_parsed_with_the_documents_model(experiment, parse) -> None:
-    own = experiment.options.get("model.transformer.model")
-    assert own is None or own.startswith("lightning_logs/stand_ins/")
-    options = {k: v for k, v in experiment.options.items() if k != "model.transformer.model"}
-    arguments = [f"--config={CONFIGS / experiment.config}"]
-    if experiment.document_model is not None:
-        arguments.append(f"--config={CONFIGS / 'document_models' / experiment.document_model}.yaml")
-    arguments += [f"--{key}={_text(value)}" for key, value in options.items()]
-    parsed = parse(*arguments)
-    assert parsed.data.tokenizer == parsed.model.transformer.model
-    settings = yaml.safe_load((CONFIGS / experiment.config).read_text())
-    assert len(settings["data"]["prompts"]) >= 5
-    assert experiment.section
+def test_every_yaml_is_in_one_of_the_lists() -> None:
+    known = {*FITS, *MODELS, *POLICIES, ORIGINAL / "experiments.yaml"}
+    assert known == {*CONFIGS.rglob("*.yaml")}
+    assert {one.base for one in EXPERIMENTS} <= {path.stem for path in FITS}
+    assert {one.source_model for one in EXPERIMENTS} - {None} <= {path.stem for path in MODELS}
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param(path, marks=[pytest.mark.integration] if path in OTHERS else [])
-        for path in EXPERIMENTS
-    ],
-    ids=short,
-)
-def test_every_config_runs_on_a_stand_in(
-    config: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[InputInversion] = []
-    weights: dict[str, torch.Tensor] = {}
-    began = InputInversion.begin
-
-    def begin(self: InputInversion, batch: PromptBatch) -> None:
-        seen.append(self)
-        weights.update((name, value.clone()) for name, value in self.frozen.state_dict().items())
-        began(self, batch)
-
-    monkeypatch.setattr(InputInversion, "begin", begin)
-    settings = yaml.safe_load(config.read_text())
-    arguments = [
-        "fit",
-        f"--config={config}",
-        f"--model.transformer.model={tiny_folder}",
-        '--data.prompts=["The sky is blue.", "A fox"]',
-        f"--trainer.default_root_dir={tmp_path}",
-        "--trainer.accelerator=cpu",
-        "--trainer.logger=false",
-        "--data.tokens_per_batch=100",  # nothing to count before
-        "--decoding.show=false",
-        "--checkpoint.every=1000",
-    ]
-    if "position_by_position" in settings:
-        arguments += ["--position_by_position.iterations=1", "--model.iterations=20"]
-    else:
-        arguments.append("--model.iterations=2")
-    assert run(arguments) == 0
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 * settings.get("data", {}).get("repeat", 1)
-    for row in rows:
-        assert len(row["recovered_ids"]) == len(row["ids"])
-    (module,) = seen
-    spec = settings["model"]["transformer"]
-    depth = spec.get("layers", [spec.get("depth", 1)])[-1]
-    assert module.frozen.depth == depth
-    assert module.target.shape[:2] == module.learnable.values.shape[:2]
-    learning = [name for name, value in module.named_parameters() if value.requires_grad]
-    assert learning == ["learnable.values"]
-    assert weights
-    for name, value in module.frozen.state_dict().items():
-        assert torch.equal(value, weights[name]), name
+@pytest.mark.parametrize("overlay", MODELS, ids=lambda path: path.stem)
+def test_a_source_model_is_an_overlay(overlay: Path) -> None:
+    base = ORIGINAL / "indirect.yaml"
+    config = parse(f"--config={base}", f"--config={overlay}").model
+    assert config.transformer.model.rpartition("/")[2] == overlay.stem.removesuffix("-untrained")
+    assert (config.transformer.depth, config.decoder.class_path.rpartition(".")[2]) == (
+        1, "PinvDecoder",
+    )  # fmt: skip
 
 
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+@pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
+def test_a_policy_is_a_config_of_predict(path: Path) -> None:
+    recovery = parse(f"--config={path}", command="predict").model.recovery
+    assert (
+        recovery.class_path == yaml.safe_load(path.read_text())["model"]["recovery"]["class_path"]
+    )
+
+
+def compatible(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two sets of overrides can be given together."""
+    return all(
+        a[key] == b[other] if key == other else not f"{key}.".startswith(f"{other}.")
+        and not f"{other}.".startswith(f"{key}.")
+        for key in a
+        for other in b
+    )  # fmt: skip
+
+
+def packed() -> list[Experiment]:
+    """Few experiments that together have every override of all; parsing takes 0.2 s each."""
+    packs: list[Experiment] = []
+    for one in EXPERIMENTS:
+        for pack in packs:
+            if pack.base == one.base and compatible(pack.overrides, one.overrides):
+                pack.overrides.update(one.overrides)
+                break
+        else:
+            packs.append(Experiment(one.name, "", one.base, "", overrides={**one.overrides}))
+    return packs
+
+
+@pytest.mark.parametrize("experiment", packed(), ids=lambda one: one.name)
+def test_overrides_are_parsed(experiment: Experiment) -> None:
+    config = parse(*experiment.arguments(ORIGINAL))
+    for key, value in experiment.overrides.items():
+        if not isinstance(value, dict | str):  # of a class, or its name
+            assert value_at(config, key) == value
+
+
+def value_at(config: Any, key: str) -> Any:
+    for word in key.split("."):
+        config = config[word] if word in config else config.init_args[word]
+    return config
+
+
+@pytest.mark.integration  # the fast tier parses them packed
+def test_every_experiment_is_parsed_with_the_source_model() -> None:
+    for experiment in EXPERIMENTS:
+        arguments = experiment.arguments(ORIGINAL)
+        if experiment.source_model is not None:
+            arguments.append(f"--config={ORIGINAL / 'models' / experiment.source_model}.yaml")
+        config = parse(*arguments)
+        assert config.data.tokenizer == config.model.transformer.model
+        assert len(config.data.prompts) >= 5, experiment.name
+
+
+@pytest.fixture
+def fit(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Options of ``fit`` -> its rows on the tiny model, and its module."""
+
+    def run(*arguments: str, iterations: int = 2) -> tuple[list[dict[str, Any]], InputInversion]:
+        modules: list[InputInversion] = []
+        weights: dict[str, torch.Tensor] = {}
+        began = InputInversion.on_train_batch_start
+
+        def begin(self: InputInversion, batch: PromptBatch, batch_idx: int) -> int | None:
+            if not modules:
+                modules.append(self)
+                weights.update(
+                    (name, kept.clone()) for name, kept in self.frozen.state_dict().items()
+                )
+            return began(self, batch, batch_idx)
+
+        monkeypatch.setattr(InputInversion, "on_train_batch_start", begin)
+        code = main(["fit", *arguments,
+            f"--model.transformer.model={tiny_folder}",
+            '--data.prompts=["The sky is blue.", "A fox"]',
+            f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu",
+            "--trainer.logger=false", "--checkpoint.every=1000", "--decoding.show=false",
+            "--data.tokens_per_batch=100",  # auto would measure the machine
+            f"--model.iterations={iterations}",
+        ])  # fmt: skip
+        assert code == 0
+        (module,) = modules
+        for name, value in module.frozen.state_dict().items():
+            assert torch.equal(value, weights[name]), name
+        learning = [name for name, value in module.named_parameters() if value.requires_grad]
+        assert learning == ["state.values"]
+        lines = (tmp_path / "results.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines], module
+
+    return run
+
+
+@pytest.mark.parametrize("config", FITS, ids=lambda path: path.stem)
+def test_a_config_runs(config: Path, fit: Callable[..., Any]) -> None:
+    rows, module = fit(f"--config={config}")
+    assert [len(row["recovered_ids"]) for row in rows] == [len(row["ids"]) for row in rows]
+    assert len(rows) == 2
+    assert module.frozen.depth == 1
+
+
+VALUES_ALONE = {
+    "model.optimizer.lr", "learning_rate.end", "model.iterations", "data.prompts",
+    "model.transformer.depth", "model.transformer.features", "model.transformer.model",
+    "model.transformer.quantization",
+}  # fmt: skip
+"""Overrides whose value does not change which code runs, or which the tiny model cannot take."""
+
+
+def kinds() -> Iterator[Experiment]:
+    """Experiments of which no two differ in values alone."""
+    seen = set()
+    for one in EXPERIMENTS:
+        changed = {key: value for key, value in one.overrides.items() if key not in VALUES_ALONE}
+        kind = json.dumps([one.base, {**changed, "model.transformer.weights": ""}], sort_keys=True)
+        if changed and kind not in seen:
+            seen.add(kind)
+            yield Experiment(one.name, "", one.base, "", overrides=changed)
+
+
+@pytest.mark.integration  # a second each
+@pytest.mark.parametrize("experiment", [*kinds()], ids=lambda one: one.name)
+def test_an_experiment_runs(experiment: Experiment, fit: Callable[..., Any]) -> None:
+    arguments, iterations = experiment.arguments(ORIGINAL), 2
+    if experiment.name.startswith("sequential-prefix"):
+        arguments, iterations = [*arguments, "--model.schedule.init_args.iterations=1"], 20
+    rows, module = fit(*arguments, iterations=iterations)
+    assert len(rows) == 2 * experiment.overrides.get("data.repeat", 1)
+    assert all(len(row["recovered_ids"]) == len(row["ids"]) for row in rows)
+    layers = experiment.overrides.get("model.transformer.layers", [1])
+    assert module.frozen.depth == layers[-1]

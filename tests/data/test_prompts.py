@@ -20,7 +20,7 @@ def test_prompts_come_from_one_source() -> None:
     with pytest.raises(InputError, match=r"prompts and --data\.file were given"):
         PromptDataModule(prompts=["a"], file="b")
     with pytest.raises(InputError, match="prompt 1 is empty"):
-        PromptDataModule(prompts=[" ", ""])
+        PromptDataModule(prompts=["", ""])
 
 
 def test_each_prompt_is_repeated(

@@ -111,6 +111,21 @@ MINIMAL = {"transformer": {"model": "m", "depth": 2}}
         ({**MINIMAL, "postions": "all"}, {}, "has a key 'postions'"),
         ({**MINIMAL, "positions": "last"}, {}, "holds the last position only"),
         ({**MINIMAL, "positions": 2, "known_prefix": [1]}, {}, "unknown tokens before it"),
+        ({**MINIMAL, "positions": "some"}, {}, "has positions 'some'; write all"),
+        ({**MINIMAL, "positions": -1}, {}, "has positions -1; write all"),
+        ({**MINIMAL, "known_prefix": [1.5]}, {}, r"has known_prefix \[1\.5\]; write token ids"),
+        ({**MINIMAL, "known_prefix": [2**70]}, {}, "has known_prefix with numbers that are no"),
+        ({**MINIMAL, "prompts": "a", "ids": [[1]]}, {}, 'has prompts "a"; write a list of str'),
+        ({**MINIMAL, "prompts": ["\ud83d"], "ids": [[1]]}, {}, "half of a surrogate pair"),
+        ({**MINIMAL, "prompts": ["a"]}, {}, "only one of prompts and ids"),
+        ({**MINIMAL, "versions": None}, {}, "has versions null; leave it out"),
+        ({**MINIMAL, "format": 2}, {}, "has format 2, and 1 is known"),
+        ({**MINIMAL, "storage": {"noise": 1e400}}, {}, "has storage.noise inf"),
+        ({**MINIMAL, "storage": {"dtype": "int8"}}, {}, 'has storage {"dtype": "int8"}; write'),
+        ({**MINIMAL, "storage": {"kind": 1}}, {}, "has storage .*kind.*; write"),
+        ({"transformer": {"model": "m", "depth": True}}, {}, "has transformer.depth True"),
+        ({"transformer": {"model": "m", "deep": 2}}, {}, "has a key transformer.deep"),
+        ([], {}, "is no JSON object"),
         (MINIMAL, {"a": torch.ones(3, 32)}, "name them 0, 1, 2"),
         (MINIMAL, {"0": torch.ones(1, 3, 32)}, r"has shape \[1, 3, 32\]"),
         (MINIMAL, {"0": torch.ones(3, 32), "1": torch.ones(3, 31)}, "has 31 features"),
@@ -151,6 +166,8 @@ def test_a_fit_of_captured_targets_is_that_of_the_prompts(
         assert all(ours[key] is None for key in scores) is not kept
         for key in set(theirs) - unknown - {"seconds"}:
             assert ours[key] == theirs[key], key
+    if kept:
+        return
     before = rows_of(tmp_path / "a")
     again = fit(tiny_folder, tmp_path / "a", f"--data.targets={path}", "--ckpt_path=last")
     assert run(again) == 0
@@ -235,5 +252,5 @@ def test_a_place_that_takes_no_file_is_refused_before_the_model_loads(
     words = [f"--prompts={tmp_path / 'prompts.txt'}", f"--out={place}", f"--model={tiny_folder}"]
     assert run(["capture", *words, "--depth=2"]) == 2
     message = capsys.readouterr().err
-    assert f"--out {place!r} cannot be" in message
+    assert f"--out {place!r} cannot" in message
     assert message.count("\n") == 1

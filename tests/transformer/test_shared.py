@@ -25,8 +25,7 @@ SPECS = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("weights", ["trained", "untrained"])
+@pytest.mark.parametrize(("family", "weights"), [("llama", "trained"), ("gpt2", "untrained")])
 def test_a_cut_is_what_the_spec_loads(family: str, weights: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / family, family)
     specs = [TransformerSpec(model=str(folder), weights=weights, **more) for more in SPECS]

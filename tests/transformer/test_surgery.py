@@ -46,12 +46,6 @@ def test_each_tiny_family_has_a_row() -> None:
     assert set(FAMILIES) == set(ROWS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_switched_off_is_the_model(family: str) -> None:
-    model = shared_tiny_model(family)
-    assert torch.equal(cut(model, 2), hidden(model, 2))
-
-
 @pytest.mark.parametrize("family", DISMANTLED)
 def test_without_mlps(family: str) -> None:
     model = tiny_model(family)
