@@ -1,4 +1,4 @@
-"""``independent_prompts``: many processes that share out the prompts and share nothing else.
+"""``independent_prompts``: processes that share the prompts out, and nothing else.
 
 The prompts are independent, so there is nothing to average and no tensor to exchange. What the
 processes have in common is a small store of keys (torch's own, as its rendezvous gives it): in it
@@ -6,8 +6,8 @@ they take batches, one after another, so that a process whose prompts end early 
 waits for another process, hence none hangs when another one dies.
 """
 
+import json
 import os
-import pickle
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ NAME = "independent_prompts"
 ROWS_ARE_WRITTEN = "rows are written"
 _BEFORE_BATCHES = "run-stage"  # Lightning's name for the barrier before its loop
 _T = TypeVar("_T")
-_SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_BETWEEN_CHECKS = 1.0
 
 
 class _Launcher(_SubprocessScriptLauncher):
@@ -83,8 +83,8 @@ class IndependentPrompts(ParallelStrategy):
     Started by itself, by torchrun, or by SLURM. All processes must see the run's folder.
 
     Args:
-        timeout: seconds after which a process that shows no sign of life counts as lost.
-        options: what every strategy takes.
+        timeout: seconds without a sign of life after which a process counts as lost.
+        options: those of every Lightning strategy.
     """
 
     def __init__(self, timeout: float = 1800.0, **options: Any) -> None:
@@ -94,10 +94,10 @@ class IndependentPrompts(ParallelStrategy):
         self._store: Store | None = None
         self._calls: Counter[str] = Counter()
         self._apart = False
-        self._looked = 0.0
+        self._checked_at = 0.0
         self._parent: int | None = None
 
-    # -- who and where -----------------------------------------------------------------------
+    # -- processes and devices ---------------------------------------------------------------
 
     @property
     def root_device(self) -> torch.device:
@@ -114,7 +114,7 @@ class IndependentPrompts(ParallelStrategy):
         self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def set_world_ranks(self) -> None:
-        """Tell everybody which process this is."""
+        """Set the rank of this process wherever Lightning reads it."""
         environment = self.cluster_environment
         assert environment is not None
         environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
@@ -132,8 +132,8 @@ class IndependentPrompts(ParallelStrategy):
         self._parent = os.getppid() if started_by_us else None
         self._apart = False
         if self._store is None:
-            place = f"tcp://{environment.main_address}:{environment.main_port}"
-            self._store, _, _ = next(rendezvous(place, self.global_rank, self.world_size))
+            address = f"tcp://{environment.main_address}:{environment.main_port}"
+            self._store, _, _ = next(rendezvous(address, self.global_rank, self.world_size))
 
     def model_to_device(self) -> None:
         assert self.model is not None
@@ -173,15 +173,19 @@ class IndependentPrompts(ParallelStrategy):
         self._apart = True
 
     def broadcast(self, obj: _T, src: int = 0) -> _T:
-        """What process ``src`` has; from the first batch on, what each has itself."""
+        """The object of process ``src``; from the first batch on, each keeps its own.
+
+        Lightning broadcasts names and flags. They travel as JSON, so that nothing that a stranger
+        writes into the store is ever executed.
+        """
         if self._apart or self._store is None:
             return obj
         key = self._key("broadcast")
         if self.global_rank == src:
-            self._store.set(key, pickle.dumps(obj).hex())
+            self._store.set(key, json.dumps(obj))
             return obj
         self._wait(key)
-        received: _T = pickle.loads(bytes.fromhex(self._store.get(key).decode()))
+        received: _T = json.loads(self._store.get(key))
         return received
 
     def reduce(self, tensor: Any, *_: Any, **__: Any) -> Any:
@@ -204,7 +208,7 @@ class IndependentPrompts(ParallelStrategy):
         self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.look_around()
+        self.check_processes()
 
     def on_exception(self, exception: BaseException) -> None:
         """The processes that this one started end with it."""
@@ -214,15 +218,15 @@ class IndependentPrompts(ParallelStrategy):
 
     # -- the others --------------------------------------------------------------------------
 
-    def look_around(self) -> None:
+    def check_processes(self) -> None:
         """Show a sign of life, and look for a process of this machine that is lost.
 
         Raises:
             ProcessLostError: there is one, or the store is.
         """
-        if self._store is None or time.monotonic() - self._looked < _SECONDS_BETWEEN_LOOKS:
+        if self._store is None or time.monotonic() - self._checked_at < _SECONDS_BETWEEN_CHECKS:
             return
-        self._looked = time.monotonic()
+        self._checked_at = time.monotonic()
         for rank, child in enumerate(self._children, start=1):
             if child.poll():
                 raise ProcessLostError(f"process {rank} ended with exit code {child.returncode}")
@@ -238,7 +242,7 @@ class IndependentPrompts(ParallelStrategy):
         assert self._store is not None
         seen: dict[int, tuple[bytes, float]] = {}
         while not self._there(key):
-            self.look_around()
+            self.check_processes()
             for rank in range(self.world_size):
                 sign = self._store.get(f"alive/{rank}") if self._there(f"alive/{rank}") else b""
                 if rank not in seen or seen[rank][0] != sign:

@@ -85,7 +85,7 @@ class Proposals(ABC):
         """Each of ``rows`` [R] continues with its token of ``ids`` [R]."""
 
     def take_back(self, rows: Tensor) -> None:  # noqa: B027
-        """The last token of each of ``rows`` [R] was wrong; another one will follow."""
+        """The last token of each of ``rows`` [R] was wrong; ``accept`` gives another one next."""
 
     def ahead(self, rows: Tensor, width: int, count: int) -> Candidates | None:
         """The ``count`` best tokens of each of the next ``width`` positions.

@@ -31,6 +31,8 @@ from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.fits import PROMPTS, fit
 from tests.tiny import tiny_model
 
+THRESHOLD = 2.0
+"""So that rows meet the criterion in the middle of a short fit."""
 ORDERS = [*permutations(range(5))][:: 24 + 9]
 """Some orders; each callback is the first or the last of one."""
 
@@ -38,7 +40,7 @@ ORDERS = [*permutations(range(5))][:: 24 + 9]
 def callbacks(stop: bool) -> list[Callback]:
     return [
         LinearLearningRate(),
-        StoppingCriterion(stop=stop, log_every=2),
+        StoppingCriterion(stop=stop, threshold=THRESHOLD, log_every=2),
         TokenDecoding(every=3),
         Results(),
         RunCheckpoint(every=1),
