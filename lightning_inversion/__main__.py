@@ -17,7 +17,7 @@ from lightning_inversion import __version__
 from lightning_inversion.errors import InputError, ProcessLostError
 from lightning_inversion.files import ended_by
 
-_LOG = logging.getLogger("lightning_inversion")
+_log = logging.getLogger("lightning_inversion")
 _LIGHTNING = "cli.lightning"
 
 
@@ -91,7 +91,7 @@ def main(args: Sequence[str] | None = None) -> int:
             if ending is None:
                 raise
             code, sentence = ending
-            _LOG.error("lightning-inversion: %s", sentence)
+            _log.error("lightning-inversion: %s", sentence)
             return code
 
 
@@ -143,14 +143,14 @@ class _ToStderr(logging.Handler):
 @contextmanager
 def messages_on_stderr() -> Iterator[None]:
     """Write the package's messages to stderr while the block runs."""
-    handler, level = _ToStderr(), _LOG.level
-    _LOG.addHandler(handler)
-    _LOG.setLevel(logging.INFO)
+    handler, level = _ToStderr(), _log.level
+    _log.addHandler(handler)
+    _log.setLevel(logging.INFO)
     try:
         yield
     finally:
-        _LOG.removeHandler(handler)
-        _LOG.setLevel(level)
+        _log.removeHandler(handler)
+        _log.setLevel(level)
 
 
 if __name__ == "__main__":

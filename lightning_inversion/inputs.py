@@ -162,7 +162,7 @@ class LearnableInput(ABC):
         self.initializer = initializer
 
     @abstractmethod
-    def channels(self, embedding: TokenEmbedding) -> int:
+    def value_size(self, embedding: TokenEmbedding) -> int:
         """C, the size of one position's values."""
 
     @abstractmethod
@@ -184,7 +184,7 @@ class EmbeddingInput(LearnableInput):
     def __init__(self, initializer: Initializer | None = None) -> None:
         super().__init__(initializer or ProbeInitializer())
 
-    def channels(self, embedding: TokenEmbedding) -> int:
+    def value_size(self, embedding: TokenEmbedding) -> int:
         return embedding.width
 
     def encode(self, ids: Tensor, embedding: TokenEmbedding) -> Tensor:
@@ -214,7 +214,7 @@ class VocabularyInput(LearnableInput):
         super().__init__(initializer or NormalInitializer())
         self.target, self.one_hot_value = target, one_hot_value
 
-    def channels(self, embedding: TokenEmbedding) -> int:
+    def value_size(self, embedding: TokenEmbedding) -> int:
         return embedding.vocabulary_size
 
     def encode(self, ids: Tensor, embedding: TokenEmbedding) -> Tensor:

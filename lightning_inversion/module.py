@@ -132,10 +132,10 @@ class InputInversion(Inversion, LightningModule):
             elif self.state.target is None:
                 self.resume(batch)
             self.state.iteration = batch_idx
-            self._forget_momentum(self.schedule.before_iteration(self.state, self))
+            self._reset_momentum(self.schedule.before_iteration(self.state, self))
         return -1 if bool(self.state.stopped.all()) else None
 
-    def _forget_momentum(self, restarted: Tensor | None) -> None:
+    def _reset_momentum(self, restarted: Tensor | None) -> None:
         """The optimiser forgets positions ``[B, T]`` that start again."""
         if restarted is None:
             return
@@ -280,7 +280,7 @@ class InputInversion(Inversion, LightningModule):
                 f"--ckpt_path is not used by {self.recovery.name}; leave it out, or choose "
                 "--model.recovery TokenRecovery."
             )
-        if values.shape[-1] != self.learnable.channels(self.embedding):
+        if values.shape[-1] != self.learnable.value_size(self.embedding):
             raise InputError(
                 "--ckpt_path holds an input of another model or kind; name a checkpoint of a fit "
                 "with the same --model.transformer and --model.learnable."

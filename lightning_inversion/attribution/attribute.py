@@ -289,7 +289,7 @@ class _Attribution:
         _log.info("occlusion: %d forwards, in batches, each %s", count, extent)
         if clean.prefix is None and self.choices.depth is None:
             self._note(f"Forwards share no keys and values: {clean.why_plain}.")
-        with _progress(count) as advance:
+        with _occlusion_bar(count) as advance:
             return methods.occlusion(
                 self.task, self.replacement.vector(self.task.reader), clean, advance
             )
@@ -316,7 +316,7 @@ class _Attribution:
 
 
 @contextmanager
-def _progress(count: int) -> Iterator[Callable[[int], None]]:
+def _occlusion_bar(count: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr, where messages are shown."""
     columns = ("occlusion", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     hidden = not _log.isEnabledFor(logging.INFO)

@@ -93,7 +93,7 @@ def run_attribute(options: Namespace) -> int:
     for text in texts:
         result = request.result(model, tokenizer, text)
         if options.texts is None:
-            _write(result, options)
+            _write_result(result, options)
         else:
             print(result.to_json(indent=None), flush=True)
     return 0
@@ -187,7 +187,7 @@ def _check_tokens(request: Request, texts: Sequence[str], file: Path | None) -> 
         encode(tokenizer, text, longest, name)
 
 
-def _write(result: AttributionResult, options: Namespace) -> None:
+def _write_result(result: AttributionResult, options: Namespace) -> None:
     """Write the files that were asked for, and the coloured text to the terminal."""
     _write_text(options.out, result.to_html)
     _write_text(options.json, result.to_json)

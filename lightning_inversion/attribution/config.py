@@ -266,10 +266,10 @@ def _quoted(word: str) -> str:
     """`word` for a shell; one with hidden characters as $'...', with their code points."""
     if not any(unicodedata.category(character) in _HIDDEN for character in word):
         return shlex.quote(word)
-    return f"$'{''.join(_escaped(character) for character in word)}'"
+    return f"$'{''.join(_shell_escape(character) for character in word)}'"
 
 
-def _escaped(character: str) -> str:
+def _shell_escape(character: str) -> str:
     if character in "\\'":
         return f"\\{character}"
     if character == "\n":

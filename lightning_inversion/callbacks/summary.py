@@ -48,16 +48,16 @@ def _right(rows: list[ResultRow]) -> dict[str, float]:
     top_k = MetricCollection([TopKAccuracy(), Hamming()], compute_groups=False)
     for start in range(0, len(rows), _AT_A_TIME):
         some = rows[start : start + _AT_A_TIME]
-        ids = _padded(some, "ids")
-        mask = _padded(some, "ids", padding=-1) >= 0
-        top_1.update(_padded(some, "recovered_ids"), ids, mask)
+        ids = _padded_column(some, "ids")
+        mask = _padded_column(some, "ids", padding=-1) >= 0
+        top_1.update(_padded_column(some, "recovered_ids"), ids, mask)
         if rows[0].top_k_ids:
-            top_k.update(_padded(some, "top_k_ids"), ids, mask)
+            top_k.update(_padded_column(some, "top_k_ids"), ids, mask)
     values = {**top_1.compute(), **(top_k.compute() if rows[0].top_k_ids else {})}
     return {name: float(value) for name, value in values.items()}
 
 
-def _padded(rows: list[ResultRow], key: str, padding: int = 0) -> Tensor:
+def _padded_column(rows: list[ResultRow], key: str, padding: int = 0) -> Tensor:
     return pad_sequence([torch.tensor(getattr(row, key)) for row in rows], True, padding)
 
 

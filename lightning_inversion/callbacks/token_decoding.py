@@ -178,18 +178,18 @@ class TokenDecoding(LiveDisplay):
     def _markdown(self, module: InputInversion, top: TopTokens, texts: list[str]) -> str:
         lines = ["| prompt | recovered |", "|---|---|"]
         lines += [
-            f"| {module.state.batch.index[row] + 1} | {_cell(text)} |"
+            f"| {module.state.batch.index[row] + 1} | {_in_cell(text)} |"
             for row, text in enumerate(texts)
         ]
         ranks = range(top.ids.shape[-1])
         lines += ["", f"| position | {' | '.join(f'top {rank + 1}' for rank in ranks)} |"]
         lines += ["|---" * (len(ranks) + 1) + "|"]
         for position, pieces in enumerate(zip(*self._ranks(module, top), strict=True)):
-            lines.append(f"| {position} | {' | '.join(map(_cell, pieces))} |")
+            lines.append(f"| {position} | {' | '.join(map(_in_cell, pieces))} |")
         return "\n".join(lines)
 
 
-def _cell(text: str) -> str:
+def _in_cell(text: str) -> str:
     return "" if not text else "`" + text.replace("|", "\\|").replace("`", "'") + "`"
 
 

@@ -23,7 +23,7 @@ RESUMING = ("ckpt_path", "default_root_dir", "logger", "devices", "num_nodes", "
 """Keys in which a run may differ from the one that it continues: they change no row."""
 HOW_IT_RUNS = ("device_map", "checkpointing", "compile")
 """Keys of model.transformer in which a fit and what reads its input may differ."""
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def unfinished_checkpoint(path: Path, trainer: Trainer) -> str | None:
     except InputError:
         if not run_is_there:
             raise
-        _LOG.warning("%s is no whole checkpoint; its batch begins again.", mine)
+        _log.warning("%s is no whole checkpoint; its batch begins again.", mine)
         return None
     running = set(checkpoint.get("state", {}).get("batch", {}).get("index", ()))
     rows = {row.index for row in read_rows(path.parent.parent / FILE)}

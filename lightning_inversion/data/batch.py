@@ -151,9 +151,9 @@ def pack(
             batches.append([])
             longest = lengths[unit[0]]
         batches[-1].extend(unit)
-    return [part for batch in batches for part in _parts(sorted(batch), rows)]
+    return [part for batch in batches for part in _split_rows(sorted(batch), rows)]
 
 
-def _parts(batch: list[int], rows: int | None) -> list[list[int]]:
+def _split_rows(batch: list[int], rows: int | None) -> list[list[int]]:
     size = rows or len(batch)
     return [batch[start : start + size] for start in range(0, len(batch), size)]

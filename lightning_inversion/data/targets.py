@@ -157,7 +157,7 @@ class Captured:
             manifest.versions,
             path.name,
         )  # fmt: skip
-        _check_positions(captured, where)
+        _check_known_prefix(captured, where)
         _check_prompts(captured, where)
         return captured
 
@@ -293,7 +293,7 @@ def _refuse_unknown_prefix(what: str) -> NoReturn:
     )
 
 
-def _check_positions(captured: Captured, where: str) -> None:
+def _check_known_prefix(captured: Captured, where: str) -> None:
     first, known = captured.first_position, len(captured.known_prefix)
     if known < first:
         begins = f"{where} begins at position {first}, and {known} tokens before it are known"

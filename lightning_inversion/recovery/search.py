@@ -318,11 +318,11 @@ class PrefixSearch:
         # Only rows that stay need a record of what was tried: most move on with their first token.
         self.tried[rows[wrong, None], ids[wrong]] = True
         self.count[rows[wrong]] = count[wrong]
-        self._learn(rows[wrong], ids[wrong], features[wrong])
+        self._keep_evidence(rows[wrong], ids[wrong], features[wrong])
         best = ids.gather(1, chosen[:, None])[:, 0]
         return Trial(rows, ids, residuals, threshold, best, verified, count), chosen
 
-    def _learn(self, rows: Tensor, ids: Tensor, features: Tensor) -> None:
+    def _keep_evidence(self, rows: Tensor, ids: Tensor, features: Tensor) -> None:
         """Keep what wrong tokens ``[R, K]`` with features ``[R, K, F]`` show of the right one."""
         if not len(rows):
             return

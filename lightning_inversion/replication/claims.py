@@ -34,7 +34,7 @@ def fingerprint_of(settings: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class SourceExperiment:
     """One experiment of the source, or a control beside it.
 
     Attributes:
@@ -79,18 +79,18 @@ class Experiment:
         return _ranges(self.overrides)
 
 
-def read_experiments(folder: Path) -> list[Experiment]:
+def read_experiments(folder: Path) -> list[SourceExperiment]:
     """The experiments of ``folder``, in order.
 
     Raises:
         InputError: a key is unknown or missing, or two experiments have one name.
     """
     path = folder / EXPERIMENTS
-    experiments: list[Experiment] = []
+    experiments: list[SourceExperiment] = []
     for section, entries in yaml.safe_load(path.read_text(encoding="utf-8"))["sections"].items():
         for entry in entries:
             try:
-                experiments.append(Experiment(section=section, **entry))
+                experiments.append(SourceExperiment(section=section, **entry))
             except TypeError as error:
                 raise InputError(f"{path}, {entry.get('name')}: {error}.") from error
     names = [experiment.name for experiment in experiments]

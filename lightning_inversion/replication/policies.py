@@ -51,7 +51,7 @@ RESULTS = "protocol.jsonl"
 RANDOM_PROMPTS = 2
 _EVERY = 9
 """A random prompt follows every ninth natural one, so that a subset has its share of them."""
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -208,14 +208,14 @@ def run_depth(
     _, scanning = _timed(lambda: FirstTokenFeatures.of(measurements))
     # The least of three: the first also warms up, and the others may be disturbed.
     forward = min(_timed(lambda: transformer.features_of(ids))[1] for _ in range(3))
-    _LOG.info(
+    _log.info(
         "depth %d: calibration and linear probe %.1f s, scan %.1f s, one forward %.2f s",
         transformer.depth, calibrating, scanning, forward,
     )  # fmt: skip
     for policy in policies:
         is_baseline = policy.name == BASELINE and len(policies) > 1
         row = run_policy(policy.build(), measurements, ids, None if is_baseline else cap)
-        _LOG.info(
+        _log.info(
             "depth %d, %s: %d/%d right, %d verified, %d falsely, %.1f s%s",
             transformer.depth, policy.name, row["right"], row["tokens"], row["verified"],
             row["falsely_verified"], row["seconds"], " (stopped)" if row["capped"] else "",
@@ -257,7 +257,7 @@ def run_protocol(options: argparse.Namespace) -> None:
         for depth in options.depths
     }
     if not any(missing.values()):
-        _LOG.info("every policy has its rows in %s", results)
+        _log.info("every policy has its rows in %s", results)
         return
     model, tokenizer = TransformerSpec(model=options.model).load_causal_lm()
     weight = model.get_input_embeddings().weight

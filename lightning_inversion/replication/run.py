@@ -22,7 +22,7 @@ from lightning_inversion.replication import log_to_stderr
 from lightning_inversion.replication.claims import (
     RESULTS,
     SEEDS,
-    Experiment,
+    SourceExperiment,
     fingerprint_of,
     read_experiments,
     read_results,
@@ -45,7 +45,7 @@ QUIET = (
 """Options of every run: tokens are decoded at the end only."""
 
 
-def cell_of(experiment: Experiment, folder: Path, seed: int) -> Cell:
+def cell_of(experiment: SourceExperiment, folder: Path, seed: int) -> Cell:
     """One run of an experiment."""
     arguments = [*experiment.arguments(folder), f"--seed_everything={seed}", *QUIET]
     name = f"{experiment.name}-{seed}"
@@ -53,7 +53,7 @@ def cell_of(experiment: Experiment, folder: Path, seed: int) -> Cell:
 
 
 def run_experiments(
-    experiments: Sequence[Experiment], folder: Path, runs: Path, processes: int
+    experiments: Sequence[SourceExperiment], folder: Path, runs: Path, processes: int
 ) -> int:
     """Run experiments and keep the rows of those that succeed; returns the exit code.
 
@@ -86,7 +86,7 @@ def run_experiments(
     return code
 
 
-def trimmed(row: ResultRow, experiment: Experiment, folder: Path) -> Record:
+def trimmed(row: ResultRow, experiment: SourceExperiment, folder: Path) -> Record:
     """What is kept of a row: ``KEPT``, and
 
     - ``anywhere``: the share of the prompt's tokens that were decoded at any position;

@@ -18,7 +18,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.files import Record, read_records
 from lightning_inversion.replication.claims import (
     RECOVERED,
-    Experiment,
+    SourceExperiment,
     outcome_of,
     read_experiments,
     read_results,
@@ -76,15 +76,15 @@ def experiment_tables(folder: Path) -> dict[str, str]:
     return tables
 
 
-def _experiment_line(experiment: Experiment, rows: list[Record]) -> list[str]:
+def _experiment_line(experiment: SourceExperiment, rows: list[Record]) -> list[str]:
     claim = experiment.claim
     if experiment.source_model:
         claim += f" *{experiment.source_model}*"
     base = f"[{experiment.base}]({experiment.base}.yaml)"
-    return [experiment.name, base, claim, *_numbers(rows), verdict(experiment, rows)]
+    return [experiment.name, base, claim, *_measured_cells(rows), verdict(experiment, rows)]
 
 
-def _numbers(rows: list[Record]) -> list[str]:
+def _measured_cells(rows: list[Record]) -> list[str]:
     if not rows:
         return [""] * 7
     first = rows[0]
@@ -100,7 +100,7 @@ def _numbers(rows: list[Record]) -> list[str]:
     ]
 
 
-def verdict(experiment: Experiment, rows: list[Record]) -> str:
+def verdict(experiment: SourceExperiment, rows: list[Record]) -> str:
     """``agrees`` or ``differs``, or why neither."""
     ours = outcome_of(mean(row["token_accuracy"] for row in rows)) if rows else None
     if experiment.needs_source_model:

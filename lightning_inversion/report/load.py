@@ -147,7 +147,7 @@ def _rows(path: Path, skipped: list[tuple[Path, str]]) -> Iterator[ResultRow]:
     """The rows of a file; the rest is named in ``skipped``, a foreign file once."""
     problems = []
     has_rows = False
-    for row in _lines(path):
+    for row in _read_lines(path):
         if isinstance(row, ResultRow):
             has_rows = True
             if row.error is None:
@@ -158,7 +158,7 @@ def _rows(path: Path, skipped: list[tuple[Path, str]]) -> Iterator[ResultRow]:
     skipped += [(path, problem) for problem in (problems if has_rows else problems[:1])]
 
 
-def _lines(path: Path) -> Iterator[ResultRow | str]:
+def _read_lines(path: Path) -> Iterator[ResultRow | str]:
     """Each line as a row, or why it is none."""
     number = 0
     try:

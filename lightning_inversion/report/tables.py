@@ -130,7 +130,7 @@ def as_text(table: pd.DataFrame) -> pd.DataFrame:
             columns = table[[name, f"{name} low", f"{name} high"]]
             text[name] = [_mean(*values) for values in columns.to_numpy()]
         else:
-            text[name] = [_number(value) for value in table[name]]
+            text[name] = [_number_text(value) for value in table[name]]
     return text
 
 
@@ -138,7 +138,7 @@ def markdown(table: pd.DataFrame) -> str:
     """The table as markdown."""
     text = as_text(table)
     rows = [[*text], ["---"] * len(text.columns), *text.to_numpy()]
-    return "\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in rows) + "\n"
+    return "\n".join(f"| {' | '.join(map(_in_cell, row))} |" for row in rows) + "\n"
 
 
 def as_json(table: pd.DataFrame) -> str:
@@ -153,7 +153,7 @@ def _mean(value: float, low: float, high: float) -> str:
     return f"{value:.3f}" if low == high else f"{value:.3f} [{low:.2f}, {high:.2f}]"
 
 
-def _number(value: Any) -> str:
+def _number_text(value: Any) -> str:
     if value is None or value != value:
         return ""
     if isinstance(value, float):
@@ -161,5 +161,5 @@ def _number(value: Any) -> str:
     return str(value)
 
 
-def _escaped(text: str) -> str:
+def _in_cell(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")

@@ -81,7 +81,7 @@ def shorten_config_(config: PretrainedConfig, kept: int) -> None:
         config.layer_types = config.layer_types[:kept]
 
 
-def language_model(model: PreTrainedModel) -> PreTrainedModel:
+def without_head(model: PreTrainedModel) -> PreTrainedModel:
     """The part of `model` that turns token vectors into hidden states, without its head."""
     base = model.base_model
     assert isinstance(base, PreTrainedModel)

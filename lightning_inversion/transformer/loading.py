@@ -25,9 +25,9 @@ from lightning_inversion.transformer.blocks import (
     checkpoint_blocks_,
     compile_blocks_,
     frozen_copy,
-    language_model,
     shorten_config_,
     text_config,
+    without_head,
 )
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.quantization import (
@@ -145,9 +145,9 @@ class TransformerSpec:
         files = self._files()
         config = self._config_of(files)
         if self.weights == "untrained":
-            return language_model(self._untrained(AutoModel, config, depth))
+            return without_head(self._untrained(AutoModel, config, depth))
         shorten_config_(text_config(config), depth)
-        return language_model(self._trained(AutoModel, files, config))
+        return without_head(self._trained(AutoModel, files, config))
 
     def cut(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -206,7 +206,7 @@ class TransformerSpec:
         whole, tokenizer = self.load_causal_lm()
         if self.quantization is not None or self.device_map is not None:
             return self.load(), whole
-        return self.cut(frozen_copy(language_model(whole)), tokenizer), whole
+        return self.cut(frozen_copy(without_head(whole)), tokenizer), whole
 
     def config(self) -> PretrainedConfig:
         """The model's configuration, all blocks counted, without its weights."""

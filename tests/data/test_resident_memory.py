@@ -7,7 +7,7 @@ import torch
 from lightning import Trainer
 
 from lightning_inversion.callbacks.checkpoint import RunCheckpoint
-from lightning_inversion.callbacks.results import Results
+from lightning_inversion.callbacks.result_writer import ResultWriter
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.cli.trainer import quiet_lightning
@@ -58,7 +58,7 @@ def test_a_batch_too_large_comes_as_two(
         enable_progress_bar=False, enable_model_summary=False,
         callbacks=[
             RunCheckpoint(every=1), TokenDecoding(every=1), StoppingCriterion(stop=False),
-            Results(),
+            ResultWriter(),
         ],
     )  # fmt: skip
     trainer.fit(module, datamodule=data)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.replication.claims import Experiment, read_experiments
+from lightning_inversion.replication.claims import SourceExperiment, read_experiments
 from lightning_inversion.replication.tables import (
     critical_width,
     curve,
@@ -74,7 +74,7 @@ def test_a_page_and_its_tables_have_the_same_names() -> None:
 def test_verdicts() -> None:
     def of(accuracy: float | None, **more: Any) -> str:
         rows = [] if accuracy is None else [{"token_accuracy": accuracy}]
-        return verdict(Experiment("a", "b", "c", "d", **more), rows)
+        return verdict(SourceExperiment("a", "b", "c", "d", **more), rows)
 
     assert of(0.95, outcome="recovered") == "**agrees**: recovered / recovered"
     assert of(0.6, outcome="recovered") == "**differs**: recovered / partly"

@@ -1,4 +1,4 @@
-"""``python -m lightning_inversion.replication.channel``: how many features are enough?
+"""``python -m lightning_inversion.replication.critical_width``: how many features are enough?
 
 The source's 'Noise on a Discreet Channel' finds one width at which every token is recovered and
 below which none is. Bisection finds a width k that recovers while k - 1 does not; where success is
@@ -22,7 +22,7 @@ from lightning_inversion.sweep.run import Sweep, check, run_cells
 from lightning_inversion.transformer.blocks import text_config
 
 
-def critical_width(recovers: Callable[[int], bool], widest: int) -> int | None:
+def bisect_width(recovers: Callable[[int], bool], widest: int) -> int | None:
     """A width that recovers while the next smaller does not; None if ``widest`` does not.
 
     Args:
@@ -47,7 +47,7 @@ def recovers(arguments: list[str], width: int) -> bool:
     options = (*arguments, f"--model.transformer.features=0:{width}", *QUIET)
     with tempfile.TemporaryDirectory() as folder:
         cell = Cell(f"0-{width}", "fit", options, {})
-        sweep = Sweep(Path(folder) / "channel", (cell,))
+        sweep = Sweep(Path(folder) / "critical_width", (cell,))
         if run_cells(sweep, check(sweep)):
             raise InputError(f"the fit on [0:{width}] did not succeed.")
         exact = all(row.exact for row in sweep.rows(cell))
@@ -58,7 +58,7 @@ def recovers(arguments: list[str], width: int) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Print the critical width of a prompt; returns the exit code, 2 for a wrong option."""
     parser = argparse.ArgumentParser(
-        prog="python -m lightning_inversion.replication.channel",
+        prog="python -m lightning_inversion.replication.critical_width",
         description="The critical width k of [0:k] by bisection. Other options go to fit.",
     )
     parser.add_argument("--config", default="configs/original/recommended.yaml")
@@ -67,11 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
     log_to_stderr()
     fit = [f"--config={options.config}", f"--data.prompts={json.dumps([options.prompt])}", *more]
     try:
-        (spec,) = check(Sweep(Path("lightning_logs/channel"), (Cell("all", "fit", (*fit,), {}),)))
+        (spec,) = check(
+            Sweep(Path("lightning_logs/critical_width"), (Cell("all", "fit", (*fit,), {}),))
+        )
         widest = int(text_config(spec.config()).hidden_size)
-        width = critical_width(lambda width: recovers(fit, width), widest)
+        width = bisect_width(lambda width: recovers(fit, width), widest)
     except InputError as error:
-        print(f"channel: {error}", file=sys.stderr)
+        print(f"critical_width: {error}", file=sys.stderr)
         return 2
     print("no width recovers" if width is None else f"critical width {width} of {widest}")
     return 0
