@@ -15,7 +15,6 @@ from rich.console import Console
 from lightning_inversion.attribution.attribute import Replacement, encode
 from lightning_inversion.attribution.config import Choices, Display, with_preset
 from lightning_inversion.attribution.many_texts import Request, RowFile, run_texts
-from lightning_inversion.attribution.model import longest_input
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.errors import InputError
@@ -177,14 +176,14 @@ def _check_processes(options: Namespace) -> None:
 def _check_tokens(request: Request, texts: Sequence[str], file: Path | None) -> None:
     """Check what needs the model's tokenizer and configuration, and no weights."""
     tokenizer, choices = request.spec.load_tokenizer(), request.choices
-    longest = longest_input(request.spec.config())
+    config = request.spec.config()
     for option, name in (("token", choices.token), ("against", choices.against)):
         if name is not None:
             named_token(tokenizer, name, option)
     Replacement.named(tokenizer, choices.replacement)
     for number, text in enumerate(texts, start=1):
         name = "The text" if file is None else f"--texts {str(file)!r}, line {number}"
-        encode(tokenizer, text, longest, name)
+        encode(tokenizer, text, config, name)
 
 
 def _write_result(result: AttributionResult, options: Namespace) -> None:

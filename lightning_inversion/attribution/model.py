@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 import lightning_inversion
@@ -238,11 +238,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = mode
             for parameter in learning:
                 parameter.requires_grad_(True)
-
-
-def longest_input(config: PretrainedConfig) -> int | None:
-    """The number of tokens that a model takes; None where its configuration gives none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def whole_model(model: PreTrainedModel | TruncatedTransformer) -> PreTrainedModel:

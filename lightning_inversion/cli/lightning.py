@@ -23,8 +23,6 @@ from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.cli.parser import OneSentenceParser, input_error_behind
 from lightning_inversion.cli.resume import (
-    FITTED,
-    PREDICTED,
     check_continues,
     check_prompts,
     last_run,
@@ -43,6 +41,7 @@ from lightning_inversion.files import check_writable
 from lightning_inversion.module import InputInversion
 from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.recovery.token_recovery import TokenRecovery
+from lightning_inversion.results import FITTED, PREDICTED
 from lightning_inversion.transformer.shared import SharedModels
 
 _log = logging.getLogger(__name__)

@@ -13,12 +13,8 @@ from lightning import Trainer
 from lightning_inversion import strategy
 from lightning_inversion.callbacks.checkpoint import ENDED
 from lightning_inversion.errors import InputError
-from lightning_inversion.results import FILE, read_rows
+from lightning_inversion.results import FILE, FITTED, read_rows
 
-FITTED = "config.yaml"
-"""The settings of a fit, in its run's folder."""
-PREDICTED = "predict.yaml"
-"""The settings of a predict, in its run's folder."""
 RESUMING = ("ckpt_path", "default_root_dir", "logger", "devices", "num_nodes", "strategy")
 """Keys in which a run may differ from the one that it continues: they change no row."""
 HOW_IT_RUNS = ("device_map", "checkpointing", "compile")

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_inversion.inputs import VocabularyInput
+from lightning_inversion.recovery.search import CANDIDATES_OF_A_FORWARD
 from lightning_inversion.transformer.blocks import text_config
 from lightning_inversion.transformer.embedding import scored_at_a_time
+from lightning_inversion.transformer.linear_probe import TOKENS_AT_A_TIME as PROBE_TOKENS
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.untrained import count_block, llama_config
 
@@ -29,23 +31,21 @@ LLAMAS = {
     "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40},
     "30B": {"hidden_size": 6656, "intermediate_size": 17920, "num_hidden_layers": 60},
 }
-"""Their heads are of size 128."""
+"""Sizes of the Llama models; each attention head has size 128."""
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.56}
-"""Of one weight."""
+"""Bytes of one weight; int8 and nf4 are quantised."""
 _KEPT_COPIES = 6
-"""Of the input: values, gradient, two moments, the values before the step, the target."""
+"""Copies of the input: values, gradient, two moments, the values before the step, the target."""
 _OBJECTIVE_COPIES = 12
-"""Of the features in the objective's backward pass: both sides standardised, their difference, its
+"""Copies of the features in the objective's backward pass: both sides standardised, their difference, its
 square, the cosine's products and norms, and the gradients of these."""
-_PROBE_TOKENS = 1024
-"""Tokens that run together when the probe is fitted."""
 _PROBE_MATRICES = 8
 """D x D in float64 at the end of that fit: three sums, copies for the solver and eigenvectors."""
 _DUPLICATE_BYTES = 256
-"""Of a token's digest, list and place in a dictionary, while equal embeddings are looked for."""
-_CANDIDATES, _CANDIDATES_OF_A_ROW = 4096, 512
-"""Run in one forward at most, over all rows and of one row."""
+"""Bytes of a token's digest, list and dictionary entry, while equal embeddings are looked for."""
+_CANDIDATES_OF_A_ROW = 512
+"""Candidates of one row in one forward at most, as the schedule and the policy have them."""
 _SCORES = 8
 """Tensors of scores while candidates are proposed: of three proposers, stacked, added, masked."""
 _PROMPT = 32
@@ -60,7 +60,7 @@ class Shape:
         vocabulary: V.
         width: D.
         blocks: how many are kept.
-        parameters: of one block.
+        parameters: the number of weights of one block.
         saved: floats a token that one block keeps for the backward pass.
     """
 
@@ -72,7 +72,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: PretrainedConfig, blocks: int | None) -> Shape:
-        """Of the model with this configuration, cut after ``blocks`` blocks (None: whole).
+        """The shape of the model with this configuration, cut after ``blocks`` blocks (None: whole).
 
         Raises:
             InputError: the model's code needs numbers to run.
@@ -125,7 +125,7 @@ def memory(
     held = _KEPT_COPIES * tokens * (channels or D) * 4.0
 
     # A forward without gradients still holds what one block computes of its tokens.
-    probe_run = _PROBE_TOKENS * (of_a_block + 8.0 * 2 * D) + _PROBE_MATRICES * 8.0 * D * D
+    probe_run = PROBE_TOKENS * (of_a_block + 8.0 * 2 * D) + _PROBE_MATRICES * 8.0 * D * D
     calibration = held + max(probe_run, _DUPLICATE_BYTES * V)
 
     # A block's backward pass takes gradients about as large as what the block has kept.
@@ -135,7 +135,7 @@ def memory(
     at_a_time = scored_at_a_time(V)
     proposed = min(rows, at_a_time) * V * 4.0 * _SCORES
     decoded = min(tokens, at_a_time) * V * 4.0 * 2
-    candidates = min(_CANDIDATES, rows * _CANDIDATES_OF_A_ROW) * (of_a_block + 8 * D)
+    candidates = min(CANDIDATES_OF_A_FORWARD, rows * _CANDIDATES_OF_A_ROW) * (of_a_block + 8 * D)
     keys_and_values = 2.0 * tokens * shape.blocks * D * each
     search = held + 1.0 * rows * V + keys_and_values + max(proposed, decoded, candidates)
     return Memory(LIBRARIES, loaded, calibration, iteration, search)

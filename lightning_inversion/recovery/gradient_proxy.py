@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.proposals import Proposer
+from lightning_inversion.recovery.proposals import NEARNESS, Proposer
 from lightning_inversion.recovery.search import PrefixSearch, Proposals
 
 
@@ -40,7 +40,7 @@ class GradientProxy(Proposer):
         rounds_alone: int = 2,
         restart: int = 6,
         proxies: int = 8,
-        nearness: float = 0.15,
+        nearness: float = NEARNESS,
     ) -> None:
         if min(steps, rounds_alone, restart, proxies) < 1 or min(learning_rate, nearness) <= 0:
             raise InputError(

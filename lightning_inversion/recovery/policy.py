@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lightning_inversion.recovery.verification import Measurements
 
+ALTERNATIVES = 5
+"""Candidates that are kept beside a token that is not verified."""
+
 
 @dataclass(frozen=True)
 class TokenCertificate:

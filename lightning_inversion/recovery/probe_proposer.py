@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.proposals import Proposer, mix_with_uniform
+from lightning_inversion.recovery.proposals import UNIFORM_SHARE, Proposer, mix_with_uniform
 from lightning_inversion.recovery.search import Candidates, PrefixSearch, Proposals
 from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.transformer.embedding import TokenEmbedding, best_tokens
 from lightning_inversion.transformer.linear_probe import LinearProbe
 
 _TEMPERATURES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.01, 0.003)
-_UNIFORM_SHARE = 0.05
-"""Share of the probability spread evenly, as in the language model's prior."""
 _ENOUGH = (13.0, 6.5)
 """How many times the bits that name a token the used directions carry: at position 0, where errors
 are farthest from Gaussian, and later."""
@@ -56,7 +54,7 @@ class _ByProbe(Proposals):
         """Of the linear guess, corrected by what was tried."""
         likelihood = self._ranking.likelihood(self.search.guess(rows), self.search.positions(rows))
         scaled = self._ranking.temperature * likelihood
-        return mix_with_uniform(scaled.log_softmax(-1), _UNIFORM_SHARE)
+        return mix_with_uniform(scaled.log_softmax(-1), UNIFORM_SHARE)
 
     def ahead(self, rows: Tensor, width: int, count: int) -> Candidates:
         """Of the linear guess at each position, which depends on no other position's token."""
@@ -142,7 +140,7 @@ class ProbeRanking:
             right = one[0, 1:, None]
             for number, temperature in enumerate(_TEMPERATURES):
                 chance = (temperature * likelihood).log_softmax(-1)
-                mixed = prior + mix_with_uniform(chance, _UNIFORM_SHARE)
+                mixed = prior + mix_with_uniform(chance, UNIFORM_SHARE)
                 right_is = mixed.gather(1, right)[:, 0] - mixed.logsumexp(-1)
                 chances[number] += float(right_is.sum())
         return _TEMPERATURES[chances.index(max(chances))]

@@ -30,6 +30,8 @@ from lightning_inversion.transformer.language_model import Continuations
 _log = logging.getLogger(__name__)
 NEARNESS = 0.15
 """Weight of the squared distance to a token, in std of the embedding, in its log-likelihood."""
+UNIFORM_SHARE = 0.05
+"""Share of the probability that is spread evenly over the vocabulary, so that none is 0."""
 
 
 class Proposer(ABC):
@@ -98,7 +100,7 @@ class LanguageModelPrior(Proposer):
 
     needs_language_model = True
 
-    def __init__(self, uniform_share: float = 0.05) -> None:
+    def __init__(self, uniform_share: float = UNIFORM_SHARE) -> None:
         if not 0 < uniform_share < 1:
             raise InputError(
                 f"--model.recovery: uniform_share must lie between 0 and 1, and is {uniform_share}."

@@ -23,7 +23,7 @@ _KEPT = 16
 _STORED = ("tried", "count", "rounds", "reach", "_errors", "_closest", "_corrected")
 _FARTHEST = 64
 """The most positions that are run together, and the number for a new prompt."""
-_CANDIDATES_OF_A_FORWARD = 4096
+CANDIDATES_OF_A_FORWARD = 4096
 """Candidates of one forward over all rows, which bounds the memory."""
 
 
@@ -232,7 +232,7 @@ class PrefixSearch:
                 proposals.update(members)
                 proposed = self._proposed(proposals, members, size, widest, at_least)
                 ids = proposed.ids.view(len(members), -1, len(proposed.proposers))
-                at_a_time = max(1, _CANDIDATES_OF_A_FORWARD // ids[0].numel())
+                at_a_time = max(1, CANDIDATES_OF_A_FORWARD // ids[0].numel())
                 for part in torch.split(torch.arange(len(members), device=rows.device), at_a_time):
                     trials = self._run(members[part], ids[part], remaining[some[part]])
                     for trial in trials:

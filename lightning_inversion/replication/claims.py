@@ -12,10 +12,11 @@ import yaml
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import Record
+from lightning_inversion.results import RECOVERED
 
 Outcome = Literal["recovered", "partly", "not recovered"]
-RECOVERED, PARTLY = 0.9, 0.5
-"""Mean token accuracies from which a prompt counts as recovered, and as partly recovered."""
+PARTLY = 0.5
+"""The mean token accuracy from which a prompt counts as partly recovered."""
 SEEDS = (0, 1)
 """Each experiment runs once with each."""
 EXPERIMENTS, RESULTS = "experiments.yaml", "results.jsonl"

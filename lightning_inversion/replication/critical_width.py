@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from lightning_inversion.cli.ending import exit_code
 from lightning_inversion.errors import InputError
-from lightning_inversion.replication import log_to_stderr
 from lightning_inversion.replication.run import QUIET
 from lightning_inversion.sweep.grid import Cell
 from lightning_inversion.sweep.run import Sweep, check, run_cells
@@ -64,19 +63,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", default="configs/original/recommended.yaml")
     parser.add_argument("--prompt", default="Mario the man versus Mario the idea")
     options, more = parser.parse_known_args(arguments)
-    log_to_stderr()
     fit = [f"--config={options.config}", f"--data.prompts={json.dumps([options.prompt])}", *more]
-    try:
-        (spec,) = check(
-            Sweep(Path("lightning_logs/critical_width"), (Cell("all", "fit", (*fit,), {}),))
-        )
-        widest = int(text_config(spec.config()).hidden_size)
-        width = bisect_width(lambda width: recovers(fit, width), widest)
-    except InputError as error:
-        print(f"critical_width: {error}", file=sys.stderr)
-        return 2
+    return exit_code("critical_width", lambda: print_width(fit))
+
+
+def print_width(arguments: list[str]) -> None:
+    """Print the critical width of a fit with these options.
+
+    Raises:
+        InputError: an option is wrong, or a fit failed.
+    """
+    whole = Cell("all", "fit", tuple(arguments), {})
+    (spec,) = check(Sweep(Path("lightning_logs/critical_width"), (whole,)))
+    widest = int(text_config(spec.config()).hidden_size)
+    width = bisect_width(lambda width: recovers(arguments, width), widest)
     print("no width recovers" if width is None else f"critical width {width} of {widest}")
-    return 0
 
 
 if __name__ == "__main__":

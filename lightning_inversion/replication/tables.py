@@ -14,18 +14,21 @@ from itertools import groupby
 from pathlib import Path
 from statistics import mean
 
+from lightning_inversion.cli.ending import exit_code
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import Record, read_records
 from lightning_inversion.replication.claims import (
-    RECOVERED,
     SourceExperiment,
     outcome_of,
     read_experiments,
     read_results,
 )
+from lightning_inversion.results import critical_width
 
 BASELINE = "recommended"
 """The recovery policy to which all others are compared."""
+PROTOCOL = "protocol.jsonl"
+"""The rows of the recovery policies, in ``configs/recovery``."""
 
 
 def fill(page: str, tables: dict[str, str]) -> str:
@@ -109,7 +112,7 @@ def verdict(experiment: SourceExperiment, rows: list[Record]) -> str:
     if ours is None:
         return "not run yet"
     if experiment.ranges:
-        width = critical_width(curve(rows))
+        width = width_of(curve(rows))
         return f"{'no width recovers' if width is None else f'from {width} features on'}; see below"
     if experiment.outcome is None:
         return ours
@@ -125,11 +128,10 @@ def curve(rows: list[Record]) -> dict[str, float]:
     return {name: mean(values) for name, values in by_range.items()}
 
 
-def critical_width(points: dict[str, float]) -> int | None:
-    """The width from which on every ``0:k`` is recovered; None where the widest is not."""
+def width_of(points: dict[str, float]) -> int | None:
+    """The critical width among the ranges ``0:k``; None where the widest is not recovered."""
     widths = {int(name[2:]): value for name, value in points.items() if name.startswith("0:")}
-    failed = max((width for width, value in widths.items() if value < RECOVERED), default=0)
-    return min((width for width in widths if width > failed), default=None)
+    return critical_width(widths)
 
 
 def _curves(curves: dict[str, dict[str, float]]) -> str:
@@ -225,9 +227,7 @@ def pages(configs: Path) -> dict[Path, str]:
     original, recovery = configs / "original", configs / "recovery"
     tables = {
         original / "RESULTS.md": experiment_tables(original),
-        recovery / "README.md": {
-            "policies": policy_tables(read_records(recovery / "protocol.jsonl"))
-        },
+        recovery / "README.md": {"policies": policy_tables(read_records(recovery / PROTOCOL))},
     }
     return {path: fill(path.read_text("utf-8"), tables) for path, tables in tables.items()}
 
@@ -239,10 +239,15 @@ def main(arguments: list[str] | None = None) -> int:
         description="Write the tables of original/RESULTS.md and recovery/README.md.",
     )
     parser.add_argument("--configs", type=Path, default=Path("configs"))
-    for path, page in pages(parser.parse_args(arguments).configs).items():
+    options = parser.parse_args(arguments)
+    return exit_code("tables", lambda: write_pages(options.configs))
+
+
+def write_pages(configs: Path) -> None:
+    """Write the pages, and print their paths; see ``pages``."""
+    for path, page in pages(configs).items():
         path.write_text(page, encoding="utf-8")
         print(path)
-    return 0
 
 
 if __name__ == "__main__":

@@ -23,9 +23,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from lightning_inversion.report.load import CURVES, Loaded, load_curves
 from lightning_inversion.report.tables import interval, labels_of, means_of_prompts
+from lightning_inversion.results import RECOVERED, critical_width
 
-RECOVERED = 0.9
-"""The share of tokens from which a prompt counts as recovered."""
 MAX_LINES = 7
 """Lines of a figure; the others are in the table."""
 MAX_MARKERS = 12
@@ -139,16 +138,6 @@ def points_along(loaded: Loaded, setting: str) -> tuple[pd.DataFrame, pd.Series]
     return means_of_prompts(results, ["line", "x"]).reset_index(), labels
 
 
-def critical_width(means: pd.Series) -> float | None:
-    """The smallest width from which on every mean counts as recovered; None if there is none.
-
-    Args:
-        means: of token accuracy, by ascending width.
-    """
-    enough = (means[::-1] >= RECOVERED).cummin()
-    return float(enough[enough].index[-1]) if enough.any() else None
-
-
 def _along(
     loaded: Loaded, setting: str, name: str, title: str, axis: str
 ) -> Iterator[RenderedFigure]:
@@ -194,7 +183,7 @@ def _draw_lines(axes: Any, points: pd.DataFrame, labels: pd.Series, **how: Any) 
 def _critical_widths(axes: Any, points: pd.DataFrame) -> None:
     means = points.groupby(["line", "x"])["token_accuracy"].mean().unstack("line")
     for line in means.columns[means.columns < MAX_LINES]:
-        width = critical_width(means[line].dropna())
+        width = critical_width(means[line].dropna().to_dict())
         if width is not None:
             axes.axvline(width, color=_COLOURS[line], linestyle=":", linewidth=1.2)
             axes.annotate(

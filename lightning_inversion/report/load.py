@@ -19,7 +19,7 @@ import yaml
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import visible
-from lightning_inversion.results import ResultRow, names
+from lightning_inversion.results import FITTED, PREDICTED, ResultRow, names
 
 VERIFIED, DUPLICATE, RIGHT, IN_TOP_K, WRONG, UNKNOWN, GIVEN, FALSE = "vdrkwugx"
 """Marks of a token: verified; verified, and another token has the same embedding; right, not
@@ -238,7 +238,7 @@ def _all_settings(own: Settings, folder: Path) -> Settings:
     if own["layers"] == [own["depth"]]:
         own["layers"] = None
     is_predict = own["command"] == "predict"
-    config = _settings_of(folder / ("predict.yaml" if is_predict else "config.yaml"))
+    config = _settings_of(folder / (PREDICTED if is_predict else FITTED))
     beside = {
         key: value
         for key, value in config.items()

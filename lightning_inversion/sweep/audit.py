@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lightning_inversion.cli.parser import OneSentenceParser
 from lightning_inversion.errors import InputError
+from lightning_inversion.results import FILE
 from lightning_inversion.sweep.command import (
     add_running_arguments,
     check_processes,
@@ -252,7 +253,7 @@ def _run_of(sweep: Sweep, cell: Cell) -> AuditRun:
         command=cell.command,
         depth=int(cell.values["depth"]),
         channel=cell.values["channel"],
-        rows=sweep.folder(cell) / "results.jsonl" if sweep.rows(cell) else None,
+        rows=sweep.folder(cell) / FILE if sweep.rows(cell) else None,
         state=status.state,
         message=status.message or None,
     )

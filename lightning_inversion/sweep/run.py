@@ -27,18 +27,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_inversion.cli.lightning import InversionCLI
-from lightning_inversion.cli.resume import (
-    FITTED,
-    PREDICTED,
-    check_prompts,
-    differences,
-    read_settings,
-)
+from lightning_inversion.cli.resume import check_prompts, differences, read_settings
 from lightning_inversion.cli.trainer import quiet_lightning
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import claimed, readable_time
 from lightning_inversion.module import InputInversion
-from lightning_inversion.results import FILE, ResultRow, read_rows
+from lightning_inversion.results import FILE, FITTED, PREDICTED, ResultRow, read_rows
 from lightning_inversion.sweep.grid import Cell
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.shared import SharedModels

@@ -24,7 +24,8 @@ _LENGTH = 16
 _LONG_LENGTH = 64
 """In one whose tokens are as frequent as in text."""
 
-_TOKENS_AT_A_TIME = 1024
+TOKENS_AT_A_TIME = 1024
+"""Tokens of one forward while a probe is fitted."""
 _RIDGE = 1e-4
 _SMALLEST_STD = 1e-6
 _SMALLEST_ERROR = 1e-3
@@ -132,7 +133,7 @@ def _regression(
     chunks = (
         chunk
         for ids in texts
-        for chunk in torch.split(ids.to(device), max(1, _TOKENS_AT_A_TIME // ids.shape[1]))
+        for chunk in torch.split(ids.to(device), max(1, TOKENS_AT_A_TIME // ids.shape[1]))
     )
     for chunk in chunks:
         vectors = transformer.embedding(chunk)
