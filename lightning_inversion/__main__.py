@@ -83,7 +83,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def run(args: list[str]) -> int:
-    """Run one command line; what went wrong is raised."""
+    """Run one command line; returns the exit code, and raises what goes wrong."""
     if not args or args[0] in {"-h", "--help"}:
         print(HELP, end="")
         return 0 if args else 2

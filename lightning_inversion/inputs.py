@@ -124,7 +124,8 @@ class ProbeInitializer(Initializer):
 
 
 class PromptInitializer(Initializer):
-    """s * N(0, 1) + t * e: the prompt's own values under noise, to ask how wide its basin is.
+    """s * N(0, 1) + t * e: the prompt's own values under noise, to measure how wide its basin of
+    attraction is.
 
     Args:
         noise: s, the size of the noise.

@@ -170,7 +170,7 @@ class Inversion(nn.Module):
     @property
     def frozen(self) -> TruncatedTransformer:
         """The frozen transformer."""
-        assert self.transformer is not None, "configure_model has not run"
+        assert self.transformer is not None, "load has not run"
         return self.transformer
 
     @property
@@ -231,7 +231,7 @@ class Inversion(nn.Module):
 
     @torch.no_grad()
     def begin(self, batch: PromptBatch) -> None:
-        """Take up a batch with fresh values."""
+        """Begin a batch: compute its target, and draw its initial values."""
         own = None if batch.ids is None else self.learnable.encode(batch.ids, self.embedding)
         target = self._target(batch)
         given = InitializerInputs(self.embedding, target, self.probe, own)
@@ -241,7 +241,7 @@ class Inversion(nn.Module):
         self._fix_known_prefix()
 
     def resume(self, batch: PromptBatch) -> None:
-        """Take up the batch of a checkpoint, whose values are there, and compute its target."""
+        """Continue the batch of a checkpoint, whose values are restored; compute its target."""
         self.state.batch, self.state.target = batch, self._target(batch)
         self._prepare()
 

@@ -153,7 +153,7 @@ class ResultRow:
     version_python: str | None = _version()
 
     def settings(self) -> dict[str, Any]:
-        """The fields that say which experiment the row belongs to."""
+        """The settings; rows with equal ones are results of one experiment."""
         return {name: getattr(self, name) for name in names("setting")}
 
     def to_record(self) -> Record:
@@ -165,7 +165,7 @@ class ResultRow:
         """The row of a record that was read.
 
         Raises:
-            ValueError: it is no row of this schema; says what is wrong.
+            ValueError: it is no row of this schema; the message completes "the row ...".
         """
         if not isinstance(record, dict):
             raise ValueError("is no JSON object")

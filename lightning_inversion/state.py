@@ -15,7 +15,7 @@ _STORED = ("values", "fixed", "verified", "focus", "stopped_at", "criterion_met_
 
 
 class BatchState(nn.Module):
-    """Where each prompt of a batch stands.
+    """The values, fixed positions and stopped rows of a batch while it is optimised.
 
     A position moves as long as it is not fixed and its row has not stopped.
 

@@ -172,7 +172,7 @@ class Replacement:
         )
 
     def vector(self, reader: Reader) -> Tensor:
-        """[D]."""
+        """The vector [D] that replaces a token's."""
         vector = reader.embed(torch.tensor([self.token or 0]))[0]
         return torch.zeros_like(vector) if self.token is None else vector
 

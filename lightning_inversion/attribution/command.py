@@ -79,7 +79,7 @@ def run_attribute(options: Namespace) -> int:
         ProcessLostError: one of several processes died.
     """
     choices, display = with_preset(
-        options.preset, _of_class(Choices, options), _of_class(Display, options)
+        options.preset, _options_of(Choices, options), _options_of(Display, options)
     )
     texts = _texts(options)
     _check_files(options)
@@ -110,7 +110,7 @@ def _run_file(request: Request, texts: Sequence[str], options: Namespace) -> int
     return 0
 
 
-def _of_class(kind: type[Any], options: Namespace) -> Any:
+def _options_of(kind: type[Any], options: Namespace) -> Any:
     return kind(**{field.name: options[field.name] for field in fields(kind)})
 
 

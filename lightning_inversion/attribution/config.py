@@ -167,7 +167,7 @@ class Display:
     Args:
         normalise: max divides by the largest absolute score; minmax also moves the smallest to 0
             (the source's choice).
-        scale: linear; sqrt lifts small scores; rank shows their order alone.
+        scale: linear; sqrt lifts small scores; rank shows only their order.
         leave_out_last: do not colour the last token, which usually dominates, and do not let it set
             the scale.
         palette: heat: from the page's own colour to red, and to blue below 0; original: the

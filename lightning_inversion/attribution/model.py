@@ -95,7 +95,7 @@ class LogitReader(Reader):
         if not self._keeps_few:
             logits = self.model(inputs_embeds=embeds, **options).logits
             return logits[:, at].float()
-        # Positions, not a number of them: the states are then picked out contiguously, and the head
+        # Positions, not their number: the states are then picked out contiguously, and the head
         # is read once for all rows instead of once for each.
         copies = -(-_PRECISE_ROWS // (len(embeds) * len(at))) if embeds.requires_grad else 1
         kept = at.repeat(copies)

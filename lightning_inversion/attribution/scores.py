@@ -62,7 +62,7 @@ class Scores:
         model: name, type, dtype, device and versions.
         command: that gives the same result.
         forwards: rows that went through the model.
-        notes: fallbacks and limits that the reader has to know.
+        notes: fallbacks that were taken and limits that were met.
     """
 
     text: str

@@ -53,7 +53,7 @@ class ResultWriter(Callback):
         self._batch_began = self._run_began = time.monotonic()
 
     def path(self, trainer: Trainer) -> Path:
-        """Where the rows of this run are written. Every process must ask, or none."""
+        """Where the rows of this run are written. Every process must call it, or none."""
         return Path(trainer.log_dir or trainer.default_root_dir) / FILE
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -146,7 +146,7 @@ class ResultWriter(Callback):
                 self._path,
             )
 
-    def show(self, trainer: Trainer) -> None:
+    def show(self) -> None:
         """Print the rows of the run, and where they are."""
         rows = read_rows(self._path)
         if rows:

@@ -119,7 +119,7 @@ class InversionCLI(LightningCLI):
             )
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would look in a checkpoint for options, and a fit keeps none there."""
+        """Do nothing: Lightning would read options from a checkpoint, and a fit keeps none there."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our callbacks under keys of their own, and each value written once."""
@@ -169,7 +169,7 @@ class InversionCLI(LightningCLI):
         checkpoint = run / "checkpoints" / "last.ckpt"
         if self.subcommand == "validate" and not checkpoint.exists():
             raise InputError(f"--ckpt_path last finds no checkpoint in {str(run)!r}; name one.")
-        # A predict continues from its rows alone.
+        # A predict continues from its rows; it has no checkpoint.
         config.ckpt_path = None if self.subcommand == "predict" else str(checkpoint)
         if self.subcommand != "validate":
             check_continues(run, settings, self.settings())
@@ -245,7 +245,7 @@ class InversionCLI(LightningCLI):
         """Show what was recovered, by a run that had ended before as well."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ResultWriter) and self.trainer.is_global_zero:
-                callback.show(self.trainer)
+                callback.show()
 
     after_predict = after_fit
 
@@ -268,7 +268,7 @@ def wrong_values(option: str = "", *also: type[Exception]) -> Iterator[None]:
     """Turn a library's refusal of the values of options into an `InputError`.
 
     Args:
-        option: to which the values belong, if it is known.
+        option: to which the values belong; '' where the error names it.
         also: errors that mean a wrong value here, beside ValueError and Lightning's own.
     """
     kinds: tuple[type[Exception], ...] = (ValueError, MisconfigurationException, *also)

@@ -97,7 +97,7 @@ def unfinished_checkpoint(path: Path, trainer: Trainer) -> str | None:
     A batch that has ended and whose rows are not on disk any more begins again: its input would be
     moved beyond what was asked for.
 
-    Checkpoints of processes that are no more are removed, and their batches begin again.
+    Checkpoints of processes beyond the present number are removed, and their batches begin again.
     """
     mine = strategy.checkpoint_of(str(path), strategy.rank_of(trainer))
     if strategy.rank_of(trainer) == 0:

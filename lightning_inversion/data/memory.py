@@ -38,8 +38,8 @@ _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0
 _KEPT_COPIES = 6
 """Copies of the input: values, gradient, two moments, the values before the step, the target."""
 _OBJECTIVE_COPIES = 12
-"""Copies of the features in the objective's backward pass: both sides standardised, their difference, its
-square, the cosine's products and norms, and the gradients of these."""
+"""Copies of the features in the objective's backward pass: both sides standardised, their
+difference, its square, the cosine's products and norms, and the gradients of these."""
 _PROBE_MATRICES = 8
 """D x D in float64 at the end of that fit: three sums, copies for the solver and eigenvectors."""
 _DUPLICATE_BYTES = 256
@@ -72,7 +72,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: PretrainedConfig, blocks: int | None) -> Shape:
-        """The shape of the model with this configuration, cut after ``blocks`` blocks (None: whole).
+        """The shape of a model of this configuration, cut after ``blocks`` blocks (None: whole).
 
         Raises:
             InputError: the model's code needs numbers to run.

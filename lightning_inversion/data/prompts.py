@@ -44,15 +44,15 @@ class Iterations:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty."""
+        """Nothing: Lightning's loop keeps the position."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Ignore it."""
+        """Nothing was stored, so nothing is restored."""
 
 
 class Batches:
-    """A loader that gives each batch once, to whichever process asks first."""
+    """A loader that gives each batch once, to the process that takes it first."""
 
     def __init__(self, take: Callable[[], PromptBatch | None]) -> None:
         self.take = take
@@ -264,7 +264,7 @@ class PromptDataModule(LightningDataModule):
         batch, self.current = self.current, None
         if len(batch.index) == 1:
             self.bad[batch.index[0]] = (
-                "does not fit the memory alone; shorten it, or keep fewer blocks."
+                "does not fit the memory even by itself; shorten it, or keep fewer blocks."
             )
             return False
         halves = batch.halves()

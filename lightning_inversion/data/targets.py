@@ -27,7 +27,7 @@ _OF_THE_WEIGHTS = (
     "model", "revision", "weights", "weights_seed", "embedding", "embedding_seed",
 )  # fmt: skip
 """Not compared where the hash of the weights is known."""
-_ROUNDING_ALONE = "attention"  # sdpa and eager compute the same
+_ROUNDING_ONLY = "attention"  # sdpa and eager compute the same
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Captured:
 
     @property
     def width(self) -> int:
-        """F."""
+        """F, the number of features of a position."""
         return int(self.targets[0].shape[1])
 
     def target(self, number: int) -> Tensor:
@@ -136,7 +136,7 @@ class Captured:
         """Read a file, and its manifest in it or beside it.
 
         Raises:
-            InputError: the file or its manifest cannot be used; says why, and the way out.
+            InputError: the file or its manifest cannot be used.
         """
         where = f"{OPTION} {str(path)!r}"
         tensors, metadata = _read_tensors(path, where)
@@ -166,7 +166,7 @@ class Captured:
     def check(self, description: dict[str, Any], width: int | None = None) -> None:
         """Refuse a model other than the one that made the features.
 
-        Where both sides know the hash of the weights, it decides, whatever the model's name; where
+        Where both sides have the hash of the weights, it decides, whatever the model's name; where
         only the file has one and the model is not loaded yet, names are not compared.
 
         Args:
@@ -178,7 +178,7 @@ class Captured:
             InputError: lists each difference, and the options that would remove it.
         """
         theirs = self.transformer
-        left_out = {_ROUNDING_ALONE, "depth"}  # the layers imply the depth
+        left_out = {_ROUNDING_ONLY, "depth"}  # the layers imply the depth
         if "weights_sha256" in theirs and (
             theirs["weights_sha256"] == description.get("weights_sha256", theirs["weights_sha256"])
         ):

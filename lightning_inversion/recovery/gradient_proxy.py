@@ -59,7 +59,7 @@ class DescendingProxies(Proposals):
     """The proxies of a batch.
 
     Attributes:
-        proxies: ``[B, P, D]``.
+        proxies: ``[B, P, D]`` the vectors of each row's proxies.
     """
 
     def __init__(self, search: PrefixSearch, settings: GradientProxy) -> None:
@@ -87,7 +87,7 @@ class DescendingProxies(Proposals):
                     self._step(moving, count)
 
     def scores(self, rows: Tensor) -> Tensor:
-        """By the distance to the nearest proxy."""
+        """Log-likelihood by the distance to the nearest proxy."""
         scores = torch.empty(len(rows), self.search.tried.shape[1], device=rows.device)
         alone = self._alone(rows)
         for members, count in ((alone, 1), (~alone, self._settings.proxies)):

@@ -37,7 +37,7 @@ class ProbeProposer(Proposer):
 
     Errors are not Gaussian. The sum is scaled by the temperature that makes real tokens likeliest
     beside the language model's prior, measured on the model's own text, and a share of the
-    probability is spread over all tokens.
+    probability is given evenly to all tokens.
     """
 
     def begin(self, search: PrefixSearch) -> Proposals:
@@ -51,13 +51,13 @@ class _ByProbe(Proposals):
         self._best: Tensor | None = None
 
     def scores(self, rows: Tensor) -> Tensor:
-        """Of the linear guess, corrected by what was tried."""
+        """Log-likelihood given the linear guess, corrected by the candidates that failed."""
         likelihood = self._ranking.likelihood(self.search.guess(rows), self.search.positions(rows))
         scaled = self._ranking.temperature * likelihood
         return mix_with_uniform(scaled.log_softmax(-1), UNIFORM_SHARE)
 
     def ahead(self, rows: Tensor, width: int, count: int) -> Candidates:
-        """Of the linear guess at each position, which depends on no other position's token."""
+        """The best tokens for the linear guess at each position; it depends on no other token."""
         if self._best is None:
             self._best = self._best_everywhere()
         last = self.search.target.shape[1] - 1
@@ -152,8 +152,8 @@ class _ProjectedVocabulary:
 
     Attributes:
         embedding: the model's.
-        mean: ``[D]``.
-        directions: ``[D, R]``.
+        mean: ``[D]`` the mean embedding.
+        directions: ``[D, R]`` the R directions that are used.
         half_squares: ``[V]`` half the squared norm of the mean guess for each token.
         tokens: ``[V, R + 1]`` each token's coordinates and minus its half square, so that one
             product gives the scores; None where that would not be much smaller than the embedding,
@@ -168,7 +168,7 @@ class _ProjectedVocabulary:
 
     @classmethod
     def of(cls, probe: LinearProbe, kind: int, embedding: TokenEmbedding) -> _ProjectedVocabulary:
-        """For position 0 (``kind`` 0) or later ones (1)."""
+        """Project the vocabulary for position 0 (``kind`` 0) or for later ones (1)."""
         bits = (probe.signal[kind].clamp_min(1.0).log2() / 2).cumsum(0)
         enough = int((bits < _ENOUGH[kind] * math.log2(embedding.vocabulary_size)).sum()) + 1
         mean, directions = probe.bias[kind], probe.directions[kind, :, :enough].contiguous()

@@ -83,7 +83,7 @@ class TokenRecovery(RecoveryPolicy):
 
     @property
     def name(self) -> str:
-        """With the proposer of its candidates."""
+        """The name of the policy, with that of its proposer."""
         return f"TokenRecovery({self.proposer.name})"
 
     def recover(

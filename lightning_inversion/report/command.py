@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Gather the results of any number of runs: a table (markdown, CSV, JSON), figures (PNG, SVG) and one
-self-contained page of HTML. Reads files alone; what is no result is named and skipped."""
+self-contained page of HTML. Reads only files; what is no result is named and skipped."""
 EXAMPLES = """\
 examples
   lightning-inversion report lightning_logs

@@ -1,4 +1,4 @@
-"""Results -> figures, as PNG and SVG, in colours that the colour-blind can tell apart.
+"""Results -> figures, as PNG and SVG, in colours that the colour-blind can distinguish.
 
 Figures are made without pyplot: no window system is asked for, and no state is shared.
 """

@@ -278,7 +278,7 @@ def _parsed(text: bytes) -> Settings:
 
 
 def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Keys joined by dots; a class stands under the key of its part, by its name alone."""
+    """Keys joined by dots; a class stands under the key of its part, by its short name."""
     if isinstance(value, dict) and "class_path" in value:
         yield key, str(value["class_path"]).rpartition(".")[2]
         value = value.get("init_args") or {}

@@ -1,4 +1,4 @@
-"""Results -> one table with a line an experiment: markdown to read, CSV and JSON to go on with."""
+"""Results -> one table with a line an experiment: markdown to read, CSV and JSON for programs."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def varying(settings: pd.DataFrame) -> list[str]:
 
 
 def labels_of(settings: pd.DataFrame) -> pd.Series:
-    """For each experiment what sets it apart, in a line; '' where there is one alone."""
+    """For each experiment what sets it apart, in a line; '' for a single one."""
     apart = varying(settings)
     return pd.Series(
         [_label(dict(zip(apart, values, strict=True))) for values in settings[apart].to_numpy()],

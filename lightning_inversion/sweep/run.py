@@ -88,7 +88,7 @@ class Sweep:
             raise InputError(f"{str(stored)!r} is not a sweep's: {error}; remove it.") from error
 
     def save(self) -> None:
-        """Write down what the sweep is, or check that the folder holds the same one.
+        """Write the sweep's file, or check that the folder holds the same sweep.
 
         Raises:
             InputError: the folder holds another sweep.
@@ -123,7 +123,7 @@ class Sweep:
 
 
 def _write_whole(path: Path, value: Any) -> None:
-    """Whole or not at all, for those who read meanwhile."""
+    """Write a JSON file whole or not at all, as other processes may read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")

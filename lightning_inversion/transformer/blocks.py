@@ -75,7 +75,7 @@ def repeat_first_block_(model: PreTrainedModel) -> tuple[nn.Module, ...]:
 
 
 def shorten_config_(config: PretrainedConfig, kept: int) -> None:
-    """Make a configuration say that the model has `kept` blocks, in place."""
+    """Set the number of blocks in a configuration to `kept`, in place."""
     config.num_hidden_layers = kept
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:kept]
@@ -131,7 +131,7 @@ def block_output(output: Tensor | tuple[Any, ...]) -> Tensor:
 
 
 def checkpoint_blocks_(blocks: Sequence[nn.Module]) -> None:
-    """Keep a block's input alone for the backward pass, and run the block again there, in place.
+    """Keep only a block's input for the backward pass, and run the block again there, in place.
 
     transformers' own gradient checkpointing wants a model that is in training mode, which a frozen
     one never is.

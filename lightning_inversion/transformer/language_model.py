@@ -99,7 +99,7 @@ def own_text(language_model: LanguageModel, rows: int = 64, length: int = 96) ->
 
 @torch.no_grad()
 def weights_checksum(model: nn.Module) -> str:
-    """Tells the weights of fine-tuned models apart: sums of their bytes as whole numbers.
+    """A checksum that distinguishes fine-tuned models: sums of the weights' bytes as integers.
 
     Ten times as fast as sha256 and computed where the weights are; no protection against forgery.
     """

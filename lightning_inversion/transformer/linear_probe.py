@@ -4,7 +4,7 @@ The residual stream carries the embedding along, so that a ridge regression on a
 features of random token sequences already reads most tokens of real text after one block, and some
 after many (tuned lenses, arXiv 2303.08112, read the other way, towards the output). Text that the
 model wrote itself, where there is some, makes it read far more: features of real text are not those
-of random tokens. Its means and standard deviations make features comparable where a few channels
+of random tokens. Its means and standard deviations make features comparable where a few of them
 are massive, and the covariance of its errors gives each token's likelihood.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _LENGTH = 16
 """Tokens in a random sequence."""
 _LONG_LENGTH = 64
-"""In one whose tokens are as frequent as in text."""
+"""Tokens in a sequence whose tokens are as frequent as in text."""
 
 TOKENS_AT_A_TIME = 1024
 """Tokens of one forward while a probe is fitted."""

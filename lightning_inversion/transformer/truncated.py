@@ -31,7 +31,7 @@ from lightning_inversion.transformer.selection import Selection
 from lightning_inversion.transformer.surgery import Surgery, check_bidirectional, operate_
 
 _ROWS = 256
-"""Of one forward of candidates: bounds the memory."""
+"""Rows of one forward of candidates, which bounds the memory."""
 
 
 class TruncatedTransformer(nn.Module):
@@ -100,7 +100,7 @@ class TruncatedTransformer(nn.Module):
         surgery: Surgery | None = None,
         embedding: TokenEmbedding | None = None,
     ) -> TruncatedTransformer:
-        """Of a model in memory, whose weights are shared and which itself stays as it is.
+        """Truncate a model in memory: its weights are shared, and it stays as it is.
 
         Args:
             model: a causal language model, or its base model.
@@ -271,9 +271,9 @@ class TruncatedTransformer(nn.Module):
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError):
             return False  # takes no such mask, or keeps something else than keys and values
         plain = self.candidates(prefix, lengths, candidates)
-        alone = self.candidates(prefix, torch.zeros_like(lengths), candidates)
+        without_prefix = self.candidates(prefix, torch.zeros_like(lengths), candidates)
         rounding = (32 if self.dtype == torch.float32 else 4) * torch.finfo(self.dtype).eps
-        allowed = 0.01 * (plain - alone).norm() + rounding * plain.norm()
+        allowed = 0.01 * (plain - without_prefix).norm() + rounding * plain.norm()
         return bool((kept - plain).norm() <= allowed)
 
     @cached_property
