@@ -37,7 +37,7 @@ def claimed(path: Path) -> Iterator[bool]:
 
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""No room is left."""
+"""Error numbers of a full disk, quota or file."""
 
 
 def check_writable(path: Path, option: str, folder: bool = False) -> None:

@@ -271,8 +271,8 @@ class Inversion(nn.Module):
     def noise(self, stream: str, batch: PromptBatch | None = None) -> Tensor:
         """Standard normal ``[B, T, C]``, each row's own; ``stream`` names its purpose."""
         batch = batch or self.state.batch
-        channels = self.learnable.value_size(self.embedding)
-        noise = row_noise(self.seed, batch.index, batch.lengths, channels, stream)
+        size = self.learnable.value_size(self.embedding)
+        noise = row_noise(self.seed, batch.index, batch.lengths, size, stream)
         return noise.to(self.frozen.device)
 
     def generated(self) -> Tensor:

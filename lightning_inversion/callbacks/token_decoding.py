@@ -73,7 +73,7 @@ class TokenDecoding(LiveDisplay):
         self._open(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A bar for the epoch."""
+        """Show a bar for the epoch."""
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]

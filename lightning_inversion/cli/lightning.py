@@ -119,7 +119,7 @@ class InversionCLI(LightningCLI):
             )
 
     def _parse_ckpt_path(self) -> None:
-        """Do nothing: Lightning would read options from a checkpoint, and a fit keeps none there."""
+        """Do nothing: Lightning would read options from a checkpoint, and a fit keeps none."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our callbacks under keys of their own, and each value written once."""

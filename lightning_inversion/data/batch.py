@@ -97,7 +97,7 @@ class PromptBatch:
             captured.known_prefix,
         )
 
-    def state(self) -> dict[str, Any]:
+    def to_checkpoint(self) -> dict[str, Any]:
         """What a checkpoint holds of it: plain values and tensors on the CPU."""
         return {
             "index": list(self.index),
@@ -109,7 +109,7 @@ class PromptBatch:
         }
 
     @classmethod
-    def of_state(cls, stored: Mapping[str, Any]) -> PromptBatch:
+    def from_checkpoint(cls, stored: Mapping[str, Any]) -> PromptBatch:
         """The batch of a checkpoint."""
         return cls(
             tuple(stored["index"]), tuple(stored["prompts"]), stored["ids"], stored["mask"],

@@ -102,9 +102,9 @@ def memory(
     shape: Shape,
     tokens: int,
     rows: int,
-    channels: int | None = None,
+    value_size: int | None = None,
     weights: str = "float32",
-    numbers: str = "float32",
+    dtype: str = "float32",
 ) -> Memory:
     """Bytes that a fit of one batch needs.
 
@@ -112,17 +112,17 @@ def memory(
         shape: of the model.
         tokens: of the batch, its padding counted.
         rows: prompts of the batch.
-        channels: numbers a position of the learnable input; None for an ``EmbeddingInput``.
+        value_size: numbers a position of the learnable input; None for an ``EmbeddingInput``.
         weights: type of a block's weights; int8 and nf4 are quantised.
-        numbers: type of an embedding's entry and of what a block computes.
+        dtype: type of an embedding's entry and of what a block computes.
     """
-    V, D, each = shape.vocabulary, shape.width, _BYTES[numbers]
+    V, D, each = shape.vocabulary, shape.width, _BYTES[dtype]
     # The probe's matrices, directions and shrinkages, two of each; and the coordinates of all
     # tokens along the directions that the proposer uses, for first and later positions.
     probe = 6 * 4.0 * D * D + 4.0 * V * D / 3
     loaded = V * D * each + shape.blocks * shape.parameters * _BYTES[weights] + probe
     of_a_block = shape.saved * each  # for a token
-    held = _KEPT_COPIES * tokens * (channels or D) * 4.0
+    held = _KEPT_COPIES * tokens * (value_size or D) * 4.0
 
     # A forward without gradients still holds what one block computes of its tokens.
     probe_run = PROBE_TOKENS * (of_a_block + 8.0 * 2 * D) + _PROBE_MATRICES * 8.0 * D * D
@@ -150,11 +150,13 @@ def tokens_that_fit(spec: TransformerSpec, available: float, learnable: Any = No
         learnable: of the experiment; None for an ``EmbeddingInput``.
     """
     shape = Shape.of(spec.config(), max(spec.layers) if spec.layers else spec.depth)
-    channels = shape.vocabulary if isinstance(learnable, VocabularyInput) else shape.width
+    value_size = shape.vocabulary if isinstance(learnable, VocabularyInput) else shape.width
     for exponent in range(24, 0, -1):
         tokens = 1 << exponent
         rows = -(-tokens // _PROMPT)
-        needed = memory(shape, tokens, rows, channels, spec.quantization or spec.dtype, spec.dtype)
+        needed = memory(
+            shape, tokens, rows, value_size, spec.quantization or spec.dtype, spec.dtype
+        )
         if needed.total <= 0.9 * available:
             return tokens
     return 1

@@ -289,7 +289,7 @@ class PromptDataModule(LightningDataModule):
     # -- checkpoints -------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Which rows are being run."""
+        """The rows that this process is running."""
         return {} if self.current is None else {"index": list(self.current.index)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

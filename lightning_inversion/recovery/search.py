@@ -146,14 +146,14 @@ class PrefixSearch:
         self._closest = torch.zeros(B, _KEPT, embedding.width, device=device)
         self._corrected = torch.zeros_like(self._closest)
 
-    def state(self) -> dict[str, Tensor]:
+    def to_checkpoint(self) -> dict[str, Tensor]:
         """What a checkpoint holds, beside the tokens found, to continue from here."""
         return {name: getattr(self, name) for name in _STORED}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Continue from ``state``."""
+    def restore(self, stored: dict[str, Tensor]) -> None:
+        """Continue from what a checkpoint holds."""
         for name in _STORED:
-            setattr(self, name, state[name].to(self.target.device))
+            setattr(self, name, stored[name].to(self.target.device))
 
     # -- where a row stands ------------------------------------------------------------------
 

@@ -162,7 +162,7 @@ class _Batch:
         return (self.search.prefix.lengths < self.totals).nonzero()[:, 0]
 
     def round(self, rows: Tensor) -> None:
-        """One round for rows ``[R]``."""
+        """Run one round of candidates for ``rows`` [R], at position 0 by ``first``."""
         at_start = self.search.positions(rows) == 0
         if at_start.any():
             assert self.first is not None

@@ -23,7 +23,7 @@ EXPERIMENTS, RESULTS = "experiments.yaml", "results.jsonl"
 
 
 def outcome_of(token_accuracy: float) -> Outcome:
-    """Name a mean token accuracy."""
+    """The outcome that a mean token accuracy counts as."""
     if token_accuracy >= RECOVERED:
         return "recovered"
     return "partly" if token_accuracy >= PARTLY else "not recovered"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import mean
@@ -23,6 +22,7 @@ from lightning_inversion.replication.claims import (
     read_experiments,
     read_results,
 )
+from lightning_inversion.report.tables import as_markdown
 from lightning_inversion.results import critical_width
 
 BASELINE = "recommended"
@@ -49,13 +49,6 @@ def fill(page: str, tables: dict[str, str]) -> str:
     )
 
 
-def table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    rows = [columns, ["---"] * len(columns), *lines]
-    escaped = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows)
-    return "\n".join(f"| {row} |" for row in escaped)
-
-
 # -- the source's experiments ----------------------------------------------------------------
 
 _EXPERIMENT_COLUMNS = (
@@ -74,7 +67,7 @@ def experiment_tables(folder: Path) -> dict[str, str]:
         curves = {one.name: curve(results[one.name]) for one in experiments}
         shown = {name: points for name, points in curves.items() if len(points) > 1}
         tables[section] = "\n\n".join(
-            [table(_EXPERIMENT_COLUMNS, lines), *([_curves(shown)] if shown else [])]
+            [as_markdown(_EXPERIMENT_COLUMNS, lines), *([_curves(shown)] if shown else [])]
         )
     return tables
 
@@ -140,7 +133,7 @@ def _curves(curves: dict[str, dict[str, float]]) -> str:
     lines = [
         [f"[{name}]", *(f"{points[name]:.2f}" for points in curves.values())] for name in ranges
     ]
-    return table(["features", *curves], lines)
+    return as_markdown(["features", *curves], lines)
 
 
 # -- recovery policies -----------------------------------------------------------------------
@@ -174,7 +167,7 @@ def policy_tables(rows: list[Record]) -> str:
             f"Once for the model and the depth: calibration and linear probe {calibrating:.1f} s, "
             f"position 0's scan {scanning:.1f} s (made, or read from the cache). "
             f"One forward over all prompts: {forward:.2f} s.",
-            table(_POLICY_COLUMNS, lines),
+            as_markdown(_POLICY_COLUMNS, lines),
         ]
     return "\n\n".join(parts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,8 +137,13 @@ def as_text(table: pd.DataFrame) -> pd.DataFrame:
 def markdown(table: pd.DataFrame) -> str:
     """The table as markdown."""
     text = as_text(table)
-    rows = [[*text], ["---"] * len(text.columns), *text.to_numpy()]
-    return "\n".join(f"| {' | '.join(map(_in_cell, row))} |" for row in rows) + "\n"
+    return as_markdown([*text], text.to_numpy()) + "\n"
+
+
+def as_markdown(columns: Sequence[str], lines: Iterable[Iterable[str]]) -> str:
+    """Lines of cells under the names of their columns, without a line break at the end."""
+    rows = [columns, ["---"] * len(columns), *lines]
+    return "\n".join(f"| {' | '.join(map(_in_cell, row))} |" for row in rows)
 
 
 def as_json(table: pd.DataFrame) -> str:

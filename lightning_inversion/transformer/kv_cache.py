@@ -103,7 +103,7 @@ class RaggedCache:
         self.lengths = torch.zeros_like(self.lengths).index_copy_(0, self._rows, lengths)
 
     def clear(self) -> None:
-        """No token of any row is known."""
+        """Drop all keys and values: no token of any row is known."""
         self._stored = []
         self.lengths = torch.zeros_like(self.lengths)
 

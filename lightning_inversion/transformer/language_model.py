@@ -39,7 +39,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where ids have to be."""
+        """The device on which ids must be."""
         return self.embeddings.device
 
     @property

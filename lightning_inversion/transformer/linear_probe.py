@@ -101,11 +101,11 @@ class LinearProbe:
         enough = max(4096, 2 * transformer.feature_size)
         vocabulary = transformer.embedding.vocabulary_size
         singles = torch.randint(vocabulary, (enough, 1), generator=generator)
-        texts = torch.randint(vocabulary, (2 * enough // _LENGTH, _LENGTH), generator=generator)
+        sequences = torch.randint(vocabulary, (2 * enough // _LENGTH, _LENGTH), generator=generator)
         first = _regression(transformer, [singles], slice(0, None))
         if text is None:
             text = _as_frequent_as_in_text(vocabulary, 2 * enough, generator)
-        later = _regression(transformer, [texts, text], slice(1, None))
+        later = _regression(transformer, [sequences, text], slice(1, None))
         return cls(*(torch.stack(pair) for pair in zip(first, later, strict=True)))
 
 
@@ -119,7 +119,7 @@ def _as_frequent_as_in_text(vocabulary: int, tokens: int, generator: torch.Gener
 
 
 def _regression(
-    transformer: TruncatedTransformer, texts: list[Tensor], positions: slice
+    transformer: TruncatedTransformer, sequences: list[Tensor], positions: slice
 ) -> tuple[Tensor, ...]:
     """A probe's parts for one kind of position, from sums over chunks of tokens."""
     device = transformer.device
@@ -132,7 +132,7 @@ def _regression(
     variation = torch.zeros(D, D, dtype=torch.float64, device=device)
     chunks = (
         chunk
-        for ids in texts
+        for ids in sequences
         for chunk in torch.split(ids.to(device), max(1, TOKENS_AT_A_TIME // ids.shape[1]))
     )
     for chunk in chunks:

@@ -133,12 +133,12 @@ class TruncatedTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the vectors have to be."""
+        """The device on which vectors must be."""
         return self.embedding.matrix.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """The type that the model computes in."""
         return self.embedding.matrix.dtype
 
     @cached_property
