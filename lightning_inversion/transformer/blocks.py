@@ -62,7 +62,7 @@ def cut_blocks_(model: PreTrainedModel, kept: int) -> tuple[nn.Module, ...]:
 
 
 def repeat_first_block_(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """Put copies of the first block, with the same weights, in the place of the others."""
+    """Put copies of the first block, with the same weights, in place of the others."""
     found = find_blocks(model)
     first = found.blocks[0]
     blocks = nn.ModuleList([first, *(frozen_copy(first) for _ in found.blocks[1:])])

@@ -80,7 +80,7 @@ class TransformerSpec:
         residuals: keep the residual connections; attention alone is all three of these false.
         positions: own, first (every token at the first position) or none.
         causal: keep the causal mask; without it every token sees every other.
-        repeat_first: put the first block in the place of each.
+        repeat_first: put copies of the first block in place of the others.
         embedding: the model's own token embedding, or an untrained model's in its place.
         embedding_seed: seed of an untrained embedding.
     """

@@ -212,7 +212,7 @@ def sha256_of(file: Path) -> str:
 def convert_gguf(file: Path, folder: Path) -> None:
     """Write the model and tokenizer of `file` to `folder`, its weights dequantised to float32.
 
-    A tied head is stored once. `is_converted` tells later whether the folder is still whole.
+    A tied head is stored once. `is_converted` checks later whether the folder is still whole.
     """
     _log.info("Converting %s (once, about half a minute)", file.name)
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}

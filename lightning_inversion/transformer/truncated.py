@@ -110,7 +110,7 @@ class TruncatedTransformer(nn.Module):
             features: a slice of the features, 'start:stop'.
             final_norm: apply the model's final norm to the (last) features.
             surgery: parts of the blocks to switch off.
-            embedding: another token embedding in the place of the model's own.
+            embedding: another token embedding instead of the model's own.
 
         Raises:
             InputError: the depths or the slice do not fit the model.
