@@ -48,7 +48,8 @@ T = TypeVar("T")
 RANDOM_PROMPTS = 2
 _EVERY = 9
 """A random prompt follows every ninth natural one, so that a subset has its share of them."""
-_log = logging.getLogger(__name__)
+# Not __name__, which is __main__ where the module is run.
+_log = logging.getLogger("lightning_inversion.replication.policies")
 
 
 @dataclass(frozen=True)

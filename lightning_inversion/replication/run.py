@@ -31,7 +31,8 @@ from lightning_inversion.sweep.grid import Cell
 from lightning_inversion.sweep.run import Sweep, check, run_cells
 from lightning_inversion.transformer.loading import TransformerSpec
 
-_log = logging.getLogger(__name__)
+# Not __name__, which is __main__ where the module is run.
+_log = logging.getLogger("lightning_inversion.replication.run")
 KEPT = (
     "seed", "index", "prompt", "recovered", "token_accuracy", "exact", "top_k_accuracy",
     "distance_ratio", "criterion_met", "criterion_met_at", "verified", "iterations", "model",

@@ -2,6 +2,8 @@
 
 import json
 import re
+import runpy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -152,3 +154,12 @@ def test_a_config_that_describes_no_policy(
         wrong.write_text(text)
         assert main([f"--configs={CONFIGS}", f"--policies={wrong}", f"--out={tmp_path}"]) == 2
         assert capsys.readouterr().err.startswith("protocol: --policies: ")
+
+
+@pytest.mark.parametrize("name", ["policies", "run"])
+def test_messages_of_a_module_that_is_run_are_the_packages(name: str) -> None:
+    module = f"lightning_inversion.replication.{name}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # it is imported already
+        run = runpy.run_module(module, run_name="a_command")
+    assert run["_log"].name == module
