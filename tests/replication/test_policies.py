@@ -161,5 +161,5 @@ def test_messages_of_a_module_that_is_run_are_the_packages(name: str) -> None:
     module = f"lightning_inversion.replication.{name}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # it is imported already
-        run = runpy.run_module(module, run_name="a_command")
+        run = runpy.run_module(module, run_name="a_command", alter_sys=True)
     assert run["_log"].name == module
