@@ -1,6 +1,6 @@
 """The memory of a fit: predicted against measured.
 
-    python -m tests.benchmarks.scale
+python -m tests.benchmarks.scale
 """
 
 import argparse

@@ -56,8 +56,11 @@ FEW = VerifiedPrefix(every=2, candidates=2, max_candidates=2)
 
 @pytest.mark.parametrize(
     ("schedule", "stop"),
-    [(AllPositions(), True), (FEW, True), (FEW, False)],
-    ids=["all positions, stop", "verified prefix, stop", "verified prefix"],
+    [
+        pytest.param(AllPositions(), True, id="all positions, stop", marks=pytest.mark.integration),
+        pytest.param(FEW, True, id="verified prefix, stop"),
+        pytest.param(FEW, False, id="verified prefix", marks=pytest.mark.integration),
+    ],
 )
 @pytest.mark.usefixtures("shared_measurements")
 def test_in_any_order_they_leave_the_same_rows(

@@ -154,7 +154,7 @@ def of_prompts(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> l
     return rows_of(root)
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("kept", [pytest.param(True, marks=pytest.mark.integration), False])
 def test_a_fit_of_captured_targets_is_that_of_the_prompts(
     tiny_folder: Path, tmp_path: Path, of_prompts: list[dict], kept: bool
 ) -> None:
@@ -166,10 +166,16 @@ def test_a_fit_of_captured_targets_is_that_of_the_prompts(
         assert all(ours[key] is None for key in scores) is not kept
         for key in set(theirs) - unknown - {"seconds"}:
             assert ours[key] == theirs[key], key
-    if kept:
-        return
+
+
+@pytest.mark.integration  # three runs
+def test_a_fit_of_captured_targets_is_resumed_and_scored(
+    tiny_folder: Path, captured: Path, tmp_path: Path
+) -> None:
+    options = fit(tiny_folder, tmp_path / "a", f"--data.targets={captured}")
+    assert run(options) == 0
     before = rows_of(tmp_path / "a")
-    again = fit(tiny_folder, tmp_path / "a", f"--data.targets={path}", "--ckpt_path=last")
+    again = [*options, "--ckpt_path=last"]
     assert run(again) == 0
     assert rows_of(tmp_path / "a") == before
     assert run(["validate", *again[1:]]) == 0
@@ -224,6 +230,7 @@ def test_cheap_mismatches_come_before_the_model(
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.integration  # two captures and two runs
 def test_a_fit_verifies_what_a_coarse_capture_lets_it(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

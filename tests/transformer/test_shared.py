@@ -25,7 +25,13 @@ SPECS = [
 ]
 
 
-@pytest.mark.parametrize(("family", "weights"), [("llama", "trained"), ("gpt2", "untrained")])
+@pytest.mark.parametrize(
+    ("family", "weights"),
+    [
+        ("llama", "trained"),
+        pytest.param("gpt2", "untrained", marks=pytest.mark.integration),
+    ],
+)
 def test_a_cut_is_what_the_spec_loads(family: str, weights: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / family, family)
     specs = [TransformerSpec(model=str(folder), weights=weights, **more) for more in SPECS]

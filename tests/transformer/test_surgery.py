@@ -14,7 +14,7 @@ from lightning_inversion.transformer import Surgery, TransformerSpec, TruncatedT
 from lightning_inversion.transformer.prefix import KnownPrefix
 from lightning_inversion.transformer.surgery import FAMILIES as ROWS
 from lightning_inversion.transformer.surgery import family_of
-from tests.tiny import FAMILIES, shared_tiny_model, tiny_model
+from tests.tiny import FAMILIES, each, shared_tiny_model, tiny_model
 
 IDS = torch.tensor([[5, 9, 77, 120, 33], [4, 3, 2, 1, 6]])
 DISMANTLED = [family for family in FAMILIES if family not in {"bloom", "mpt"}]
@@ -46,7 +46,7 @@ def test_each_tiny_family_has_a_row() -> None:
     assert set(FAMILIES) == set(ROWS)
 
 
-@pytest.mark.parametrize("family", DISMANTLED)
+@each(DISMANTLED)
 def test_without_mlps(family: str) -> None:
     model = tiny_model(family)
     found = cut(model, 2, mlp=False)
@@ -58,7 +58,7 @@ def test_without_mlps(family: str) -> None:
     assert not close(found, hidden(tiny_model(family), 2))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each(FAMILIES)
 def test_without_norms(family: str) -> None:
     model = tiny_model(family)
     found = cut(model, 1, norms=False)
@@ -71,14 +71,14 @@ def test_without_norms(family: str) -> None:
     assert close(found, hidden(model, 1))
 
 
-@pytest.mark.parametrize("family", DISMANTLED)
+@each(DISMANTLED)
 def test_attention_alone_is_what_attention_adds(family: str) -> None:
     model = shared_tiny_model(family)
     alone = cut(model, mlp=False, residuals=False)
     assert close(alone + hidden(model, 0), cut(model, mlp=False))
 
 
-@pytest.mark.parametrize("family", DISMANTLED)
+@each(DISMANTLED)
 def test_without_residuals(family: str) -> None:
     model = tiny_model(family)
     found = cut(model, residuals=False)
@@ -113,7 +113,7 @@ def test_the_sources_self_attention_alone() -> None:
     assert close(found, x)
 
 
-@pytest.mark.parametrize("family", DISMANTLED)
+@each(DISMANTLED)
 def test_without_positions_order_before_a_token_is_nothing(family: str) -> None:
     """The last token's features do not change when the tokens before it are permuted."""
     model = shared_tiny_model(family)
@@ -131,7 +131,7 @@ def test_without_positions_order_before_a_token_is_nothing(family: str) -> None:
     assert not close(own.features_of(shuffled)[:, -1], own.features_of(IDS)[:, -1])
 
 
-@pytest.mark.parametrize("family", DISMANTLED)
+@each(DISMANTLED)
 def test_the_first_position_is_right_for_the_first_token(family: str) -> None:
     model = shared_tiny_model(family)
     assert close(cut(model, positions="first")[:, 0], cut(model)[:, 0])
@@ -148,7 +148,7 @@ def test_the_sources_first_position_in_gpt2() -> None:
     assert close(found, hidden(model, 1))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each(FAMILIES)
 def test_without_causality_every_token_sees_every_other(family: str) -> None:
     model = shared_tiny_model(family)
     if family in {"gpt_neo", "bloom"}:
