@@ -172,9 +172,8 @@ def test_a_run_leaves_all_that_is_promised(tiny_folder: Path, tmp_path: Path, ca
     assert str(folder / "results.jsonl") in output.replace("\n", "")
 
 
-@pytest.mark.parametrize(
-    "precision", ["bf16-true", pytest.param("bf16-mixed", marks=pytest.mark.integration)]
-)
+@pytest.mark.integration  # a whole run each
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_the_trainers_precision_is_what_the_model_computes_in(
     precision: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -213,10 +212,10 @@ def test_hparams_hold_real_values(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_finished_run_resumes_to_itself_and_is_scored(
-    tiny_folder: Path, tmp_path: Path, capsys
+    tiny_folder: Path, fitted: Path, tmp_path: Path, capsys
 ) -> None:
-    arguments = fit(tiny_folder, tmp_path, "--model.iterations=20")
-    assert run(arguments) == 0
+    shutil.copytree(fitted, tmp_path, dirs_exist_ok=True)
+    arguments = fit(tiny_folder, tmp_path, "--model.iterations=3", "--data.batch_size=1")
     before = rows_of(tmp_path)
     assert run([*arguments, "--ckpt_path=last"]) == 0
     assert rows_of(tmp_path) == before

@@ -200,6 +200,7 @@ def test_features_after_a_known_prefix(
     assert row["verified"]
 
 
+@pytest.mark.integration  # a whole run
 def test_predict_knows_no_prompt(tiny_folder: Path, captured: Path, tmp_path: Path) -> None:
     words = [
         "predict", f"--model.transformer.model={tiny_folder}", "--model.transformer.depth=2",
@@ -251,7 +252,7 @@ def test_a_capture_is_not_overwritten(tiny_folder: Path, captured: Path, capsys)
 
 
 @pytest.mark.parametrize("place", ["/proc/t.safetensors", f"{__file__}/t.safetensors"])
-def test_a_place_that_takes_no_file_is_refused_before_the_model_loads(
+def test_a_folder_that_takes_no_file_is_refused_before_the_model_loads(
     place: str, tiny_folder: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     monkeypatch.setattr(TransformerSpec, "load", lambda _: pytest.fail("the model was loaded"))

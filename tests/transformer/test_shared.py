@@ -58,9 +58,7 @@ def test_a_whole_model_serves_every_depth(tmp_path: Path) -> None:
     assert len(wholes) == 1
 
 
-def test_another_model_takes_the_place_of_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_model_replaces_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[tuple[str, int]] = []
     load_blocks = TransformerSpec.load_blocks
 

@@ -170,7 +170,7 @@ def test_without_causality_every_token_sees_every_other(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_the_first_block_in_the_place_of_each(family: str) -> None:
+def test_the_first_block_instead_of_each(family: str) -> None:
     model = tiny_model(family)
     found = cut(model, 3, repeat_first=True)
     blocks = blocks_of(model)
@@ -218,7 +218,7 @@ def test_gradients_reach_the_input_through_every_surgery(family: str) -> None:
 
 @pytest.mark.parametrize("option", ["mlp", "residuals"])
 @pytest.mark.parametrize("family", ["bloom", "mpt"])
-def test_families_that_cannot_do_without_say_why(family: str, option: str) -> None:
+def test_families_that_cannot_do_without_give_the_reason(family: str, option: str) -> None:
     with pytest.raises(InputError, match=rf"--model\.transformer\.{option}: .* because"):
         cut(shared_tiny_model(family), **{option: False})
 
@@ -243,7 +243,7 @@ def test_surgery_leaves_the_callers_model(tiny_folder: Path) -> None:
     assert torch.equal(hidden(model, 2), before)
 
 
-def test_an_untrained_embedding_in_the_place_of_the_own(tiny_folder: Path) -> None:
+def test_an_untrained_embedding_instead_of_the_own(tiny_folder: Path) -> None:
     spec = {"model": str(tiny_folder), "embedding": "untrained"}
     swapped = TransformerSpec(**spec, embedding_seed=3).load()  # type: ignore[arg-type]
     own = TransformerSpec(model=str(tiny_folder)).load()
