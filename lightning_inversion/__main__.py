@@ -5,19 +5,16 @@ Help and version answer before torch is imported, which takes seconds.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
 from lightning_inversion import __version__
-from lightning_inversion.errors import InputError, ProcessLostError
-from lightning_inversion.files import ended_by
+from lightning_inversion.cli.ending import exit_code
+from lightning_inversion.errors import InputError
 
-_LOG = logging.getLogger("lightning_inversion")
 _LIGHTNING = "cli.lightning"
 
 
@@ -81,22 +78,12 @@ def main(args: Sequence[str] | None = None) -> int:
     Args:
         args: the command line without the program's name; None for the process's own.
     """
-    with messages_on_stderr():
-        try:
-            return run(list(sys.argv[1:] if args is None else args))
-        except SystemExit as stop:  # of --help and --print_config
-            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        except BaseException as error:
-            ending = exit_of(error)
-            if ending is None:
-                raise
-            code, sentence = ending
-            _LOG.error("lightning-inversion: %s", sentence)
-            return code
+    command_line = list(sys.argv[1:] if args is None else args)
+    return exit_code("lightning-inversion", lambda: run(command_line))
 
 
 def run(args: list[str]) -> int:
-    """Run one command line; what went wrong is raised."""
+    """Run one command line; returns the exit code, and raises what goes wrong."""
     if not args or args[0] in {"-h", "--help"}:
         print(HELP, end="")
         return 0 if args else 2
@@ -118,39 +105,6 @@ def run(args: list[str]) -> int:
     getattr(command, f"add_{name}_arguments")(parser)
     code: int = getattr(command, f"run_{name}")(parser.parse_command(options))
     return code
-
-
-def exit_of(error: BaseException) -> tuple[int, str] | None:
-    """The exit code and the sentence for an exception; None for a fault of the program."""
-    if isinstance(error, InputError):
-        return 2, str(error)
-    if isinstance(error, ProcessLostError):
-        return 1, f"{error}; the run has ended."
-    if isinstance(error, KeyboardInterrupt):
-        return 1, "interrupted."
-    if isinstance(error, OSError) and (sentence := ended_by(error)) is not None:
-        return 1, sentence
-    return None
-
-
-class _ToStderr(logging.Handler):
-    """Plain lines to whatever stderr is at the time: a sweep redirects it for each cell."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
-
-
-@contextmanager
-def messages_on_stderr() -> Iterator[None]:
-    """Write the package's messages to stderr while the block runs."""
-    handler, level = _ToStderr(), _LOG.level
-    _LOG.addHandler(handler)
-    _LOG.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        _LOG.removeHandler(handler)
-        _LOG.setLevel(level)
 
 
 if __name__ == "__main__":

@@ -110,11 +110,11 @@ def decode(
         mask: ``[B, T]`` True at a token; the padding is not decoded, and its tokens are 0.
     """
     values = values.detach()[:first]
-    rows, length, channels = values.shape
+    rows, length, size = values.shape
     wanted = torch.arange(rows * length, device=values.device)
     if mask is not None:
         wanted = wanted[mask[:first].flatten()]
-    values = values.reshape(-1, channels)
+    values = values.reshape(-1, size)
     if disallowed is not None:
         disallowed = disallowed.to(values.device)
     # Made beforehand: pieces kept from each round would lie between the freed scores of earlier
@@ -123,10 +123,9 @@ def decode(
     ids = torch.zeros(rows * length, k, dtype=torch.long, device=values.device)
     scores = torch.zeros(rows * length, k, device=values.device)
     scored, which = wanted, torch.arange(len(wanted), device=values.device)
-    if channels == embedding.width and (disallowed is None or disallowed.dim() == 1):
-        which = first_of_equals(
-            values[wanted]
-        )  # a verified token has one vector wherever it stands
+    if size == embedding.width and (disallowed is None or disallowed.dim() == 1):
+        # A verified token has one vector, at whatever position.
+        which = first_of_equals(values[wanted])
         scored = wanted[torch.unique(which)]
     for some in torch.split(scored, embedding.at_a_time):
         chunk = values[some]

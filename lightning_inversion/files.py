@@ -37,7 +37,7 @@ def claimed(path: Path) -> Iterator[bool]:
 
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""No room is left."""
+"""Error numbers of a full disk, quota or file."""
 
 
 def check_writable(path: Path, option: str, folder: bool = False) -> None:
@@ -194,12 +194,12 @@ def append_records(path: Path, records: Sequence[Record]) -> None:
         OSError: the disk is full; what was there is whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = _lines(records)
+    text = _encoded(records)
     with _locked(path), path.open("ab+", buffering=0) as file:
         end = _end_of_whole_lines(file)
         file.truncate(end)
         try:
-            _write(file, text)
+            _write_synced(file, text)
         except OSError:
             file.truncate(end)
             raise
@@ -212,17 +212,17 @@ def sort_records(path: Path) -> list[Record]:
         if records:
             ordered = path.with_name(f"{path.name}.writing")
             with ordered.open("wb", buffering=0) as file:
-                _write(file, _lines(records))
+                _write_synced(file, _encoded(records))
             ordered.replace(path)
     return records
 
 
-def _lines(records: Sequence[Record]) -> bytes:
+def _encoded(records: Sequence[Record]) -> bytes:
     lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
     return "".join(lines).encode()
 
 
-def _write(file: BinaryIO, text: bytes) -> None:
+def _write_synced(file: BinaryIO, text: bytes) -> None:
     left = memoryview(text)
     while left:
         left = left[file.write(left) :]

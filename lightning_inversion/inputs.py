@@ -124,7 +124,8 @@ class ProbeInitializer(Initializer):
 
 
 class PromptInitializer(Initializer):
-    """s * N(0, 1) + t * e: the prompt's own values under noise, to ask how wide its basin is.
+    """s * N(0, 1) + t * e: the prompt's own values under noise, to measure how wide its basin of
+    attraction is.
 
     Args:
         noise: s, the size of the noise.
@@ -162,7 +163,7 @@ class LearnableInput(ABC):
         self.initializer = initializer
 
     @abstractmethod
-    def channels(self, embedding: TokenEmbedding) -> int:
+    def value_size(self, embedding: TokenEmbedding) -> int:
         """C, the size of one position's values."""
 
     @abstractmethod
@@ -184,7 +185,7 @@ class EmbeddingInput(LearnableInput):
     def __init__(self, initializer: Initializer | None = None) -> None:
         super().__init__(initializer or ProbeInitializer())
 
-    def channels(self, embedding: TokenEmbedding) -> int:
+    def value_size(self, embedding: TokenEmbedding) -> int:
         return embedding.width
 
     def encode(self, ids: Tensor, embedding: TokenEmbedding) -> Tensor:
@@ -214,7 +215,7 @@ class VocabularyInput(LearnableInput):
         super().__init__(initializer or NormalInitializer())
         self.target, self.one_hot_value = target, one_hot_value
 
-    def channels(self, embedding: TokenEmbedding) -> int:
+    def value_size(self, embedding: TokenEmbedding) -> int:
         return embedding.vocabulary_size
 
     def encode(self, ids: Tensor, embedding: TokenEmbedding) -> Tensor:

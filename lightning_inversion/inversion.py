@@ -170,7 +170,7 @@ class Inversion(nn.Module):
     @property
     def frozen(self) -> TruncatedTransformer:
         """The frozen transformer."""
-        assert self.transformer is not None, "configure_model has not run"
+        assert self.transformer is not None, "load has not run"
         return self.transformer
 
     @property
@@ -231,7 +231,7 @@ class Inversion(nn.Module):
 
     @torch.no_grad()
     def begin(self, batch: PromptBatch) -> None:
-        """Take up a batch with fresh values."""
+        """Begin a batch: compute its target, and draw its initial values."""
         own = None if batch.ids is None else self.learnable.encode(batch.ids, self.embedding)
         target = self._target(batch)
         given = InitializerInputs(self.embedding, target, self.probe, own)
@@ -241,7 +241,7 @@ class Inversion(nn.Module):
         self._fix_known_prefix()
 
     def resume(self, batch: PromptBatch) -> None:
-        """Take up the batch of a checkpoint, whose values are there, and compute its target."""
+        """Continue the batch of a checkpoint, whose values are restored; compute its target."""
         self.state.batch, self.state.target = batch, self._target(batch)
         self._prepare()
 
@@ -271,8 +271,8 @@ class Inversion(nn.Module):
     def noise(self, stream: str, batch: PromptBatch | None = None) -> Tensor:
         """Standard normal ``[B, T, C]``, each row's own; ``stream`` names its purpose."""
         batch = batch or self.state.batch
-        channels = self.learnable.channels(self.embedding)
-        noise = row_noise(self.seed, batch.index, batch.lengths, channels, stream)
+        size = self.learnable.value_size(self.embedding)
+        noise = row_noise(self.seed, batch.index, batch.lengths, size, stream)
         return noise.to(self.frozen.device)
 
     def generated(self) -> Tensor:

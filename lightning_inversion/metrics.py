@@ -27,7 +27,7 @@ def exact_match(decoded: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 def top_k_accuracy(ranked: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Share of each row's tokens among the k best, ``[B]``; ``ranked [B, T, k]``.
 
-    One minus this at k = 5 is the document's author's 'Hamming' metric (``hamming``).
+    One minus this at k = 5 is the 'Hamming' metric of the source's author (``hamming``).
     """
     return ((ranked == ids[..., None]).any(-1) & mask).sum(1) / mask.sum(1)
 
@@ -45,7 +45,7 @@ def row_distance(generated: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def distance_ratio(generated: Tensor, shifted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """||O(a_g) - O(a)||_1 / ||O(a') - O(a)||_1 of each row, ``[B]``; features ``[B, T, F]``.
 
-    The document's stopping criterion is this ratio below 1.
+    The source's stopping criterion is this ratio below 1.
     """
     return row_distance(generated, target, mask) / row_distance(shifted, target, mask)
 

@@ -105,7 +105,7 @@ class InputInversion(Inversion, LightningModule):
 
     @property
     def step(self) -> int:
-        """Where a metric stands in the logs: iterations so far, and one for each batch before."""
+        """The step of a metric in the logs: iterations so far, and one for each batch before."""
         return int(self.trainer.global_step + self.trainer.current_epoch)
 
     @property
@@ -132,11 +132,11 @@ class InputInversion(Inversion, LightningModule):
             elif self.state.target is None:
                 self.resume(batch)
             self.state.iteration = batch_idx
-            self._forget_momentum(self.schedule.before_iteration(self.state, self))
+            self._reset_momentum(self.schedule.before_iteration(self.state, self))
         return -1 if bool(self.state.stopped.all()) else None
 
-    def _forget_momentum(self, restarted: Tensor | None) -> None:
-        """The optimiser forgets positions ``[B, T]`` that start again."""
+    def _reset_momentum(self, restarted: Tensor | None) -> None:
+        """Clear the optimiser's moments at positions ``[B, T]`` that start again."""
         if restarted is None:
             return
         optimizer, values = self.trainer.optimizers[0], self.state.values
@@ -227,7 +227,7 @@ class InputInversion(Inversion, LightningModule):
     def _after_round(self, prompts: list[RecoveredPrompt]) -> None:
         for listener in self._round_listeners:
             listener(prompts)
-        # Lightning looks at a SIGTERM that has come between the batches of a fit alone.
+        # Lightning checks for a SIGTERM between the batches of a fit, and nowhere else.
         if self._trainer is not None and self.trainer.received_sigterm:
             raise SIGTERMException
 
@@ -248,7 +248,7 @@ class InputInversion(Inversion, LightningModule):
         return fitted
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Take up a stored input, which the results callback scores."""
+        """Restore a stored input, which ``ResultWriter`` scores."""
         if self.state.is_empty:
             raise InputError("--ckpt_path holds no input; name a checkpoint of a fit.")
         self.resume(self.state.batch.to(self.device))
@@ -280,7 +280,7 @@ class InputInversion(Inversion, LightningModule):
                 f"--ckpt_path is not used by {self.recovery.name}; leave it out, or choose "
                 "--model.recovery TokenRecovery."
             )
-        if values.shape[-1] != self.learnable.channels(self.embedding):
+        if values.shape[-1] != self.learnable.value_size(self.embedding):
             raise InputError(
                 "--ckpt_path holds an input of another model or kind; name a checkpoint of a fit "
                 "with the same --model.transformer and --model.learnable."

@@ -31,7 +31,7 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         by_row: a row's distance follows from the row alone, wherever it stands in the batch, and
-            from the positions in its mask alone.
+            only from the positions in its mask.
 
     Example:
         >>> class Huber(Objective):
@@ -45,7 +45,7 @@ class Objective(nn.Module, ABC):
     by_row = True
 
     def calibrate(self, probe: Callable[[], LinearProbe]) -> None:
-        """Learn what is needed of the frozen model; most objectives need nothing."""
+        """Take what is needed from the frozen model's probe; most objectives need nothing."""
 
     @abstractmethod
     def forward(self, generated: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -138,8 +138,8 @@ class CosineDistance(Objective):
 class Standardized(Objective):
     """Another objective on features in units of their std over random tokens.
 
-    Trained models have massive activations: a few channels hundreds of times larger than the rest,
-    which alone decide a plain distance. In units of its own std, every channel counts.
+    Trained models have massive activations: a few features hundreds of times larger than the rest,
+    which decide a plain distance. In units of its own std, every feature counts.
 
     Args:
         objective: the distance of the standardised features; default relative L2 plus cosine.
@@ -196,7 +196,7 @@ class WeightedSum(Objective):
         self.by_row = self.first.by_row and self.second.by_row
 
     def calibrate(self, probe: Callable[[], LinearProbe]) -> None:
-        """Both objectives learn what they need."""
+        """Calibrate both objectives."""
         self.first.calibrate(probe)
         self.second.calibrate(probe)
 
@@ -234,7 +234,7 @@ class Narrowed(Objective):
             )
 
     def calibrate(self, probe: Callable[[], LinearProbe]) -> None:
-        """The inner objective learns what it needs."""
+        """Calibrate the inner objective."""
         self.objective.calibrate(probe)
 
     def forward(self, generated: Tensor, target: Tensor, mask: Tensor) -> Tensor:

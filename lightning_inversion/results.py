@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,13 @@ from lightning_inversion.files import Record, append_records, read_records, sort
 SCHEMA = 4
 """Version of a row's keys."""
 FILE = "results.jsonl"
-"""The name of the file in a run's folder."""
+"""The rows of a run, in its folder."""
+FITTED = "config.yaml"
+"""The settings of a fit, in its run's folder."""
+PREDICTED = "predict.yaml"
+"""The settings of a predict, in its run's folder."""
+RECOVERED = 0.9
+"""The mean token accuracy from which a prompt counts as recovered."""
 
 
 def _setting(default: Any = None) -> Any:
@@ -147,7 +153,7 @@ class ResultRow:
     version_python: str | None = _version()
 
     def settings(self) -> dict[str, Any]:
-        """The fields that say which experiment the row belongs to."""
+        """The settings; rows with equal ones are results of one experiment."""
         return {name: getattr(self, name) for name in names("setting")}
 
     def to_record(self) -> Record:
@@ -159,7 +165,7 @@ class ResultRow:
         """The row of a record that was read.
 
         Raises:
-            ValueError: it is no row of this schema; says what is wrong.
+            ValueError: it is no row of this schema; the message completes "the row ...".
         """
         if not isinstance(record, dict):
             raise ValueError("is no JSON object")
@@ -238,3 +244,13 @@ def sort_rows(path: Path) -> list[ResultRow]:
     """Put the rows of a finished run in the order of the prompts, and return them."""
     sort_records(path)
     return read_rows(path)
+
+
+def critical_width(accuracies: Mapping[int, float]) -> int | None:
+    """The smallest width from which on every mean counts as recovered; None if there is none.
+
+    Args:
+        accuracies: the mean token accuracy of each number of features, in any order.
+    """
+    failed = max((width for width, mean in accuracies.items() if mean < RECOVERED), default=0)
+    return min((width for width in accuracies if width > failed), default=None)

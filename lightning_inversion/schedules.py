@@ -60,7 +60,7 @@ class Schedule(ABC):
         """Refuse prompts of up to ``longest`` tokens that so many iterations cannot finish.
 
         Raises:
-            InputError: says how many iterations are needed.
+            InputError: the iterations are too few; names the number that is needed.
         """
 
     def period(self, iterations: int) -> int:
@@ -72,8 +72,8 @@ class Schedule(ABC):
         """Fix tokens, stop rows and set the focus of the iteration that follows.
 
         Returns:
-            ``[B, T]`` bool, positions that start again, whose momentum the optimiser forgets; None
-            for none.
+            ``[B, T]`` bool, positions that start again, whose moments the optimiser clears;
+            None for none.
         """
 
     def after_batch(self, state: BatchState) -> None:  # noqa: B027
@@ -108,7 +108,7 @@ class LeftToRight(Schedule):
         self.iterations = iterations
 
     def check(self, experiment: Experiment) -> None:
-        """Positions that are isolated have no order."""
+        """Refuse isolated positions, which have no prefix to be fixed."""
         _check_not_isolated(self, experiment)
 
     def check_length(self, longest: int, iterations: int) -> None:
@@ -150,8 +150,8 @@ class VerifiedPrefix(Schedule):
     linear probe, corrected by those that failed, and, after the first iteration, in equal shares
     from the input.
 
-    Where right and wrong tokens cannot be told apart (targets with much noise), nothing is
-    verified: a message says so, and the input is optimised as a whole.
+    Where right and wrong tokens cannot be distinguished (targets with much noise), nothing is
+    verified: a warning is logged, and the input is optimised as a whole.
 
     Args:
         every: iterations between two rounds of candidates.

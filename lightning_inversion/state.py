@@ -15,7 +15,7 @@ _STORED = ("values", "fixed", "verified", "focus", "stopped_at", "criterion_met_
 
 
 class BatchState(nn.Module):
-    """Where each prompt of a batch stands.
+    """The values, fixed positions and stopped rows of a batch while it is optimised.
 
     A position moves as long as it is not fixed and its row has not stopped.
 
@@ -126,9 +126,9 @@ class BatchState(nn.Module):
 
     def to_checkpoint(self) -> dict[str, Any]:
         """Plain values and tensors on the CPU; the target is computed again."""
-        search = self.stored_search if self.search is None else self.search.state()
+        search = self.stored_search if self.search is None else self.search.to_checkpoint()
         return {
-            "batch": self.batch.state(),
+            "batch": self.batch.to_checkpoint(),
             "search": {name: tensor.cpu() for name, tensor in search.items()},
             **{name: getattr(self, name).detach().cpu() for name in _STORED},
         }
@@ -136,7 +136,7 @@ class BatchState(nn.Module):
     @classmethod
     def from_checkpoint(cls, stored: dict[str, Any], device: torch.device) -> BatchState:
         """The state of a checkpoint, without its target."""
-        batch = PromptBatch.of_state(stored["batch"]).to(device)
+        batch = PromptBatch.from_checkpoint(stored["batch"]).to(device)
         state = cls(batch, stored["values"].to(device))
         for name in _STORED[1:]:
             setattr(state, name, stored[name].to(device))

@@ -42,9 +42,9 @@ _SECONDS_BETWEEN_CHECKS = 1.0
 
 
 class _Launcher(_SubprocessScriptLauncher):
-    """Starts the other processes of this machine; a death among them is the strategy's to notice.
+    """Starts the other processes of this machine; the strategy detects when one dies.
 
-    Lightning's own observer would end the run by SIGKILL, without a word.
+    Lightning's own observer would end the run by SIGKILL, without a message.
 
     Attributes:
         command: what the others run; None for the program that this process was started with.
@@ -83,7 +83,7 @@ class IndependentPrompts(ParallelStrategy):
     Started by itself, by torchrun, or by SLURM. All processes must see the run's folder.
 
     Args:
-        timeout: seconds without a sign of life after which a process counts as lost.
+        timeout: seconds after which a silent a process counts as lost.
         options: those of every Lightning strategy.
     """
 
@@ -122,7 +122,7 @@ class IndependentPrompts(ParallelStrategy):
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     def setup_environment(self) -> None:
-        """Meet in the store."""
+        """Connect to the store that all processes share."""
         super().setup_environment()
         reset_seed()
         self.set_world_ranks()
@@ -147,7 +147,7 @@ class IndependentPrompts(ParallelStrategy):
     # -- batches -----------------------------------------------------------------------------
 
     def take(self, key: str) -> bool:
-        """True for the one process that asks first."""
+        """True for the first process that takes ``key``, False for the others."""
         assert self._store is not None
         return bool(self._store.add(f"taken/{key}", 1) == 1)
 
@@ -159,7 +159,7 @@ class IndependentPrompts(ParallelStrategy):
     # -- what Lightning asks of a strategy ---------------------------------------------------
 
     def barrier(self, name: str | None = None) -> None:
-        """Meet before the first batch and after the last; Lightning's other barriers are none.
+        """Wait for all processes before the first batch and after the last; do nothing elsewhere.
 
         Raises:
             ProcessLostError: one of them ended, or has been silent for ``timeout`` seconds.
@@ -219,7 +219,7 @@ class IndependentPrompts(ParallelStrategy):
     # -- the others --------------------------------------------------------------------------
 
     def check_processes(self) -> None:
-        """Show a sign of life, and look for a process of this machine that is lost.
+        """Record that this process is alive, and look for one of this machine that is lost.
 
         Raises:
             ProcessLostError: there is one, or the store is.
@@ -238,7 +238,7 @@ class IndependentPrompts(ParallelStrategy):
             raise ProcessLostError("the first process does not answer") from error
 
     def _wait(self, key: str) -> None:
-        """Until ``key`` is there, or a process is lost."""
+        """Wait until ``key`` is there, or a process is lost."""
         assert self._store is not None
         seen: dict[int, tuple[bytes, float]] = {}
         while not self._there(key):
@@ -291,7 +291,7 @@ def check_strategy(trainer: Trainer) -> None:
 
 
 def take(strategy: Strategy, key: str) -> bool:
-    """Whether this process is the one to run what ``key`` names; alone, it always is."""
+    """Whether this process is the one to run what ``key`` names; a single one always is."""
     return strategy.take(key) if isinstance(strategy, IndependentPrompts) else True
 
 

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from lightning_inversion import __main__ as entry
-from lightning_inversion.__main__ import COMMANDS, exit_of, messages_on_stderr
+from lightning_inversion.__main__ import COMMANDS
 from lightning_inversion.__main__ import main as run
+from lightning_inversion.cli.ending import exit_of, messages_on_stderr
 from lightning_inversion.errors import InputError, ProcessLostError
 
 

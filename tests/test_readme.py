@@ -104,4 +104,4 @@ def test_the_python_block_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
     exec(block, names)
     assert names["features"].shape == (1, 5, 576)
-    assert names["page"].startswith("<!DOCTYPE html>")
+    assert names["page"].startswith("<!doctype html>")

@@ -12,7 +12,7 @@ from lightning import Callback
 
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.callbacks.learning_rate import LinearLearningRate
-from lightning_inversion.callbacks.results import Results
+from lightning_inversion.callbacks.result_writer import ResultWriter
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.errors import InputError
@@ -166,7 +166,7 @@ def test_prompts_that_the_probe_reads_need_no_iteration(
     tiny_folder: Path, tiny_transformer: TruncatedTransformer, tmp_path: Path
 ) -> None:
     module, trainer = fit(
-        tiny_folder, tiny_transformer, tmp_path, StoppingCriterion(stop=False), Results(),
+        tiny_folder, tiny_transformer, tmp_path, StoppingCriterion(stop=False), ResultWriter(),
         schedule=VerifiedPrefix(),
     )  # fmt: skip
     assert trainer.global_step == 0
@@ -183,7 +183,7 @@ def test_tokens_are_verified_and_fixed_one_by_one(
     # No linear guess and few candidates: the tokens must come from rounds, restarts and growth.
     moves = Moves()
     module, trainer = fit(
-        tiny_folder, tiny_transformer, tmp_path, Results(), moves,
+        tiny_folder, tiny_transformer, tmp_path, ResultWriter(), moves,
         schedule=VerifiedPrefix(every=1, candidates=4, max_candidates=64),
         iterations=400, learnable=EmbeddingInput(NormalInitializer(0, 0.01)), optimizer=adam,
     )  # fmt: skip

@@ -107,7 +107,7 @@ def test_a_checkpoint_holds_all_but_what_can_be_computed(
     assert torch.equal(again.batch.ids, BATCH.ids)
     for name in ("values", "fixed", "verified", "focus", "stopped_at", "criterion_met_at", "ratio"):
         assert torch.equal(getattr(again, name), getattr(state, name)), name
-    for name, stored in state.search.state().items():
+    for name, stored in state.search.to_checkpoint().items():
         assert torch.equal(again.stored_search[name], stored), name
     # A search that no schedule has taken up yet is kept on.
     assert again.to_checkpoint()["search"].keys() == state.to_checkpoint()["search"].keys()

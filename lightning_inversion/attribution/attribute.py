@@ -20,19 +20,19 @@ from lightning_inversion.attribution.model import (
     Reader,
     check_gradients,
     describe,
-    longest_input,
     reader_of,
     undisturbed,
     whole_model,
 )
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.attribution.scores import Prediction, Query
+from lightning_inversion.data.texts import ModelLimits, tokenize
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.tokens import named_token, token_text, token_texts
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def attribute(
         Path("page.html").write_text(result.to_html(), encoding="utf-8")
     """
     choices, display = with_preset(preset, choices or Choices(), display or Display())
-    ids = encode(tokenizer, text, longest_input(whole_model(model).config))
+    ids = encode(tokenizer, text, whole_model(model).config)
     if choices.method_for(len(ids)) != "occlusion":
         check_gradients(model)
     with undisturbed(model):
@@ -115,25 +115,23 @@ def attribute(
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, longest: int | None, name: str = "The text"
+    tokenizer: PreTrainedTokenizerBase, text: str, config: PretrainedConfig, name: str = "The text"
 ) -> list[int]:
     """The tokens of a text, with those that the tokenizer adds.
 
     Args:
         tokenizer: of the model.
         text: what is attributed.
-        longest: the number of tokens that the model takes; None for any.
+        config: of the model, for its limits.
         name: of the text, for messages.
 
     Raises:
-        InputError: there is no token, or there are too many.
+        InputError: there is no token, or the model cannot run them.
     """
-    ids: list[int] = tokenizer(text)["input_ids"]
-    if not ids:
-        raise InputError(f"{name} is empty: give at least one token to attribute to.")
-    if longest is not None and len(ids) > longest:
-        raise InputError(f"{name} has {len(ids)} tokens, and the model takes {longest}; cut it.")
-    return ids
+    try:
+        return tokenize(text, tokenizer, ModelLimits.of(config), special_tokens=True)
+    except InputError as error:
+        raise InputError(f"{name} {error}") from error
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ class Replacement:
         )
 
     def vector(self, reader: Reader) -> Tensor:
-        """[D]."""
+        """The vector [D] that replaces a token's."""
         vector = reader.embed(torch.tensor([self.token or 0]))[0]
         return torch.zeros_like(vector) if self.token is None else vector
 
@@ -289,7 +287,7 @@ class _Attribution:
         _log.info("occlusion: %d forwards, in batches, each %s", count, extent)
         if clean.prefix is None and self.choices.depth is None:
             self._note(f"Forwards share no keys and values: {clean.why_plain}.")
-        with _progress(count) as advance:
+        with _occlusion_bar(count) as advance:
             return methods.occlusion(
                 self.task, self.replacement.vector(self.task.reader), clean, advance
             )
@@ -316,7 +314,7 @@ class _Attribution:
 
 
 @contextmanager
-def _progress(count: int) -> Iterator[Callable[[int], None]]:
+def _occlusion_bar(count: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr, where messages are shown."""
     columns = ("occlusion", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     hidden = not _log.isEnabledFor(logging.INFO)

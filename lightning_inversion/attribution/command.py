@@ -15,7 +15,6 @@ from rich.console import Console
 from lightning_inversion.attribution.attribute import Replacement, encode
 from lightning_inversion.attribution.config import Choices, Display, with_preset
 from lightning_inversion.attribution.many_texts import Request, RowFile, run_texts
-from lightning_inversion.attribution.model import longest_input
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.errors import InputError
@@ -80,7 +79,7 @@ def run_attribute(options: Namespace) -> int:
         ProcessLostError: one of several processes died.
     """
     choices, display = with_preset(
-        options.preset, _of_class(Choices, options), _of_class(Display, options)
+        options.preset, _options_of(Choices, options), _options_of(Display, options)
     )
     texts = _texts(options)
     _check_files(options)
@@ -93,7 +92,7 @@ def run_attribute(options: Namespace) -> int:
     for text in texts:
         result = request.result(model, tokenizer, text)
         if options.texts is None:
-            _write(result, options)
+            _write_result(result, options)
         else:
             print(result.to_json(indent=None), flush=True)
     return 0
@@ -111,7 +110,7 @@ def _run_file(request: Request, texts: Sequence[str], options: Namespace) -> int
     return 0
 
 
-def _of_class(kind: type[Any], options: Namespace) -> Any:
+def _options_of(kind: type[Any], options: Namespace) -> Any:
     return kind(**{field.name: options[field.name] for field in fields(kind)})
 
 
@@ -177,17 +176,17 @@ def _check_processes(options: Namespace) -> None:
 def _check_tokens(request: Request, texts: Sequence[str], file: Path | None) -> None:
     """Check what needs the model's tokenizer and configuration, and no weights."""
     tokenizer, choices = request.spec.load_tokenizer(), request.choices
-    longest = longest_input(request.spec.config())
+    config = request.spec.config()
     for option, name in (("token", choices.token), ("against", choices.against)):
         if name is not None:
             named_token(tokenizer, name, option)
     Replacement.named(tokenizer, choices.replacement)
     for number, text in enumerate(texts, start=1):
         name = "The text" if file is None else f"--texts {str(file)!r}, line {number}"
-        encode(tokenizer, text, longest, name)
+        encode(tokenizer, text, config, name)
 
 
-def _write(result: AttributionResult, options: Namespace) -> None:
+def _write_result(result: AttributionResult, options: Namespace) -> None:
     """Write the files that were asked for, and the coloured text to the terminal."""
     _write_text(options.out, result.to_html)
     _write_text(options.json, result.to_json)

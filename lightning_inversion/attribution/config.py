@@ -167,7 +167,7 @@ class Display:
     Args:
         normalise: max divides by the largest absolute score; minmax also moves the smallest to 0
             (the source's choice).
-        scale: linear; sqrt lifts small scores; rank shows their order alone.
+        scale: linear; sqrt lifts small scores; rank shows only their order.
         leave_out_last: do not colour the last token, which usually dominates, and do not let it set
             the scale.
         palette: heat: from the page's own colour to red, and to blue below 0; original: the
@@ -266,10 +266,10 @@ def _quoted(word: str) -> str:
     """`word` for a shell; one with hidden characters as $'...', with their code points."""
     if not any(unicodedata.category(character) in _HIDDEN for character in word):
         return shlex.quote(word)
-    return f"$'{''.join(_escaped(character) for character in word)}'"
+    return f"$'{''.join(_shell_escape(character) for character in word)}'"
 
 
-def _escaped(character: str) -> str:
+def _shell_escape(character: str) -> str:
     if character in "\\'":
         return f"\\{character}"
     if character == "\n":

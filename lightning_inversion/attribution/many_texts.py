@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 # A fork would share the threads and the CUDA context of this process, which torch forbids.
 _SPAWN = multiprocessing.get_context("spawn")
 _POLL_SECONDS = 0.2
-"""Between two looks at the texts that other processes have claimed."""
+"""Seconds between two checks of the texts that other processes have claimed."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class RowFile:
         settings: what the scores depend on beside the text.
 
     Attributes:
-        finished: the texts whose rows are known to be written.
+        finished: the texts that have their row.
 
     Raises:
         InputError: the file holds rows of another run.
@@ -217,7 +217,7 @@ def _run_in_processes(request: Request, rows: RowFile, count: int) -> None:
                 ours, theirs = _SPAWN.Pipe(duplex=False)
                 process = _SPAWN.Process(target=_work, args=(theirs, request, rows), daemon=True)
                 process.start()
-                theirs.close()  # the process alone has this end now, which closes when it ends
+                theirs.close()  # now only the process has this end, which closes when it ends
                 processes[ours] = process
         running = set(processes)
         while running:

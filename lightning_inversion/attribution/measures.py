@@ -135,7 +135,7 @@ class FeatureMeasure:
 
     @classmethod
     def seeded(cls, probes: int, size: int, seed: int, distance: Distance) -> FeatureMeasure:
-        """With directions of random signs; exact if `probes` is `size`, the features, or more."""
+        """A measure with random signs as directions; exact if there are `size` or more."""
         if probes >= size:
             return cls(torch.eye(size) * size**0.5, distance)
         generator = torch.Generator().manual_seed(seed)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 import lightning_inversion
@@ -95,7 +95,7 @@ class LogitReader(Reader):
         if not self._keeps_few:
             logits = self.model(inputs_embeds=embeds, **options).logits
             return logits[:, at].float()
-        # Positions, not a number of them: the states are then picked out contiguously, and the head
+        # Positions, not their number: the states are then picked out contiguously, and the head
         # is read once for all rows instead of once for each.
         copies = -(-_PRECISE_ROWS // (len(embeds) * len(at))) if embeds.requires_grad else 1
         kept = at.repeat(copies)
@@ -238,11 +238,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = mode
             for parameter in learning:
                 parameter.requires_grad_(True)
-
-
-def longest_input(config: PretrainedConfig) -> int | None:
-    """The number of tokens that a model takes; None where its configuration gives none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def whole_model(model: PreTrainedModel | TruncatedTransformer) -> PreTrainedModel:

@@ -75,12 +75,12 @@ def markdown_table(scores: Scores, display: Display) -> str:
     rows = zip(scores.tokens, scores.token_scores.tolist(), shown, strict=True)
     return "\n".join(
         [
-            f"{_cell(scores.target)}: {scores.quantity}, {_cell(scores.model['model'])}",
+            f"{_in_cell(scores.target)}: {scores.quantity}, {_in_cell(scores.model['model'])}",
             "",
             "| # | token | score | |",
             "| --- | --- | --- | --- |",
             *(
-                f"| {position} | {_cell(text)} | {score:.6g} | {'█' * round(_BAR * _size(size))} |"
+                f"| {position} | {_in_cell(text)} | {score:.6g} | {_bar(size)} |"
                 for position, (text, score, size) in enumerate(rows)
             ),
         ]
@@ -113,6 +113,10 @@ def legend_ends(scores: Scores, display: Display) -> tuple[str, str]:
     return (f"-{highest}" if minus else "0"), highest
 
 
+def _bar(strength: float) -> str:
+    return "█" * round(_BAR * _size(strength))
+
+
 def _size(strength: float) -> float:
     return -1.0 if math.isnan(strength) else abs(strength)
 
@@ -123,7 +127,7 @@ def _pixel(strength: float, display: Display) -> Colour:
     return Shade.of(strength, display.palette, LIGHT_PAGE).background
 
 
-def _cell(text: str) -> str:
+def _in_cell(text: str) -> str:
     """`text` as markdown shows it literally, in one cell."""
     plain = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "".join(f"\\{c}" if c in "\\`*_{}[]()#+-.!|~$" else c for c in plain)
@@ -167,14 +171,14 @@ def _content(scores: Scores, display: Display) -> dict[str, Any]:
         "map_rows": [_map_row(scores, row, display) for row in range(rows)],
         "most_map_tokens": MOST_MAP_TOKENS,
         "ends": legend_ends(scores, display),
-        "legend_light": _legend(scores, display, LIGHT_PAGE),
-        "legend_dark": _legend(scores, display, DARK_PAGE),
+        "legend_light": _legend_gradient(scores, display, LIGHT_PAGE),
+        "legend_dark": _legend_gradient(scores, display, DARK_PAGE),
         "text_file": TEXT_FILE if scores.command.endswith(f" - < {TEXT_FILE}") else "",
         "facts": _facts(scores, display),
     }
 
 
-def _parts(scores: Scores, token: int) -> dict[str, float]:
+def _parts_of(scores: Scores, token: int) -> dict[str, float]:
     """The parts of a token's score, where it has several; those of a map are in the JSON."""
     if len(scores.parts) == 1 or len(scores.queries) > 1:
         return {}
@@ -187,7 +191,7 @@ def _tile(
     """A stretch of text with its raw scores, and its colours: a band for each of its tokens."""
     text, titles = scores.tokens[tokens[0]], []
     for number, token in enumerate(tokens, 1):
-        parts = "".join(f", {name} {part:.4g}" for name, part in _parts(scores, token).items())
+        parts = "".join(f", {name} {part:.4g}" for name, part in _parts_of(scores, token).items())
         title = f"{one_line(text)}  #{token} id {scores.ids[token]}: "
         title += f"{float(scores.token_scores[token]):.4g}{parts}"
         titles.append(title + (f"  ({number} of {len(tokens)} tokens)" if len(tokens) > 1 else ""))
@@ -202,7 +206,7 @@ def _line(scores: Scores, token: int, strength: float, display: Display) -> dict
         "text": one_line(scores.tokens[token]) or "(continues)",
         "id": scores.ids[token],
         "score": f"{float(scores.token_scores[token]):.6g}",
-        "parts": [f"{part:.6g}" for part in _parts(scores, token).values()],
+        "parts": [f"{part:.6g}" for part in _parts_of(scores, token).values()],
         "style": _style([strength], display),
     }
 
@@ -249,7 +253,7 @@ def _bands(colours: Sequence[Colour]) -> str:
     return f"linear-gradient(90deg,{stops})"
 
 
-def _legend(scores: Scores, display: Display, page_colour: Colour) -> str:
+def _legend_gradient(scores: Scores, display: Display, page_colour: Colour) -> str:
     stops = legend_stops(display, scores.signed, page_colour)
     return f"linear-gradient(90deg,{','.join(map(hexadecimal, stops))})"
 

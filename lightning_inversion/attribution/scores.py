@@ -62,7 +62,7 @@ class Scores:
         model: name, type, dtype, device and versions.
         command: that gives the same result.
         forwards: rows that went through the model.
-        notes: fallbacks and limits that the reader has to know.
+        notes: fallbacks that were taken and limits that were met.
     """
 
     text: str
@@ -148,8 +148,8 @@ class Scores:
             "target": self.target,
             "signed": self.signed,
             "queries": [_finite(asdict(query)) for query in self.queries],
-            "scores": _numbers(self.scores),
-            "parts": {name: _numbers(part) for name, part in self.parts.items()},
+            "scores": _plain_numbers(self.scores),
+            "parts": {name: _plain_numbers(part) for name, part in self.parts.items()},
             "predictions": [_finite(asdict(prediction)) for prediction in self.predictions],
             "choices": asdict(self.choices),
             "replacement": self.replacement,
@@ -181,7 +181,7 @@ class Scores:
         ]
 
 
-def _numbers(scores: Tensor) -> list[list[float | None]]:
+def _plain_numbers(scores: Tensor) -> list[list[float | None]]:
     rows: list[list[float]] = scores.double().tolist()
     return [[x if math.isfinite(x) else None for x in row] for row in rows]
 

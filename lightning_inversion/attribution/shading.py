@@ -95,7 +95,7 @@ def _luminance(colour: Colour) -> float:
 
 
 def hexadecimal(colour: Colour) -> str:
-    """'#rrggbb'."""
+    """A colour as '#rrggbb'."""
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 

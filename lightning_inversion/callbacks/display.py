@@ -99,7 +99,7 @@ class RecoveryDisplay(LiveDisplay):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """A bar for the batch."""
+        """Show a bar for the batch."""
         self._batch = batch
         for task in self._bar.task_ids:
             self._bar.remove_task(task)

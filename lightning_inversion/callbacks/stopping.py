@@ -18,9 +18,9 @@ from lightning_inversion.module import InputInversion
 class StoppingCriterion(Callback):
     """Watches each row's distance ratio, and stops the row when it falls below the threshold.
 
-    Meeting the criterion says nothing about the tokens: a' is not a token, and its distance from a
-    is arbitrary beside the distance between tokens. Read it beside the token accuracy. Captured
-    targets without their prompts have no a': nothing is reported, and no row stops.
+    Meeting the criterion does not show that tokens are right: a' is not a token, and its distance
+    from a is arbitrary beside the distance between tokens. Read it beside the token accuracy.
+    Captured targets without their prompts have no a': nothing is reported, and no row stops.
 
     Args:
         perturbation: what makes a' of a; the source's is Gaussian with std 1/20.
@@ -86,7 +86,7 @@ class StoppingCriterion(Callback):
     ) -> None:
         """Judge the input whose features were just computed, before the step moves it.
 
-        Where an iteration runs a few positions of each row alone, whole rows are run for this every
+        Where an iteration runs only a few positions of each row, whole rows are run for this every
         ``log_every`` iterations.
         """
         assert isinstance(pl_module, InputInversion)

@@ -27,7 +27,7 @@ def mean(rows: list[ResultRow]) -> dict[str, float]:
     rows = [row for row in rows if row.recovered_ids]
     if not rows:
         return {}
-    averages = _right(rows)
+    averages = _accuracies(rows)
     averages["Verified"] = sum(row.verified for row in rows) / len(rows)
     for name, key in (("Iterations", "iterations"), ("DistanceRatio", "distance_ratio")):
         numbers = [getattr(row, key) for row in rows if getattr(row, key) is not None]
@@ -39,7 +39,7 @@ def mean(rows: list[ResultRow]) -> dict[str, float]:
     return averages
 
 
-def _right(rows: list[ResultRow]) -> dict[str, float]:
+def _accuracies(rows: list[ResultRow]) -> dict[str, float]:
     rows = [row for row in rows if row.ids]
     if not rows:
         return {}
@@ -48,16 +48,16 @@ def _right(rows: list[ResultRow]) -> dict[str, float]:
     top_k = MetricCollection([TopKAccuracy(), Hamming()], compute_groups=False)
     for start in range(0, len(rows), _AT_A_TIME):
         some = rows[start : start + _AT_A_TIME]
-        ids = _padded(some, "ids")
-        mask = _padded(some, "ids", padding=-1) >= 0
-        top_1.update(_padded(some, "recovered_ids"), ids, mask)
+        ids = _padded_column(some, "ids")
+        mask = _padded_column(some, "ids", padding=-1) >= 0
+        top_1.update(_padded_column(some, "recovered_ids"), ids, mask)
         if rows[0].top_k_ids:
-            top_k.update(_padded(some, "top_k_ids"), ids, mask)
+            top_k.update(_padded_column(some, "top_k_ids"), ids, mask)
     values = {**top_1.compute(), **(top_k.compute() if rows[0].top_k_ids else {})}
     return {name: float(value) for name, value in values.items()}
 
 
-def _padded(rows: list[ResultRow], key: str, padding: int = 0) -> Tensor:
+def _padded_column(rows: list[ResultRow], key: str, padding: int = 0) -> Tensor:
     return pad_sequence([torch.tensor(getattr(row, key)) for row in rows], True, padding)
 
 
@@ -87,7 +87,7 @@ def print_rows(rows: list[ResultRow]) -> None:
         table.add_row(
             str(row.index + 1),
             Text(row.recovered or "", style="green" if row.verified else "red"),
-            _of(row.token_accuracy, count),
+            _count_of(row.token_accuracy, count),
             f"{row.verified_tokens}/{count}",
             *spent,
         )
@@ -108,5 +108,5 @@ def print_rows(rows: list[ResultRow]) -> None:
     console.print(f"{right}verified {averages['Verified']:.3f} of {len(rows)} prompts")
 
 
-def _of(share: float | None, count: int) -> str:
+def _count_of(share: float | None, count: int) -> str:
     return "not known" if share is None else f"{round(share * count)}/{count}"

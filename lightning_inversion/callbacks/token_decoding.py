@@ -1,4 +1,4 @@
-"""The tokens as they emerge: a live table on a terminal, plain lines elsewhere, TensorBoard."""
+"""The tokens during a fit: a live table on a terminal, plain lines elsewhere, TensorBoard."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _EARLY = (0, 5, 10, 20)
 _SQUARE = 12
 """Pixels of a square's side."""
 _NEAR_TO_FAR = ((253, 231, 37), (94, 201, 98), (33, 145, 140), (59, 82, 139), (68, 1, 84))
-"""Colours of viridis, which colour-blind readers can tell apart."""
+"""Colours of viridis, which colour-blind readers can distinguish."""
 
 
 class TokenDecoding(LiveDisplay):
@@ -73,7 +73,7 @@ class TokenDecoding(LiveDisplay):
         self._open(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A bar for the epoch."""
+        """Show a bar for the epoch."""
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -95,7 +95,7 @@ class TokenDecoding(LiveDisplay):
             self._report(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Decode and show what the batch has come to, if its last iteration was not shown."""
+        """Decode and show the batch's final tokens, if its last iteration was not shown."""
         assert isinstance(pl_module, InputInversion)
         if not pl_module.state.is_empty and self._reported != pl_module.step:
             self._report(trainer, pl_module)
@@ -141,7 +141,7 @@ class TokenDecoding(LiveDisplay):
             _log.info("%s | %r", summary, texts[0].plain)
 
     def _tokens(self, module: InputInversion, top: TopTokens, row: int) -> Text:
-        """The best tokens of one prompt, coloured by what is known of them."""
+        """The best tokens of one prompt, coloured as in the class docstring."""
         length, ids = module.state.batch.lengths[row], module.state.batch.ids
         wrong = torch.zeros(length) if ids is None else top.best[row] != ids[row]
         text = Text()
@@ -178,18 +178,18 @@ class TokenDecoding(LiveDisplay):
     def _markdown(self, module: InputInversion, top: TopTokens, texts: list[str]) -> str:
         lines = ["| prompt | recovered |", "|---|---|"]
         lines += [
-            f"| {module.state.batch.index[row] + 1} | {_cell(text)} |"
+            f"| {module.state.batch.index[row] + 1} | {_in_cell(text)} |"
             for row, text in enumerate(texts)
         ]
         ranks = range(top.ids.shape[-1])
         lines += ["", f"| position | {' | '.join(f'top {rank + 1}' for rank in ranks)} |"]
         lines += ["|---" * (len(ranks) + 1) + "|"]
         for position, pieces in enumerate(zip(*self._ranks(module, top), strict=True)):
-            lines.append(f"| {position} | {' | '.join(map(_cell, pieces))} |")
+            lines.append(f"| {position} | {' | '.join(map(_in_cell, pieces))} |")
         return "\n".join(lines)
 
 
-def _cell(text: str) -> str:
+def _in_cell(text: str) -> str:
     return "" if not text else "`" + text.replace("|", "\\|").replace("`", "'") + "`"
 
 

@@ -18,13 +18,11 @@ from lightning_inversion import strategy
 from lightning_inversion.callbacks.checkpoint import RunCheckpoint
 from lightning_inversion.callbacks.display import RecoveryDisplay
 from lightning_inversion.callbacks.learning_rate import LinearLearningRate
-from lightning_inversion.callbacks.results import Results
+from lightning_inversion.callbacks.result_writer import ResultWriter
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.cli.parser import OneSentenceParser, input_error_behind
 from lightning_inversion.cli.resume import (
-    FITTED,
-    PREDICTED,
     check_continues,
     check_prompts,
     last_run,
@@ -43,9 +41,10 @@ from lightning_inversion.files import check_writable
 from lightning_inversion.module import InputInversion
 from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.recovery.token_recovery import TokenRecovery
+from lightning_inversion.results import FITTED, PREDICTED
 from lightning_inversion.transformer.shared import SharedModels
 
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 _PACKAGE = "lightning_inversion"
 _COMPARED = {"validate": ("transformer", "learnable", "objective"), "predict": ("transformer",)}
 """Commands that read a fit's input, and the parts of the model that must be the fit's."""
@@ -120,7 +119,7 @@ class InversionCLI(LightningCLI):
             )
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would look in a checkpoint for options, and a fit keeps none there."""
+        """Do nothing: Lightning would read options from a checkpoint, and a fit keeps none."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our callbacks under keys of their own, and each value written once."""
@@ -128,7 +127,7 @@ class InversionCLI(LightningCLI):
         parser.add_lightning_class_args(TokenDecoding, "decoding")
         parser.add_lightning_class_args(StoppingCriterion, "stopping")
         parser.add_lightning_class_args(RecoveryDisplay, "display")
-        parser.add_lightning_class_args(Results, "results")
+        parser.add_lightning_class_args(ResultWriter, "results")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.usage = f"lightning-inversion {self._args[0]} [--config FILE] [--key value ...]"
         parser.description = None  # Lightning's is of training
@@ -170,7 +169,7 @@ class InversionCLI(LightningCLI):
         checkpoint = run / "checkpoints" / "last.ckpt"
         if self.subcommand == "validate" and not checkpoint.exists():
             raise InputError(f"--ckpt_path last finds no checkpoint in {str(run)!r}; name one.")
-        # A predict continues from its rows alone.
+        # A predict continues from its rows; it has no checkpoint.
         config.ckpt_path = None if self.subcommand == "predict" else str(checkpoint)
         if self.subcommand != "validate":
             check_continues(run, settings, self.settings())
@@ -223,7 +222,7 @@ class InversionCLI(LightningCLI):
             else:
                 self.model.use(self.models.load(self.model.spec))
         config = self.config_init[self.subcommand]
-        if self._stored and self._stored.isdisjoint(enumerate(self.datamodule.texts)):
+        if self._stored and self._stored.isdisjoint(enumerate(self.datamodule.prompts)):
             self._report_unused(config.ckpt_path)
         if self.subcommand == "fit" and config.ckpt_path is not None:
             config.ckpt_path = unfinished_checkpoint(Path(config.ckpt_path), self.trainer)
@@ -231,22 +230,22 @@ class InversionCLI(LightningCLI):
     def _report_unused(self, checkpoint: str) -> None:
         """``validate`` scores the prompts of the checkpoint, whatever the data."""
         if self.subcommand == "predict" and strategy.rank_of(self.trainer) == 0:
-            _LOG.warning(
+            _log.warning(
                 "%s holds none of these prompts, and nothing is taken from it.", checkpoint
             )
 
     def before_fit(self) -> None:
         """Refuse the folder of a run with other prompts."""
         folder = self.trainer.log_dir or self.trainer.default_root_dir
-        check_prompts(Path(folder), self.datamodule.texts)
+        check_prompts(Path(folder), self.datamodule.prompts)
 
     before_predict = before_fit
 
     def after_fit(self) -> None:
         """Show what was recovered, by a run that had ended before as well."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Results) and self.trainer.is_global_zero:
-                callback.show(self.trainer)
+            if isinstance(callback, ResultWriter) and self.trainer.is_global_zero:
+                callback.show()
 
     after_predict = after_fit
 
@@ -269,7 +268,7 @@ def wrong_values(option: str = "", *also: type[Exception]) -> Iterator[None]:
     """Turn a library's refusal of the values of options into an `InputError`.
 
     Args:
-        option: to which the values belong, if it is known.
+        option: to which the values belong; '' where the error names it.
         also: errors that mean a wrong value here, beside ValueError and Lightning's own.
     """
     kinds: tuple[type[Exception], ...] = (ValueError, MisconfigurationException, *also)

@@ -50,7 +50,7 @@ class OneSentenceParser(ArgumentParser):
         return options
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the sentence."""
+        """Raise an `InputError` of one sentence."""
         ours = input_error_behind(ex)
         if ours is not None:
             sentence = str(ours)

@@ -13,17 +13,13 @@ from lightning import Trainer
 from lightning_inversion import strategy
 from lightning_inversion.callbacks.checkpoint import ENDED
 from lightning_inversion.errors import InputError
-from lightning_inversion.results import FILE, read_rows
+from lightning_inversion.results import FILE, FITTED, read_rows
 
-FITTED = "config.yaml"
-"""The settings of a fit, in its run's folder."""
-PREDICTED = "predict.yaml"
-"""The settings of a predict, in its run's folder."""
 RESUMING = ("ckpt_path", "default_root_dir", "logger", "devices", "num_nodes", "strategy")
 """Keys in which a run may differ from the one that it continues: they change no row."""
 HOW_IT_RUNS = ("device_map", "checkpointing", "compile")
 """Keys of model.transformer in which a fit and what reads its input may differ."""
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -101,7 +97,7 @@ def unfinished_checkpoint(path: Path, trainer: Trainer) -> str | None:
     A batch that has ended and whose rows are not on disk any more begins again: its input would be
     moved beyond what was asked for.
 
-    Checkpoints of processes that are no more are removed, and their batches begin again.
+    Checkpoints of processes beyond the present number are removed, and their batches begin again.
     """
     mine = strategy.checkpoint_of(str(path), strategy.rank_of(trainer))
     if strategy.rank_of(trainer) == 0:
@@ -117,7 +113,7 @@ def unfinished_checkpoint(path: Path, trainer: Trainer) -> str | None:
     except InputError:
         if not run_is_there:
             raise
-        _LOG.warning("%s is no whole checkpoint; its batch begins again.", mine)
+        _log.warning("%s is no whole checkpoint; its batch begins again.", mine)
         return None
     running = set(checkpoint.get("state", {}).get("batch", {}).get("index", ()))
     rows = {row.index for row in read_rows(path.parent.parent / FILE)}

@@ -97,7 +97,7 @@ class PromptBatch:
             captured.known_prefix,
         )
 
-    def state(self) -> dict[str, Any]:
+    def to_checkpoint(self) -> dict[str, Any]:
         """What a checkpoint holds of it: plain values and tensors on the CPU."""
         return {
             "index": list(self.index),
@@ -109,7 +109,7 @@ class PromptBatch:
         }
 
     @classmethod
-    def of_state(cls, stored: Mapping[str, Any]) -> PromptBatch:
+    def from_checkpoint(cls, stored: Mapping[str, Any]) -> PromptBatch:
         """The batch of a checkpoint."""
         return cls(
             tuple(stored["index"]), tuple(stored["prompts"]), stored["ids"], stored["mask"],
@@ -151,9 +151,9 @@ def pack(
             batches.append([])
             longest = lengths[unit[0]]
         batches[-1].extend(unit)
-    return [part for batch in batches for part in _parts(sorted(batch), rows)]
+    return [part for batch in batches for part in _split_rows(sorted(batch), rows)]
 
 
-def _parts(batch: list[int], rows: int | None) -> list[list[int]]:
+def _split_rows(batch: list[int], rows: int | None) -> list[list[int]]:
     size = rows or len(batch)
     return [batch[start : start + size] for start in range(0, len(batch), size)]

@@ -1,4 +1,4 @@
-"""`lightning-inversion capture`: prompts -> a file of their features alone."""
+"""`lightning-inversion capture`: prompts -> a file of their features."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def run_capture(options: Namespace) -> int:
     Raises:
         InputError: the options are wrong; before a model is loaded wherever that can be known.
     """
-    stored = _made(CaptureOptions, options)
+    stored = _options_of(CaptureOptions, options)
     try:
-        capture(stored, _made(TransformerSpec, options))
+        capture(stored, _options_of(TransformerSpec, options))
     except InputError as error:
         raise InputError(str(error).replace("--model.transformer.", "--")) from error
     print(stored.out)
@@ -183,5 +183,5 @@ def _added_before(
     return tuple(first[:added]) if same else ()
 
 
-def _made(kind: type[Any], options: Namespace) -> Any:
+def _options_of(kind: type[Any], options: Namespace) -> Any:
     return kind(**{field.name: options[field.name] for field in fields(kind)})

@@ -6,8 +6,8 @@ it can hold, in the words of ``model.transformer``::
 
     {"transformer": {"model": "gpt2", "depth": 8}}
 
-What it leaves out of ``transformer`` is not compared with the model, but for ``layers`` (the depth
-alone), ``features`` (all) and ``final_norm`` (false).
+What it leaves out of ``transformer`` is not compared with the model, but for ``layers`` (only the
+depth), ``features`` (all) and ``final_norm`` (false).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _wrong_types(record: Any) -> str | None:
         return f"is no JSON object; write {_LEAST}."
     types = get_type_hints(Manifest)
     if record.get("format", FORMAT) != FORMAT:
-        return f"has format {record['format']!r}, and {FORMAT} is known; capture it again."
+        return f"has format {record['format']!r}, and {FORMAT} is read; capture it again."
     for key, value in record.items():
         if key not in types:
             return f"has a key {key!r}; the keys are {', '.join(types)}."

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_inversion.inputs import VocabularyInput
+from lightning_inversion.recovery.search import CANDIDATES_OF_A_FORWARD
 from lightning_inversion.transformer.blocks import text_config
 from lightning_inversion.transformer.embedding import scored_at_a_time
+from lightning_inversion.transformer.linear_probe import TOKENS_AT_A_TIME as PROBE_TOKENS
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.untrained import count_block, llama_config
 
@@ -29,23 +31,21 @@ LLAMAS = {
     "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40},
     "30B": {"hidden_size": 6656, "intermediate_size": 17920, "num_hidden_layers": 60},
 }
-"""Their heads are of size 128."""
+"""Sizes of the Llama models; each attention head has size 128."""
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.56}
-"""Of one weight."""
+"""Bytes of one weight; int8 and nf4 are quantised."""
 _KEPT_COPIES = 6
-"""Of the input: values, gradient, two moments, the values before the step, the target."""
+"""Copies of the input: values, gradient, two moments, the values before the step, the target."""
 _OBJECTIVE_COPIES = 12
-"""Of the features in the objective's backward pass: both sides standardised, their difference, its
-square, the cosine's products and norms, and the gradients of these."""
-_PROBE_TOKENS = 1024
-"""Tokens that run together when the probe is fitted."""
+"""Copies of the features in the objective's backward pass: both sides standardised, their
+difference, its square, the cosine's products and norms, and the gradients of these."""
 _PROBE_MATRICES = 8
 """D x D in float64 at the end of that fit: three sums, copies for the solver and eigenvectors."""
 _DUPLICATE_BYTES = 256
-"""Of a token's digest, list and place in a dictionary, while equal embeddings are looked for."""
-_CANDIDATES, _CANDIDATES_OF_A_ROW = 4096, 512
-"""Run in one forward at most, over all rows and of one row."""
+"""Bytes of a token's digest, list and dictionary entry, while equal embeddings are looked for."""
+_CANDIDATES_OF_A_ROW = 512
+"""Candidates of one row in one forward at most, as the schedule and the policy have them."""
 _SCORES = 8
 """Tensors of scores while candidates are proposed: of three proposers, stacked, added, masked."""
 _PROMPT = 32
@@ -60,7 +60,7 @@ class Shape:
         vocabulary: V.
         width: D.
         blocks: how many are kept.
-        parameters: of one block.
+        parameters: the number of weights of one block.
         saved: floats a token that one block keeps for the backward pass.
     """
 
@@ -72,7 +72,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: PretrainedConfig, blocks: int | None) -> Shape:
-        """Of the model with this configuration, cut after ``blocks`` blocks (None: whole).
+        """The shape of a model of this configuration, cut after ``blocks`` blocks (None: whole).
 
         Raises:
             InputError: the model's code needs numbers to run.
@@ -102,9 +102,9 @@ def memory(
     shape: Shape,
     tokens: int,
     rows: int,
-    channels: int | None = None,
+    value_size: int | None = None,
     weights: str = "float32",
-    numbers: str = "float32",
+    dtype: str = "float32",
 ) -> Memory:
     """Bytes that a fit of one batch needs.
 
@@ -112,20 +112,20 @@ def memory(
         shape: of the model.
         tokens: of the batch, its padding counted.
         rows: prompts of the batch.
-        channels: numbers a position of the learnable input; None for an ``EmbeddingInput``.
+        value_size: numbers a position of the learnable input; None for an ``EmbeddingInput``.
         weights: type of a block's weights; int8 and nf4 are quantised.
-        numbers: type of an embedding's entry and of what a block computes.
+        dtype: type of an embedding's entry and of what a block computes.
     """
-    V, D, each = shape.vocabulary, shape.width, _BYTES[numbers]
+    V, D, each = shape.vocabulary, shape.width, _BYTES[dtype]
     # The probe's matrices, directions and shrinkages, two of each; and the coordinates of all
     # tokens along the directions that the proposer uses, for first and later positions.
     probe = 6 * 4.0 * D * D + 4.0 * V * D / 3
     loaded = V * D * each + shape.blocks * shape.parameters * _BYTES[weights] + probe
     of_a_block = shape.saved * each  # for a token
-    held = _KEPT_COPIES * tokens * (channels or D) * 4.0
+    held = _KEPT_COPIES * tokens * (value_size or D) * 4.0
 
     # A forward without gradients still holds what one block computes of its tokens.
-    probe_run = _PROBE_TOKENS * (of_a_block + 8.0 * 2 * D) + _PROBE_MATRICES * 8.0 * D * D
+    probe_run = PROBE_TOKENS * (of_a_block + 8.0 * 2 * D) + _PROBE_MATRICES * 8.0 * D * D
     calibration = held + max(probe_run, _DUPLICATE_BYTES * V)
 
     # A block's backward pass takes gradients about as large as what the block has kept.
@@ -135,7 +135,7 @@ def memory(
     at_a_time = scored_at_a_time(V)
     proposed = min(rows, at_a_time) * V * 4.0 * _SCORES
     decoded = min(tokens, at_a_time) * V * 4.0 * 2
-    candidates = min(_CANDIDATES, rows * _CANDIDATES_OF_A_ROW) * (of_a_block + 8 * D)
+    candidates = min(CANDIDATES_OF_A_FORWARD, rows * _CANDIDATES_OF_A_ROW) * (of_a_block + 8 * D)
     keys_and_values = 2.0 * tokens * shape.blocks * D * each
     search = held + 1.0 * rows * V + keys_and_values + max(proposed, decoded, candidates)
     return Memory(LIBRARIES, loaded, calibration, iteration, search)
@@ -150,11 +150,13 @@ def tokens_that_fit(spec: TransformerSpec, available: float, learnable: Any = No
         learnable: of the experiment; None for an ``EmbeddingInput``.
     """
     shape = Shape.of(spec.config(), max(spec.layers) if spec.layers else spec.depth)
-    channels = shape.vocabulary if isinstance(learnable, VocabularyInput) else shape.width
+    value_size = shape.vocabulary if isinstance(learnable, VocabularyInput) else shape.width
     for exponent in range(24, 0, -1):
         tokens = 1 << exponent
         rows = -(-tokens // _PROMPT)
-        needed = memory(shape, tokens, rows, channels, spec.quantization or spec.dtype, spec.dtype)
+        needed = memory(
+            shape, tokens, rows, value_size, spec.quantization or spec.dtype, spec.dtype
+        )
         if needed.total <= 0.9 * available:
             return tokens
     return 1

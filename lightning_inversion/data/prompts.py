@@ -18,7 +18,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.strategy import take
 from lightning_inversion.transformer.loading import TransformerSpec
 
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 EFFICIENT = 2048
 """Tokens of a batch beyond which a CPU gains nothing."""
@@ -44,15 +44,15 @@ class Iterations:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty."""
+        """Nothing: Lightning's loop keeps the position."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Ignore it."""
+        """Nothing was stored, so nothing is restored."""
 
 
 class Batches:
-    """A loader that gives each batch once, to whichever process asks first."""
+    """A loader that gives each batch once, to the process that takes it first."""
 
     def __init__(self, take: Callable[[], PromptBatch | None]) -> None:
         self.take = take
@@ -86,7 +86,7 @@ class PromptDataModule(LightningDataModule):
 
     Attributes:
         captured: the features that were read, and where they come from; None for prompts.
-        texts: the prompt of each row; None where it is not known.
+        prompts: the prompt of each row; None where it is not known.
         batches: all of them, the same in every process.
         bad: why a prompt cannot be run, by its number; the others are.
         finished: numbers of the prompts whose rows are on disk.
@@ -123,17 +123,17 @@ class PromptDataModule(LightningDataModule):
         if repeat < 1:
             raise InputError(f"--data.repeat must be at least 1, and is {repeat}.")
         self.captured = None if targets is None else Captured.read(Path(targets))
-        texts: Sequence[str | None]
+        given_prompts: Sequence[str | None]
         if self.captured is not None:
-            texts = self.captured.prompts or [None] * len(self.captured.targets)
+            given_prompts = self.captured.prompts or [None] * len(self.captured.targets)
         else:
             option = "--data.file" if file else "--data.prompts"
-            texts = read_prompts(Path(file), option) if file else list(prompts or ())
-            if not texts:
+            given_prompts = read_prompts(Path(file), option) if file else list(prompts or ())
+            if not given_prompts:
                 raise InputError("--data.prompts holds no prompt; give one or more.")
-            if not any(texts):
+            if not any(given_prompts):
                 raise InputError(f"{option}, prompt 1 is empty; give it a text.")
-        self.texts: list[str | None] = [text for text in texts for _ in range(repeat)]
+        self.prompts: list[str | None] = [one for one in given_prompts for _ in range(repeat)]
         self.repeat = repeat
         self.tokenizer, self.revision, self.special_tokens = tokenizer, revision, special_tokens
         self.tokens_per_batch, self.batch_size = tokens_per_batch, batch_size
@@ -165,7 +165,7 @@ class PromptDataModule(LightningDataModule):
                 raise InputError(f"{option}, prompt {number + 1} {reason}")
             if self.trainer is None or self.trainer.is_global_zero:
                 for index, reason in self.bad.items():
-                    _LOG.warning("prompt %d %s The others are run.", index + 1, reason)
+                    _log.warning("prompt %d %s The others are run.", index + 1, reason)
         self._next, self._mine, self._taken = 0, [], set()
         self._round += 1
         if self.trainer is not None:
@@ -175,14 +175,14 @@ class PromptDataModule(LightningDataModule):
         spec = TransformerSpec(model=self.tokenizer, revision=self.revision)
         tokenizer, limits = spec.load_tokenizer(), ModelLimits.of(spec.config())
         rows = []
-        for index, prompt in enumerate(self.texts):
+        for index, prompt in enumerate(self.prompts):
             assert prompt is not None
             try:
                 ids = tokenize(prompt, tokenizer, limits, self.special_tokens)
                 rows.append((index, prompt, ids))
             except InputError as error:
                 self.bad[index] = str(error)
-                self.texts[index] = prompt.encode(errors="replace").decode()  # can be written
+                self.prompts[index] = prompt.encode(errors="replace").decode()  # can be written
         groups = self._packed([len(ids) for _, _, ids in rows])
         return [PromptBatch.collate([rows[row] for row in group]) for group in groups]
 
@@ -190,7 +190,7 @@ class PromptDataModule(LightningDataModule):
         spec = TransformerSpec(model=self.tokenizer, revision=self.revision)
         limits = ModelLimits.of(spec.config())
         rows = []
-        for index in range(len(self.texts)):
+        for index in range(len(self.prompts)):
             number = index // self.repeat
             try:
                 limits.check_length(captured.lengths[number])
@@ -264,7 +264,7 @@ class PromptDataModule(LightningDataModule):
         batch, self.current = self.current, None
         if len(batch.index) == 1:
             self.bad[batch.index[0]] = (
-                "does not fit the memory alone; shorten it, or keep fewer blocks."
+                "does not fit the memory even by itself; shorten it, or keep fewer blocks."
             )
             return False
         halves = batch.halves()
@@ -289,7 +289,7 @@ class PromptDataModule(LightningDataModule):
     # -- checkpoints -------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Which rows are being run."""
+        """The rows that this process is running."""
         return {} if self.current is None else {"index": list(self.current.index)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ _OF_THE_WEIGHTS = (
     "model", "revision", "weights", "weights_seed", "embedding", "embedding_seed",
 )  # fmt: skip
 """Not compared where the hash of the weights is known."""
-_ROUNDING_ALONE = "attention"  # sdpa and eager compute the same
+_ROUNDING_ONLY = "attention"  # sdpa and eager compute the same
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Captured:
 
     @property
     def width(self) -> int:
-        """F."""
+        """F, the number of features of a position."""
         return int(self.targets[0].shape[1])
 
     def target(self, number: int) -> Tensor:
@@ -136,7 +136,7 @@ class Captured:
         """Read a file, and its manifest in it or beside it.
 
         Raises:
-            InputError: the file or its manifest cannot be used; says why, and the way out.
+            InputError: the file or its manifest cannot be used.
         """
         where = f"{OPTION} {str(path)!r}"
         tensors, metadata = _read_tensors(path, where)
@@ -157,7 +157,7 @@ class Captured:
             manifest.versions,
             path.name,
         )  # fmt: skip
-        _check_positions(captured, where)
+        _check_known_prefix(captured, where)
         _check_prompts(captured, where)
         return captured
 
@@ -166,7 +166,7 @@ class Captured:
     def check(self, description: dict[str, Any], width: int | None = None) -> None:
         """Refuse a model other than the one that made the features.
 
-        Where both sides know the hash of the weights, it decides, whatever the model's name; where
+        Where both sides have the hash of the weights, it decides, whatever the model's name; where
         only the file has one and the model is not loaded yet, names are not compared.
 
         Args:
@@ -178,7 +178,7 @@ class Captured:
             InputError: lists each difference, and the options that would remove it.
         """
         theirs = self.transformer
-        left_out = {_ROUNDING_ALONE, "depth"}  # the layers imply the depth
+        left_out = {_ROUNDING_ONLY, "depth"}  # the layers imply the depth
         if "weights_sha256" in theirs and (
             theirs["weights_sha256"] == description.get("weights_sha256", theirs["weights_sha256"])
         ):
@@ -293,7 +293,7 @@ def _refuse_unknown_prefix(what: str) -> NoReturn:
     )
 
 
-def _check_positions(captured: Captured, where: str) -> None:
+def _check_known_prefix(captured: Captured, where: str) -> None:
     first, known = captured.first_position, len(captured.known_prefix)
     if known < first:
         begins = f"{where} begins at position {first}, and {known} tokens before it are known"

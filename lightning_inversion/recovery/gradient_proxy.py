@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.proposals import Proposer
+from lightning_inversion.recovery.proposals import NEARNESS, Proposer
 from lightning_inversion.recovery.search import PrefixSearch, Proposals
 
 
@@ -40,7 +40,7 @@ class GradientProxy(Proposer):
         rounds_alone: int = 2,
         restart: int = 6,
         proxies: int = 8,
-        nearness: float = 0.15,
+        nearness: float = NEARNESS,
     ) -> None:
         if min(steps, rounds_alone, restart, proxies) < 1 or min(learning_rate, nearness) <= 0:
             raise InputError(
@@ -59,7 +59,7 @@ class DescendingProxies(Proposals):
     """The proxies of a batch.
 
     Attributes:
-        proxies: ``[B, P, D]``.
+        proxies: ``[B, P, D]`` the vectors of each row's proxies.
     """
 
     def __init__(self, search: PrefixSearch, settings: GradientProxy) -> None:
@@ -77,31 +77,31 @@ class DescendingProxies(Proposals):
         """Start the proxies of a new position, and move those of an old one by some steps."""
         for members, count in self._by_count(rows):
             rounds = self.search.rounds[members]
-            self._start_alone(members[rounds <= 1])
+            self._start_first(members[rounds <= 1])
             joined = rounds - 1 - self._settings.rounds_alone
             again = (joined >= 0) & (joined % self._settings.restart == 0)
-            self._start_together(members[again])
+            self._start_all(members[again])
             moving = members[rounds > 0]
             if len(moving):
                 for _ in range(self._settings.steps):
                     self._step(moving, count)
 
     def scores(self, rows: Tensor) -> Tensor:
-        """By the distance to the nearest proxy."""
+        """Log-likelihood by the distance to the nearest proxy."""
         scores = torch.empty(len(rows), self.search.tried.shape[1], device=rows.device)
-        alone = self._alone(rows)
-        for members, count in ((alone, 1), (~alone, self._settings.proxies)):
+        single = self._single(rows)
+        for members, count in ((single, 1), (~single, self._settings.proxies)):
             if members.any():
                 scores[members] = self._nearness(rows[members], count)
         return scores
 
-    def _alone(self, rows: Tensor) -> Tensor:
+    def _single(self, rows: Tensor) -> Tensor:
         return self.search.rounds[rows] <= self._settings.rounds_alone
 
     def _by_count(self, rows: Tensor) -> list[tuple[Tensor, int]]:
         """Rows with one proxy, and rows with all of them."""
-        alone = self._alone(rows)
-        groups = ((rows[alone], 1), (rows[~alone], self._settings.proxies))
+        single = self._single(rows)
+        groups = ((rows[single], 1), (rows[~single], self._settings.proxies))
         return [(members, count) for members, count in groups if len(members)]
 
     def _nearness(self, rows: Tensor, count: int) -> Tensor:
@@ -114,13 +114,13 @@ class DescendingProxies(Proposals):
             nearest = torch.maximum(nearest, near - near.amax(1, keepdim=True))
         return nearest * (2 * self._settings.nearness / embedding.std**2)
 
-    def _start_alone(self, rows: Tensor) -> None:
+    def _start_first(self, rows: Tensor) -> None:
         """The first proxy starts at the guess."""
         if len(rows):
             self.proxies[rows, 0] = self.search.guess(rows)
             self._reset(rows)
 
-    def _start_together(self, rows: Tensor) -> None:
+    def _start_all(self, rows: Tensor) -> None:
         """Half of the proxies start where a candidate came close, half at random tokens."""
         if not len(rows):
             return

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from lightning_inversion.recovery.verification import Measurements
 
+ALTERNATIVES = 5
+"""Candidates that are kept beside a token that is not verified."""
+
 
 @dataclass(frozen=True)
 class TokenCertificate:
-    """What is known of one recovered token.
+    """One recovered token, and what running it has shown.
 
     Attributes:
         id: the token.
@@ -26,7 +29,8 @@ class TokenCertificate:
         candidates: how many tokens were run at this position.
         proposer: which proposer named it.
         seconds: wall time spent at this position; prompts of one batch share their rounds.
-        duplicates: other tokens with the same embedding, which no hidden state can tell apart.
+        duplicates: other tokens with the same embedding, which no hidden state
+            distinguishes.
         alternatives: the best candidates of a token that is not verified, itself first.
     """
 
@@ -49,14 +53,14 @@ class TokenCertificate:
         return self.runner_up / self.threshold
 
     def replaced_by(self, other: int, residual: float) -> TokenCertificate:
-        """With another of its alternatives, which the rest of the prompt supports."""
+        """The certificate of another alternative, which the rest of the prompt supports."""
         others = tuple(token for token in self.alternatives if token != other)
         return replace(self, id=other, residual=residual, alternatives=(other, *others))
 
 
 @dataclass
 class RecoveredPrompt:
-    """One prompt, left to right.
+    """One recovered prompt.
 
     Attributes:
         tokens: one certificate a token, but for those that were given.

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.proposals import Proposer, mix_with_uniform
+from lightning_inversion.recovery.proposals import UNIFORM_SHARE, Proposer, mix_with_uniform
 from lightning_inversion.recovery.search import Candidates, PrefixSearch, Proposals
 from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.transformer.embedding import TokenEmbedding, best_tokens
 from lightning_inversion.transformer.linear_probe import LinearProbe
 
 _TEMPERATURES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.01, 0.003)
-_UNIFORM_SHARE = 0.05
-"""Share of the probability spread evenly, as in the language model's prior."""
 _ENOUGH = (13.0, 6.5)
 """How many times the bits that name a token the used directions carry: at position 0, where errors
 are farthest from Gaussian, and later."""
@@ -39,7 +37,7 @@ class ProbeProposer(Proposer):
 
     Errors are not Gaussian. The sum is scaled by the temperature that makes real tokens likeliest
     beside the language model's prior, measured on the model's own text, and a share of the
-    probability is spread over all tokens.
+    probability is given evenly to all tokens.
     """
 
     def begin(self, search: PrefixSearch) -> Proposals:
@@ -53,13 +51,13 @@ class _ByProbe(Proposals):
         self._best: Tensor | None = None
 
     def scores(self, rows: Tensor) -> Tensor:
-        """Of the linear guess, corrected by what was tried."""
+        """Log-likelihood given the linear guess, corrected by the candidates that failed."""
         likelihood = self._ranking.likelihood(self.search.guess(rows), self.search.positions(rows))
         scaled = self._ranking.temperature * likelihood
-        return mix_with_uniform(scaled.log_softmax(-1), _UNIFORM_SHARE)
+        return mix_with_uniform(scaled.log_softmax(-1), UNIFORM_SHARE)
 
     def ahead(self, rows: Tensor, width: int, count: int) -> Candidates:
-        """Of the linear guess at each position, which depends on no other position's token."""
+        """The best tokens for the linear guess at each position; it depends on no other token."""
         if self._best is None:
             self._best = self._best_everywhere()
         last = self.search.target.shape[1] - 1
@@ -142,7 +140,7 @@ class ProbeRanking:
             right = one[0, 1:, None]
             for number, temperature in enumerate(_TEMPERATURES):
                 chance = (temperature * likelihood).log_softmax(-1)
-                mixed = prior + mix_with_uniform(chance, _UNIFORM_SHARE)
+                mixed = prior + mix_with_uniform(chance, UNIFORM_SHARE)
                 right_is = mixed.gather(1, right)[:, 0] - mixed.logsumexp(-1)
                 chances[number] += float(right_is.sum())
         return _TEMPERATURES[chances.index(max(chances))]
@@ -154,8 +152,8 @@ class _ProjectedVocabulary:
 
     Attributes:
         embedding: the model's.
-        mean: ``[D]``.
-        directions: ``[D, R]``.
+        mean: ``[D]`` the mean embedding.
+        directions: ``[D, R]`` the R directions that are used.
         half_squares: ``[V]`` half the squared norm of the mean guess for each token.
         tokens: ``[V, R + 1]`` each token's coordinates and minus its half square, so that one
             product gives the scores; None where that would not be much smaller than the embedding,
@@ -170,7 +168,7 @@ class _ProjectedVocabulary:
 
     @classmethod
     def of(cls, probe: LinearProbe, kind: int, embedding: TokenEmbedding) -> _ProjectedVocabulary:
-        """For position 0 (``kind`` 0) or later ones (1)."""
+        """Project the vocabulary for position 0 (``kind`` 0) or for later ones (1)."""
         bits = (probe.signal[kind].clamp_min(1.0).log2() / 2).cumsum(0)
         enough = int((bits < _ENOUGH[kind] * math.log2(embedding.vocabulary_size)).sum()) + 1
         mean, directions = probe.bias[kind], probe.directions[kind, :, :enough].contiguous()

@@ -30,6 +30,8 @@ from lightning_inversion.transformer.language_model import Continuations
 _log = logging.getLogger(__name__)
 NEARNESS = 0.15
 """Weight of the squared distance to a token, in std of the embedding, in its log-likelihood."""
+UNIFORM_SHARE = 0.05
+"""Share of the probability that is spread evenly over the vocabulary, so that none is 0."""
 
 
 class Proposer(ABC):
@@ -58,7 +60,7 @@ class Proposer(ABC):
 
 
 def mix_with_uniform(log_probabilities: Tensor, share: float) -> Tensor:
-    """Log-probabilities ``[R, V]`` with a share of the probability spread evenly.
+    """Log-probabilities ``[R, V]`` with a share of the probability given evenly to all tokens.
 
     Args:
         log_probabilities: normalised.
@@ -93,12 +95,12 @@ class LanguageModelPrior(Proposer):
 
     Args:
         uniform_share: the share of the probability that is spread evenly over the vocabulary, so
-            that a prompt which the model finds absurd can be recovered too.
+            that a prompt which the model finds unlikely can be recovered too.
     """
 
     needs_language_model = True
 
-    def __init__(self, uniform_share: float = 0.05) -> None:
+    def __init__(self, uniform_share: float = UNIFORM_SHARE) -> None:
         if not 0 < uniform_share < 1:
             raise InputError(
                 f"--model.recovery: uniform_share must lie between 0 and 1, and is {uniform_share}."
@@ -156,7 +158,7 @@ class NearestToInput(Proposals):
         return self._nearness(self.vectors[rows, self.search.positions(rows)])
 
     def ahead(self, rows: Tensor, width: int, count: int) -> Candidates | None:
-        """Where each of the prompts has vectors: a prompt has all of them or none."""
+        """The nearest tokens, where each of the prompts has vectors; a prompt has all or none."""
         last = self.vectors.shape[1] - 1
         positions = self.search.positions(rows)[:, None] + torch.arange(width, device=rows.device)
         vectors = self.vectors[rows[:, None], positions.clamp(max=last)]
@@ -209,7 +211,7 @@ class FirstTokenFeatures:
     """
 
     DIRECTIONS = 64
-    """Enough to tell tokens apart, and small."""
+    """Enough directions to distinguish tokens."""
     AT_A_TIME = 1024
     FILE = "first_tokens.safetensors"
 
@@ -294,7 +296,7 @@ class Mixture(Proposer):
 
 
 class MixedProposals(Proposals):
-    """A mixture at work; see ``Mixture``.
+    """The proposals of several proposers together for one batch; see ``Mixture``.
 
     Args:
         search: of the batch.
@@ -326,7 +328,7 @@ class MixedProposals(Proposals):
             part.take_back(rows)
 
     def ahead(self, rows: Tensor, width: int, count: int) -> Candidates | None:
-        """Those of the first part that has some."""
+        """The candidates of the first part that has some for several positions."""
         found = (part.ahead(rows, width, count) for part in self.parts)
         return next((candidates for candidates in found if candidates is not None), None)
 
@@ -334,7 +336,7 @@ class MixedProposals(Proposals):
         return torch.stack([part.scores(rows) for part in self._ready(rows)]).sum(0)
 
     def propose(self, rows: Tensor, count: int) -> Candidates:
-        """Most by the sum, the rest by each part alone."""
+        """The best tokens by the sum, then each part's own best."""
         ready = self._ready(rows)
         scores = [part.scores(rows) for part in ready]
         tried = self.search.tried[rows]

@@ -23,7 +23,7 @@ _KEPT = 16
 _STORED = ("tried", "count", "rounds", "reach", "_errors", "_closest", "_corrected")
 _FARTHEST = 64
 """The most positions that are run together, and the number for a new prompt."""
-_CANDIDATES_OF_A_FORWARD = 4096
+CANDIDATES_OF_A_FORWARD = 4096
 """Candidates of one forward over all rows, which bounds the memory."""
 
 
@@ -146,14 +146,14 @@ class PrefixSearch:
         self._closest = torch.zeros(B, _KEPT, embedding.width, device=device)
         self._corrected = torch.zeros_like(self._closest)
 
-    def state(self) -> dict[str, Tensor]:
+    def to_checkpoint(self) -> dict[str, Tensor]:
         """What a checkpoint holds, beside the tokens found, to continue from here."""
         return {name: getattr(self, name) for name in _STORED}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Continue from ``state``."""
+    def restore(self, stored: dict[str, Tensor]) -> None:
+        """Continue from what a checkpoint holds."""
         for name in _STORED:
-            setattr(self, name, state[name].to(self.target.device))
+            setattr(self, name, stored[name].to(self.target.device))
 
     # -- where a row stands ------------------------------------------------------------------
 
@@ -232,7 +232,7 @@ class PrefixSearch:
                 proposals.update(members)
                 proposed = self._proposed(proposals, members, size, widest, at_least)
                 ids = proposed.ids.view(len(members), -1, len(proposed.proposers))
-                at_a_time = max(1, _CANDIDATES_OF_A_FORWARD // ids[0].numel())
+                at_a_time = max(1, CANDIDATES_OF_A_FORWARD // ids[0].numel())
                 for part in torch.split(torch.arange(len(members), device=rows.device), at_a_time):
                     trials = self._run(members[part], ids[part], remaining[some[part]])
                     for trial in trials:
@@ -318,11 +318,11 @@ class PrefixSearch:
         # Only rows that stay need a record of what was tried: most move on with their first token.
         self.tried[rows[wrong, None], ids[wrong]] = True
         self.count[rows[wrong]] = count[wrong]
-        self._learn(rows[wrong], ids[wrong], features[wrong])
+        self._keep_evidence(rows[wrong], ids[wrong], features[wrong])
         best = ids.gather(1, chosen[:, None])[:, 0]
         return Trial(rows, ids, residuals, threshold, best, verified, count), chosen
 
-    def _learn(self, rows: Tensor, ids: Tensor, features: Tensor) -> None:
+    def _keep_evidence(self, rows: Tensor, ids: Tensor, features: Tensor) -> None:
         """Keep what wrong tokens ``[R, K]`` with features ``[R, K, F]`` show of the right one."""
         if not len(rows):
             return

@@ -10,12 +10,16 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy, TokenCertificate
+from lightning_inversion.recovery.policy import (
+    ALTERNATIVES,
+    RecoveredPrompt,
+    RecoveryPolicy,
+    TokenCertificate,
+)
 from lightning_inversion.recovery.verification import Measurements
 
 _RESET_EVERY = 50
 _FIRST_RATE, _LAST_RATE = 1.0, 0.01
-_ALTERNATIVES = 5
 
 
 class SIPIT(RecoveryPolicy):
@@ -121,7 +125,7 @@ class _Position:
         self.prompt.forwards += 2
         self.residual = float(self.calibration.residual(features, self.target, self.position))
         self.tried.append(self.candidate)
-        self.best = sorted([*self.best, (self.residual, self.candidate)])[: 1 + _ALTERNATIVES]
+        self.best = sorted([*self.best, (self.residual, self.candidate)])[: 1 + ALTERNATIVES]
         if self._accepts(features):
             self.accepted = True
             return

@@ -15,7 +15,12 @@ from torch import Tensor
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.gradient_proxy import GradientProxy
-from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy, TokenCertificate
+from lightning_inversion.recovery.policy import (
+    ALTERNATIVES,
+    RecoveredPrompt,
+    RecoveryPolicy,
+    TokenCertificate,
+)
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.proposals import (
     FirstTokenScan,
@@ -28,7 +33,6 @@ from lightning_inversion.recovery.proposals import (
 from lightning_inversion.recovery.search import PrefixSearch, Proposals, Trial
 from lightning_inversion.recovery.verification import Measurements
 
-_ALTERNATIVES = 5
 _AT_LEAST = 2
 """Candidates of a position at least, so that a certificate can name a runner-up."""
 _ENOUGH_TO_DOUBT = 256
@@ -79,7 +83,7 @@ class TokenRecovery(RecoveryPolicy):
 
     @property
     def name(self) -> str:
-        """With the proposer of its candidates."""
+        """The name of the policy, with that of its proposer."""
         return f"TokenRecovery({self.proposer.name})"
 
     def recover(
@@ -129,7 +133,7 @@ class _Batch:
         self.plausible = _PlausibleTokens(B)
         self.began = time.monotonic()
         self.spent = [0.0] * B
-        shape = (B, 1 + _ALTERNATIVES)
+        shape = (B, 1 + ALTERNATIVES)
         self.best_ids = torch.zeros(shape, dtype=torch.long, device=device)
         self.best_residuals = torch.full(shape, torch.inf, device=device)
         self.best_proposers = torch.zeros(shape, dtype=torch.long, device=device)
@@ -158,7 +162,7 @@ class _Batch:
         return (self.search.prefix.lengths < self.totals).nonzero()[:, 0]
 
     def round(self, rows: Tensor) -> None:
-        """One round for rows ``[R]``."""
+        """Run one round of candidates for ``rows`` [R], at position 0 by ``first``."""
         at_start = self.search.positions(rows) == 0
         if at_start.any():
             assert self.first is not None

@@ -41,7 +41,7 @@ class Calibration:
     Attributes:
         std: ``[2, F]`` std of each feature.
         threshold: ``[2]`` the residual up to which a token is verified; 0 where right and wrong
-            tokens cannot be told apart.
+            tokens cannot be distinguished.
         plausible: ``[2]`` the residual up to which a token may be right.
         right: ``[2]`` the largest residual of a right token.
         wrong: ``[2]`` the smallest residual of a wrong one, its 15 nearest embeddings included.
@@ -114,7 +114,7 @@ class Calibration:
             positions = torch.full(candidates.shape, position, device=ids.device)
             residuals = measured.residual(features, target[:, position, None], positions)
             right[kind] = torch.maximum(right[kind], residuals[:, 0].max())
-            # A duplicate of the right token is not wrong: nothing can tell the two apart.
+            # A duplicate of the right token is not wrong: nothing distinguishes the two.
             same = first_duplicate[candidates[:, 1:]] == first_duplicate[candidates[:, :1]]
             nearest = residuals[:, 1:].masked_fill(same, torch.inf).min()
             wrong[kind] = torch.minimum(wrong[kind], nearest)
@@ -163,7 +163,7 @@ class Derived(Protocol):
 
     @classmethod
     def of(cls, measurements: Measurements) -> Any:
-        """Compute it."""
+        """Compute the value from the measurements of a model."""
 
 
 D = TypeVar("D", bound=Derived)
@@ -202,7 +202,7 @@ class Measurements:
         language_model: LanguageModel | None = None,
         channel: Channel | None = None,
     ) -> Measurements:
-        """Everything for a model; the text it writes is kept in the cache folder.
+        """Measure everything for a model; the text it writes is kept in the cache folder.
 
         Args:
             transformer: the frozen model.

@@ -12,17 +12,18 @@ import yaml
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import Record
+from lightning_inversion.results import RECOVERED
 
 Outcome = Literal["recovered", "partly", "not recovered"]
-RECOVERED, PARTLY = 0.9, 0.5
-"""Mean token accuracies from which a prompt counts as recovered, and as partly recovered."""
+PARTLY = 0.5
+"""The mean token accuracy from which a prompt counts as partly recovered."""
 SEEDS = (0, 1)
 """Each experiment runs once with each."""
 EXPERIMENTS, RESULTS = "experiments.yaml", "results.jsonl"
 
 
 def outcome_of(token_accuracy: float) -> Outcome:
-    """Name a mean token accuracy."""
+    """The outcome that a mean token accuracy counts as."""
     if token_accuracy >= RECOVERED:
         return "recovered"
     return "partly" if token_accuracy >= PARTLY else "not recovered"
@@ -34,7 +35,7 @@ def fingerprint_of(settings: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class SourceExperiment:
     """One experiment of the source, or a control beside it.
 
     Attributes:
@@ -79,18 +80,18 @@ class Experiment:
         return _ranges(self.overrides)
 
 
-def read_experiments(folder: Path) -> list[Experiment]:
+def read_experiments(folder: Path) -> list[SourceExperiment]:
     """The experiments of ``folder``, in order.
 
     Raises:
         InputError: a key is unknown or missing, or two experiments have one name.
     """
     path = folder / EXPERIMENTS
-    experiments: list[Experiment] = []
+    experiments: list[SourceExperiment] = []
     for section, entries in yaml.safe_load(path.read_text(encoding="utf-8"))["sections"].items():
         for entry in entries:
             try:
-                experiments.append(Experiment(section=section, **entry))
+                experiments.append(SourceExperiment(section=section, **entry))
             except TypeError as error:
                 raise InputError(f"{path}, {entry.get('name')}: {error}.") from error
     names = [experiment.name for experiment in experiments]

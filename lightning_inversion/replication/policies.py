@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,14 +27,15 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 import lightning_inversion
+from lightning_inversion.cli.ending import exit_code
 from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import Record, append_records, read_records
 from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy
 from lightning_inversion.recovery.proposals import FirstTokenFeatures
 from lightning_inversion.recovery.verification import Measurements
-from lightning_inversion.replication import log_to_stderr
 from lightning_inversion.replication.claims import fingerprint_of
+from lightning_inversion.replication.tables import BASELINE, PROTOCOL
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -45,13 +45,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-BASELINE = "recommended"
-"""The policy to which all others are compared."""
-RESULTS = "protocol.jsonl"
 RANDOM_PROMPTS = 2
 _EVERY = 9
 """A random prompt follows every ninth natural one, so that a subset has its share of them."""
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -208,14 +205,14 @@ def run_depth(
     _, scanning = _timed(lambda: FirstTokenFeatures.of(measurements))
     # The least of three: the first also warms up, and the others may be disturbed.
     forward = min(_timed(lambda: transformer.features_of(ids))[1] for _ in range(3))
-    _LOG.info(
+    _log.info(
         "depth %d: calibration and linear probe %.1f s, scan %.1f s, one forward %.2f s",
         transformer.depth, calibrating, scanning, forward,
     )  # fmt: skip
     for policy in policies:
         is_baseline = policy.name == BASELINE and len(policies) > 1
         row = run_policy(policy.build(), measurements, ids, None if is_baseline else cap)
-        _LOG.info(
+        _log.info(
             "depth %d, %s: %d/%d right, %d verified, %d falsely, %.1f s%s",
             transformer.depth, policy.name, row["right"], row["tokens"], row["verified"],
             row["falsely_verified"], row["seconds"], " (stopped)" if row["capped"] else "",
@@ -247,7 +244,7 @@ def run_protocol(options: argparse.Namespace) -> None:
     for depth in options.depths:  # before anything slow begins
         TransformerSpec(model=options.model, depth=depth).check()
 
-    results = options.out / RESULTS
+    results = options.out / PROTOCOL
     rows = read_records(results)
     shared = {"model": options.model, "prompts": options.prompts, "length": options.length}
     missing = {
@@ -257,7 +254,7 @@ def run_protocol(options: argparse.Namespace) -> None:
         for depth in options.depths
     }
     if not any(missing.values()):
-        _LOG.info("every policy has its rows in %s", results)
+        _log.info("every policy has its rows in %s", results)
         return
     model, tokenizer = TransformerSpec(model=options.model).load_causal_lm()
     weight = model.get_input_embeddings().weight
@@ -303,15 +300,9 @@ def main(arguments: list[str] | None = None) -> int:
     add("--cap", type=float, help="seconds for a policy beside the recommended one")
     add("--configs", type=Path, default=configs, help="folder of the policies' files")
     add("--file", type=Path, help="the natural prompts; prompts.jsonl of --configs if left out")
-    add("--out", type=Path, default=configs, help=f"folder of the results, {RESULTS}")
+    add("--out", type=Path, default=configs, help=f"folder of the results, {PROTOCOL}")
     options = parser.parse_args(arguments)
-    log_to_stderr()
-    try:
-        run_protocol(options)
-    except InputError as error:
-        print(f"protocol: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("protocol", lambda: run_protocol(options))
 
 
 if __name__ == "__main__":

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_inversion.errors import InputError
+from lightning_inversion.cli.ending import exit_code
 from lightning_inversion.files import Record
-from lightning_inversion.replication import log_to_stderr
 from lightning_inversion.replication.claims import (
     RESULTS,
     SEEDS,
-    Experiment,
+    SourceExperiment,
     fingerprint_of,
     read_experiments,
     read_results,
@@ -32,6 +31,7 @@ from lightning_inversion.sweep.grid import Cell
 from lightning_inversion.sweep.run import Sweep, check, run_cells
 from lightning_inversion.transformer.loading import TransformerSpec
 
+_log = logging.getLogger(__name__)
 KEPT = (
     "seed", "index", "prompt", "recovered", "token_accuracy", "exact", "top_k_accuracy",
     "distance_ratio", "criterion_met", "criterion_met_at", "verified", "iterations", "model",
@@ -45,7 +45,7 @@ QUIET = (
 """Options of every run: tokens are decoded at the end only."""
 
 
-def cell_of(experiment: Experiment, folder: Path, seed: int) -> Cell:
+def cell_of(experiment: SourceExperiment, folder: Path, seed: int) -> Cell:
     """One run of an experiment."""
     arguments = [*experiment.arguments(folder), f"--seed_everything={seed}", *QUIET]
     name = f"{experiment.name}-{seed}"
@@ -53,7 +53,7 @@ def cell_of(experiment: Experiment, folder: Path, seed: int) -> Cell:
 
 
 def run_experiments(
-    experiments: Sequence[Experiment], folder: Path, runs: Path, processes: int
+    experiments: Sequence[SourceExperiment], folder: Path, runs: Path, processes: int
 ) -> int:
     """Run experiments and keep the rows of those that succeed; returns the exit code.
 
@@ -86,7 +86,7 @@ def run_experiments(
     return code
 
 
-def trimmed(row: ResultRow, experiment: Experiment, folder: Path) -> Record:
+def trimmed(row: ResultRow, experiment: SourceExperiment, folder: Path) -> Record:
     """What is kept of a row: ``KEPT``, and
 
     - ``anywhere``: the share of the prompt's tokens that were decoded at any position;
@@ -146,29 +146,30 @@ def main(arguments: list[str] | None = None) -> int:
     add("--configs", type=Path, default=Path("configs/original"), help="of experiments.yaml")
     add("--runs", type=Path, default=Path("lightning_logs/original"), help="folder for the runs")
     options = parser.parse_args(arguments)
-    log_to_stderr()
+    return exit_code("replication", lambda: run_or_show(options))
+
+
+def run_or_show(options: argparse.Namespace) -> int:
+    """Run the experiments that have no results, or print their commands; returns the exit code.
+
+    Raises:
+        InputError: ``experiments.yaml`` or an option in it is wrong.
+    """
     folder = options.configs
-    try:
-        experiments = [
-            one
-            for one in read_experiments(folder)
-            if one.name.startswith(tuple(options.names) or "")
-        ]
-        if options.show:
-            for one in experiments:
-                command = ["lightning-inversion", "fit", *one.arguments(folder)]
-                for seed in SEEDS:
-                    print(shlex.join([*command, f"--seed_everything={seed}"]))
-            return 0
-        results = read_results(folder)
-        missing = [one for one in experiments if one.run and not results[one.name]]
-        if not missing:
-            print("every experiment has its results", file=sys.stderr)
-            return 0
-        return run_experiments(missing, folder, options.runs, options.processes)
-    except InputError as error:
-        print(f"replication: {error}", file=sys.stderr)
-        return 2
+    chosen = tuple(options.names) or ""
+    experiments = [one for one in read_experiments(folder) if one.name.startswith(chosen)]
+    if options.show:
+        for one in experiments:
+            command = ["lightning-inversion", "fit", *one.arguments(folder)]
+            for seed in SEEDS:
+                print(shlex.join([*command, f"--seed_everything={seed}"]))
+        return 0
+    results = read_results(folder)
+    missing = [one for one in experiments if one.run and not results[one.name]]
+    if not missing:
+        _log.info("every experiment has its results")
+        return 0
+    return run_experiments(missing, folder, options.runs, options.processes)
 
 
 if __name__ == "__main__":

@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import mean
 
+from lightning_inversion.cli.ending import exit_code
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import Record, read_records
 from lightning_inversion.replication.claims import (
-    RECOVERED,
-    Experiment,
+    SourceExperiment,
     outcome_of,
     read_experiments,
     read_results,
 )
+from lightning_inversion.report.tables import as_markdown
+from lightning_inversion.results import critical_width
 
 BASELINE = "recommended"
 """The recovery policy to which all others are compared."""
+PROTOCOL = "protocol.jsonl"
+"""The rows of the recovery policies, in ``configs/recovery``."""
 
 
 def fill(page: str, tables: dict[str, str]) -> str:
@@ -46,13 +49,6 @@ def fill(page: str, tables: dict[str, str]) -> str:
     )
 
 
-def table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    rows = [columns, ["---"] * len(columns), *lines]
-    escaped = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows)
-    return "\n".join(f"| {row} |" for row in escaped)
-
-
 # -- the source's experiments ----------------------------------------------------------------
 
 _EXPERIMENT_COLUMNS = (
@@ -71,20 +67,20 @@ def experiment_tables(folder: Path) -> dict[str, str]:
         curves = {one.name: curve(results[one.name]) for one in experiments}
         shown = {name: points for name, points in curves.items() if len(points) > 1}
         tables[section] = "\n\n".join(
-            [table(_EXPERIMENT_COLUMNS, lines), *([_curves(shown)] if shown else [])]
+            [as_markdown(_EXPERIMENT_COLUMNS, lines), *([_curves(shown)] if shown else [])]
         )
     return tables
 
 
-def _experiment_line(experiment: Experiment, rows: list[Record]) -> list[str]:
+def _experiment_line(experiment: SourceExperiment, rows: list[Record]) -> list[str]:
     claim = experiment.claim
     if experiment.source_model:
         claim += f" *{experiment.source_model}*"
     base = f"[{experiment.base}]({experiment.base}.yaml)"
-    return [experiment.name, base, claim, *_numbers(rows), verdict(experiment, rows)]
+    return [experiment.name, base, claim, *_measured_cells(rows), verdict(experiment, rows)]
 
 
-def _numbers(rows: list[Record]) -> list[str]:
+def _measured_cells(rows: list[Record]) -> list[str]:
     if not rows:
         return [""] * 7
     first = rows[0]
@@ -100,7 +96,7 @@ def _numbers(rows: list[Record]) -> list[str]:
     ]
 
 
-def verdict(experiment: Experiment, rows: list[Record]) -> str:
+def verdict(experiment: SourceExperiment, rows: list[Record]) -> str:
     """``agrees`` or ``differs``, or why neither."""
     ours = outcome_of(mean(row["token_accuracy"] for row in rows)) if rows else None
     if experiment.needs_source_model:
@@ -109,7 +105,7 @@ def verdict(experiment: Experiment, rows: list[Record]) -> str:
     if ours is None:
         return "not run yet"
     if experiment.ranges:
-        width = critical_width(curve(rows))
+        width = width_of(curve(rows))
         return f"{'no width recovers' if width is None else f'from {width} features on'}; see below"
     if experiment.outcome is None:
         return ours
@@ -125,11 +121,10 @@ def curve(rows: list[Record]) -> dict[str, float]:
     return {name: mean(values) for name, values in by_range.items()}
 
 
-def critical_width(points: dict[str, float]) -> int | None:
-    """The width from which on every ``0:k`` is recovered; None where the widest is not."""
+def width_of(points: dict[str, float]) -> int | None:
+    """The critical width among the ranges ``0:k``; None where the widest is not recovered."""
     widths = {int(name[2:]): value for name, value in points.items() if name.startswith("0:")}
-    failed = max((width for width, value in widths.items() if value < RECOVERED), default=0)
-    return min((width for width in widths if width > failed), default=None)
+    return critical_width(widths)
 
 
 def _curves(curves: dict[str, dict[str, float]]) -> str:
@@ -138,7 +133,7 @@ def _curves(curves: dict[str, dict[str, float]]) -> str:
     lines = [
         [f"[{name}]", *(f"{points[name]:.2f}" for points in curves.values())] for name in ranges
     ]
-    return table(["features", *curves], lines)
+    return as_markdown(["features", *curves], lines)
 
 
 # -- recovery policies -----------------------------------------------------------------------
@@ -172,7 +167,7 @@ def policy_tables(rows: list[Record]) -> str:
             f"Once for the model and the depth: calibration and linear probe {calibrating:.1f} s, "
             f"position 0's scan {scanning:.1f} s (made, or read from the cache). "
             f"One forward over all prompts: {forward:.2f} s.",
-            table(_POLICY_COLUMNS, lines),
+            as_markdown(_POLICY_COLUMNS, lines),
         ]
     return "\n\n".join(parts)
 
@@ -225,9 +220,7 @@ def pages(configs: Path) -> dict[Path, str]:
     original, recovery = configs / "original", configs / "recovery"
     tables = {
         original / "RESULTS.md": experiment_tables(original),
-        recovery / "README.md": {
-            "policies": policy_tables(read_records(recovery / "protocol.jsonl"))
-        },
+        recovery / "README.md": {"policies": policy_tables(read_records(recovery / PROTOCOL))},
     }
     return {path: fill(path.read_text("utf-8"), tables) for path, tables in tables.items()}
 
@@ -239,10 +232,15 @@ def main(arguments: list[str] | None = None) -> int:
         description="Write the tables of original/RESULTS.md and recovery/README.md.",
     )
     parser.add_argument("--configs", type=Path, default=Path("configs"))
-    for path, page in pages(parser.parse_args(arguments).configs).items():
+    options = parser.parse_args(arguments)
+    return exit_code("tables", lambda: write_pages(options.configs))
+
+
+def write_pages(configs: Path) -> None:
+    """Write the pages, and print their paths; see ``pages``."""
+    for path, page in pages(configs).items():
         path.write_text(page, encoding="utf-8")
         print(path)
-    return 0
 
 
 if __name__ == "__main__":

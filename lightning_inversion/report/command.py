@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
     from lightning_inversion.report.load import Loaded
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Gather the results of any number of runs: a table (markdown, CSV, JSON), figures (PNG, SVG) and one
-self-contained page of HTML. Reads files alone; what is no result is named and skipped."""
+self-contained page of HTML. Reads only files; what is no result is named and skipped."""
 EXAMPLES = """\
 examples
   lightning-inversion report lightning_logs
@@ -62,7 +62,7 @@ def run_report(options: Namespace) -> int:
     check_writable(out, "--out", folder=True)
     loaded = load_results(options.runs)
     for path, reason in loaded.skipped:
-        logger.warning("Skipped %s: %s", visible(str(path)), visible(reason))
+        _log.warning("Skipped %s: %s", visible(str(path)), visible(reason))
     paths = write_files(loaded, out, options.title, options.max_prompts)
     print((out / "table.md").read_text(encoding="utf-8"))
     for path in paths:

@@ -1,4 +1,4 @@
-"""Results -> figures, as PNG and SVG, in colours that the colour-blind can tell apart.
+"""Results -> figures, as PNG and SVG, in colours that the colour-blind can distinguish.
 
 Figures are made without pyplot: no window system is asked for, and no state is shared.
 """
@@ -23,9 +23,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from lightning_inversion.report.load import CURVES, Loaded, load_curves
 from lightning_inversion.report.tables import interval, labels_of, means_of_prompts
+from lightning_inversion.results import RECOVERED, critical_width
 
-RECOVERED = 0.9
-"""The share of tokens from which a prompt counts as recovered."""
 MAX_LINES = 7
 """Lines of a figure; the others are in the table."""
 MAX_MARKERS = 12
@@ -110,10 +109,10 @@ def _figures(loaded: Loaded) -> Iterator[RenderedFigure]:
 def numeric_settings(settings: pd.DataFrame) -> list[str]:
     """Settings with two or more numbers among their values, the depth and the width aside."""
     others = settings.drop(columns=["depth", "features"], errors="ignore")
-    return [name for name in others if others[name].map(_number).nunique() > 1]
+    return [name for name in others if others[name].map(_as_number).nunique() > 1]
 
 
-def _number(value: Any) -> float:
+def _as_number(value: Any) -> float:
     """A number as itself, k of the features '0:k'; NaN for what has no position on an axis."""
     if isinstance(value, str) and value.startswith("0:") and value[2:].isdigit():
         return float(value[2:])
@@ -130,23 +129,13 @@ def points_along(loaded: Loaded, setting: str) -> tuple[pd.DataFrame, pd.Series]
     """
     if setting not in loaded.settings:
         return pd.DataFrame({"line": [], "x": []}), pd.Series()
-    x = loaded.settings[setting].map(_number).astype(float).dropna()
+    x = loaded.settings[setting].map(_as_number).astype(float).dropna()
     others = loaded.settings.loc[x.index].drop(columns=setting)
     line = others.groupby([*others], dropna=False, sort=False).ngroup()
     labels = labels_of(others.groupby(line, sort=False).head(1).set_axis(line.unique()))
     results = loaded.results[loaded.results["experiment"].isin(x.index)]
     results = results.assign(x=results["experiment"].map(x), line=results["experiment"].map(line))
     return means_of_prompts(results, ["line", "x"]).reset_index(), labels
-
-
-def critical_width(means: pd.Series) -> float | None:
-    """The smallest width from which on every mean counts as recovered; None if there is none.
-
-    Args:
-        means: of token accuracy, by ascending width.
-    """
-    enough = (means[::-1] >= RECOVERED).cummin()
-    return float(enough[enough].index[-1]) if enough.any() else None
 
 
 def _along(
@@ -165,17 +154,17 @@ def _along(
     canvas = Figure(figsize=(3.4 * len(panels) + 0.4, 3.2), layout="constrained")
     for number, (measure, panel) in enumerate(panels, start=1):
         axes = canvas.add_subplot(1, len(panels), number)
-        _lines(axes, panel, labels, y=measure, x="x", errorbar=interval)
+        _draw_lines(axes, panel, labels, y=measure, x="x", errorbar=interval)
         axes.set(title=_PANELS[measure], xlabel=axis, ylabel="", ylim=(-_MARGIN, 1 + _MARGIN))
         if setting in ("depth", "features"):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if setting == "features" and measure == "token_accuracy":
             _critical_widths(axes, panel)
-    _legend(canvas, labels)
+    _draw_legend(canvas, labels)
     yield _rendered(name, title, canvas)
 
 
-def _lines(axes: Any, points: pd.DataFrame, labels: pd.Series, **how: Any) -> None:
+def _draw_lines(axes: Any, points: pd.DataFrame, labels: pd.Series, **how: Any) -> None:
     """A line with a band for each of the first labels, in one style in every panel."""
     shown = [*labels.index[:MAX_LINES]]
     sns.lineplot(
@@ -194,7 +183,7 @@ def _lines(axes: Any, points: pd.DataFrame, labels: pd.Series, **how: Any) -> No
 def _critical_widths(axes: Any, points: pd.DataFrame) -> None:
     means = points.groupby(["line", "x"])["token_accuracy"].mean().unstack("line")
     for line in means.columns[means.columns < MAX_LINES]:
-        width = critical_width(means[line].dropna())
+        width = critical_width(means[line].dropna().to_dict())
         if width is not None:
             axes.axvline(width, color=_COLOURS[line], linestyle=":", linewidth=1.2)
             axes.annotate(
@@ -226,7 +215,7 @@ def _candidates(loaded: Loaded) -> Iterator[RenderedFigure]:
     axes.set(xscale="log", ylim=(-_MARGIN, 1 + _MARGIN), xlabel="candidates run")
     axes.set_title("share of tokens found by then")
     _plain_ticks(axes.xaxis)
-    _legend(canvas, labels)
+    _draw_legend(canvas, labels)
     yield _rendered("candidates", "How many candidates a token takes", canvas)
 
 
@@ -243,12 +232,12 @@ def _iterations(loaded: Loaded) -> Iterator[RenderedFigure]:
         axes = canvas.add_subplot(1, len(names), number)
         points = logged[logged["curve"] == name]
         how = {"estimator": "median", "errorbar": ("pi", 50)}
-        _lines(axes, points, labels, x="step", y="value", **how)
+        _draw_lines(axes, points, labels, x="step", y="value", **how)
         axes.set(yscale="log", title=name, xlabel="iteration", ylabel="")
         _plain_ticks(axes.yaxis)
         if name == "distance ratio":
             axes.axhline(1, color="#5a6070", linewidth=0.8, linestyle=":")
-    _legend(canvas, labels)
+    _draw_legend(canvas, labels)
     yield _rendered("iterations", "How the features come closer, by iteration", canvas)
 
 
@@ -261,7 +250,7 @@ def _plain_ticks(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _legend(canvas: Any, labels: pd.Series) -> None:
+def _draw_legend(canvas: Any, labels: pd.Series) -> None:
     """One legend for all panels, below them, in the height that its labels take."""
     for axes in canvas.axes:
         if axes.get_legend() is not None:

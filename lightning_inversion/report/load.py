@@ -19,7 +19,7 @@ import yaml
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import visible
-from lightning_inversion.results import ResultRow, names
+from lightning_inversion.results import FITTED, PREDICTED, ResultRow, names
 
 VERIFIED, DUPLICATE, RIGHT, IN_TOP_K, WRONG, UNKNOWN, GIVEN, FALSE = "vdrkwugx"
 """Marks of a token: verified; verified, and another token has the same embedding; right, not
@@ -156,7 +156,7 @@ def _rows(path: Path, skipped: list[tuple[Path, str]]) -> Iterator[ResultRow]:
     """The rows of a file; the rest is named in ``skipped``, a foreign file once."""
     problems = []
     has_rows = False
-    for row in _lines(path):
+    for row in _read_lines(path):
         if isinstance(row, ResultRow):
             has_rows = True
             if row.error is None:
@@ -167,7 +167,7 @@ def _rows(path: Path, skipped: list[tuple[Path, str]]) -> Iterator[ResultRow]:
     skipped += [(path, problem) for problem in (problems if has_rows else problems[:1])]
 
 
-def _lines(path: Path) -> Iterator[ResultRow | str]:
+def _read_lines(path: Path) -> Iterator[ResultRow | str]:
     """Each line as a row, or why it is none."""
     number = 0
     try:
@@ -247,7 +247,7 @@ def _all_settings(own: Settings, folder: Path) -> Settings:
     if own["layers"] == [own["depth"]]:
         own["layers"] = None
     is_predict = own["command"] == "predict"
-    config = _settings_of(folder / ("predict.yaml" if is_predict else "config.yaml"))
+    config = _settings_of(folder / (PREDICTED if is_predict else FITTED))
     beside = {
         key: value
         for key, value in config.items()
@@ -287,7 +287,7 @@ def _parsed(text: bytes) -> Settings:
 
 
 def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Keys joined by dots; a class stands under the key of its part, by its name alone."""
+    """Keys joined by dots; a class stands under the key of its part, by its short name."""
     if isinstance(value, dict) and "class_path" in value:
         yield key, str(value["class_path"]).rpartition(".")[2]
         value = value.get("init_args") or {}

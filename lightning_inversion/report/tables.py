@@ -1,10 +1,10 @@
-"""Results -> one table with a line an experiment: markdown to read, CSV and JSON to go on with."""
+"""Results -> one table with a line an experiment: markdown to read, CSV and JSON for programs."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ def varying(settings: pd.DataFrame) -> list[str]:
 
 
 def labels_of(settings: pd.DataFrame) -> pd.Series:
-    """For each experiment what sets it apart, in a line; '' where there is one alone."""
+    """For each experiment what sets it apart, in a line; '' for a single one."""
     apart = varying(settings)
     return pd.Series(
         [_label(dict(zip(apart, values, strict=True))) for values in settings[apart].to_numpy()],
@@ -130,15 +130,20 @@ def as_text(table: pd.DataFrame) -> pd.DataFrame:
             columns = table[[name, f"{name} low", f"{name} high"]]
             text[name] = [_mean(*values) for values in columns.to_numpy()]
         else:
-            text[name] = [_number(value) for value in table[name]]
+            text[name] = [_number_text(value) for value in table[name]]
     return text
 
 
 def markdown(table: pd.DataFrame) -> str:
     """The table as markdown."""
     text = as_text(table)
-    rows = [[*text], ["---"] * len(text.columns), *text.to_numpy()]
-    return "\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in rows) + "\n"
+    return as_markdown([*text], text.to_numpy()) + "\n"
+
+
+def as_markdown(columns: Sequence[str], lines: Iterable[Iterable[str]]) -> str:
+    """Lines of cells under the names of their columns, without a line break at the end."""
+    rows = [columns, ["---"] * len(columns), *lines]
+    return "\n".join(f"| {' | '.join(map(_in_cell, row))} |" for row in rows)
 
 
 def as_json(table: pd.DataFrame) -> str:
@@ -153,7 +158,7 @@ def _mean(value: float, low: float, high: float) -> str:
     return f"{value:.3f}" if low == high else f"{value:.3f} [{low:.2f}, {high:.2f}]"
 
 
-def _number(value: Any) -> str:
+def _number_text(value: Any) -> str:
     if value is None or value != value:
         return ""
     if isinstance(value, float):
@@ -161,5 +166,5 @@ def _number(value: Any) -> str:
     return str(value)
 
 
-def _escaped(text: str) -> str:
+def _in_cell(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")

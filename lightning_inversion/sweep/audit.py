@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lightning_inversion.cli.parser import OneSentenceParser
 from lightning_inversion.errors import InputError
+from lightning_inversion.results import FILE
 from lightning_inversion.sweep.command import (
     add_running_arguments,
     check_processes,
@@ -27,7 +28,7 @@ from lightning_inversion.sweep.command import (
 from lightning_inversion.sweep.grid import COMMANDS, Cell, short
 
 if TYPE_CHECKING:
-    from lightning_inversion.report.audit import AuditRun
+    from lightning_inversion.report.audit_page import AuditRun
     from lightning_inversion.sweep.run import Sweep
     from lightning_inversion.transformer.loading import TransformerSpec
 
@@ -48,7 +49,7 @@ examples
 
 
 @dataclass(frozen=True)
-class Channel:
+class ChannelSpec:
     """What happens to the activations before an observer has them; see ``audit.yaml``."""
 
     store: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -68,7 +69,7 @@ class Attack:
 class AuditPlan:
     """What is tried at each depth; see ``audit.yaml``."""
 
-    channels: dict[str, Channel]
+    channels: dict[str, ChannelSpec]
     fit: Attack = Attack()
     predict: Attack = Attack()
 
@@ -84,7 +85,7 @@ class AuditPlan:
         parser.add_class_arguments(cls)
         try:
             found = parser.parse_object(yaml.load(path.read_text("utf-8"), _PlainLoader) or {})
-            channels = {name: Channel(**vars(one)) for name, one in found.channels.items()}
+            channels = {name: ChannelSpec(**vars(one)) for name, one in found.channels.items()}
             plan = cls(channels, Attack(**vars(found.fit)), Attack(**vars(found.predict)))
         except OSError as error:
             raise InputError(f"{where} cannot be read: {error.strerror}.") from error
@@ -153,14 +154,14 @@ def run_audit(options: Namespace) -> int:
 
     # Torch, Lightning and pandas take seconds to import, which --help does not need.
     from lightning_inversion.data.texts import read_prompts
-    from lightning_inversion.report.audit import write_audit
+    from lightning_inversion.report.audit_page import write_audit
     from lightning_inversion.sweep.run import Sweep, check, run_cells
 
     prompts = read_prompts(options.prompts, "--prompts")
     asked = [prompts, sorted(options.depths), asdict(plan), passed_on]
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:6]
     folder = root_of(passed_on) / "lightning_logs" / f"audit-{digest}"
-    cells = tuple(cells_of(plan, sorted(options.depths), passed_on, folder))
+    cells = tuple(audit_cells(plan, sorted(options.depths), passed_on, folder))
     if not cells:
         raise InputError(f"--config {str(options.config)!r} leaves nothing to run.")
     sweep = Sweep(folder, cells)
@@ -177,7 +178,7 @@ def run_audit(options: Namespace) -> int:
             print(write_audit(runs, folder / "audit.html"))
 
 
-def cells_of(
+def audit_cells(
     plan: AuditPlan, depths: Sequence[int], passed_on: Sequence[str], folder: Path
 ) -> Iterator[Cell]:
     """Each attack at each depth over each of its channels.
@@ -210,18 +211,18 @@ def _written(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _transformer(channel: Channel, depth: int) -> list[str]:
+def _transformer(channel: ChannelSpec, depth: int) -> list[str]:
     cut = [] if channel.features is None else [f"--model.transformer.features={channel.features}"]
     return [f"--model.transformer.depth={depth}", *cut]
 
 
 def _specs_to_capture(
     sweep: Sweep, plan: AuditPlan, prompts: Path, passed_on: list[str]
-) -> dict[Path, tuple[Channel, TransformerSpec]]:
+) -> dict[Path, tuple[ChannelSpec, TransformerSpec]]:
     """The files of activations that are not there yet, and the model of each."""
     from lightning_inversion.sweep.run import spec_of
 
-    wanted: dict[Path, tuple[Channel, TransformerSpec]] = {}
+    wanted: dict[Path, tuple[ChannelSpec, TransformerSpec]] = {}
     for cell in sweep.cells:
         path = Path(cell.arguments[-1].partition("=")[2])
         if not path.exists() and path not in wanted:
@@ -231,7 +232,7 @@ def _specs_to_capture(
     return wanted
 
 
-def _capture(wanted: dict[Path, tuple[Channel, TransformerSpec]], prompts: Path) -> None:
+def _capture(wanted: dict[Path, tuple[ChannelSpec, TransformerSpec]], prompts: Path) -> None:
     """Write the activations that each run starts from."""
     from lightning_inversion.data.capture import CaptureOptions, capture
     from lightning_inversion.transformer.shared import SharedModels
@@ -245,14 +246,14 @@ def _capture(wanted: dict[Path, tuple[Channel, TransformerSpec]], prompts: Path)
 
 
 def _run_of(sweep: Sweep, cell: Cell) -> AuditRun:
-    from lightning_inversion.report.audit import AuditRun
+    from lightning_inversion.report.audit_page import AuditRun
 
     status = sweep.status(cell)
     return AuditRun(
         command=cell.command,
         depth=int(cell.values["depth"]),
         channel=cell.values["channel"],
-        rows=sweep.folder(cell) / "results.jsonl" if sweep.rows(cell) else None,
+        rows=sweep.folder(cell) / FILE if sweep.rows(cell) else None,
         state=status.state,
         message=status.message or None,
     )

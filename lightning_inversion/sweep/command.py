@@ -96,7 +96,7 @@ def check_processes(options: Namespace) -> None:
     """Refuse a number of processes below 1.
 
     Raises:
-        InputError: it is.
+        InputError: the number is below 1.
     """
     if options.processes < 1:
         raise InputError(f"--processes must be at least 1, and is {options.processes}.")

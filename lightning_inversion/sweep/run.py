@@ -27,18 +27,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_inversion.cli.lightning import InversionCLI
-from lightning_inversion.cli.resume import (
-    FITTED,
-    PREDICTED,
-    check_prompts,
-    differences,
-    read_settings,
-)
+from lightning_inversion.cli.resume import check_prompts, differences, read_settings
 from lightning_inversion.cli.trainer import quiet_lightning
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import claimed, readable_time
 from lightning_inversion.module import InputInversion
-from lightning_inversion.results import FILE, ResultRow, read_rows
+from lightning_inversion.results import FILE, FITTED, PREDICTED, ResultRow, read_rows
 from lightning_inversion.sweep.grid import Cell
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.shared import SharedModels
@@ -46,7 +40,7 @@ from lightning_inversion.transformer.shared import SharedModels
 MODEL_KEYS = frozenset(inspect.signature(InputInversion.__init__).parameters) - {"self"}
 """The words that stand under ``model.`` in a config."""
 SWEEP_FILE, CELL_FILE, MESSAGES = "sweep.json", "cell.json", "messages.txt"
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,7 +88,7 @@ class Sweep:
             raise InputError(f"{str(stored)!r} is not a sweep's: {error}; remove it.") from error
 
     def save(self) -> None:
-        """Write down what the sweep is, or check that the folder holds the same one.
+        """Write the sweep's file, or check that the folder holds the same sweep.
 
         Raises:
             InputError: the folder holds another sweep.
@@ -106,7 +100,7 @@ class Sweep:
                     "give this one another --name, or remove the folder."
                 )
             return
-        _write(self.path / SWEEP_FILE, {"cells": [asdict(cell) for cell in self.cells]})
+        _write_whole(self.path / SWEEP_FILE, {"cells": [asdict(cell) for cell in self.cells]})
 
     def folder(self, cell: Cell) -> Path:
         """The folder of a cell's run."""
@@ -128,8 +122,8 @@ class Sweep:
         return [cell for cell in self.cells if self.status(cell).state != "done"]
 
 
-def _write(path: Path, value: Any) -> None:
-    """Whole or not at all, for those who read meanwhile."""
+def _write_whole(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all, as other processes may read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -175,7 +169,7 @@ def check(sweep: Sweep) -> list[TransformerSpec]:
                     f"{str(stored.parent)!r} was made with another {different[0]}; "
                     "give the sweep another --name, or remove the folder."
                 )
-        check_prompts(sweep.folder(cell), run.datamodule.texts)
+        check_prompts(sweep.folder(cell), run.datamodule.prompts)
         specs.append(run.model.spec)
     return specs
 
@@ -210,15 +204,15 @@ def run_cells(sweep: Sweep, specs: Sequence[TransformerSpec], processes: int = 1
     for cell in left:
         if sweep.status(cell).state == "failed":  # in an earlier attempt
             (sweep.folder(cell) / CELL_FILE).unlink(missing_ok=True)
-    _LOG.info("%s: %d of %d cells to run", sweep.path, len(left), len(sweep.cells))
+    _log.info("%s: %d of %d cells to run", sweep.path, len(left), len(sweep.cells))
     try:
-        with _ended_by_sigterm(), _progress(sweep, left) as report:
+        with _ended_by_sigterm(), _cells_bar(sweep, left) as report:
             if processes == 1:
                 _take_up(sweep, specs, report)
             else:
                 _share(sweep, min(processes, len(left)), report)
     except (KeyboardInterrupt, SystemExit):
-        _LOG.error("lightning-inversion: stopped; the same command resumes the sweep.")
+        _log.error("lightning-inversion: stopped; the same command resumes the sweep.")
         return 1
     failed = False
     for cell in sweep.unfinished():
@@ -226,7 +220,7 @@ def run_cells(sweep: Sweep, specs: Sequence[TransformerSpec], processes: int = 1
         if status.state == "failed" or processes > 1:
             failed = True
             message = status.message or "its process ended"
-            _LOG.error("lightning-inversion: %s failed: %s", cell.name, message)
+            _log.error("lightning-inversion: %s failed: %s", cell.name, message)
     return int(failed)
 
 
@@ -252,7 +246,7 @@ def _take_up(sweep: Sweep, specs: Sequence[TransformerSpec], report: Callable[[]
             except Exception as error:  # one cell's failure is not the others'
                 message = f"{type(error).__name__}: {error}"
             status = Status(state, time.monotonic() - began, message)
-            _write(sweep.folder(cell) / CELL_FILE, asdict(status))
+            _write_whole(sweep.folder(cell) / CELL_FILE, asdict(status))
         report()
 
 
@@ -296,7 +290,7 @@ def _share(sweep: Sweep, processes: int, report: Callable[[], None]) -> None:
 
 
 @contextmanager
-def _progress(sweep: Sweep, left: list[Cell]) -> Iterator[Callable[[], None]]:
+def _cells_bar(sweep: Sweep, left: list[Cell]) -> Iterator[Callable[[], None]]:
     """A bar on a terminal; what it yields writes a line for each cell that has ended since."""
     console = Console(file=sys.stderr)  # of now: a cell redirects it
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("cells"), TimeRemainingColumn()
@@ -314,7 +308,7 @@ def _progress(sweep: Sweep, left: list[Cell]) -> Iterator[Callable[[], None]]:
                     continue
                 running.remove(cell)
                 bar.advance(task)
-                _LOG.info("%s: %s in %s%s", cell.name, status.state,
+                _log.info("%s: %s in %s%s", cell.name, status.state,
                           readable_time(status.seconds), _summary(sweep, cell))  # fmt: skip
 
         yield report

@@ -62,7 +62,7 @@ def cut_blocks_(model: PreTrainedModel, kept: int) -> tuple[nn.Module, ...]:
 
 
 def repeat_first_block_(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """Put copies of the first block, with the same weights, in the place of the others."""
+    """Put copies of the first block, with the same weights, in place of the others."""
     found = find_blocks(model)
     first = found.blocks[0]
     blocks = nn.ModuleList([first, *(frozen_copy(first) for _ in found.blocks[1:])])
@@ -75,13 +75,13 @@ def repeat_first_block_(model: PreTrainedModel) -> tuple[nn.Module, ...]:
 
 
 def shorten_config_(config: PretrainedConfig, kept: int) -> None:
-    """Make a configuration say that the model has `kept` blocks, in place."""
+    """Set the number of blocks in a configuration to `kept`, in place."""
     config.num_hidden_layers = kept
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:kept]
 
 
-def language_model(model: PreTrainedModel) -> PreTrainedModel:
+def without_head(model: PreTrainedModel) -> PreTrainedModel:
     """The part of `model` that turns token vectors into hidden states, without its head."""
     base = model.base_model
     assert isinstance(base, PreTrainedModel)
@@ -131,7 +131,7 @@ def block_output(output: Tensor | tuple[Any, ...]) -> Tensor:
 
 
 def checkpoint_blocks_(blocks: Sequence[nn.Module]) -> None:
-    """Keep a block's input alone for the backward pass, and run the block again there, in place.
+    """Keep only a block's input for the backward pass, and run the block again there, in place.
 
     transformers' own gradient checkpointing wants a model that is in training mode, which a frozen
     one never is.

@@ -18,7 +18,7 @@ _SCORES = 2**24
 _POSITIONS = 128
 """Vectors scored at a time at most: more are not scored any faster, and need more memory."""
 _BLOCK = 64
-"""Scores of which first the highest alone is looked at."""
+"""Scores in a block; blocks are first compared by their highest score."""
 
 
 def scored_at_a_time(vocabulary: int) -> int:
@@ -44,7 +44,7 @@ class TokenEmbedding(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_module(cls, embedding: nn.Module) -> TokenEmbedding:
-        """Of a model's own embedding module; a copy is made only where the module scales."""
+        """The embedding of a model's own module; W is copied only where the module changes it."""
         weight = embedding.weight
         assert isinstance(weight, Tensor)
         ids = torch.arange(weight.shape[0], device=weight.device)
@@ -111,7 +111,7 @@ class TokenEmbedding(nn.Module):
 
     @property
     def at_a_time(self) -> int:
-        """For how many vectors `dot` should be asked together, so that its scores stay small."""
+        """How many vectors `dot` should score together, so that the scores stay small."""
         return scored_at_a_time(self.vocabulary_size)
 
     @cached_property
@@ -154,7 +154,7 @@ class TokenEmbedding(nn.Module):
         return norms
 
     def duplicates(self) -> tuple[tuple[int, ...], ...]:
-        """Groups of token ids with identical rows: no hidden state can tell them apart."""
+        """Groups of token ids with identical rows, which no hidden state distinguishes."""
         return self._duplicates
 
     @cached_property
@@ -179,7 +179,7 @@ class TokenEmbedding(nn.Module):
 
 
 class BestTokens(NamedTuple):
-    """Best first, as ``torch.topk`` returns them.
+    """The k best tokens, best first, as ``torch.topk`` returns them.
 
     Attributes:
         values: ``[..., k]`` the scores.

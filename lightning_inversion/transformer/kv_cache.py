@@ -26,7 +26,7 @@ class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """The known ones followed by the forward's own, which are remembered as `fresh`."""
+        """The known ones followed by the forward's own, which are kept as `fresh`."""
         self.fresh = (key_states.detach(), value_states.detach())
         if not self.is_initialized:
             return key_states, value_states
@@ -74,7 +74,7 @@ class RaggedCache:
         Args:
             forward: called with the mask ``[R, N, P + N]`` bool, the positions ``[R, N]`` and the
                 cache of the P known tokens; returns what the model makes of the new ones.
-            rows: ``[R]``.
+            rows: ``[R]`` numbers of the rows.
             sees: ``[N, N]`` bool, which new token (row) sees which new token; its position is
                 that of the tokens it sees, counted.
             more: `keep` counts these tokens after those of the run before, of the same rows.
@@ -103,7 +103,7 @@ class RaggedCache:
         self.lengths = torch.zeros_like(self.lengths).index_copy_(0, self._rows, lengths)
 
     def clear(self) -> None:
-        """No token of any row is known."""
+        """Drop all keys and values: no token of any row is known."""
         self._stored = []
         self.lengths = torch.zeros_like(self.lengths)
 

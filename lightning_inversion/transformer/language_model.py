@@ -39,7 +39,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where ids have to be."""
+        """The device on which ids must be."""
         return self.embeddings.device
 
     @property
@@ -56,7 +56,7 @@ class LanguageModel:
         return logits.float().log_softmax(-1)
 
     @torch.no_grad()
-    def own_text(self, rows: int, length: int, seed: int = 0) -> Tensor:
+    def sample_text(self, rows: int, length: int, seed: int = 0) -> Tensor:
         """Text ``[rows, length]`` that the model writes after a random token each.
 
         Sampled at temperature 1, end-of-text included, so that it is as varied as the model.
@@ -82,7 +82,7 @@ def own_text(language_model: LanguageModel, rows: int = 64, length: int = 96) ->
     key = f"own-text-{hashlib.sha256(settings.encode()).hexdigest()[:24]}"
 
     def build(folder: Path) -> None:
-        save_file({"ids": language_model.own_text(rows, length)}, folder / _TEXT)
+        save_file({"ids": language_model.sample_text(rows, length)}, folder / _TEXT)
 
     def is_whole(folder: Path) -> bool:
         try:
@@ -99,7 +99,7 @@ def own_text(language_model: LanguageModel, rows: int = 64, length: int = 96) ->
 
 @torch.no_grad()
 def weights_checksum(model: nn.Module) -> str:
-    """Tells the weights of fine-tuned models apart: sums of their bytes as whole numbers.
+    """A checksum that distinguishes fine-tuned models: sums of the weights' bytes as integers.
 
     Ten times as fast as sha256 and computed where the weights are; no protection against forgery.
     """

@@ -4,7 +4,7 @@ The residual stream carries the embedding along, so that a ridge regression on a
 features of random token sequences already reads most tokens of real text after one block, and some
 after many (tuned lenses, arXiv 2303.08112, read the other way, towards the output). Text that the
 model wrote itself, where there is some, makes it read far more: features of real text are not those
-of random tokens. Its means and standard deviations make features comparable where a few channels
+of random tokens. Its means and standard deviations make features comparable where a few of them
 are massive, and the covariance of its errors gives each token's likelihood.
 """
 
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 _LENGTH = 16
 """Tokens in a random sequence."""
 _LONG_LENGTH = 64
-"""In one whose tokens are as frequent as in text."""
+"""Tokens in a sequence whose tokens are as frequent as in text."""
 
-_TOKENS_AT_A_TIME = 1024
+TOKENS_AT_A_TIME = 1024
+"""Tokens of one forward while a probe is fitted."""
 _RIDGE = 1e-4
 _SMALLEST_STD = 1e-6
 _SMALLEST_ERROR = 1e-3
@@ -100,11 +101,11 @@ class LinearProbe:
         enough = max(4096, 2 * transformer.feature_size)
         vocabulary = transformer.embedding.vocabulary_size
         singles = torch.randint(vocabulary, (enough, 1), generator=generator)
-        texts = torch.randint(vocabulary, (2 * enough // _LENGTH, _LENGTH), generator=generator)
+        sequences = torch.randint(vocabulary, (2 * enough // _LENGTH, _LENGTH), generator=generator)
         first = _regression(transformer, [singles], slice(0, None))
         if text is None:
             text = _as_frequent_as_in_text(vocabulary, 2 * enough, generator)
-        later = _regression(transformer, [texts, text], slice(1, None))
+        later = _regression(transformer, [sequences, text], slice(1, None))
         return cls(*(torch.stack(pair) for pair in zip(first, later, strict=True)))
 
 
@@ -118,7 +119,7 @@ def _as_frequent_as_in_text(vocabulary: int, tokens: int, generator: torch.Gener
 
 
 def _regression(
-    transformer: TruncatedTransformer, texts: list[Tensor], positions: slice
+    transformer: TruncatedTransformer, sequences: list[Tensor], positions: slice
 ) -> tuple[Tensor, ...]:
     """A probe's parts for one kind of position, from sums over chunks of tokens."""
     device = transformer.device
@@ -131,8 +132,8 @@ def _regression(
     variation = torch.zeros(D, D, dtype=torch.float64, device=device)
     chunks = (
         chunk
-        for ids in texts
-        for chunk in torch.split(ids.to(device), max(1, _TOKENS_AT_A_TIME // ids.shape[1]))
+        for ids in sequences
+        for chunk in torch.split(ids.to(device), max(1, TOKENS_AT_A_TIME // ids.shape[1]))
     )
     for chunk in chunks:
         vectors = transformer.embedding(chunk)

@@ -25,9 +25,9 @@ from lightning_inversion.transformer.blocks import (
     checkpoint_blocks_,
     compile_blocks_,
     frozen_copy,
-    language_model,
     shorten_config_,
     text_config,
+    without_head,
 )
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.quantization import (
@@ -71,7 +71,7 @@ class TransformerSpec:
         quantization: int8 or nf4 weights by bitsandbytes.
         attention: sdpa, or eager; models without sdpa use eager.
         device_map: where to put a trained model, as from_pretrained takes it, for example auto.
-        checkpointing: keep each block's input alone for the backward pass and run the block again
+        checkpointing: keep only each block's input for the backward pass and run the block again
             there: less memory, a third more time.
         compile: compile the blocks by torch.compile; a minute at the start, faster iterations
             where no prefix is kept (--model.schedule AllPositions).
@@ -80,7 +80,7 @@ class TransformerSpec:
         residuals: keep the residual connections; attention alone is all three of these false.
         positions: own, first (every token at the first position) or none.
         causal: keep the causal mask; without it every token sees every other.
-        repeat_first: put the first block in the place of each.
+        repeat_first: put copies of the first block in place of the others.
         embedding: the model's own token embedding, or an untrained model's in its place.
         embedding_seed: seed of an untrained embedding.
     """
@@ -121,7 +121,7 @@ class TransformerSpec:
             )
 
     def check(self) -> None:
-        """Raise InputError if the options do not fit the model; reads its configuration alone."""
+        """Raise InputError if the options do not fit the model; reads only its configuration."""
         self.blocks_needed()
 
     def load(self) -> TruncatedTransformer:
@@ -133,7 +133,7 @@ class TransformerSpec:
         return self.cut(self.load_blocks(self.blocks_needed()), self.load_tokenizer())
 
     def blocks_needed(self) -> int:
-        """The number of blocks that the features need; reads the configuration alone.
+        """The number of blocks that the features need; reads only the configuration.
 
         Raises:
             InputError: the options do not fit the model.
@@ -145,9 +145,9 @@ class TransformerSpec:
         files = self._files()
         config = self._config_of(files)
         if self.weights == "untrained":
-            return language_model(self._untrained(AutoModel, config, depth))
+            return without_head(self._untrained(AutoModel, config, depth))
         shorten_config_(text_config(config), depth)
-        return language_model(self._trained(AutoModel, files, config))
+        return without_head(self._trained(AutoModel, files, config))
 
     def cut(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -206,7 +206,7 @@ class TransformerSpec:
         whole, tokenizer = self.load_causal_lm()
         if self.quantization is not None or self.device_map is not None:
             return self.load(), whole
-        return self.cut(frozen_copy(language_model(whole)), tokenizer), whole
+        return self.cut(frozen_copy(without_head(whole)), tokenizer), whole
 
     def config(self) -> PretrainedConfig:
         """The model's configuration, all blocks counted, without its weights."""
@@ -297,7 +297,7 @@ class TransformerSpec:
                 f"--model.transformer.model: {self.model!r} is a {config.model_type}, "
                 "which is no causal language model of transformers; choose another."
             )
-        # GPT-J, GPT-Neo, BLOOM and others have eager attention alone.
+        # GPT-J, GPT-Neo, BLOOM and others have only eager attention.
         return self.attention if kind._supports_sdpa else "eager"
 
 
@@ -329,7 +329,7 @@ def _check_choices(spec: TransformerSpec) -> None:
 
 @contextmanager
 def _readable(model: str) -> Iterator[None]:
-    """Turns the ways in which a model's files cannot be read into one sentence."""
+    """Raise one `InputError` for every way in which a model's files cannot be read."""
     try:
         with quiet_transformers():
             yield

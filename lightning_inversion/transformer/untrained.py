@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.blocks import (
     cut_blocks_,
-    language_model,
     shorten_config_,
     takes_position_ids,
     text_config,
+    without_head,
 )
 
 
@@ -39,7 +39,7 @@ def untrained_model(
     """
     with torch.device("meta"):  # shapes only: dropped blocks never take memory
         model: PreTrainedModel = auto.from_config(config, attn_implementation=attention)
-    base = language_model(model)
+    base = without_head(model)
     if depth is not None:
         cut_blocks_(base, depth)
     model.to_empty(device="cpu")
@@ -57,7 +57,7 @@ def untrained_embedding(
 ) -> nn.Module:
     """The token embedding of an untrained model: the one `untrained_model` would have."""
     with torch.device("meta"):
-        base = language_model(auto.from_config(config))
+        base = without_head(auto.from_config(config))
     name, embedding = next(
         (name, module)
         for name, module in base.named_modules()
@@ -136,7 +136,7 @@ def _counted(config: PretrainedConfig, blocks: int) -> tuple[int, int]:
 
     with torch.device("meta"):
         whole = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
-        model = language_model(whole).requires_grad_(False).train(False)
+        model = without_head(whole).requires_grad_(False).train(False)
         width = model.get_input_embeddings().weight.shape[1]
         vectors = torch.empty(1, _COUNTED_LENGTH, width, requires_grad=True)
         # The models look into the numbers of a mask that they make themselves; there are none.

@@ -127,7 +127,7 @@ def test_tensorboard(tiny_folder: Path, tmp_path: Path) -> None:
         (["a", "--model", "no such model"], "^--model"),
         (["a", "--quantization", "int8", "--dtype", "float16"], "^--quantization"),
         (["a", "--token", "two words"], "--token"),
-        (["a" * 400], "400 tokens, and the model takes 128"),
+        (["a" * 400], "400 tokens, and the model reads at most 128"),
         (["a", "--replacement", "two words"], "--replacement"),
         (["--texts", "no such file"], "--texts"),
         (["a", "--processes", "0"], "--processes must be at least 1, and is 0"),

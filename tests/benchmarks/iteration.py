@@ -17,7 +17,7 @@ from lightning import Trainer
 
 from lightning_inversion.callbacks.checkpoint import RunCheckpoint
 from lightning_inversion.callbacks.learning_rate import LinearLearningRate
-from lightning_inversion.callbacks.results import Results
+from lightning_inversion.callbacks.result_writer import ResultWriter
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.cli.trainer import quiet_lightning
@@ -86,7 +86,8 @@ def through_trainer(
             enable_progress_bar=False,
             enable_model_summary=False,
             callbacks=[
-                RunCheckpoint(), TokenDecoding(), StoppingCriterion(stop=False), Results(), clock,
+                RunCheckpoint(), TokenDecoding(), StoppingCriterion(stop=False), ResultWriter(),
+                clock,
             ],
         )  # fmt: skip
         trainer.fit(module, datamodule=data)

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_inversion.callbacks.checkpoint import RunCheckpoint
 from lightning_inversion.callbacks.display import RecoveryDisplay
 from lightning_inversion.callbacks.learning_rate import LinearLearningRate
-from lightning_inversion.callbacks.results import Results
+from lightning_inversion.callbacks.result_writer import ResultWriter
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.cli.trainer import quiet_lightning
@@ -44,7 +44,7 @@ def callbacks(stop: bool) -> list[Callback]:
         LinearLearningRate(),
         StoppingCriterion(stop=stop, threshold=THRESHOLD, log_every=2),
         TokenDecoding(every=3),
-        Results(),
+        ResultWriter(),
         RunCheckpoint(every=1),
     ]
 
@@ -145,7 +145,7 @@ def test_no_callback_sets_an_attribute_in_predict_or_validate(
     trainer = Trainer(
         default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, inference_mode=False,
-        callbacks=[RecoveryDisplay(), Results(), StoppingCriterion()],
+        callbacks=[RecoveryDisplay(), ResultWriter(), StoppingCriterion()],
     )  # fmt: skip
     trainer.predict(module, datamodule=data, return_predictions=False)
     assert [row.recovered for row in read_rows(tmp_path / "results.jsonl")] == PROMPTS[:2]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_inversion.callbacks.results import Results
+from lightning_inversion.callbacks.result_writer import ResultWriter
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.errors import InputError
@@ -26,7 +26,7 @@ def test_an_epoch_ends_when_each_row_has_stopped(
 ) -> None:
     stopping = StoppingCriterion(threshold=1e9)
     module, trainer = fit(
-        tiny_folder, tiny_transformer, tmp_path, stopping, Results(), iterations=50
+        tiny_folder, tiny_transformer, tmp_path, stopping, ResultWriter(), iterations=50
     )
     assert trainer.global_step == 1
     assert module.state.criterion_met_at.tolist() == [0, 0, 0]

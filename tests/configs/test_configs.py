@@ -15,7 +15,7 @@ from lightning_inversion.__main__ import main
 from lightning_inversion.cli.lightning import InversionCLI
 from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.module import InputInversion
-from lightning_inversion.replication.claims import Experiment, read_experiments
+from lightning_inversion.replication.claims import SourceExperiment, read_experiments
 
 pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
 
@@ -163,7 +163,7 @@ VALUES_ALONE = {
 """Overrides whose value does not change which code runs, or which the tiny model cannot take."""
 
 
-def kinds() -> Iterator[Experiment]:
+def kinds() -> Iterator[SourceExperiment]:
     """Experiments of which no two differ in values alone."""
     seen = set()
     for one in EXPERIMENTS:
@@ -171,12 +171,12 @@ def kinds() -> Iterator[Experiment]:
         kind = json.dumps([one.base, {**changed, "model.transformer.weights": ""}], sort_keys=True)
         if changed and kind not in seen:
             seen.add(kind)
-            yield Experiment(one.name, "", one.base, "", overrides=changed)
+            yield SourceExperiment(one.name, "", one.base, "", overrides=changed)
 
 
 @pytest.mark.integration  # a second each
 @pytest.mark.parametrize("experiment", [*kinds()], ids=lambda one: one.name)
-def test_an_experiment_runs(experiment: Experiment, fit: Callable[..., Any]) -> None:
+def test_an_experiment_runs(experiment: SourceExperiment, fit: Callable[..., Any]) -> None:
     arguments, iterations = experiment.arguments(ORIGINAL), 2
     if experiment.name.startswith("sequential-prefix"):
         arguments, iterations = [*arguments, "--model.schedule.init_args.iterations=1"], 20

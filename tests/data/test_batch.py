@@ -52,4 +52,4 @@ def test_a_half_has_no_padding_that_it_does_not_need() -> None:
     assert (first.index, second.index) == ((4,), (9,))
     assert second.ids is not None
     assert second.ids.tolist() == [[7]]
-    assert PromptBatch.of_state(first.state()).prompts == ("a",)
+    assert PromptBatch.from_checkpoint(first.to_checkpoint()).prompts == ("a",)

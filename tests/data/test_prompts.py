@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_inversion.callbacks.results import Results
+from lightning_inversion.callbacks.result_writer import ResultWriter
 from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.errors import InputError
 from lightning_inversion.results import read_rows
@@ -27,7 +27,7 @@ def test_each_prompt_is_repeated(
     tiny_folder: Path, tiny_transformer: TruncatedTransformer, tmp_path: Path
 ) -> None:
     fit(
-        tiny_folder, tiny_transformer, tmp_path, Results(), prompts=["The sky", "bus"],
+        tiny_folder, tiny_transformer, tmp_path, ResultWriter(), prompts=["The sky", "bus"],
         iterations=2, data_options={"repeat": 3},
     )  # fmt: skip
     rows = read_rows(tmp_path / "results.jsonl")

@@ -7,7 +7,7 @@ import torch
 from lightning import Trainer
 
 from lightning_inversion.callbacks.checkpoint import RunCheckpoint
-from lightning_inversion.callbacks.results import Results
+from lightning_inversion.callbacks.result_writer import ResultWriter
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.cli.trainer import quiet_lightning
@@ -67,7 +67,7 @@ def test_a_batch_too_large_comes_as_two(
         enable_progress_bar=False, enable_model_summary=False,
         callbacks=[
             RunCheckpoint(every=1), TokenDecoding(every=1), StoppingCriterion(stop=False),
-            Results(),
+            ResultWriter(),
         ],
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
@@ -75,7 +75,7 @@ def test_a_batch_too_large_comes_as_two(
     assert [row["prompt"] for row in rows] == PROMPTS
     errors = [row["error"] for row in rows]
     assert errors[:3] == [None] * 3
-    assert "does not fit the memory alone" in errors[3]
+    assert "does not fit the memory even by itself" in errors[3]
     assert all(row["iterations"] == 4 for row in rows[:3])
     sentence = "are too many for the memory; they are run as two batches."
     halved = [line for line in messages if line.endswith(sentence)]

@@ -95,4 +95,4 @@ def test_bad_prompts_are_rows_of_their_own(tiny_folder: Path, tmp_path: Path) ->
     data.setup()
     assert [batch.prompts for batch in data.batches] == [("a",)]
     assert set(data.bad) == {1, 2}
-    assert all(character < "\ud800" for text in data.texts for character in text or "")
+    assert all(character < "\ud800" for text in data.prompts for character in text or "")

@@ -57,7 +57,7 @@ class StartedRun:
         self.wait_until(lambda: len(self.lines()) >= lines, process)
 
     def wait_until(self, true: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-        """Wait until something is true of a run that goes on."""
+        """Wait until something is true of a run that has not ended."""
         deadline = time.monotonic() + 120
         while not true():
             assert process.poll() is None, self.messages.read_text()

@@ -141,7 +141,7 @@ def test_interrupted_by_the_keyboard(tiny_folder: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 1
     messages = run.messages.read_text()
-    assert "the same command with --ckpt_path last goes on" in messages
+    assert "resume with the same command and --ckpt_path last" in messages
     assert "Traceback" not in messages
     assert not Path(f"/proc/{child}").exists()
 
@@ -158,7 +158,7 @@ def test_asked_to_end(processes: int, predict: bool, tiny_folder: Path, tmp_path
     assert process.wait(30) == 1
     messages = run.messages.read_text()
     assert f"of {len(run.prompts)} prompts are finished, in" in messages
-    assert "the same command with --ckpt_path last goes on" in messages
+    assert "resume with the same command and --ckpt_path last" in messages
     assert "Traceback" not in messages
     assert len(run.lines()) < len(run.prompts)
     time.sleep(2)  # the other ends too

@@ -44,7 +44,7 @@ def test_gradient_steps_find_what_the_linear_guess_does_not(tmp_path: Path) -> N
 
 
 def test_the_sources_recipe_meets_its_criterion_without_reading_the_text(tmp_path: Path) -> None:
-    config = QUICKSTART.with_name("document.yaml")
+    config = QUICKSTART.with_name("original") / "original.yaml"
     arguments = [
         "fit",
         f"--config={config}",

@@ -143,7 +143,7 @@ def test_a_search_continues_where_it_was_left(headless: Measurements) -> None:
     for search in (one, other):
         search.target += 1.0  # no token fits
     one.run(ROW, torch.tensor([[20, 21, 22]]))
-    other.restore({name: value.clone() for name, value in one.state().items()})
+    other.restore({name: value.clone() for name, value in one.to_checkpoint().items()})
     for search in (one, other):
         search.run(ROW, torch.tensor([[30, 31]]))
     assert torch.equal(one.guess(ROW), other.guess(ROW))

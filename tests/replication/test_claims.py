@@ -9,7 +9,7 @@ import yaml
 from lightning_inversion.errors import InputError
 from lightning_inversion.replication.claims import (
     SEEDS,
-    Experiment,
+    SourceExperiment,
     outcome_of,
     read_experiments,
     read_results,
@@ -57,7 +57,7 @@ def test_no_class_is_configured_twice() -> None:
 def test_the_fingerprint_is_of_the_settings(tmp_path: Path) -> None:
     base = tmp_path / "base.yaml"
     base.write_text("model: {iterations: 8}  # few")
-    one = Experiment("one", "section", "base", "claim", overrides={"model.optimizer.lr": 0.1})
+    one = SourceExperiment("one", "section", "base", "claim", overrides={"model.optimizer.lr": 0.1})
     before = one.fingerprint(tmp_path)
     base.write_text("model:\n  iterations: 8\n")
     assert one.fingerprint(tmp_path) == before
@@ -70,9 +70,9 @@ def test_ranges_are_found_wherever_the_objective_is_nested() -> None:
     narrowed = {"class_path": "Narrowed", "init_args": {"ranges": ["0:1", "0:2"]}}
     nested = {"class_path": "Standardized", "init_args": {"objective": narrowed}}
     for objective in (narrowed, nested):
-        one = Experiment("a", "b", "c", "d", overrides={"model.objective": objective})
+        one = SourceExperiment("a", "b", "c", "d", overrides={"model.objective": objective})
         assert one.ranges == ["0:1", "0:2"]
-    assert Experiment("a", "b", "c", "d", overrides={"model.objective": "L1"}).ranges == []
+    assert SourceExperiment("a", "b", "c", "d", overrides={"model.objective": "L1"}).ranges == []
 
 
 def test_outcomes() -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.replication.claims import Experiment, read_experiments
+from lightning_inversion.replication.claims import SourceExperiment, read_experiments
 from lightning_inversion.replication.tables import (
-    critical_width,
     curve,
     fill,
     pages,
     policy_tables,
     verdict,
+    width_of,
 )
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -74,7 +74,7 @@ def test_a_page_and_its_tables_have_the_same_names() -> None:
 def test_verdicts() -> None:
     def of(accuracy: float | None, **more: Any) -> str:
         rows = [] if accuracy is None else [{"token_accuracy": accuracy}]
-        return verdict(Experiment("a", "b", "c", "d", **more), rows)
+        return verdict(SourceExperiment("a", "b", "c", "d", **more), rows)
 
     assert of(0.95, outcome="recovered") == "**agrees**: recovered / recovered"
     assert of(0.6, outcome="recovered") == "**differs**: recovered / partly"
@@ -89,8 +89,8 @@ def test_the_critical_width_of_a_curve() -> None:
     rows = [{"features": name, "token_accuracy": value} for name, value in values.items()]
     points = curve([*rows, {"features": "0:1", "token_accuracy": 0.5}])
     assert points == {**values, "0:1": 0.25}
-    assert critical_width(points) == 4  # 3 does not recover
-    assert critical_width({"0:1": 0.2}) is None
+    assert width_of(points) == 4  # 3 does not recover
+    assert width_of({"0:1": 0.2}) is None
 
 
 def row(**changed: object) -> dict[str, Any]:

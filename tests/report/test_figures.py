@@ -8,12 +8,12 @@ import pytest
 
 from lightning_inversion.report import figures
 from lightning_inversion.report.figures import (
-    critical_width,
     draw,
     numeric_settings,
     points_along,
 )
 from lightning_inversion.report.load import load_results
+from lightning_inversion.results import critical_width
 from tests.report.rows import predicted, row, write_run
 
 
@@ -52,7 +52,7 @@ def test_a_line_along_the_width_has_its_critical_width(
     [([0, 0.9, 1], 20), ([1, 0.5, 0.95], 30), ([1, 1, 0], None), ([1, 1, 1], 10)],
 )
 def test_the_critical_width_is_the_one_from_which_on_all_recover(means, width) -> None:
-    assert critical_width(pd.Series(means, index=[10, 20, 30])) == width
+    assert critical_width(dict(zip([10, 20, 30], means, strict=True))) == width
 
 
 @pytest.mark.usefixtures("canvases")

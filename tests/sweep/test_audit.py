@@ -14,7 +14,7 @@ from lightning_inversion.data.targets import Captured, Storage
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.report.tables import in_percent
-from lightning_inversion.sweep.audit import CONFIG, AuditPlan, cells_of
+from lightning_inversion.sweep.audit import CONFIG, AuditPlan, audit_cells
 
 pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
 
@@ -131,7 +131,7 @@ def test_the_plan_in_the_package_can_be_run() -> None:
     assert {channel.store for channel in others} == {"float32", "bfloat16", "float16"}
     assert any(channel.noise for channel in others)
     assert any(channel.features for channel in others)
-    assert {cell.command for cell in cells_of(plan, [1], [], Path())} == {"fit", "predict"}
+    assert {cell.command for cell in audit_cells(plan, [1], [], Path())} == {"fit", "predict"}
 
 
 @pytest.mark.parametrize(

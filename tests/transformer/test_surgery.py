@@ -33,9 +33,9 @@ def hidden(model: PreTrainedModel, depth: int) -> torch.Tensor:
 
 
 def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
-    from lightning_inversion.transformer.blocks import find_blocks, language_model
+    from lightning_inversion.transformer.blocks import find_blocks, without_head
 
-    return list(find_blocks(language_model(model)).blocks)
+    return list(find_blocks(without_head(model)).blocks)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:

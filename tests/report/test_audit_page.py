@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.report.audit import AuditRun, write_audit
+from lightning_inversion.report.audit_page import AuditRun, write_audit
 from tests.report.rows import predicted, row, write_run
 
 

@@ -32,7 +32,7 @@ from lightning_inversion.strategy import ROWS_ARE_WRITTEN, IndependentPrompts
 _log = logging.getLogger(__name__)
 
 
-class Results(Callback):
+class ResultWriter(Callback):
     """Writes ``results.jsonl`` in the run's folder when a batch ends, and prints its rows.
 
     A row is appended whole or not at all. Rows that are there already, of a run that was killed and
@@ -53,7 +53,7 @@ class Results(Callback):
         self._batch_began = self._run_began = time.monotonic()
 
     def path(self, trainer: Trainer) -> Path:
-        """Where the rows of this run are written. Every process must ask, or none."""
+        """Where the rows of this run are written. Every process must call it, or none."""
         return Path(trainer.log_dir or trainer.default_root_dir) / FILE
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -133,7 +133,7 @@ class Results(Callback):
     ) -> None:
         """Report what is finished, and how to resume."""
         has_data = isinstance(trainer.datamodule, PromptDataModule)  # type: ignore[attr-defined]
-        prompts = len(_data(trainer).texts) if has_data else 0
+        prompts = len(_data(trainer).prompts) if has_data else 0
         rows = len(read_rows(self._path))
         if isinstance(exception, SIGTERMException):
             exception.code = 1  # Lightning would end as if all were done
@@ -146,7 +146,7 @@ class Results(Callback):
                 self._path,
             )
 
-    def show(self, trainer: Trainer) -> None:
+    def show(self) -> None:
         """Print the rows of the run, and where they are."""
         rows = read_rows(self._path)
         if rows:
@@ -169,7 +169,7 @@ class Results(Callback):
         rows = [row for row in rows if row.index not in self._finished]
         settings = self._settings(trainer, module)
         rows += [
-            bad_row(index, data.texts[index], reason, settings)
+            bad_row(index, data.prompts[index], reason, settings)
             for index, reason in data.bad.items()
             if index not in self._finished
         ]
@@ -195,7 +195,7 @@ class Results(Callback):
         _log.info(
             "%d of %d prompts, about %s left",
             len(data.finished | set(data.bad)) + rows,
-            len(data.texts),
+            len(data.prompts),
             readable_time(left),
         )
 
@@ -213,5 +213,5 @@ def _final(rows: list[ResultRow]) -> dict[str, float]:
 
 def _data(trainer: Trainer) -> PromptDataModule:
     data = trainer.datamodule  # type: ignore[attr-defined]
-    assert isinstance(data, PromptDataModule), "Results needs a PromptDataModule"
+    assert isinstance(data, PromptDataModule), "ResultWriter needs a PromptDataModule"
     return data

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_inversion.callbacks.results import Results
+from lightning_inversion.callbacks.result_writer import ResultWriter
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput, NormalInitializer
@@ -26,7 +26,8 @@ def test_lightnings_own_tools_see_the_metrics(
         save_on_train_epoch_end=True,
     )  # fmt: skip
     _, trainer = fit(
-        tiny_folder, tiny_transformer, tmp_path, best, Results(), StoppingCriterion(stop=False),
+        tiny_folder, tiny_transformer, tmp_path, best, ResultWriter(),
+        StoppingCriterion(stop=False),
         learnable=EmbeddingInput(NormalInitializer(0, 0.1)),
         trainer_options={"enable_checkpointing": True},
     )  # fmt: skip
@@ -46,7 +47,7 @@ def test_rows_of_one_run_have_the_same_settings(
     tiny_folder: Path, tiny_transformer: TruncatedTransformer, tmp_path: Path
 ) -> None:
     fit(
-        tiny_folder, tiny_transformer, tmp_path, Results(), prompts=["bus", "", "sky"],
+        tiny_folder, tiny_transformer, tmp_path, ResultWriter(), prompts=["bus", "", "sky"],
         data_options={"batch_size": 1}, iterations=2,
     )  # fmt: skip
     rows = read_rows(tmp_path / "results.jsonl")
@@ -62,4 +63,4 @@ def test_rows_of_one_run_have_the_same_settings(
 
 def test_a_row_keeps_a_token_at_least() -> None:
     with pytest.raises(InputError, match=r"--results\.top_k must be at least 1"):
-        Results(top_k=0)
+        ResultWriter(top_k=0)

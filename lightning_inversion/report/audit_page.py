@@ -1,6 +1,6 @@
 """The runs of an audit -> one page that sums up how much an observer recovers.
 
-Reads result files alone; each sentence is computed from their rows.
+Reads only result files; each sentence is computed from their rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class AuditRun:
         command: fit or predict.
         depth: after how many blocks the observer looks.
         channel: what happened to the activations.
-        rows: its result file; None where it has not one row.
+        rows: its result file; None where it has no row.
         state: waiting, running, done or failed.
         message: why it failed.
     """
@@ -59,8 +59,8 @@ class Share:
         right: mean over the prompts of the share of tokens that are right; a long prompt counts as
             much as a short one, as everywhere on the page.
         verified: the same of tokens that are verified.
-        exact: prompts that are recovered exactly, of all
-        prompts: of the run.
+        exact: how many prompts are recovered exactly.
+        prompts: how many prompts the run has.
         false: how many tokens are verified, and yet wrong.
     """
 
@@ -93,7 +93,7 @@ def write_audit(runs: Sequence[AuditRun], out: Path, max_prompts: int = 20) -> P
         max_prompts: recovered prompts shown for each run.
 
     Raises:
-        InputError: not one run has a result.
+        InputError: no run has a result.
     """
     loaded = _load(runs)
     table = summarize(loaded)

@@ -1,0 +1,70 @@
+"""How a command ends: its messages on stderr, and an exit code for each kind of error."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lightning_inversion.errors import InputError, ProcessLostError
+from lightning_inversion.files import ended_by
+
+_log = logging.getLogger("lightning_inversion")
+
+
+def exit_code(name: str, command: Callable[[], int | None]) -> int:
+    """Run a command; returns its exit code: 0 done, 1 failed, 2 wrong usage.
+
+    An error of the user's or of the machine is logged as one sentence. A fault of the program is
+    raised.
+
+    Args:
+        name: of the command, in front of the sentence.
+        command: returns the exit code, or None for 0.
+    """
+    with messages_on_stderr():
+        try:
+            return command() or 0
+        except SystemExit as stop:  # of --help and --print_config
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException as error:
+            ending = exit_of(error)
+            if ending is None:
+                raise
+            code, sentence = ending
+            _log.error("%s: %s", name, sentence)
+            return code
+
+
+def exit_of(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the sentence for an exception; None for a fault of the program."""
+    if isinstance(error, InputError):
+        return 2, str(error)
+    if isinstance(error, ProcessLostError):
+        return 1, f"{error}; the run has ended."
+    if isinstance(error, KeyboardInterrupt):
+        return 1, "interrupted."
+    if isinstance(error, OSError) and (sentence := ended_by(error)) is not None:
+        return 1, sentence
+    return None
+
+
+class _ToStderr(logging.Handler):
+    """Plain lines to whatever stderr is at the time: a sweep redirects it for each cell."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def messages_on_stderr() -> Iterator[None]:
+    """Write the package's messages to stderr while the block runs."""
+    handler, level = _ToStderr(), _log.level
+    _log.addHandler(handler)
+    _log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        _log.removeHandler(handler)
+        _log.setLevel(level)
