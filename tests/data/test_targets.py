@@ -119,7 +119,7 @@ MINIMAL = {"transformer": {"model": "m", "depth": 2}}
         ({**MINIMAL, "prompts": ["\ud83d"], "ids": [[1]]}, {}, "half of a surrogate pair"),
         ({**MINIMAL, "prompts": ["a"]}, {}, "only one of prompts and ids"),
         ({**MINIMAL, "versions": None}, {}, "has versions null; leave it out"),
-        ({**MINIMAL, "format": 2}, {}, "has format 2, and 1 is known"),
+        ({**MINIMAL, "format": 2}, {}, "has format 2, and 1 is read"),
         ({**MINIMAL, "storage": {"noise": 1e400}}, {}, "has storage.noise inf"),
         ({**MINIMAL, "storage": {"dtype": "int8"}}, {}, 'has storage {"dtype": "int8"}; write'),
         ({**MINIMAL, "storage": {"kind": 1}}, {}, "has storage .*kind.*; write"),
