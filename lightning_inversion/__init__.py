@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_inversion.api import recover
     from lightning_inversion.attribution.attribute import attribute
     from lightning_inversion.data.prompts import PromptDataModule
     from lightning_inversion.inversion import Inversion
@@ -24,6 +25,7 @@ __all__ = [
     "TruncatedTransformer",
     "attribute",
     "read_rows",
+    "recover",
 ]
 _HOMES = {
     "InputInversion": "module",
@@ -34,6 +36,7 @@ _HOMES = {
     "TruncatedTransformer": "transformer.truncated",
     "attribute": "attribution.attribute",
     "read_rows": "results",
+    "recover": "api",
 }
 
 

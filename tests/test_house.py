@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "lightning_inversion"
 RULE = """
-__main__ -> cli, sweep, replication -> callbacks -> module, inversion, schedules
+__main__, api -> cli, sweep, replication -> callbacks -> module, inversion, schedules
 -> data, results, attribution, state, strategy -> recovery, objectives, inputs, decoding
 -> transformer -> errors, files, metrics, __init__
 """

@@ -103,5 +103,6 @@ def test_the_python_block_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, Any] = {}
     exec(block, names)
-    assert names["features"].shape == (1, 5, 576)
+    assert names["found"].text == "The sky is blue."
+    assert names["found"].verified
     assert names["page"].startswith("<!doctype html>")

@@ -67,12 +67,14 @@ class RecoveredPrompt:
         known: tokens that were given.
         forwards: forwards of the truncated model that this prompt took part in.
         seconds: wall time until its last token.
+        text: all tokens decoded, where a tokenizer was given; see ``api.recover``.
     """
 
     tokens: list[TokenCertificate] = field(default_factory=list)
     known: tuple[int, ...] = ()
     forwards: int = 0
     seconds: float = 0.0
+    text: str | None = None
 
     @property
     def ids(self) -> list[int]:

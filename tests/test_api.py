@@ -1,0 +1,66 @@
+"""Exact recovery in one call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_inversion.api import recover
+from lightning_inversion.errors import InputError
+from lightning_inversion.recovery.proposals import Exhaustive
+from lightning_inversion.recovery.token_recovery import TokenRecovery
+from tests.tiny import shared_tiny_model, tiny_tokenizer
+
+PROMPTS = ["The sky is blue.", "A quick brown fox jumps"]
+POLICY = TokenRecovery(Exhaustive(), candidates=64)
+
+
+def hidden_states(depth: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    model, tokenizer = shared_tiny_model("llama"), tiny_tokenizer()
+    return [
+        model(
+            tokenizer(prompt, return_tensors="pt").input_ids, output_hidden_states=True
+        ).hidden_states[depth].to(dtype)
+        for prompt in PROMPTS
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_prompts_of_a_list_of_hidden_states(dtype: torch.dtype) -> None:
+    model, tokenizer = shared_tiny_model("llama"), tiny_tokenizer()
+    found = recover(model, tokenizer, hidden_states(2, dtype), depth=2, policy=POLICY)
+    assert [prompt.text for prompt in found] == PROMPTS
+    assert all(prompt.verified for prompt in found)
+
+
+def test_one_tensor_behind_a_known_prefix() -> None:
+    model, tokenizer = shared_tiny_model("llama"), tiny_tokenizer()
+    ids = tokenizer(PROMPTS[1])["input_ids"]
+    target = hidden_states(2)[1][0]
+    (found,) = recover(model, None, target, depth=2, known_prefix=ids[:2], policy=POLICY)
+    assert found.ids == ids
+    assert found.text is None
+    assert len(found.tokens) == len(ids) - 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "holds no tensor"),
+        (torch.zeros(3, 31), r"shape \[3, 31\]; give \[tokens, 32\]"),
+        (torch.zeros(2, 3, 32), "a batch as a list of its prompts"),
+        (torch.zeros(3, 32, dtype=torch.long), "holds torch.int64"),
+        (torch.full((3, 32), torch.nan), "nan or infinite"),
+    ],
+)
+def test_what_does_not_fit_is_refused(given, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        recover(shared_tiny_model("llama"), None, given, depth=2, policy=POLICY)
+
+
+def test_a_prefix_longer_than_a_prompt_is_refused() -> None:
+    with pytest.raises(InputError, match="known_prefix has 4 tokens"):
+        recover(
+            shared_tiny_model("llama"), None, torch.zeros(3, 32), depth=2,
+            known_prefix=[1, 2, 3, 4], policy=POLICY,
+        )  # fmt: skip
