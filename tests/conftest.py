@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_finish() -> None:
-    """Let no garbage collection go through what was imported, which stays: it is most there is."""
+    """Collect garbage rarely, and never among what was imported: that stays and is most of it."""
     gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(scope="session")
@@ -45,34 +46,41 @@ def tiny_transformer(tiny_folder: Path) -> TruncatedTransformer:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where tests without the real model keep what is measured once for a model and depth."""
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module")
+def module_patch() -> Iterator[pytest.MonkeyPatch]:
+    """``monkeypatch`` for a whole module, its fixtures included."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module", autouse=True)
 def _no_user_cache(
-    request: pytest.FixtureRequest, cache: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, session_cache: Path, module_patch: pytest.MonkeyPatch
 ) -> None:
     """The user's cache keeps the real model, and nothing of tiny ones."""
-    if "integration" not in request.keywords:
-        monkeypatch.setenv("LIGHTNING_INVERSION_CACHE", str(cache))
+    if request.node.get_closest_marker("integration") is None:
+        module_patch.setenv("LIGHTNING_INVERSION_CACHE", str(session_cache))
 
 
-@pytest.fixture
-def shared_parsers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def shared_parsers(module_patch: pytest.MonkeyPatch) -> None:
     """The commands of this process build their parsers once, for modules that start many."""
     from tests.shared import share_parsers
 
-    share_parsers(monkeypatch)
+    share_parsers(module_patch)
 
 
-@pytest.fixture
-def shared_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def shared_measurements(module_patch: pytest.MonkeyPatch) -> None:
     """The runs of this process measure each tiny model once, for modules that start many."""
     from tests.shared import share_measurements
 
-    share_measurements(monkeypatch)
+    share_measurements(module_patch)
 
 
 @pytest.fixture

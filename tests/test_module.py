@@ -13,8 +13,18 @@ from lightning_inversion.objectives import L1, L2, CosineDistance, Objective, St
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.fits import PROMPTS, fit
 
+pytestmark = pytest.mark.usefixtures("shared_measurements")
 
-@pytest.mark.parametrize("objective", [L1(), CosineDistance(), Standardized()], ids=type)
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pytest.param(L1(), marks=pytest.mark.integration),
+        pytest.param(CosineDistance(), marks=pytest.mark.integration),
+        Standardized(),
+    ],
+    ids=type,
+)
 def test_a_row_does_not_depend_on_its_batch(
     objective: Objective, tiny_folder: Path, tiny_transformer: TruncatedTransformer, tmp_path: Path
 ) -> None:

@@ -38,6 +38,7 @@ def fit(folder: Path, root: Path, *more: str) -> tuple[list[dict], dict]:
     return rows, yaml.safe_load((made / "config.yaml").read_text())
 
 
+@pytest.mark.integration  # a whole run
 def test_an_objective(parts: ModuleType, tiny_folder: Path, tmp_path: Path) -> None:
     (row,), config = fit(
         tiny_folder,
@@ -83,6 +84,7 @@ def predict(folder: Path, root: Path, *options: str) -> dict:
     return row
 
 
+@pytest.mark.integration  # three runs
 def test_a_proposer(parts: ModuleType, tiny_folder: Path, tmp_path: Path) -> None:
     option = "--model.recovery.proposer=tests.own_parts.SuspectedText"
     likely, unlikely = (

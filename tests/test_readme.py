@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_inversion import __main__
+from lightning_inversion.files import ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,6 +68,7 @@ def test_a_command_of_the_table(shown: str, folder: Path, tiny_folder: Path, ent
     assert enter(*arguments, *smaller(arguments[0], tiny_folder, folder)) == 0
 
 
+@pytest.mark.integration  # two runs each
 def test_capture_and_what_is_made_of_it(folder: Path, tiny_folder: Path, enter) -> None:
     (capture,) = [s for s in SHOWN if words(s)[0] == "capture"]
     (predict,) = [s for s in SHOWN if "--data.targets" in s]
@@ -74,6 +76,7 @@ def test_capture_and_what_is_made_of_it(folder: Path, tiny_folder: Path, enter) 
     assert enter(*words(predict), *smaller("predict", tiny_folder, folder)) == 0
 
 
+@pytest.mark.integration  # two runs each
 def test_validate_after_a_fit(folder: Path, tiny_folder: Path, enter) -> None:
     (validate,) = [s for s in SHOWN if words(s)[0] == "validate"]
     fit = ["fit", *words(validate)[1:]]
@@ -95,7 +98,8 @@ def test_files_that_the_readme_names_are_there() -> None:
 
 
 @pytest.mark.integration  # loads the real model
-def test_the_python_block_runs() -> None:
+def test_the_python_block_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT)  # the real model is in the user's cache
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, Any] = {}
     exec(block, names)

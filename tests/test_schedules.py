@@ -25,6 +25,8 @@ from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.fits import PROMPTS, fit
 
+pytestmark = pytest.mark.usefixtures("shared_measurements")
+
 
 class Moves(Callback):
     """Which positions each optimiser step moves, and its learning rate."""
@@ -81,6 +83,7 @@ def test_left_to_right_moves_one_position_and_no_other(
     assert module.state.stopped_at.tolist() == [3 * length for length in lengths]
 
 
+@pytest.mark.integration  # a whole fit
 def test_left_to_right_fixes_each_token_that_it_leaves(tiny_folder: Path, tmp_path: Path) -> None:
     schedule = ["--model.schedule=LeftToRight", "--model.schedule.iterations=15"]
     assert fit_by_command(tiny_folder, tmp_path, *schedule, "--model.iterations=400") == 0

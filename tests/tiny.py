@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -95,6 +96,15 @@ CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "cohere": lambda: hf.CohereConfig(**_shape(num_key_value_heads=2)),
 }
 FAMILIES = tuple(CONFIGS)
+FEW = ("gpt2", "llama", "gemma2", "bloom")
+"""Learned and rotary positions, ALiBi; a scaled embedding; with and without cached keys."""
+
+
+def each(families: Iterable[str]) -> pytest.MarkDecorator:
+    """A test for each family. Those not in `FEW` are integration tests: they are many."""
+    slow = pytest.mark.integration
+    cases = [pytest.param(name, marks=() if name in FEW else slow) for name in families]
+    return pytest.mark.parametrize("family", cases)
 
 
 def tiny_model(family: str, attention: str | None = None, seed: int = 0) -> hf.PreTrainedModel:

@@ -117,17 +117,26 @@ def load_curves(results: pd.DataFrame) -> pd.DataFrame:
     """
     points: dict[tuple[int, str, str, int], float] = {}
     for run, experiment in results.groupby("run", sort=False)["experiment"].first().items():
-        for path in sorted(Path(run).parent.glob("events.out.tfevents.*")):
+        for path in sorted(Path(run).parent.glob("events.out.tfevents.*"), key=_begun):
             for tag, step, value in _logged(path):
                 points[experiment, run, CURVES[tag], step] = value
     rows = [(experiment, curve, step, v) for (experiment, _, curve, step), v in points.items()]
     return pd.DataFrame(rows, columns=["experiment", "curve", "step", "value"])
 
 
-def _logged(path: Path) -> Iterator[tuple[str, int, float]]:
+def _begun(path: Path) -> float:
+    """The time in the file's first event; names of one second are not in order."""
+    return next((event.wall_time for event in _events(path)), 0.0)
+
+
+def _events(path: Path) -> Iterator[Any]:
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-    for event in LegacyEventFileLoader(str(path)).Load():
+    yield from LegacyEventFileLoader(str(path)).Load()
+
+
+def _logged(path: Path) -> Iterator[tuple[str, int, float]]:
+    for event in _events(path):
         for value in event.summary.value:
             if value.tag in CURVES:
                 yield value.tag, int(event.step), float(value.simple_value)

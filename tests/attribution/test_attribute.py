@@ -85,7 +85,7 @@ def test_a_map_of_every_token(run) -> None:
     torch.testing.assert_close(result.scores[-1], run().scores[0], atol=1e-5, rtol=1e-4)
 
 
-def test_auto_drops_occlusion_above_its_limit_and_says_so(run) -> None:
+def test_auto_drops_occlusion_above_its_limit_and_reports_it(run) -> None:
     long = run(occlusion_limit=3)
     assert long.method == "gradient"
     assert "occlusion_limit" in long.notes[0]
@@ -126,7 +126,7 @@ def test_enough_probes_give_the_norm_of_the_jacobian_exactly(
     assert float(torch.corrcoef(torch.stack([few, expected]))[0, 1]) > 0.9
 
 
-def test_a_replacement_that_the_tokenizer_lacks_falls_back_and_says_so(
+def test_a_replacement_that_the_tokenizer_lacks_falls_back_and_is_reported(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     without_pad = copy.deepcopy(tokenizer)
@@ -189,7 +189,7 @@ def test_json_and_records_hold_everything(run) -> None:
         (SENTENCE, {"replacement": "two words"}, "--replacement"),
     ],
 )
-def test_wrong_input_says_what_to_do(run, text: str, choices: dict, message: str) -> None:
+def test_wrong_input_names_the_way_out(run, text: str, choices: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         run(text, **choices)
 

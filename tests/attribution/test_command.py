@@ -81,6 +81,7 @@ def test_text_is_text(text: str) -> None:
     assert (options.text, options.token, options.against, options.replacement) == (text,) * 4
 
 
+@pytest.mark.integration  # a whole run
 def test_rows_of_results_and_of_attributions_have_the_same_tokens(
     tiny_folder: Path, tmp_path: Path
 ) -> None:

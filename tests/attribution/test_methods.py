@@ -28,7 +28,7 @@ from lightning_inversion.attribution.methods import (
 )
 from lightning_inversion.attribution.model import LogitReader
 from tests.attribution import captum_reference as captum
-from tests.tiny import FAMILIES, shared_tiny_model
+from tests.tiny import FAMILIES, each, shared_tiny_model
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 REPLACEMENT = 5
@@ -81,7 +81,7 @@ def test_integrated_gradients(model: PreTrainedModel, ids: Tensor) -> None:
     torch.testing.assert_close(ours.rise - ours.scores.sum(1), ours.missing, **CLOSE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each(FAMILIES)
 def test_shared_prefix_gives_the_plain_scores(family: str, ids: Tensor) -> None:
     at = torch.tensor([11, len(ids) - 1])
     task = task_of(shared_tiny_model(family), ids, at, torch.tensor([4, 9]))
@@ -92,7 +92,9 @@ def test_shared_prefix_gives_the_plain_scores(family: str, ids: Tensor) -> None:
     torch.testing.assert_close(ours, whole, equal_nan=True, **CLOSE)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize(
+    "rows", [5, *(pytest.param(n, marks=pytest.mark.integration) for n in (1, 64))]
+)
 def test_batch_size(model: PreTrainedModel, ids: Tensor, rows: int) -> None:
     at, targets = torch.arange(len(ids)), ids.roll(-1)
     given, chosen = (task_of(model, ids, at, targets, size) for size in (rows, None))

@@ -96,7 +96,7 @@ def test_an_emoji_of_several_tokens_is_one_tile_with_a_band_each(hard: Attributi
     assert title.count("\n") == 3
 
 
-def test_the_page_says_all_that_is_needed_to_repeat_it(
+def test_the_page_holds_all_that_is_needed_to_repeat_it(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     html = attribute(

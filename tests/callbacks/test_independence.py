@@ -31,6 +31,8 @@ from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.fits import PROMPTS, fit
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_measurements")
+
 THRESHOLD = 2.0
 """So that rows meet the criterion in the middle of a short fit."""
 ORDERS = [*permutations(range(5))][:: 24 + 9]
@@ -56,10 +58,12 @@ FEW = VerifiedPrefix(every=2, candidates=2, max_candidates=2)
 
 @pytest.mark.parametrize(
     ("schedule", "stop"),
-    [(AllPositions(), True), (FEW, True), (FEW, False)],
-    ids=["all positions, stop", "verified prefix, stop", "verified prefix"],
+    [
+        pytest.param(AllPositions(), True, id="all positions, stop", marks=pytest.mark.integration),
+        pytest.param(FEW, True, id="verified prefix, stop"),
+        pytest.param(FEW, False, id="verified prefix", marks=pytest.mark.integration),
+    ],
 )
-@pytest.mark.usefixtures("shared_measurements")
 def test_in_any_order_they_leave_the_same_rows(
     schedule: Schedule,
     stop: bool,

@@ -33,6 +33,7 @@ def test_a_picture_is_bright_where_a_token_is_near() -> None:
     assert image[:, 0, -1].tolist() == image[:, -1, -1].tolist() == [68, 1, 84]
 
 
+@pytest.mark.integration  # a whole fit
 def test_a_short_fit_is_shown_at_several_iterations(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,50 +35,58 @@ def rows_of(root: Path, version: int = 0) -> list[dict]:
     return [json.loads(line) for line in lines.splitlines()]
 
 
+WRONG_USE = [
+    (["--model.transformer.dept=3"], "did you mean --model.transformer.depth?"),
+    (["--model.iterations=0"], "--model.iterations must be at least 1"),
+    (["--model.transformer.dtype=int3"], "int3 is unknown; choose from float32, bfloat16"),
+    (["--trainer.accelerator=foo"], "--trainer.accelerator: "),
+    (["--model.optimizer.lr=null"], "--model.optimizer: '<=' not supported"),
+    (["--trainer.default_root_dir=/proc/x"], "--trainer.default_root_dir '/proc/x' cannot"),
+    (["--model.transformer.depth=99"], "99 blocks were asked for and the model has 4"),
+    (["--model.objective=L3"], "unknown Objective 'L3'; choose from C"),
+    (["--model.learnable=VocabularyInput"], "choose --model.schedule AllPositions"),
+    (["--data.prompts=['']"], "--data.prompts, prompt 1 is empty"),
+    (["--trainer.strategy=ddp", "--trainer.devices=2"], "DDPStrategy would average the inputs"),
+    (["--trainer.precision=64-true"], "--trainer.precision: 64-true is not one of 32-true"),
+    (["--ckpt_path=last"], "--ckpt_path last finds no run"),
+]
+MORE_WRONG_USE = [
+    (["--model.iteration=3"], "unrecognized arguments"),
+    (["--model.iterations=x"], "--model.iterations: x is not a whole number"),
+    (["--model.transformer.depth=x"], "depth: x is not a whole number or null"),
+    (["--data.tokens_per_batch=x"], "tokens_per_batch: x is not a whole number or auto"),
+    (["--nothing_like_it=1"], "see lightning-inversion fit --help"),
+    (["--results.file=rows.jsonl"], "unrecognized arguments: --results.file=rows.jsonl"),
+    (["--results.top_k=0"], "--results.top_k must be at least 1, and is 0"),
+    (["--seed_everything=-1"], "--seed_everything must be between 0 and 4294967295"),
+    (["--trainer.devices=0"], "--trainer.devices: "),
+    (["--trainer.devices=null"], "--trainer.devices: "),
+    (["--model.optimizer.lr=-1"], "--model.optimizer: Invalid learning rate: -1.0"),
+    (["--model.recovery.budget=-3"], "--model.recovery: candidates, max_candidates and budget"),
+    ([f"--trainer.default_root_dir={__file__}"], "is a file; give a folder"),
+    (["--model.transformer.depth=0"], "--model.transformer.depth"),
+    (["--model.decoder=Pin"], "unknown Decoder 'Pin'; choose from C"),
+    (["--data.batch_size=0"], "--data.batch_size must be at least 1"),
+    (["--data.file=none.txt"], "--data.prompts and --data.file were given"),
+    (["--learning_rate.start=-1"], "learning_rate.start"),
+    (["--model.schedule.window=0"], "--model.schedule: every, candidates and window"),
+    (
+        ["--trainer.precision=bf16-true", "--model.transformer.dtype=float16"],
+        "--trainer.precision bf16-true contradicts --model.transformer.dtype float16",
+    ),
+    (
+        ["--model.transformer.device_map=auto", "--trainer.devices=2"],
+        "set --trainer.devices 1, or leave device_map out",
+    ),
+    (["--config=none.yaml"], "--config: File does not exist"),
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--model.transformer.dept=3"], "did you mean --model.transformer.depth?"),
-        (["--model.iteration=3"], "unrecognized arguments"),  # no abbreviations
-        (["--model.iterations=0"], "--model.iterations must be at least 1"),
-        (["--model.iterations=x"], "--model.iterations: x is not a whole number"),
-        (["--model.transformer.depth=x"], "depth: x is not a whole number or null"),
-        (["--model.transformer.dtype=int3"], "int3 is unknown; choose from float32, bfloat16"),
-        (["--data.tokens_per_batch=x"], "tokens_per_batch: x is not a whole number or auto"),
-        (["--nothing_like_it=1"], "see lightning-inversion fit --help"),
-        (["--results.file=rows.jsonl"], "unrecognized arguments: --results.file=rows.jsonl"),
-        (["--results.top_k=0"], "--results.top_k must be at least 1, and is 0"),
-        (["--seed_everything=-1"], "--seed_everything must be between 0 and 4294967295"),
-        (["--trainer.accelerator=foo"], "--trainer.accelerator: "),
-        (["--trainer.devices=0"], "--trainer.devices: "),
-        (["--trainer.devices=null"], "--trainer.devices: "),
-        (["--model.optimizer.lr=null"], "--model.optimizer: '<=' not supported"),
-        (["--model.optimizer.lr=-1"], "--model.optimizer: Invalid learning rate: -1.0"),
-        (["--model.recovery.budget=-3"], "--model.recovery: candidates, max_candidates and budget"),
-        (["--trainer.default_root_dir=/proc/x"], "--trainer.default_root_dir '/proc/x' cannot"),
-        ([f"--trainer.default_root_dir={__file__}"], "is a file; give a folder"),
-        (["--model.transformer.depth=0"], "--model.transformer.depth"),
-        (["--model.transformer.depth=99"], "99 blocks were asked for and the model has 4"),
-        (["--model.objective=L3"], "unknown Objective 'L3'; choose from C"),
-        (["--model.decoder=Pin"], "unknown Decoder 'Pin'; choose from C"),
-        (["--model.learnable=VocabularyInput"], "choose --model.schedule AllPositions"),
-        (["--data.prompts=['']"], "--data.prompts, prompt 1 is empty"),
-        (["--data.batch_size=0"], "--data.batch_size must be at least 1"),
-        (["--data.file=none.txt"], "--data.prompts and --data.file were given"),
-        (["--learning_rate.start=-1"], "learning_rate.start"),
-        (["--model.schedule.window=0"], "--model.schedule: every, candidates and window"),
-        (["--trainer.strategy=ddp", "--trainer.devices=2"], "DDPStrategy would average the inputs"),
-        (["--trainer.precision=64-true"], "--trainer.precision: 64-true is not one of 32-true"),
-        (
-            ["--trainer.precision=bf16-true", "--model.transformer.dtype=float16"],
-            "--trainer.precision bf16-true contradicts --model.transformer.dtype float16",
-        ),
-        (
-            ["--model.transformer.device_map=auto", "--trainer.devices=2"],
-            "set --trainer.devices 1, or leave device_map out",
-        ),
-        (["--ckpt_path=last"], "--ckpt_path last finds no run"),
-        (["--config=none.yaml"], "--config: File does not exist"),
+        *WRONG_USE,
+        *(pytest.param(*case, marks=pytest.mark.integration) for case in MORE_WRONG_USE),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -164,6 +172,7 @@ def test_a_run_leaves_all_that_is_promised(tiny_folder: Path, tmp_path: Path, ca
     assert str(folder / "results.jsonl") in output.replace("\n", "")
 
 
+@pytest.mark.integration  # a whole run each
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_the_trainers_precision_is_what_the_model_computes_in(
     precision: str, tiny_folder: Path, tmp_path: Path
@@ -203,10 +212,10 @@ def test_hparams_hold_real_values(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_finished_run_resumes_to_itself_and_is_scored(
-    tiny_folder: Path, tmp_path: Path, capsys
+    tiny_folder: Path, fitted: Path, tmp_path: Path, capsys
 ) -> None:
-    arguments = fit(tiny_folder, tmp_path, "--model.iterations=20")
-    assert run(arguments) == 0
+    shutil.copytree(fitted, tmp_path, dirs_exist_ok=True)
+    arguments = fit(tiny_folder, tmp_path, "--model.iterations=3", "--data.batch_size=1")
     before = rows_of(tmp_path)
     assert run([*arguments, "--ckpt_path=last"]) == 0
     assert rows_of(tmp_path) == before
@@ -237,6 +246,7 @@ def test_the_defaults_of_fit_are_those_of_the_constructor(tiny_folder: Path) -> 
     assert initializer.endswith(f".{type(module.learnable.initializer).__name__}")
 
 
+@pytest.mark.integration  # a whole run
 def test_a_damaged_checkpoint_costs_its_batch_alone(
     tiny_folder: Path, fitted: Path, tmp_path: Path, capsys
 ) -> None:
@@ -264,6 +274,7 @@ def without_seconds(root: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(root)]
 
 
+@pytest.mark.integration  # three runs
 def test_a_fit_resumes_behind_a_batch_that_ended_early(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,8 +312,16 @@ def test_a_fit_resumes_behind_a_batch_that_ended_early(
     assert without_seconds(tmp_path / "stopped") == without_seconds(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("command", ["validate", "predict"])
-@pytest.mark.parametrize("content", ["missing", "empty", "text", "truncated", "other"])
+@pytest.mark.parametrize(
+    ("command", "content"),
+    [
+        ("validate", "missing"),
+        ("predict", "empty"),
+        pytest.param("validate", "text", marks=pytest.mark.integration),
+        pytest.param("validate", "truncated", marks=pytest.mark.integration),
+        ("predict", "other"),
+    ],
+)
 def test_a_checkpoint_that_cannot_be_read_is_one_sentence(
     command: str, content: str, tiny_folder: Path, fitted: Path, tmp_path: Path, capsys
 ) -> None:
@@ -325,8 +344,15 @@ def test_a_checkpoint_that_cannot_be_read_is_one_sentence(
     ("command", "option", "key"),
     [
         ("validate", "--model.transformer.depth=3", "model.transformer.depth"),
-        ("validate", "--model.learnable=VocabularyInput", "model.learnable"),
-        ("validate", "--model.objective=L1", "model.objective"),
+        pytest.param(
+            "validate",
+            "--model.learnable=VocabularyInput",
+            "model.learnable",
+            marks=pytest.mark.integration,
+        ),
+        pytest.param(
+            "validate", "--model.objective=L1", "model.objective", marks=pytest.mark.integration
+        ),
         ("predict", "--model.transformer.depth=3", "model.transformer.depth"),
     ],
 )
@@ -348,7 +374,8 @@ def test_validate_prints_its_score_and_leaves_no_folder(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_predict_says_that_a_checkpoint_holds_none_of_its_texts(
+@pytest.mark.integration  # a whole run
+def test_predict_reports_that_a_checkpoint_holds_none_of_its_prompts(
     tiny_folder: Path, fitted: Path, tmp_path: Path, capsys
 ) -> None:
     path = fitted / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
@@ -357,6 +384,7 @@ def test_predict_says_that_a_checkpoint_holds_none_of_its_texts(
     assert "holds none of these prompts" in capsys.readouterr().err
 
 
+@pytest.mark.integration  # a whole run
 def test_a_row_that_was_cut_off_at_the_end_is_made_again_from_the_start(
     tiny_folder: Path, fitted: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,16 @@ def rows_of(root: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines.splitlines()]
 
 
-def test_every_token_is_recovered_with_its_certificate(tiny_folder: Path, tmp_path: Path) -> None:
-    assert run(predict(tiny_folder, tmp_path)) == 0
-    rows = rows_of(tmp_path)
+@pytest.fixture(scope="module")
+def predicted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of a run that has ended, a prompt a batch; a test that changes it copies it."""
+    root = tmp_path_factory.mktemp("predicted")
+    assert run(predict(tiny_folder, root, "--data.batch_size=1")) == 0
+    return root
+
+
+def test_every_token_is_recovered_with_its_certificate(predicted: Path) -> None:
+    rows = rows_of(predicted)
     assert [row["recovered"] for row in rows] == [row["prompt"] for row in rows]
     for row in rows:
         count = len(row["ids"])
@@ -55,9 +63,9 @@ def test_every_token_is_recovered_with_its_certificate(tiny_folder: Path, tmp_pa
         assert row["policy"].startswith("TokenRecovery(ProbeProposer+GradientProxy")
 
 
-def test_it_goes_on_where_it_stopped(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_is_resumed(predicted: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(predicted, tmp_path, dirs_exist_ok=True)
     arguments = predict(tiny_folder, tmp_path, "--data.batch_size=1")
-    assert run(arguments) == 0
     path = tmp_path / "lightning_logs" / "version_0" / "results.jsonl"
     whole = rows_of(tmp_path)
     path.write_text("".join(json.dumps(row) + "\n" for row in whole if row["index"] != 1))
@@ -68,6 +76,7 @@ def test_it_goes_on_where_it_stopped(tiny_folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "lightning_logs" / "version_1").exists()
 
 
+@pytest.mark.integration  # calibrates for itself
 def test_slow_phases_are_reported_once_and_no_line_is_empty(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -84,7 +93,7 @@ def test_slow_phases_are_reported_once_and_no_line_is_empty(
     assert all(lines)
 
 
-@pytest.mark.parametrize("command", ["fit", "predict"])
+@pytest.mark.parametrize("command", [pytest.param("fit", marks=pytest.mark.integration), "predict"])
 def test_a_prompt_that_cannot_be_run_has_a_row_with_the_keys_of_the_others(
     command: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -99,6 +108,7 @@ def test_a_prompt_that_cannot_be_run_has_a_row_with_the_keys_of_the_others(
     ]  # fmt: skip
 
 
+@pytest.mark.integration  # whole runs
 def test_another_policy_by_name(tiny_folder: Path, tmp_path: Path) -> None:
     proposer = "--model.recovery.proposer=lightning_inversion.recovery.proposals.Exhaustive"
     assert run(predict(tiny_folder, tmp_path, "--model.recovery=TokenRecovery", proposer)) == 0
@@ -116,6 +126,7 @@ def test_a_wrong_policy_ends_in_a_sentence(
     )
 
 
+@pytest.mark.integration  # whole runs
 def test_predict_starts_from_the_input_of_a_fit(tiny_folder: Path, tmp_path: Path, capsys) -> None:
     words = predict(tiny_folder, tmp_path / "fit", "--model.iterations=30")
     assert run(["fit", *words[1:]]) == 0

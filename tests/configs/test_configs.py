@@ -61,6 +61,7 @@ def test_every_yaml_is_in_one_of_the_lists() -> None:
     assert {one.source_model for one in EXPERIMENTS} - {None} <= {path.stem for path in MODELS}
 
 
+@pytest.mark.integration  # the command line is parsed for each
 @pytest.mark.parametrize("overlay", MODELS, ids=lambda path: path.stem)
 def test_a_source_model_is_an_overlay(overlay: Path) -> None:
     base = ORIGINAL / "indirect.yaml"
@@ -71,6 +72,7 @@ def test_a_source_model_is_an_overlay(overlay: Path) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.integration  # the command line is parsed for each
 @pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
 def test_a_policy_is_a_config_of_predict(path: Path) -> None:
     recovery = parse(f"--config={path}", command="predict").model.recovery
@@ -79,50 +81,22 @@ def test_a_policy_is_a_config_of_predict(path: Path) -> None:
     )
 
 
-def compatible(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two sets of overrides can be given together."""
-    return all(
-        a[key] == b[other] if key == other else not f"{key}.".startswith(f"{other}.")
-        and not f"{other}.".startswith(f"{key}.")
-        for key in a
-        for other in b
-    )  # fmt: skip
-
-
-def packed() -> list[SourceExperiment]:
-    """Few experiments that together have every override of all; parsing takes 0.2 s each."""
-    packs: list[SourceExperiment] = []
-    for one in EXPERIMENTS:
-        for pack in packs:
-            if pack.base == one.base and compatible(pack.overrides, one.overrides):
-                pack.overrides.update(one.overrides)
-                break
-        else:
-            packs.append(SourceExperiment(one.name, "", one.base, "", overrides={**one.overrides}))
-    return packs
-
-
-@pytest.mark.parametrize("experiment", packed(), ids=lambda one: one.name)
-def test_overrides_are_parsed(experiment: SourceExperiment) -> None:
-    config = parse(*experiment.arguments(ORIGINAL))
-    for key, value in experiment.overrides.items():
-        if not isinstance(value, dict | str):  # of a class, or its name
-            assert value_at(config, key) == value
-
-
 def value_at(config: Any, key: str) -> Any:
     for word in key.split("."):
         config = config[word] if word in config else config.init_args[word]
     return config
 
 
-@pytest.mark.integration  # the fast tier parses them packed
+@pytest.mark.integration  # a parse each
 def test_every_experiment_is_parsed_with_the_source_model() -> None:
     for experiment in EXPERIMENTS:
         arguments = experiment.arguments(ORIGINAL)
         if experiment.source_model is not None:
             arguments.append(f"--config={ORIGINAL / 'models' / experiment.source_model}.yaml")
         config = parse(*arguments)
+        for key, value in experiment.overrides.items():
+            if not isinstance(value, dict | str):  # of a class, or its name
+                assert value_at(config, key) == value
         assert config.data.tokenizer == config.model.transformer.model
         assert len(config.data.prompts) >= 5, experiment.name
 
@@ -165,7 +139,15 @@ def fit(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     return run
 
 
-@pytest.mark.parametrize("config", FITS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(
+            path, id=path.stem, marks=() if path.stem == "recommended" else pytest.mark.integration
+        )
+        for path in FITS
+    ],
+)
 def test_a_config_runs(config: Path, fit: Callable[..., Any]) -> None:
     rows, module = fit(f"--config={config}")
     assert [len(row["recovered_ids"]) for row in rows] == [len(row["ids"]) for row in rows]

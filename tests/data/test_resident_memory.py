@@ -17,10 +17,19 @@ from lightning_inversion.module import InputInversion
 from lightning_inversion.schedules import AllPositions
 from lightning_inversion.transformer.loading import TransformerSpec
 
+pytestmark = pytest.mark.usefixtures("shared_measurements")
+
 PROMPTS = ["The sky is blue.", "bus", "A quick brown fox jumps over the lazy dog.", "day " * 40]
 
 
-@pytest.mark.parametrize("when", ["forward", "backward", "begin"])
+@pytest.mark.parametrize(
+    "when",
+    [
+        "forward",
+        pytest.param("backward", marks=pytest.mark.integration),
+        pytest.param("begin", marks=pytest.mark.integration),
+    ],
+)
 def test_a_batch_too_large_comes_as_two(
     when: str, tiny_folder: Path, tmp_path: Path, messages: list[str]
 ) -> None:

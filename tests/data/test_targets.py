@@ -119,7 +119,7 @@ MINIMAL = {"transformer": {"model": "m", "depth": 2}}
         ({**MINIMAL, "prompts": ["\ud83d"], "ids": [[1]]}, {}, "half of a surrogate pair"),
         ({**MINIMAL, "prompts": ["a"]}, {}, "only one of prompts and ids"),
         ({**MINIMAL, "versions": None}, {}, "has versions null; leave it out"),
-        ({**MINIMAL, "format": 2}, {}, "has format 2, and 1 is known"),
+        ({**MINIMAL, "format": 2}, {}, "has format 2, and 1 is read"),
         ({**MINIMAL, "storage": {"noise": 1e400}}, {}, "has storage.noise inf"),
         ({**MINIMAL, "storage": {"dtype": "int8"}}, {}, 'has storage {"dtype": "int8"}; write'),
         ({**MINIMAL, "storage": {"kind": 1}}, {}, "has storage .*kind.*; write"),
@@ -154,7 +154,7 @@ def of_prompts(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> l
     return rows_of(root)
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("kept", [pytest.param(True, marks=pytest.mark.integration), False])
 def test_a_fit_of_captured_targets_is_that_of_the_prompts(
     tiny_folder: Path, tmp_path: Path, of_prompts: list[dict], kept: bool
 ) -> None:
@@ -166,10 +166,16 @@ def test_a_fit_of_captured_targets_is_that_of_the_prompts(
         assert all(ours[key] is None for key in scores) is not kept
         for key in set(theirs) - unknown - {"seconds"}:
             assert ours[key] == theirs[key], key
-    if kept:
-        return
+
+
+@pytest.mark.integration  # three runs
+def test_a_fit_of_captured_targets_is_resumed_and_scored(
+    tiny_folder: Path, captured: Path, tmp_path: Path
+) -> None:
+    options = fit(tiny_folder, tmp_path / "a", f"--data.targets={captured}")
+    assert run(options) == 0
     before = rows_of(tmp_path / "a")
-    again = fit(tiny_folder, tmp_path / "a", f"--data.targets={path}", "--ckpt_path=last")
+    again = [*options, "--ckpt_path=last"]
     assert run(again) == 0
     assert rows_of(tmp_path / "a") == before
     assert run(["validate", *again[1:]]) == 0
@@ -194,6 +200,7 @@ def test_features_after_a_known_prefix(
     assert row["verified"]
 
 
+@pytest.mark.integration  # a whole run
 def test_predict_knows_no_prompt(tiny_folder: Path, captured: Path, tmp_path: Path) -> None:
     words = [
         "predict", f"--model.transformer.model={tiny_folder}", "--model.transformer.depth=2",
@@ -224,6 +231,7 @@ def test_cheap_mismatches_come_before_the_model(
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.integration  # two captures and two runs
 def test_a_fit_verifies_what_a_coarse_capture_lets_it(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,7 +252,7 @@ def test_a_capture_is_not_overwritten(tiny_folder: Path, captured: Path, capsys)
 
 
 @pytest.mark.parametrize("place", ["/proc/t.safetensors", f"{__file__}/t.safetensors"])
-def test_a_place_that_takes_no_file_is_refused_before_the_model_loads(
+def test_a_folder_that_takes_no_file_is_refused_before_the_model_loads(
     place: str, tiny_folder: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     monkeypatch.setattr(TransformerSpec, "load", lambda _: pytest.fail("the model was loaded"))

@@ -16,9 +16,9 @@ from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="session")
-def _own_cache(cache: Path) -> Iterator[None]:
+def _own_cache(session_cache: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(ENVIRONMENT, str(cache))
+        patch.setenv(ENVIRONMENT, str(session_cache))
         yield
 
 

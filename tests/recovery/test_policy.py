@@ -30,10 +30,11 @@ def comparable(prompts: list[RecoveredPrompt]) -> list[list[TokenCertificate]]:
 @pytest.mark.parametrize(
     ("policy", "lengths"),
     [
-        (TokenRecovery(candidates=8, max_candidates=32), ([5, 3], [4, 2, 4])),
-        (SIPIT(), ([1, 2], [2, 1, 1])),
+        pytest.param(
+            TokenRecovery(candidates=8, max_candidates=32), ([5, 3], [4, 2, 4]), id="TokenRecovery"
+        ),
+        pytest.param(SIPIT(), ([1, 2], [2, 1, 1]), id="SIPIT", marks=pytest.mark.integration),
     ],
-    ids=["TokenRecovery", "SIPIT"],
 )
 def test_two_recoveries_round_by_round_with_one_policy(
     policy: RecoveryPolicy,

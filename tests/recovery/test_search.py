@@ -165,7 +165,7 @@ def test_a_position_that_is_taken_back_begins_anew(headless: Measurements) -> No
     assert search.run(ROW, torch.tensor([[5]])).verified.all()
 
 
-def test_another_token_says_nothing_of_a_first_one(measurements: Measurements) -> None:
+def test_another_token_is_no_evidence_on_a_first_one(measurements: Measurements) -> None:
     ids = torch.tensor([[7, 40]])
     search = PrefixSearch(measurements, measurements.transformer.features_of(ids))
     guess = search.guess(ROW)

@@ -21,7 +21,7 @@ def target(tiny_transformer: TruncatedTransformer) -> torch.Tensor:
     return tiny_transformer.features_of(torch.tensor([PROMPTS[0], [*PROMPTS[1], 0]]))
 
 
-@pytest.mark.parametrize("tolerance", [1e-5, None])
+@pytest.mark.parametrize("tolerance", [1e-5, pytest.param(None, marks=pytest.mark.integration)])
 def test_short_prompts_are_recover_prompts(
     headless: Measurements, target: torch.Tensor, tolerance: float | None
 ) -> None:
@@ -46,6 +46,7 @@ def test_the_proxy_finds_tokens_sooner_than_chance(
     assert sum(tried) / len(tried) < 100  # 150 by chance
 
 
+@pytest.mark.integration  # 300 steps
 def test_no_token_is_tried_twice_and_the_vocabulary_ends_it(
     headless: Measurements, target: torch.Tensor
 ) -> None:
@@ -100,7 +101,7 @@ def test_known_tokens_are_the_beginning_of_every_prompt(
 
 def test_the_same_seed_tries_the_same_tokens(headless: Measurements, target: torch.Tensor) -> None:
     runs = [
-        [token.candidates for token in recover_prompts(policy, headless, target[:1], [4])[0].tokens]
+        [token.candidates for token in recover_prompts(policy, headless, target[:1], [2])[0].tokens]
         for policy in (SIPIT(), SIPIT(), SIPIT(seed=1))
     ]
     assert runs[0] == runs[1] != runs[2]

@@ -119,6 +119,7 @@ def test_nothing_is_verified_where_nothing_can_be_told_apart(
     assert not any(token.verified for prompt in prompts for token in prompt.tokens)
 
 
+@pytest.mark.integration  # calibrates for itself
 def test_tokens_with_the_same_embedding_are_named(
     measurements: Measurements, ids: torch.Tensor
 ) -> None:

@@ -26,6 +26,7 @@ def test_no_width_recovers() -> None:
     assert critical_width.bisect_width(lambda width: False, 64) is None
 
 
+@pytest.mark.integration  # a whole run
 def test_the_command(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

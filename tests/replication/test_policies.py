@@ -44,6 +44,7 @@ def test_prompts_are_of_one_length_and_two_are_random() -> None:
     assert texts == protocol_prompts(tokenizer, 300, CONFIGS / "prompts.jsonl", 20)
 
 
+@pytest.mark.integration  # whole recoveries
 def test_two_policies_side_by_side_and_their_table(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +112,7 @@ def test_scores_by_hand() -> None:
     )
 
 
+@pytest.mark.integration  # whole recoveries
 def test_a_cap_stops_between_rounds(tiny_folder: Path, tmp_path: Path) -> None:
     arguments = [f"--model={tiny_folder}", "--depths=1", "--prompts=2", "--length=5", "--cap=0"]
     arguments += [f"--out={tmp_path}", f"--configs={CONFIGS}", "--policies=sipit"]

@@ -46,6 +46,7 @@ def test_kept_keys_are_those_of_rows() -> None:
     assert {*KEPT} <= {*names("setting"), *names("outcome"), *names("version")}
 
 
+@pytest.mark.integration  # several runs
 def test_what_has_results_is_not_run_again(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,6 +76,7 @@ class Failing(Objective):
         raise RuntimeError("fails")
 
 
+@pytest.mark.integration  # whole runs
 def test_a_failed_experiment_does_not_keep_the_others_from_running(folder: Path) -> None:
     experiments = yaml.safe_load((folder / "experiments.yaml").read_text())
     failing = {"model.objective": f"{__name__}.Failing"}

@@ -28,6 +28,7 @@ def test_a_report_is_written_among_the_runs_given_first(
     ]
 
 
+@pytest.mark.integration  # a process
 def test_a_report_is_written_whole_and_needs_neither_torch_nor_lightning(
     runs: Path, tmp_path: Path
 ) -> None:

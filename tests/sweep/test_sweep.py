@@ -106,17 +106,18 @@ def test_a_depth_sweep_loads_once_and_its_cells_are_the_runs_they_name(
     figures.Reload()
     assert "sweep/depth" in figures.Tags()["images"]
     assert "depth=4: done in " in finished.err
-    for depth in (2, 4):
-        cell = finished.folder / f"depth={depth}"
+    cell_of_2 = finished.folder / "depth=2"
+    for cell in (cell_of_2, finished.folder / "depth=4"):
         assert {"config.yaml", "checkpoints", "results.jsonl"} <= {p.name for p in cell.iterdir()}
-        alone = tmp_path / f"alone-{depth}"
-        with counted_loads() as loads:
-            assert main(["fit", *finished.options, f"--model.transformer.depth={depth}",
-                            f"--trainer.default_root_dir={alone}"]) == 0  # fmt: skip
-        assert loads == [depth]
-        assert rows_of(cell) == rows_of(alone / "lightning_logs" / "version_0")
+    assert rows_of(finished.folder / "depth=4")[0]["depth"] == 4
+    with counted_loads() as loads:
+        assert main(["fit", *finished.options, "--model.transformer.depth=2",
+                        f"--trainer.default_root_dir={tmp_path}"]) == 0  # fmt: skip
+    assert loads == [2]
+    assert rows_of(cell_of_2) == rows_of(tmp_path / "lightning_logs" / "version_0")
 
 
+@pytest.mark.integration  # several runs
 def test_a_sweep_of_predict_loads_once_and_its_cells_are_the_runs_they_name(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None, capsys
 ) -> None:
@@ -177,6 +178,7 @@ def test_only_what_is_not_done_runs_again(
     assert {name: rows_of(folder / name) for name in before} == before
 
 
+@pytest.mark.integration  # several runs
 def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, no_report: None
 ) -> None:
@@ -200,6 +202,7 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(
     assert len(rows_of(folder / "depth=2")) == 2
 
 
+@pytest.mark.integration  # several runs
 def test_a_sweep_that_is_asked_to_end_can_be_resumed(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, no_report: None
 ) -> None:
@@ -259,11 +262,16 @@ def test_a_cell_without_a_row_has_failed(options: list[str], capsys, no_report: 
         (["--over=iterations=5,0"], "--model.iterations must be at least 1"),
         (["--over=transformer.depth"], "is not key=value,value"),
         (["--seeds=0"], "--seeds must be between 1"),
-        (["--seeds=x"], "--seeds: x is not a whole number"),
-        (["--seeds=99999999999"], "--seeds must be between 1 and 10000"),
-        (["--seeds=2", "--processes=0"], "--processes must be at least 1"),
         (["--seeds=2", "--name=a/b"], "--name 'a/b' is not a plain name"),
-        (["--seeds=2", "--name=.."], "--name '..' is not a plain name"),
+        *(
+            pytest.param(options, sentence, marks=pytest.mark.integration)
+            for options, sentence in (
+                (["--seeds=x"], "--seeds: x is not a whole number"),
+                (["--seeds=99999999999"], "--seeds must be between 1 and 10000"),
+                (["--seeds=2", "--processes=0"], "--processes must be at least 1"),
+                (["--seeds=2", "--name=.."], "--name '..' is not a plain name"),
+            )
+        ),
         (["--seeds=2", "--results.file=rows.jsonl"], "unrecognized arguments: --results.file"),
         (["--join=nowhere"], "holds no sweep.json"),
     ],

@@ -7,14 +7,14 @@ import torch
 
 from lightning_inversion.transformer import TokenEmbedding, TruncatedTransformer
 from lightning_inversion.transformer.embedding import best_tokens
-from tests.tiny import FAMILIES, VOCABULARY, WIDTH, tiny_model
+from tests.tiny import FAMILIES, VOCABULARY, WIDTH, each, tiny_model
 
 
 def random_embedding(V: int = 40, D: int = 8) -> TokenEmbedding:
     return TokenEmbedding(torch.randn(V, D, generator=torch.Generator().manual_seed(0)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each(FAMILIES)
 def test_one_hot_mixing_is_the_models_embedding(family: str) -> None:
     model = tiny_model(family, "eager")
     embedding = TruncatedTransformer.from_model(model, depth=1).embedding

