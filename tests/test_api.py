@@ -25,7 +25,9 @@ def hidden_states(depth: int, dtype: torch.dtype = torch.float32) -> list[torch.
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.integration), torch.bfloat16]
+)
 def test_the_prompts_of_a_list_of_hidden_states(dtype: torch.dtype) -> None:
     model, tokenizer = shared_tiny_model("llama"), tiny_tokenizer()
     found = recover(model, tokenizer, hidden_states(2, dtype), depth=2, policy=POLICY)
