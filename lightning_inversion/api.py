@@ -64,6 +64,12 @@ def recover(
             f"known_prefix has {len(known_prefix)} tokens, and the shortest tensor of "
             f"hidden_states {min(lengths)} rows; shorten it."
         )
+    vocabulary = transformer.embedding.vocabulary_size
+    if any(not 0 <= token < vocabulary for token in known_prefix):
+        raise InputError(
+            f"known_prefix must hold token ids from 0 to {vocabulary - 1}; it is "
+            f"{list(known_prefix)[:10]}."
+        )
     dtype = str(given[0].dtype).removeprefix("torch.")
     language_model = (
         LanguageModel(model, transformer.caches) if policy.needs_language_model else None

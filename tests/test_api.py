@@ -66,3 +66,12 @@ def test_a_prefix_longer_than_a_prompt_is_refused() -> None:
             shared_tiny_model("llama"), None, torch.zeros(3, 32), depth=2,
             known_prefix=[1, 2, 3, 4], policy=POLICY,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("token", [-1, 300])
+def test_a_prefix_outside_the_vocabulary_is_refused(token: int) -> None:
+    with pytest.raises(InputError, match="known_prefix must hold token ids from 0 to 299"):
+        recover(
+            shared_tiny_model("llama"), None, torch.zeros(3, 32), depth=2,
+            known_prefix=[token], policy=POLICY,
+        )  # fmt: skip
