@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from lightning_inversion.data.targets import Storage
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.replication.policies import protocol_prompts
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec

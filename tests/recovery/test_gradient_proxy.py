@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from lightning_inversion.recovery.gradient_proxy import DescendingProxies, GradientProxy
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.search import PrefixSearch
-from lightning_inversion.recovery.verification import Measurements
 
 ROWS = torch.arange(2)
 IDS = torch.tensor([[7, 40, 3, 250, 9], [12, 7, 88, 41, 230]])

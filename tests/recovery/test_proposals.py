@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.gradient_proxy import GradientProxy
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.proposals import (
     Exhaustive,
@@ -21,7 +22,6 @@ from lightning_inversion.recovery.proposals import (
     Proposer,
 )
 from lightning_inversion.recovery.search import PrefixSearch, Proposals
-from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.transformer.language_model import Continuations
 from tests.tiny import VOCABULARY
 

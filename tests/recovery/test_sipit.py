@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveredPrompt, recover_prompts
 from lightning_inversion.recovery.sipit import SIPIT, _Position
-from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 PROMPTS = [[5, 270, 31, 144], [99, 12, 288]]

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery import token_recovery
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveredPrompt, recover_prompts
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.proposals import Exhaustive, LanguageModelPrior, Proposer
 from lightning_inversion.recovery.search import PrefixSearch, Proposals
 from lightning_inversion.recovery.token_recovery import TokenRecovery, _PlausibleTokens
-from lightning_inversion.recovery.verification import Measurements
 from tests.tiny import VOCABULARY
 
 LENGTHS = [9, 4, 6]

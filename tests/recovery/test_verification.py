@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from lightning_inversion.recovery import verification
+from lightning_inversion.recovery.calibration import Calibration
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.search import PrefixSearch
-from lightning_inversion.recovery.verification import Calibration, Measurements, verify
+from lightning_inversion.recovery.verification import verify
 from lightning_inversion.transformer.surgery import Surgery
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.tiny import shared_tiny_model
