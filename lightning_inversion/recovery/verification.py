@@ -162,5 +162,5 @@ def verify(
         verified = (alone | ~mask).cummin(dim=1).values
     else:
         verified = (alone | ~mask).all(dim=1, keepdim=True).expand_as(mask)
-    verified &= mask
+    verified = verified & mask
     return Verdict(verified, alone & ~verified, group, residuals, thresholds)

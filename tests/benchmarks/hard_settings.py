@@ -76,9 +76,7 @@ def main() -> None:
         ]
         right = sum(token.id == truth for token, truth in pairs)
         verified = sum(token.verified for token, _ in pairs)
-        false = sum(
-            token.verified and truth not in (token.id, *token.duplicates) for token, truth in pairs
-        )
+        false = sum(token.verified and token.id != truth for token, truth in pairs)
         threshold = float(measurements.calibration.threshold[1])
         print(
             f"| {name} | {right}/{len(pairs)} | {verified} | {false} | {seconds:.0f} | "

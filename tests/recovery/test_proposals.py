@@ -76,7 +76,7 @@ def test_asked_twice_proposals_give_one_answer(
         assert torch.equal(proposals.scores(ROWS), first)
     for step in range(3):  # of the proxy: started, moved alone, joined by others
         tried = torch.arange(10 * step, 10 * step + 8).expand(2, 8)
-        assert not search.run(ROWS, wrong(tried, position)).verified.any()
+        assert not search.run(ROWS, wrong(tried, position))[0].verified.any()
         proposals.update(ROWS)
         scores, candidates = proposals.scores(ROWS), proposals.propose(ROWS, 12)
         assert torch.equal(proposals.scores(ROWS), scores)
