@@ -5,9 +5,11 @@ Help and version answer before torch is imported, which takes seconds.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -94,7 +96,8 @@ def run(args: list[str]) -> int:
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}; choose from {', '.join(COMMANDS)}.")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stack traces of lost connections
-    command = import_module(f"lightning_inversion.{COMMANDS[name].module}")
+    with _no_garbage_collection():
+        command = import_module(f"lightning_inversion.{COMMANDS[name].module}")
     if COMMANDS[name].module == _LIGHTNING:
         command.run_lightning(args)
         return 0
@@ -105,6 +108,16 @@ def run(args: list[str]) -> int:
     getattr(command, f"add_{name}_arguments")(parser)
     code: int = getattr(command, f"run_{name}")(parser.parse_command(options))
     return code
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Imports make a million objects that stay; looking for garbage among them takes a second."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 if __name__ == "__main__":
