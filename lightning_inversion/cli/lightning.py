@@ -117,7 +117,7 @@ class InversionCLI(LightningCLI):
         name = self._args[0]
         with wrong_values("--config", RecursionError):
             options = self._subcommand_parsers[name].parse_args(args[1:])
-        self.config = Namespace(subcommand=name)
+        self.config = Namespace(subcommand=name)  # type: ignore[no-untyped-call]
         self.config[name] = options
         seed = options.seed_everything
         if not isinstance(seed, bool) and seed is not None and not 0 <= seed < _SEEDS:
