@@ -14,7 +14,7 @@ from tests.integration.started_run import StartedRun
 
 pytestmark = pytest.mark.integration
 COUNT = re.compile(r"\d+ of \d+")
-TEXTS = [f"The wipers on the bus go swish {'swish ' * (index % 5)}{index}" for index in range(14)]
+TEXTS = [f"The wipers on the bus go swish {'swish ' * (index % 5)}{index}" for index in range(24)]
 
 
 class Run(StartedRun):
@@ -79,9 +79,7 @@ def test_two_processes_leave_the_rows_of_one(
 ) -> None:
     run = Run(tiny_folder, tmp_path)
     assert run.finish(run.by(2)) == alone
-    assert run.reported() == [
-        f"{n} of {len(TEXTS)}: written to {run.rows}" for n in range(1, len(TEXTS) + 1)
-    ]
+    assert run.reported() == [f"{n} of {len(TEXTS)}: written to {run.rows}" for n in range(1, 25)]
 
 
 def test_killed_and_resumed_by_another_number_of_processes(
