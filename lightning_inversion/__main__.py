@@ -8,10 +8,10 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 
 from lightning_inversion import __version__
 from lightning_inversion.cli.ending import exit_code
@@ -96,8 +96,7 @@ def run(args: list[str]) -> int:
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}; choose from {', '.join(COMMANDS)}.")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stack traces of lost connections
-    with _no_garbage_collection():
-        command = import_module(f"lightning_inversion.{COMMANDS[name].module}")
+    command = _imported(f"lightning_inversion.{COMMANDS[name].module}")
     if COMMANDS[name].module == _LIGHTNING:
         command.run_lightning(args)
         return 0
@@ -110,13 +109,18 @@ def run(args: list[str]) -> int:
     return code
 
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Imports make a million objects that stay; looking for garbage among them takes a second."""
+def _imported(name: str) -> ModuleType:
+    """Import a module without garbage collection, which takes a sixth of the time of a start.
+
+    What is imported stays, and so later collections need not look through it either.
+    """
+    if name in sys.modules:
+        return sys.modules[name]
     gc.disable()
     try:
-        yield
+        return import_module(name)
     finally:
+        gc.freeze()
         gc.enable()
 
 
