@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.measurements import Measurements
 
 ALTERNATIVES = 5
@@ -165,9 +166,14 @@ def recover_prompts(
         known: ``[N]`` tokens with which every prompt begins.
         fitted: ``[B, T, D]`` vectors that a fit has optimised.
         after_round: called with the prompts as they stand.
+
+    Raises:
+        InputError: the known tokens do not reproduce the target.
     """
     prompts: list[RecoveredPrompt] = []
     given = 0 if known is None else len(known)
+    if known is not None and given:
+        check_known_prefix(measurements, target, known)
     finite = [bool(target[row, :length].isfinite().all()) for row, length in enumerate(lengths)]
     lengths = [length if whole else given for length, whole in zip(lengths, finite, strict=True)]
     with torch.no_grad():
@@ -177,3 +183,30 @@ def recover_prompts(
     for prompt, whole in zip(prompts, finite, strict=True):
         prompt.finite = whole
     return prompts
+
+
+@torch.no_grad()
+def check_known_prefix(measurements: Measurements, target: Tensor, known: Tensor) -> None:
+    """Refuse known tokens ``[N]`` whose features are not those of the target ``[B, T, F]``.
+
+    Without a causal mask features depend on what follows, and are not compared.
+
+    Raises:
+        InputError: names the prompt and the position.
+    """
+    transformer, calibration = measurements.transformer, measurements.calibration
+    if not transformer.causal:
+        return
+    own, stored = transformer.features_of(known[None]), target[:, : len(known)]
+    positions = torch.arange(len(known), device=target.device).expand(stored.shape[:2])
+    residuals = calibration.residual(own, stored, positions)
+    allowed = calibration.plausible[positions.clamp(max=1)]
+    wrong = ((residuals > allowed) & stored.isfinite().all(-1)).nonzero()
+    if len(wrong):
+        row, position = wrong[0].tolist()
+        raise InputError(
+            f"The known prefix does not fit the hidden states of prompt {row + 1} of the batch: at "
+            f"position {position} they are {float(residuals[row, position]):.2g} std from its "
+            f"token's, and {float(allowed[row, position]):.2g} is allowed; correct known_prefix, "
+            "or leave it out."
+        )
