@@ -31,7 +31,7 @@ from lightning_inversion.recovery.calibration import Channel
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveryPolicy, check_known_prefix
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.recovery.verification import Verdict, verify
+from lightning_inversion.recovery.verification import Verdict, Verifier
 from lightning_inversion.schedules import Schedule, VerifiedPrefix
 from lightning_inversion.state import BatchState
 from lightning_inversion.transformer.embedding import TokenEmbedding
@@ -323,8 +323,8 @@ class Inversion(nn.Module):
             tokens = self.learnable.encode(best, self.embedding)
             if not torch.equal(state.values[state.batch.mask], tokens[state.batch.mask]):
                 features = None
-        return verify(
-            best, state.target, state.batch.mask, self.measurements,
+        return self.measurements.derived(Verifier).verify(
+            best, state.target, state.batch.mask,
             lambda ids, mask: self.features_of_ids(ids, state.batch, mask), features,
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_inversion.recovery.evidence import Evidence
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.rivals import NearTokens
-from lightning_inversion.recovery.verification import Judgement, judge
+from lightning_inversion.recovery.verification import Judgement, Verifier
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.prefix import KnownPrefix
 
@@ -154,6 +154,7 @@ class PrefixSearch:
     ) -> None:
         self.measurements, self.target, self.exhaustive = measurements, target, exhaustive
         self.transformer, self.probe = measurements.transformer, measurements.probe
+        self.verifier = measurements.derived(Verifier)
         B, device, embedding = len(target), target.device, self.transformer.embedding
         self.prefix = prefix or KnownPrefix(self.transformer, B)
         self.tried = torch.zeros(B, embedding.vocabulary_size, dtype=torch.bool, device=device)
@@ -292,7 +293,7 @@ class PrefixSearch:
         W, K = ids.shape[1:]
         features = self.prefix.ahead(rows, self.transformer.embedding(ids))
         if not self.exhaustive:
-            self.measurements.derived(NearTokens).prepare(ids[:, :, 0])
+            self.verifier.near.prepare(ids[:, :, 0])
         each = torch.arange(len(rows), device=rows.device)
         on_course = torch.ones_like(each, dtype=torch.bool)
         came = torch.zeros_like(each)
@@ -373,8 +374,8 @@ class PrefixSearch:
         compared = None
         if self.exhaustive:
             compared = self.count[rows] + self._new(rows, ids)
-        judged = judge(
-            self.measurements, ids, residuals, positions,
+        judged = self.verifier.judge(
+            ids, residuals, positions,
             (self._rivals[rows], self._rival_residuals[rows]), compared,
         )  # fmt: skip
         if compared is None:

@@ -14,7 +14,7 @@ from lightning_inversion.recovery.calibration import CLEARANCE, Calibration
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.rivals import NearTokens
 from lightning_inversion.recovery.search import PrefixSearch
-from lightning_inversion.recovery.verification import Verdict, judge, verify
+from lightning_inversion.recovery.verification import Verdict, Verifier
 from lightning_inversion.transformer.surgery import Surgery
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.tiny import shared_tiny_model
@@ -27,7 +27,9 @@ def calibrate(measurements: Measurements, storage: Storage) -> Calibration:
 def verdict_of(
     measurements: Measurements, ids: torch.Tensor, target: torch.Tensor, mask: torch.Tensor
 ) -> Verdict:
-    return verify(ids, target, mask, measurements, measurements.transformer.features_of)
+    return measurements.derived(Verifier).verify(
+        ids, target, mask, measurements.transformer.features_of
+    )
 
 
 def test_right_and_wrong_are_far_apart(measurements: Measurements) -> None:
@@ -172,11 +174,11 @@ def test_a_rival_must_be_as_far_as_the_clearance(headless: Measurements) -> None
         (0.9 * bar, 1.01 * CLEARANCE * 0.9 * bar, True, False),
         (1.0, 2.0, False, False),
     ):
-        judged = judge(headless, ids, torch.tensor([[own, rival]]), at)
+        judged = headless.derived(Verifier).judge(ids, torch.tensor([[own, rival]]), at)
         assert judged.verified.tolist() == [verified], (own, rival)
         assert judged.group.tolist() == [group], (own, rival)
     before = (torch.tensor([12]), torch.tensor([0.5 * bar]))
-    judged = judge(headless, ids, torch.tensor([[0.0, 1.0]]), at, before)
+    judged = headless.derived(Verifier).judge(ids, torch.tensor([[0.0, 1.0]]), at, before)
     assert judged.group.all()
     assert judged.rivals.tolist() == [12]
 
