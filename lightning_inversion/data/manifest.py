@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.results import check_of
+from lightning_inversion.files import check_of
 from lightning_inversion.transformer.loading import TransformerSpec
 
 LAYER = "output of block depth, Hugging Face hidden_states[depth] (the last after the final norm \

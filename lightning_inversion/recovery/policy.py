@@ -4,79 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.recovery.certificate import Certificate, TokenCertificate
 from lightning_inversion.recovery.measurements import Measurements
 
 ALTERNATIVES = 5
 """Candidates that are kept beside a token that is not verified."""
-
-
-State = Literal["verified", "conditional", "group", "unresolved"]
-"""What is shown of a token: see ``TokenCertificate``."""
-
-
-@dataclass(frozen=True)
-class TokenCertificate:
-    """One recovered token, and what running it has shown.
-
-    Attributes:
-        id: the token.
-        state: ``verified``: it reproduces the target behind the tokens before it, and no token that
-            was compared comes near. ``conditional``: the same, but a token before it is not
-            verified. ``group``: others reproduce the target too. ``unresolved``: nothing is shown.
-        residual: its distance to the target in std of each feature, see ``Calibration``.
-        threshold: the residual up to which a token passes here.
-        rival: the nearest other token that was compared; None without one.
-        rival_residual: its residual.
-        risk: a bound for the chance that another token is right, where the channel adds noise; None
-            without noise, where residuals decide.
-        compared: how many tokens were run at this position.
-        proposer: which proposer named it.
-        seconds: wall time spent at this position; prompts of one batch share their rounds.
-        alternatives: the best candidates of a token that is not verified, itself first; of a group
-            its members.
-    """
-
-    id: int
-    state: State
-    residual: float
-    threshold: float
-    rival: int | None
-    rival_residual: float | None
-    compared: int
-    proposer: str
-    seconds: float
-    risk: float | None = None
-    alternatives: tuple[int, ...] = ()
-
-    @property
-    def verified(self) -> bool:
-        """Whether the token and all before it are verified."""
-        return self.state == "verified"
-
-    @property
-    def margin(self) -> float | None:
-        """How many times as far as the token its nearest rival is; None without a rival."""
-        if self.rival_residual is None:
-            return None
-        return self.rival_residual / max(self.residual, 1e-9)
-
-    def behind(self, verified: bool) -> TokenCertificate:
-        """The certificate behind tokens that are all verified, or not."""
-        if self.state not in ("verified", "conditional"):
-            return self
-        return replace(self, state="verified" if verified else "conditional")
-
-    def replaced_by(self, other: int, residual: float) -> TokenCertificate:
-        """The certificate of another alternative, which the rest of the prompt supports."""
-        others = tuple(token for token in self.alternatives if token != other)
-        return replace(self, id=other, residual=residual, alternatives=(other, *others))
 
 
 @dataclass
@@ -90,6 +28,7 @@ class RecoveredPrompt:
         seconds: wall time until its last token.
         text: all tokens decoded, where a tokenizer was given; see ``api.recover``.
         finite: whether the target holds numbers; nothing is recovered where it does not.
+        certificate: what the tokens' certificates rest on; see ``api.recover``.
     """
 
     tokens: list[TokenCertificate] = field(default_factory=list)
@@ -98,6 +37,7 @@ class RecoveredPrompt:
     seconds: float = 0.0
     text: str | None = None
     finite: bool = True
+    certificate: Certificate | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -174,7 +114,7 @@ def recover_prompts(
     given = 0 if known is None else len(known)
     if known is not None and given:
         check_known_prefix(measurements, target, known)
-    finite = [bool(target[row, :length].isfinite().all()) for row, length in enumerate(lengths)]
+    finite = [bool(target[row, given:length].isfinite().all()) for row, length in enumerate(lengths)]
     lengths = [length if whole else given for length, whole in zip(lengths, finite, strict=True)]
     with torch.no_grad():
         for prompts in policy.recover(measurements, target, lengths, known, fitted):

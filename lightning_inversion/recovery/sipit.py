@@ -10,14 +10,9 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.recovery.certificate import State, TokenCertificate
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import (
-    ALTERNATIVES,
-    RecoveredPrompt,
-    RecoveryPolicy,
-    State,
-    TokenCertificate,
-)
+from lightning_inversion.recovery.policy import ALTERNATIVES, RecoveredPrompt, RecoveryPolicy
 from lightning_inversion.recovery.verification import Verifier
 
 _RESET_EVERY = 50
