@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -24,8 +23,8 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.blocks import (
     checkpoint_blocks_,
     compile_blocks_,
+    first_blocks_of,
     frozen_copy,
-    shorten_config_,
     text_config,
     without_head,
 )
@@ -138,16 +137,15 @@ class TransformerSpec:
         Raises:
             InputError: the options do not fit the model.
         """
-        return self._selection(text_config(self.config())).depth
+        return self._selection(self.config()).depth
 
     def load_blocks(self, depth: int) -> PreTrainedModel:
         """The language model's first `depth` blocks as they are: no head, nothing switched off."""
         files = self._files()
         config = self._config_of(files)
         if self.weights == "untrained":
-            return without_head(self._untrained(AutoModel, config, depth))
-        shorten_config_(text_config(config), depth)
-        return without_head(self._trained(AutoModel, files, config))
+            return self._untrained(config, depth)
+        return without_head(self._trained(files, config, depth))
 
     def cut(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -177,7 +175,7 @@ class TransformerSpec:
         """The loaded model's description, without what needs its weights."""
         return {
             **self._source,
-            **self._selection(text_config(self.config())).description(),
+            **self._selection(self.config()).description(),
             **self._surgery.description(),
             "dtype": self.dtype,
         }
@@ -191,9 +189,9 @@ class TransformerSpec:
         files = self._files()
         config = self._config_of(files)
         if self.weights == "untrained":
-            model = self._untrained(AutoModelForCausalLM, config)
+            model = self._untrained(config)
         else:
-            model = self._trained(AutoModelForCausalLM, files, config)
+            model = self._trained(files, config)
         model.requires_grad_(False)
         model.train(False)
         return model, self._tokenizer_of(files)
@@ -224,39 +222,47 @@ class TransformerSpec:
     def _config_of(self, files: ModelFiles) -> PretrainedConfig:
         with _readable(self.model):
             config: PretrainedConfig = AutoConfig.from_pretrained(
-                files.location, revision=files.revision
+                files.location, revision=files.revision, trust_remote_code=False
             )
         return config
 
     def _tokenizer_of(self, files: ModelFiles) -> PreTrainedTokenizerBase:
         with _readable(self.model):
-            return AutoTokenizer.from_pretrained(files.location, revision=files.revision)
+            return AutoTokenizer.from_pretrained(
+                files.location, revision=files.revision, trust_remote_code=False
+            )
 
-    def _trained(self, auto: Any, files: ModelFiles, config: PretrainedConfig) -> PreTrainedModel:
-        # Blocks beyond the configuration's are left in the file, and the head too.
+    def _trained(
+        self, files: ModelFiles, config: PretrainedConfig, depth: int | None = None
+    ) -> PreTrainedModel:
+        """The model with its head; with `depth`, its first blocks: nothing else is read."""
+        kind = self._class_of(config)
+        if kind.config_class is type(text_config(config)):
+            config = text_config(config)  # the language model of a configuration for images too
         options: dict[str, Any] = {
             "config": config,
             "revision": files.revision,
             "dtype": self._dtype,
-            "attn_implementation": self._attention_of(auto, config),
+            "attn_implementation": self._attention_of(kind),
             "device_map": self.device_map,
             "output_loading_info": True,
+            "ignore_mismatched_sizes": True,  # reported, and refused below
         }
         if self.quantization is not None:
             options["quantization_config"] = quantization_config(self.quantization, self._dtype)
+        built: Any = kind if depth is None else first_blocks_of(kind, depth)
         model: PreTrainedModel
         with _readable(self.model), torch.random.fork_rng(devices=[]):
-            model, report = auto.from_pretrained(files.location, **options)
-        _check_complete(self.model, report)
+            model, report = built.from_pretrained(files.location, **options)
+        model.__class__ = kind
+        _check_complete(self.model, model, report, depth)
         if self.quantization is not None:
             prepare_quantized_(model)
         return model
 
-    def _untrained(
-        self, auto: Any, config: PretrainedConfig, depth: int | None = None
-    ) -> PreTrainedModel:
-        attention = self._attention_of(auto, config)
-        return untrained_model(auto, config, self.weights_seed, self._dtype, attention, depth)
+    def _untrained(self, config: PretrainedConfig, depth: int | None = None) -> PreTrainedModel:
+        attention = self._attention_of(self._class_of(config))
+        return untrained_model(config, self.weights_seed, self._dtype, attention, depth)
 
     @property
     def _surgery(self) -> Surgery:
@@ -287,16 +293,20 @@ class TransformerSpec:
     def _other_embedding(self) -> TokenEmbedding | None:
         if self.embedding == "own":
             return None
-        module = untrained_embedding(AutoModel, self.config(), self.embedding_seed, self._dtype)
+        module = untrained_embedding(self.config(), self.embedding_seed, self._dtype)
         return TokenEmbedding.from_module(module)
 
-    def _attention_of(self, auto: Any, config: PretrainedConfig) -> str:
-        kind = auto._model_mapping.get(type(config), None)
+    def _class_of(self, config: PretrainedConfig) -> type[PreTrainedModel]:
+        mapping: Any = AutoModelForCausalLM._model_mapping
+        kind: type[PreTrainedModel] | None = mapping.get(type(config), None)
         if kind is None:
             raise InputError(
-                f"--model.transformer.model: {self.model!r} is a {config.model_type}, "
+                f"--model.transformer.model: {self.model!r} is of type {config.model_type}, "
                 "which is no causal language model of transformers; choose another."
             )
+        return kind
+
+    def _attention_of(self, kind: type[PreTrainedModel]) -> str:
         # GPT-J, GPT-Neo, BLOOM and others have only eager attention.
         return self.attention if kind._supports_sdpa else "eager"
 
@@ -333,6 +343,8 @@ def _readable(model: str) -> Iterator[None]:
     try:
         with quiet_transformers():
             yield
+    except InputError:
+        raise
     except (OSError, SafetensorError, ValueError) as error:
         reason = first_line(error).rstrip(".")
         raise InputError(
@@ -341,13 +353,23 @@ def _readable(model: str) -> Iterator[None]:
         ) from error
 
 
-def _check_complete(model: str, report: dict[str, Any]) -> None:
-    """Weights that a file lacks are drawn at random by transformers: never silently."""
+def _check_complete(
+    name: str, model: PreTrainedModel, report: dict[str, Any], depth: int | None
+) -> None:
+    """Weights that a file lacks are drawn at random by transformers: never silently.
+
+    With `depth` a head is not used, and need not be there.
+    """
+    used = model if depth is None else without_head(model)
+    path = next(path for path, module in model.named_modules() if module is used)
     lacking = sorted(
-        str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind]
+        str(key)
+        for kind in ("missing_keys", "mismatched_keys")
+        for key in report[kind]
+        if str(key).startswith(path)
     )
     if lacking:
         raise InputError(
-            f"--model.transformer.model: {model!r} lacks {len(lacking)} weights, "
+            f"--model.transformer.model: {name!r} lacks {len(lacking)} weights, "
             f"{lacking[0]} the first; give a complete model, or ask for untrained weights."
         )
