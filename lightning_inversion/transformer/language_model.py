@@ -94,6 +94,7 @@ class LanguageModel:
             logits = self.model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits
         return logits[:, -1]
 
+    @torch.no_grad()
     def _continues(self) -> bool:
         """Whether the model takes up a cache that it was given: recurrent ones may not."""
         ids = torch.arange(1, 4, device=self.device)[None]
