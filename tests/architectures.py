@@ -139,6 +139,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "mllama/text": {"cross_attention_layers": [2]},
     "modernbert-decoder": {
         "sep_token_id": 0, "cls_token_id": 0, "global_attn_every_n_layers": 2,
         "local_attention": 16,

@@ -80,30 +80,6 @@ def cut_blocks_(model: PreTrainedModel, kept: int) -> tuple[nn.Module, ...]:
     return tuple(blocks)
 
 
-def first_blocks_of(kind: type[PreTrainedModel], depth: int) -> type[PreTrainedModel]:
-    """The class of a model with its head, built whole and cut to its first `depth` blocks.
-
-    transformers builds a model on torch's meta device before it reads weights: what is cut there is
-    never read, and never takes memory. A head that shares no weights is cut off too.
-    """
-
-    def build(self: PreTrainedModel, *args: Any, **options: Any) -> None:
-        kind.__init__(self, *args, **options)
-        cut_blocks_(without_head(self), depth)
-        tied = self.all_tied_weights_keys
-        head = self.get_output_embeddings()  # type: ignore[no-untyped-call]
-        if head is not None:
-            name = next(name for name, module in self.named_modules() if module is head)
-            if not any(key.startswith(f"{name}.") for key in [*tied, *tied.values()]):
-                replace_module_(self, head, nn.Identity())
-        left = {name for name, _ in self.named_parameters(remove_duplicate=False)}
-        self.all_tied_weights_keys = {
-            target: source for target, source in tied.items() if {target, source} <= left
-        }
-
-    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
-
-
 def repeat_first_block_(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     """Put copies of the first block, with the same weights, in place of the others."""
     found = find_blocks(model)
@@ -144,7 +120,12 @@ def block_count(config: PretrainedConfig) -> int:
 
 
 def frozen_copy(model: M) -> M:
-    """New modules around the same weights: what is cut from them leaves `model` as it was."""
+    """New modules around the same weights: what is cut from them leaves `model` as it was.
+
+    RWKV divides its weights when it is run, and is copied whole.
+    """
+    if any(hasattr(module, "layers_are_rescaled") for module in model.modules()):
+        return copy.deepcopy(model).requires_grad_(False)
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = (

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -23,9 +19,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.blocks import (
     checkpoint_blocks_,
     compile_blocks_,
-    first_blocks_of,
     frozen_copy,
-    text_config,
     without_head,
 )
 from lightning_inversion.transformer.embedding import TokenEmbedding
@@ -43,13 +37,12 @@ from lightning_inversion.transformer.selection import (
 from lightning_inversion.transformer.sources import (
     ModelFiles,
     check_source,
-    first_line,
-    quiet_transformers,
     resolve_source,
 )
 from lightning_inversion.transformer.surgery import Surgery
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.transformer.untrained import untrained_embedding, untrained_model
+from lightning_inversion.transformer.weights import causal_class, read_weights, readable
 
 
 @dataclass
@@ -220,14 +213,14 @@ class TransformerSpec:
         return resolve_source(self.model, self.revision)
 
     def _config_of(self, files: ModelFiles) -> PretrainedConfig:
-        with _readable(self.model):
+        with readable(self.model):
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 files.location, revision=files.revision, trust_remote_code=False
             )
         return config
 
     def _tokenizer_of(self, files: ModelFiles) -> PreTrainedTokenizerBase:
-        with _readable(self.model):
+        with readable(self.model):
             return AutoTokenizer.from_pretrained(
                 files.location, revision=files.revision, trust_remote_code=False
             )
@@ -236,32 +229,21 @@ class TransformerSpec:
         self, files: ModelFiles, config: PretrainedConfig, depth: int | None = None
     ) -> PreTrainedModel:
         """The model with its head; with `depth`, its first blocks: nothing else is read."""
-        kind = self._class_of(config)
-        if kind.config_class is type(text_config(config)):
-            config = text_config(config)  # the language model of a configuration for images too
+        kind = causal_class(config, self.model)
         options: dict[str, Any] = {
-            "config": config,
-            "revision": files.revision,
             "dtype": self._dtype,
             "attn_implementation": self._attention_of(kind),
             "device_map": self.device_map,
-            "output_loading_info": True,
-            "ignore_mismatched_sizes": True,  # reported, and refused below
         }
         if self.quantization is not None:
             options["quantization_config"] = quantization_config(self.quantization, self._dtype)
-        built: Any = kind if depth is None else first_blocks_of(kind, depth)
-        model: PreTrainedModel
-        with _readable(self.model), torch.random.fork_rng(devices=[]):
-            model, report = built.from_pretrained(files.location, **options)
-        model.__class__ = kind
-        _check_complete(self.model, model, report, depth)
+        model = read_weights(files, config, kind, depth, options)
         if self.quantization is not None:
             prepare_quantized_(model)
         return model
 
     def _untrained(self, config: PretrainedConfig, depth: int | None = None) -> PreTrainedModel:
-        attention = self._attention_of(self._class_of(config))
+        attention = self._attention_of(causal_class(config, self.model))
         return untrained_model(config, self.weights_seed, self._dtype, attention, depth)
 
     @property
@@ -296,16 +278,6 @@ class TransformerSpec:
         module = untrained_embedding(self.config(), self.embedding_seed, self._dtype)
         return TokenEmbedding.from_module(module)
 
-    def _class_of(self, config: PretrainedConfig) -> type[PreTrainedModel]:
-        mapping: Any = AutoModelForCausalLM._model_mapping
-        kind: type[PreTrainedModel] | None = mapping.get(type(config), None)
-        if kind is None:
-            raise InputError(
-                f"--model.transformer.model: {self.model!r} is of type {config.model_type}, "
-                "which is no causal language model of transformers; choose another."
-            )
-        return kind
-
     def _attention_of(self, kind: type[PreTrainedModel]) -> str:
         # GPT-J, GPT-Neo, BLOOM and others have only eager attention.
         return self.attention if kind._supports_sdpa else "eager"
@@ -335,41 +307,3 @@ def _check_choices(spec: TransformerSpec) -> None:
                 f"--model.transformer.{name}: {value!r} is not known; "
                 f"choose one of {', '.join(choices)}."
             )
-
-
-@contextmanager
-def _readable(model: str) -> Iterator[None]:
-    """Raise one `InputError` for every way in which a model's files cannot be read."""
-    try:
-        with quiet_transformers():
-            yield
-    except InputError:
-        raise
-    except (OSError, SafetensorError, ValueError) as error:
-        reason = first_line(error).rstrip(".")
-        raise InputError(
-            f"--model.transformer.model: {model!r} could not be loaded ({reason}); look "
-            "at the name and the network, or give a local folder."
-        ) from error
-
-
-def _check_complete(
-    name: str, model: PreTrainedModel, report: dict[str, Any], depth: int | None
-) -> None:
-    """Weights that a file lacks are drawn at random by transformers: never silently.
-
-    With `depth` a head is not used, and need not be there.
-    """
-    used = model if depth is None else without_head(model)
-    path = next(path for path, module in model.named_modules() if module is used)
-    lacking = sorted(
-        str(key)
-        for kind in ("missing_keys", "mismatched_keys")
-        for key in report[kind]
-        if str(key).startswith(path)
-    )
-    if lacking:
-        raise InputError(
-            f"--model.transformer.model: {name!r} lacks {len(lacking)} weights, "
-            f"{lacking[0]} the first; give a complete model, or ask for untrained weights."
-        )

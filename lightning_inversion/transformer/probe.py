@@ -33,21 +33,12 @@ def check_reads_vectors(kind: str, run: Callable[..., Tensor], embedding: nn.Mod
         embedding: the model's own, ids -> vectors.
 
     Raises:
-        InputError: the model cannot be run on vectors, reads more than vectors, is not causal, or
-            its outputs are not one vector for each token.
+        InputError: the model cannot be run or differentiated on vectors, reads more than vectors,
+            is not causal, or its outputs are not one vector for each token.
     """
     try:
-        weight = embedding.weight
-        assert isinstance(weight, Tensor), "its embedding has no weight"
-        ids = torch.arange(1, _LENGTH + 2, device=weight.device)
-        ids *= len(weight) // (_LENGTH + 2)
-        vectors = embedding(ids[None, :_LENGTH])
-        changed = vectors.clone()
-        # Between two tokens: a model that looks up the token of a vector does not find it.
-        changed[:, -1] = embedding(ids[None])[:, -2:].mean(1)
-        expected = run(input_ids=ids[None, :_LENGTH])
-        found = run(inputs_embeds=vectors.clone())  # some models write in their input
-        other = run(inputs_embeds=changed)
+        with torch.inference_mode(False):
+            expected, found, other = _outputs(run, embedding)
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
@@ -61,12 +52,30 @@ def check_reads_vectors(kind: str, run: Callable[..., Tensor], embedding: nn.Mod
         )
     if not expected.isfinite().all():
         return  # reported where the numbers are used
-    rounding = 32 * torch.finfo(vectors.dtype).eps * float(expected.abs().max())
+    rounding = 32 * torch.finfo(found.dtype).eps * float(expected.abs().max())
     if not _within(found - expected, rounding):
         raise _refused(kind, "reads more of a token than its vector")
     effect = float((other - found)[:, -1].abs().max())
     if not _within((other - found)[:, :-1], rounding + 1e-4 * effect):
         raise _refused(kind, "is not causal: a later token changes earlier hidden states")
+
+
+def _outputs(run: Callable[..., Tensor], embedding: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs of ids, of their vectors, and of these with another vector at the end."""
+    weight = embedding.weight
+    assert isinstance(weight, Tensor), "its embedding has no weight"
+    ids = torch.arange(1, _LENGTH + 2, device=weight.device)
+    ids *= len(weight) // (_LENGTH + 2)
+    vectors = embedding(ids[None, :_LENGTH])
+    changed = vectors.clone()
+    # Between two tokens: a model that looks up the token of a vector does not find it.
+    changed[:, -1] = embedding(ids[None])[:, -2:].mean(1)
+    expected = run(input_ids=ids[None, :_LENGTH])
+    with torch.enable_grad():
+        leaf = vectors.clone().requires_grad_()
+        found = run(inputs_embeds=leaf.clone())  # some models write in their input
+        torch.autograd.grad(found.float().sum(), leaf)
+    return expected, found.detach(), run(inputs_embeds=changed)
 
 
 def _within(difference: Tensor, bound: float) -> bool:

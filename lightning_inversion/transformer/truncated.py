@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from lightning_inversion.errors import module_property
+from lightning_inversion.errors import InputError, module_property
 from lightning_inversion.transformer.blocks import (
     cut_blocks_,
     frozen_copy,
@@ -221,10 +221,28 @@ class TruncatedTransformer(nn.Module):
         """Run the model on three ids and on their vectors.
 
         Raises:
-            InputError: the hidden states do not follow from the vectors.
+            InputError: the hidden states do not follow from the vectors, or a block is skipped.
         """
-        run = partial(self._features, use_cache=False)
-        check_reads_vectors(type(self.model).__name__, run, embedding)
+        kind = type(self.model).__name__
+        run: set[nn.Module] = set()
+        hooks = [
+            block.register_forward_pre_hook(lambda block, _: run.add(block))
+            for block in self.blocks
+        ]
+        refused: InputError | None = None
+        try:
+            check_reads_vectors(kind, partial(self._features, use_cache=False), embedding)
+        except InputError as error:
+            refused = error
+        for hook in hooks:
+            hook.remove()
+        if 0 < len(run) < self.depth:  # Llama 3.2 Vision
+            raise InputError(
+                f"--model.transformer.depth: {kind} runs {len(run)} of its first {self.depth} "
+                "blocks on text alone; choose a smaller depth, or another model."
+            )
+        if refused is not None:
+            raise refused
 
     def candidates(
         self, prefix_embeds: Tensor, lengths: Tensor, candidate_embeds: Tensor

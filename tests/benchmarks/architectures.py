@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import AutoConfig, PreTrainedModel
 
 from lightning_inversion import __main__ as command_line
 from lightning_inversion.api import recover
@@ -42,7 +43,7 @@ PROMPTS = ["The sky is blue.", "A quick brown fox"]
 DEPTHS = (1, 3)
 TOLERANCE = 1e-4
 LENGTH = 20
-FIRST_BLOCK_FIRST = {"falcon_mamba", "mamba", "mamba2"}
+FIRST_BLOCK_FIRST = {"falcon_mamba", "mamba", "mamba2", "rwkv"}
 """Whose `hidden_states` lack the embeddings: the output of block k is at k - 1."""
 
 
@@ -60,9 +61,9 @@ class Steps:
     @cached_property
     def reference(self) -> PreTrainedModel:
         """The model as transformers loads it."""
-        return AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=torch.float32, trust_remote_code=False
-        ).eval()
+        (kind,) = AutoConfig.from_pretrained(self.folder, trust_remote_code=False).architectures
+        model = getattr(transformers, kind).from_pretrained(self.folder, dtype=torch.float32)
+        return model.eval()
 
     @torch.no_grad()
     def hidden_states(self, ids: torch.Tensor, depth: int) -> torch.Tensor:
