@@ -61,10 +61,11 @@ class LanguageModel:
     def scores(self, logits: Tensor) -> Tensor:
         """Logits ``[..., any]`` of the model -> log p ``[..., V]`` of the tokens of its embedding.
 
-        A head for fewer tokens (Moshi) never writes the others.
+        A head for fewer tokens (Moshi) never writes the others. Logits that are not finite numbers,
+        of float16, are as good as none.
         """
         V = self.embeddings.shape[0]
-        scores = logits[..., :V].float().log_softmax(-1)
+        scores = logits[..., :V].float().nan_to_num(0.0, 0.0, 0.0).log_softmax(-1)
         return nn.functional.pad(scores, (0, V - scores.shape[-1]), value=-torch.inf)
 
     @torch.no_grad()
