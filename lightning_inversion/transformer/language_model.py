@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from lightning_inversion.files import cached_folder
-from lightning_inversion.transformer.blocks import block_count
+from lightning_inversion.transformer.blocks import block_count, text_config
 from lightning_inversion.transformer.kv_cache import (
     RaggedCache,
     additive_mask,
@@ -194,7 +194,7 @@ class Continuations:
 
     def _catch_up(self, waiting: list[int]) -> None:
         longest = max(len(self._ids[row]) for row in waiting)
-        if not serves(self.language_model.model.config, longest, longest):
+        if not serves(text_config(self.language_model.model.config), longest, longest):
             self._cache = None
         if self._cache is None:
             self._done = [0] * len(self._done)
