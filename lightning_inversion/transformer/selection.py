@@ -28,11 +28,13 @@ class Selection:
         layers: the depths read, ascending; their features are concatenated.
         features: a slice of the concatenated features, 'start:stop', or None for all.
         final_norm: whether the model's final norm is applied to the last depth's features.
+        centred: whether each depth's features lose their mean over the features.
     """
 
     layers: tuple[int, ...]
     features: str | None = None
     final_norm: bool = False
+    centred: bool = False
 
     @classmethod
     def of(
@@ -93,6 +95,8 @@ class Selection:
         parts = [outputs[depth] for depth in self.layers]
         if self.final_norm:
             parts[-1] = output.last_hidden_state
+        if self.centred:
+            parts = [part.float() - part.float().mean(-1, keepdim=True) for part in parts]
         # Blocks may lie on several devices.
         together = torch.cat([part.to(parts[0].device) for part in parts], dim=-1)
         return together if self.features is None else together[..., slice_of(self.features)]
@@ -104,6 +108,7 @@ class Selection:
             "layers": list(self.layers),
             "features": self.features,
             "final_norm": self.final_norm,
+            **({"centred": True} if self.centred else {}),
         }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -128,6 +130,12 @@ class TruncatedTransformer(nn.Module):
             embedding=embedding,
             description={"model": name},
         )
+
+    def centred(self) -> TruncatedTransformer:
+        """The same model, whose features lose their mean over the features; it shares all parts."""
+        other = copy(self)
+        other.selection = replace(self.selection, centred=True)
+        return other
 
     def train(self, mode: bool = True) -> TruncatedTransformer:
         """Stays in evaluation mode whatever the mode of what contains it: no dropout, ever."""
