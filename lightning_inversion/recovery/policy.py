@@ -114,7 +114,9 @@ def recover_prompts(
     given = 0 if known is None else len(known)
     if known is not None and given:
         check_known_prefix(measurements, target, known)
-    finite = [bool(target[row, given:length].isfinite().all()) for row, length in enumerate(lengths)]
+    finite = [
+        bool(target[row, given:length].isfinite().all()) for row, length in enumerate(lengths)
+    ]
     lengths = [length if whole else given for length, whole in zip(lengths, finite, strict=True)]
     with torch.no_grad():
         for prompts in policy.recover(measurements, target, lengths, known, fitted):

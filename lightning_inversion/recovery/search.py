@@ -376,6 +376,7 @@ class PrefixSearch:
             compared = self.count[rows] + self._new(rows, ids)
         judged = self.verifier.judge(
             ids, residuals, positions,
+            self.verifier.calibration.no_token(self.target_at(rows), positions),
             (self._rivals[rows], self._rival_residuals[rows]), compared,
         )  # fmt: skip
         if compared is None:

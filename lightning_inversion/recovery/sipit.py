@@ -147,6 +147,7 @@ class _Position:
             self.prefix.new_tensor([ids]),
             self.target.new_tensor([residuals]),
             self.position[None],
+            self.calibration.no_token(self.target[None], self.position[None]),
         )
         state: State = "unresolved"
         if self.accepted and bool(judged.group[0]):

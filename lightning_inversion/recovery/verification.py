@@ -91,6 +91,7 @@ class Verifier:
         ids: Tensor,
         residuals: Tensor,
         positions: Tensor,
+        no_token: Tensor,
         earlier: tuple[Tensor, Tensor] | None = None,
         compared: Tensor | None = None,
     ) -> Judgement:
@@ -100,6 +101,7 @@ class Verifier:
             ids: ``[R, K]`` the candidates; an id may repeat.
             residuals: ``[R, K]`` of each; infinite where features overflow.
             positions: ``[R]``.
+            no_token: ``[R]`` see ``Calibration``.
             earlier: the nearest token ``[R]`` of those that were run before, and its residual.
             compared: ``[R]`` how many tokens have been compared at each position, where the whole
                 vocabulary is to be; None compares with the near tokens alone.
@@ -117,7 +119,8 @@ class Verifier:
         rivals = torch.where(rival_residuals.isinf(), -1, rivals)
 
         passes = calibration.passes(smallest, positions)
-        apart = calibration.apart(smallest, rival_residuals, positions, vocabulary)
+        nearest = torch.minimum(rival_residuals, no_token)
+        apart = calibration.apart(smallest, nearest, positions, vocabulary)
         missing: list[Tensor | None] = [None] * len(ids)
         crowded = torch.zeros_like(passes)
         if compared is None:
@@ -175,6 +178,7 @@ class Verifier:
                 torch.cat([ids[one][None], near])[None],
                 torch.cat([residuals[one][None], residual])[None],
                 positions[one][None],
+                calibration.no_token(target[one][None], positions[one][None]),
             )
             alone[one] = judged.verified[0] & (judged.best[0] == 0)
             group[one] = judged.group[0]
