@@ -1,22 +1,131 @@
-"""Files and folders: writable paths, claims, JSON lines, the cache; text that is safe to print."""
+"""Files and folders: what comes from elsewhere, writable paths, claims, JSON lines, the cache; text
+that is safe to print."""
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import tempfile
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import platformdirs
+import yaml
 from filelock import FileLock, Timeout
 
 from lightning_inversion.errors import InputError
+
+_log = logging.getLogger(__name__)
+
+# -- what comes from elsewhere ---------------------------------------------------------------
+
+MOST_NODES, MOST_LEVELS = 1_000_000, 100
+"""How many values a YAML text may come to, its aliases written out, and how deep they may stand."""
+_YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class RepeatedKeyError(ValueError):
+    """A key stands twice in one object; the message completes "the text ..."."""
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError for a folder, and for a pipe or a device, which may never end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file; OSError for anything else."""
+    check_regular(path)
+    return path.read_bytes()
+
+
+def read_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        RepeatedKeyError: an object has a key twice.
+        ValueError: it is none, or nested too deep.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_repetition)
+    except RecursionError as error:
+        raise ValueError("is nested too deep") from error
+
+
+def read_yaml(text: str | bytes) -> Any:
+    """The value of a YAML text, which runs no code.
+
+    Raises:
+        RepeatedKeyError: a mapping has a key twice.
+        ValueError: it is none, or `check_yaml` refuses it.
+    """
+    check_yaml(text)
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    except (yaml.YAMLError, TypeError, AttributeError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def check_yaml(text: str | bytes) -> None:
+    """Refuse a YAML text that would fill the memory or never end: by its aliases, or its depth.
+
+    Raises:
+        ValueError: why it is refused.
+    """
+    sizes: dict[str, int] = {}
+    open_nodes: list[tuple[str | None, int]] = []
+    nodes = 0
+    try:
+        for event in yaml.parse(text, Loader=_YAML):
+            if isinstance(event, yaml.CollectionEndEvent):
+                anchor, before = open_nodes.pop()
+                if anchor is not None:
+                    sizes[anchor] = nodes - before
+                continue
+            if isinstance(event, yaml.AliasEvent):
+                if event.anchor not in sizes:
+                    raise ValueError(f"has an alias *{event.anchor} of nothing, or of itself")
+                nodes += sizes[event.anchor]
+            elif isinstance(event, yaml.NodeEvent):
+                nodes += 1
+                if isinstance(event, yaml.CollectionStartEvent):
+                    open_nodes.append((event.anchor, nodes - 1))
+                elif event.anchor is not None:
+                    sizes[event.anchor] = 1
+            if nodes > MOST_NODES or len(open_nodes) > MOST_LEVELS:
+                raise ValueError("is too large or nested too deep")
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+class _PlainLoader(_YAML):  # type: ignore[misc]
+    """PyYAML keeps the last of two values with one key; here that is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        pairs = [(key, None) for key in keys if isinstance(key, str)]
+        _without_repetition(pairs)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+def _without_repetition(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise RepeatedKeyError(f"has the key {twice!r} twice")
+    return record
+
+
+# -- folders and claims ----------------------------------------------------------------------
 
 
 @contextmanager
@@ -78,6 +187,8 @@ def ended_by(error: OSError) -> str | None:
         return f"nothing more can be written ({error.strerror}); make room and resume."
     if error.filename is not None:
         return f"{str(error.filename)!r} failed: {error.strerror}; the run has ended."
+    if error.errno is not None:  # a closed pipe, too many open files, no memory for a process
+        return f"the system refused: {os.strerror(error.errno)}; the run has ended."
     return None
 
 
@@ -100,6 +211,11 @@ def visible(text: str) -> str:
 def one_line(text: str) -> str:
     """As `visible`, in one line, spaces marked too: for tables and lists of tokens."""
     return visible(text).replace("\n", "").replace(" ", "·")
+
+
+def printable(text: str) -> str:
+    """`text` whose line breaks and tabs stay as they are, and the rest is `visible`: messages."""
+    return "".join(letter if letter in "\n\t" else _visible(letter) for letter in text)
 
 
 def _visible(character: str) -> str:
@@ -146,7 +262,12 @@ def cached_folder(
     with FileLock(root / f"{key}.lock"):
         if is_whole(folder):  # another process built it while this one waited
             return folder
-        shutil.rmtree(folder, ignore_errors=True)
+        if os.path.lexists(folder):
+            _log.warning("%s in the cache is damaged and is made again", folder)
+            if folder.is_symlink() or not folder.is_dir():
+                folder.unlink()
+            else:
+                shutil.rmtree(folder)
         with tempfile.TemporaryDirectory(dir=root, prefix=f"{key}.part-") as part:
             built = Path(part) / "built"
             built.mkdir()
@@ -173,14 +294,15 @@ def read_records(path: Path) -> list[Record]:
     """
     if not path.exists():
         return []
+    check_regular(path)
     records: dict[int, Record] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
                 try:
-                    record = json.loads(line)
+                    record = read_json(line)
                     records.setdefault(int(record["index"]), record)
-                except (ValueError, TypeError, LookupError) as error:
+                except (ValueError, TypeError, LookupError, OverflowError) as error:
                     raise InputError(
                         f"{str(path)!r}, line {number} is no row; remove the line and run again."
                     ) from error

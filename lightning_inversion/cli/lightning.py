@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+import traceback
 from argparse import HelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.cli.parser import OneSentenceParser, input_error_behind
 from lightning_inversion.cli.resume import (
     check_continues,
-    check_prompts,
+    deciding,
     last_run,
     read_stored_input,
     unfinished_checkpoint,
@@ -41,7 +42,7 @@ from lightning_inversion.files import check_writable
 from lightning_inversion.module import InputInversion
 from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.results import FITTED, PREDICTED
+from lightning_inversion.results import FILE, FITTED, PREDICTED, check_rows
 from lightning_inversion.transformer.shared import SharedModels
 
 _log = logging.getLogger(__name__)
@@ -208,6 +209,9 @@ class InversionCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Find what does not fit together before a folder is made or a model loaded."""
         self.model.check(self.trainer, self.datamodule)
+        if self.subcommand != "validate":
+            assert self.subcommand is not None
+            self.writer.asked = deciding(self.subcommand, self.settings())
         with wrong_values("--model.optimizer", TypeError):
             self.model.make_optimizer([torch.zeros(1, requires_grad=True)])
         if isinstance(self.trainer.strategy, strategy.IndependentPrompts):
@@ -225,7 +229,9 @@ class InversionCLI(LightningCLI):
         if self._stored and self._stored.isdisjoint(enumerate(self.datamodule.prompts)):
             self._report_unused(config.ckpt_path)
         if self.subcommand == "fit" and config.ckpt_path is not None:
-            config.ckpt_path = unfinished_checkpoint(Path(config.ckpt_path), self.trainer)
+            config.ckpt_path = unfinished_checkpoint(
+                Path(config.ckpt_path), self.trainer, self.datamodule.questions
+            )
 
     def _report_unused(self, checkpoint: str) -> None:
         """``validate`` scores the prompts of the checkpoint, whatever the data."""
@@ -235,17 +241,46 @@ class InversionCLI(LightningCLI):
             )
 
     def before_fit(self) -> None:
-        """Refuse the folder of a run with other prompts."""
-        folder = self.trainer.log_dir or self.trainer.default_root_dir
-        check_prompts(Path(folder), self.datamodule.prompts)
+        """Refuse the folder of a run with other prompts, settings or another model."""
+        self.check_folder(Path(self.trainer.log_dir or self.trainer.default_root_dir))
+
+    def check_folder(self, folder: Path) -> None:
+        """Refuse a folder whose rows are not of this run: they would count as finished.
+
+        Raises:
+            InputError: it holds such a row, or a file that cannot be read.
+        """
+        predicts = self.subcommand == "predict"
+        questions = self.datamodule.questions
+        check_rows(folder / FILE, self.writer.fingerprints(self.model, questions, predicts))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command; a checkpoint that Lightning cannot restore is wrong input."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            if isinstance(error, InputError) or not any(
+                frame.filename.endswith("checkpoint_connector.py") for frame in frames
+            ):
+                raise
+            raise InputError(
+                f"--ckpt_path {str(self.config_init[subcommand].ckpt_path)!r} cannot be restored: "
+                "it is damaged, or of another version or another run; leave --ckpt_path out."
+            ) from error
+
+    @property
+    def writer(self) -> ResultWriter:
+        """The callback that writes the rows."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next(one for one in callbacks if isinstance(one, ResultWriter))
 
     before_predict = before_fit
 
     def after_fit(self) -> None:
         """Show what was recovered, by a run that had ended before as well."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, ResultWriter) and self.trainer.is_global_zero:
-                callback.show()
+        if self.trainer.is_global_zero:
+            self.writer.show()
 
     after_predict = after_fit
 

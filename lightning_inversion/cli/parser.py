@@ -6,11 +6,13 @@ from argparse import ArgumentParser as PlainParser
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import check_yaml, read_file
 
 
 class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -47,6 +49,18 @@ class OneSentenceParser(ArgumentParser):
             taker.append(word)
         options = self.parse_args(ours)
         options.passed_on = others
+        return options
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse a file of options, once it is known that it ends and is not too large."""
+        try:
+            check_yaml(read_file(Path(path)))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(
+                f"--config {str(path)!r} cannot be read: {reason}; give a file of YAML."
+            ) from error
+        options: Namespace = super().parse_path(path, *args, **kwargs)
         return options
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import read_file, read_json
 from lightning_inversion.results import check_of
 from lightning_inversion.transformer.loading import TransformerSpec
 
@@ -81,9 +82,12 @@ class Manifest:
                 f"{where} has no manifest; write {beside.name!r} beside it, with at least {_LEAST}."
             )
         try:
-            record = json.loads(beside.read_text("utf-8") if text is None else text)
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{where}: its manifest is not JSON ({error}); correct it.") from error
+            record = read_json(read_file(beside) if text is None else text)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(
+                f"{where}: its manifest is not JSON ({reason}); correct it."
+            ) from error
         wrong = _wrong_types(record) or _wrong_values(manifest := cls(**record))
         if wrong is not None:
             raise InputError(f"{where}: its manifest {wrong}")

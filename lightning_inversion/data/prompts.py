@@ -1,8 +1,10 @@
 """Prompts or captured targets -> batches. An epoch is one batch, a step is one iteration on it."""
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,6 +151,16 @@ class PromptDataModule(LightningDataModule):
         self._epochs: int | None = None
         self._round = 0
 
+    @cached_property
+    def questions(self) -> list[str]:
+        """sha256 of what each row is to recover: of the prompt, or of the captured features."""
+        if self.captured is not None:
+            return [one for one in self.captured.digests() for _ in range(self.repeat)]
+        return [
+            hashlib.sha256(f"{self.special_tokens} {prompt}".encode(errors="replace")).hexdigest()
+            for prompt in self.prompts
+        ]
+
     # -- all batches -------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
@@ -290,7 +302,11 @@ class PromptDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The rows that this process is running."""
-        return {} if self.current is None else {"index": list(self.current.index)}
+        if self.current is None:
+            return {}
+        questions = self.questions
+        rows = list(self.current.index)
+        return {"index": rows, "questions": {row: questions[row] for row in rows}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take their batch again, before another process can."""

@@ -6,6 +6,7 @@ What the manifest holds is in ``manifest.py``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from lightning_inversion.data.manifest import WAYS_OUT, Manifest
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import check_regular
 
 OPTION = "--data.targets"
 
@@ -92,6 +94,17 @@ class Captured:
         stored = self.targets[number].float()
         missing = torch.full((self.first_position, self.width), torch.nan)
         return torch.cat([missing, stored])
+
+    def digests(self) -> list[str]:
+        """sha256 of each prompt's features, with what is known of them."""
+        known = f"{self.first_position} {self.known_prefix} {self.storage}"
+        return [
+            hashlib.sha256(
+                f"{known} {target.dtype} {tuple(target.shape)} {self.ids and self.ids[number]}"
+                .encode() + target.contiguous().view(torch.uint8).numpy().tobytes()
+            ).hexdigest()
+            for number, target in enumerate(self.targets)
+        ]  # fmt: skip
 
     # -- files -------------------------------------------------------------------------------
 
@@ -231,13 +244,15 @@ def _float_type(name: str) -> torch.dtype:
 
 def _read_tensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
+        check_regular(path)
         with path.open("rb") as file:
             begins = file.read(2)
         with safe_open(path, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             return tensors, dict(stored.metadata() or {})
-    except OSError as error:
-        raise InputError(f"{where} cannot be read: {error.strerror or error}.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{where} cannot be read: {reason}.") from error
     except SafetensorError as error:
         kind = "is a pickle, which could run code" if begins in (b"PK", b"\x80\x02") else (
             "is no whole safetensors file"

@@ -12,18 +12,16 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import cached_folder
 from lightning_inversion.recovery.search import Candidates, PrefixSearch, Proposals, best_untried
 from lightning_inversion.recovery.verification import Measurements
+from lightning_inversion.transformer.cached import cached_tensor, is_finite
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.language_model import Continuations
 
@@ -213,7 +211,6 @@ class FirstTokenFeatures:
     DIRECTIONS = 64
     """Enough directions to distinguish tokens."""
     AT_A_TIME = 1024
-    FILE = "first_tokens.safetensors"
 
     def __init__(self, directions: Tensor, projected: Tensor) -> None:
         self.directions, self.projected = directions, projected
@@ -230,11 +227,13 @@ class FirstTokenFeatures:
         std = probe.std[0].cpu().numpy().tobytes()
         key = hashlib.sha256(described.encode() + std).hexdigest()[:24]
 
-        def build(folder: Path) -> None:
-            save_file({"scan": cls._scan(measurements, directions)}, folder / cls.FILE)
-
-        folder = cached_folder(f"first-tokens-{key}", build, lambda f: (f / cls.FILE).exists())
-        return cls(directions, load_file(folder / cls.FILE)["scan"])
+        scan = cached_tensor(
+            f"first-tokens-{key}",
+            lambda: cls._scan(measurements, directions),
+            (transformer.embedding.vocabulary_size, directions.shape[1]),
+            is_finite,
+        )
+        return cls(directions, scan)
 
     @classmethod
     @torch.no_grad()

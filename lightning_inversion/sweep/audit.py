@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lightning_inversion.cli.parser import OneSentenceParser
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import read_file, read_yaml
 from lightning_inversion.results import FILE
 from lightning_inversion.sweep.command import (
     add_running_arguments,
@@ -84,14 +84,12 @@ class AuditPlan:
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls)
         try:
-            found = parser.parse_object(yaml.load(path.read_text("utf-8"), _PlainLoader) or {})
+            found = parser.parse_object(read_yaml(read_file(path)) or {})
             channels = {name: ChannelSpec(**vars(one)) for name, one in found.channels.items()}
             plan = cls(channels, Attack(**vars(found.fit)), Attack(**vars(found.predict)))
         except OSError as error:
             raise InputError(f"{where} cannot be read: {error.strerror}.") from error
-        except RecursionError as error:
-            raise InputError(f"{where} is no plan of an audit: it is nested too deep.") from error
-        except (yaml.YAMLError, ArgumentError, TypeError, AttributeError, ValueError) as error:
+        except (ArgumentError, TypeError, AttributeError, ValueError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise InputError(f"{where} is no plan of an audit: {reason}.") from error
         if not plan.channels:
@@ -106,15 +104,6 @@ class AuditPlan:
                     known = ", ".join(plan.channels)
                     raise InputError(f"{where}: {name!r} is no channel of it; choose from {known}.")
         return plan
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: a few of them can make a structure endless or fill the memory."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias (*name); write the value out")
-        return super().compose_node(parent, index)
 
 
 def add_audit_arguments(parser: OneSentenceParser) -> None:

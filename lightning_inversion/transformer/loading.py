@@ -9,7 +9,6 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -224,13 +223,16 @@ class TransformerSpec:
     def _config_of(self, files: ModelFiles) -> PretrainedConfig:
         with _readable(self.model):
             config: PretrainedConfig = AutoConfig.from_pretrained(
-                files.location, revision=files.revision
+                files.location, revision=files.revision, trust_remote_code=False
             )
         return config
 
     def _tokenizer_of(self, files: ModelFiles) -> PreTrainedTokenizerBase:
         with _readable(self.model):
-            return AutoTokenizer.from_pretrained(files.location, revision=files.revision)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                files.location, revision=files.revision, trust_remote_code=False
+            )
+        return tokenizer
 
     def _trained(self, auto: Any, files: ModelFiles, config: PretrainedConfig) -> PreTrainedModel:
         # Blocks beyond the configuration's are left in the file, and the head too.
@@ -241,6 +243,7 @@ class TransformerSpec:
             "attn_implementation": self._attention_of(auto, config),
             "device_map": self.device_map,
             "output_loading_info": True,
+            "trust_remote_code": False,  # else it asks whether to run a model's code
         }
         if self.quantization is not None:
             options["quantization_config"] = quantization_config(self.quantization, self._dtype)
@@ -329,11 +332,16 @@ def _check_choices(spec: TransformerSpec) -> None:
 
 @contextmanager
 def _readable(model: str) -> Iterator[None]:
-    """Raise one `InputError` for every way in which a model's files cannot be read."""
+    """Raise one `InputError` for every way in which a model's files cannot be read.
+
+    The files come from elsewhere, and what transformers raises for a wrong one is of any kind.
+    """
     try:
         with quiet_transformers():
             yield
-    except (OSError, SafetensorError, ValueError) as error:
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
         reason = first_line(error).rstrip(".")
         raise InputError(
             f"--model.transformer.model: {model!r} could not be loaded ({reason}); look "
