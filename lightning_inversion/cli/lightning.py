@@ -44,12 +44,15 @@ from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.results import FILE, FITTED, PREDICTED, check_rows
 from lightning_inversion.transformer.shared import SharedModels
+from lightning_inversion.transformer.sources import first_line
 
 _log = logging.getLogger(__name__)
 _PACKAGE = "lightning_inversion"
 _COMPARED = {"validate": ("transformer", "learnable", "objective"), "predict": ("transformer",)}
 """Commands that read a fit's input, and the parts of the model that must be the fit's."""
 _SEEDS = 2**32
+_RUN_BY = {"/torch/optim/": "--model.optimizer", "/lightning/": "--trainer"}
+"""Where a run's error is raised, and the option that is at fault."""
 POLICIES = (TokenRecovery, SIPIT)
 """What --model.recovery can choose by name: a class must be imported to be found."""
 # Written out, so that --print_config shows the recommended recipe and config.yaml records it; a
@@ -255,19 +258,25 @@ class InversionCLI(LightningCLI):
         check_rows(folder / FILE, self.writer.fingerprints(self.model, questions, predicts))
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run the command; a checkpoint that Lightning cannot restore is wrong input."""
+        """Run the command; what Lightning or an optimizer cannot work with is wrong input."""
         try:
             super()._run_subcommand(subcommand)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            if isinstance(error, InputError) or not any(
-                frame.filename.endswith("checkpoint_connector.py") for frame in frames
-            ):
-                raise
-            raise InputError(
-                f"--ckpt_path {str(self.config_init[subcommand].ckpt_path)!r} cannot be restored: "
-                "it is damaged, or of another version or another run; leave --ckpt_path out."
-            ) from error
+        except (InputError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+            reason = first_line(error).rstrip(".")
+            if any(file.endswith("checkpoint_connector.py") for file in files):
+                raise InputError(
+                    f"--ckpt_path {str(self.config_init[subcommand].ckpt_path)!r} cannot be "
+                    f"restored ({reason}); name another checkpoint, or leave --ckpt_path out."
+                ) from error
+            for place, option in _RUN_BY.items():
+                if place in files[-1]:
+                    raise InputError(
+                        f"{option}: it cannot run so ({reason}); choose another value."
+                    ) from error
+            raise
 
     @property
     def writer(self) -> ResultWriter:
@@ -304,9 +313,12 @@ def wrong_values(option: str = "", *also: type[Exception]) -> Iterator[None]:
 
     Args:
         option: to which the values belong; '' where the error names it.
-        also: errors that mean a wrong value here, beside ValueError and Lightning's own.
+        also: errors that mean a wrong value here, beside ValueError, Lightning's own, and
+            ImportError, by which it asks for a package.
     """
-    kinds: tuple[type[Exception], ...] = (ValueError, MisconfigurationException, *also)
+    kinds: tuple[type[Exception], ...] = (
+        ValueError, ImportError, MisconfigurationException, *also,
+    )  # fmt: skip
     try:
         yield
     except InputError:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import check_yaml, read_file
+from lightning_inversion.untrusted import MOST_LEVELS, HostileError, check_yaml, read_file
 
 
 class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -49,6 +49,20 @@ class OneSentenceParser(ArgumentParser):
             taker.append(word)
         options = self.parse_args(ours)
         options.passed_on = others
+        return options
+
+    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parse words, once it is known that each value ends and is not too large."""
+        for word in args or ():
+            option, _, value = str(word).rpartition("=")
+            if value.count("[") + value.count("{") > MOST_LEVELS or {"&", "*"} <= set(value):
+                try:
+                    check_yaml(value)
+                except HostileError as error:
+                    raise InputError(f"{option or 'A value'}: {error}; correct it.") from error
+                except ValueError:  # a text that is no YAML
+                    continue
+        options: Namespace = super().parse_args(args, *more, **kwargs)
         return options
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:

@@ -13,9 +13,9 @@ from lightning_inversion import strategy
 from lightning_inversion.callbacks.checkpoint import ENDED
 from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import check_regular, read_file, read_yaml
 from lightning_inversion.results import FILE, FITTED, read_rows
 from lightning_inversion.state import BatchState
+from lightning_inversion.untrusted import check_regular, read_file, read_yaml
 
 RESUMING = ("ckpt_path", "default_root_dir", "logger", "devices", "num_nodes", "strategy")
 """Keys in which a run may differ from the one that it continues: they change no row."""

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import read_file, read_json
 from lightning_inversion.results import check_of
 from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.untrusted import read_file, read_json
 
 LAYER = "output of block depth, Hugging Face hidden_states[depth] (the last after the final norm \
 only where final_norm is true)"

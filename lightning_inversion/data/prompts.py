@@ -22,6 +22,8 @@ from lightning_inversion.transformer.loading import TransformerSpec
 
 _log = logging.getLogger(__name__)
 
+MOST_ROWS = 100_000
+"""Rows that repeated prompts may come to: they are listed in memory."""
 EFFICIENT = 2048
 """Tokens of a batch beyond which a CPU gains nothing."""
 
@@ -135,6 +137,11 @@ class PromptDataModule(LightningDataModule):
                 raise InputError("--data.prompts holds no prompt; give one or more.")
             if not any(given_prompts):
                 raise InputError(f"{option}, prompt 1 is empty; give it a text.")
+        if repeat > 1 and repeat * len(given_prompts) > MOST_ROWS:
+            raise InputError(
+                f"--data.repeat {repeat} gives {repeat * len(given_prompts)} rows; at most "
+                f"{MOST_ROWS} are run."
+            )
         self.prompts: list[str | None] = [one for one in given_prompts for _ in range(repeat)]
         self.repeat = repeat
         self.tokenizer, self.revision, self.special_tokens = tokenizer, revision, special_tokens

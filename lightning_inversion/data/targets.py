@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_inversion.data.manifest import WAYS_OUT, Manifest
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import check_regular
+from lightning_inversion.untrusted import check_regular
 
 OPTION = "--data.targets"
 

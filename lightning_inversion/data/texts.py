@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import RepeatedKeyError, read_file, read_json
 from lightning_inversion.transformer.blocks import text_config
+from lightning_inversion.untrusted import RepeatedKeyError, read_file, read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -68,7 +68,7 @@ def _prompt_of(line: str, where: str) -> str:
         record = read_json(line)
         prompt = record["prompt"]
     except RepeatedKeyError as error:
-        raise InputError(f"{where} {error}; leave one of them out.") from error
+        raise InputError(f"{where}: {error}; leave one of them out.") from error
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f'{where} is not a JSON object with a key "prompt".') from error
     if not isinstance(prompt, str):

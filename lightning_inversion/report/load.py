@@ -16,8 +16,9 @@ from typing import Any
 import pandas as pd
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import check_regular, read_file, read_json, read_yaml, visible
+from lightning_inversion.files import visible
 from lightning_inversion.results import FITTED, PREDICTED, ResultRow, names
+from lightning_inversion.untrusted import check_regular, read_file, read_json, read_yaml
 
 VERIFIED, DUPLICATE, RIGHT, IN_TOP_K, WRONG, UNKNOWN, GIVEN, FALSE = "vdrkwugx"
 """Marks of a token: verified; verified, and another token has the same embedding; right, not

@@ -17,15 +17,15 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lightning_inversion.cli.parser import OneSentenceParser
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import read_file, read_yaml
+from lightning_inversion.files import check_processes, printable
 from lightning_inversion.results import FILE
 from lightning_inversion.sweep.command import (
     add_running_arguments,
-    check_processes,
     print_cells,
     root_of,
 )
 from lightning_inversion.sweep.grid import COMMANDS, Cell, short
+from lightning_inversion.untrusted import read_file, read_yaml
 
 if TYPE_CHECKING:
     from lightning_inversion.report.audit_page import AuditRun
@@ -133,7 +133,7 @@ def run_audit(options: Namespace) -> int:
     Raises:
         InputError: the options are wrong; before anything has run.
     """
-    check_processes(options)
+    check_processes(options.processes)
     if len(set(options.depths)) < len(options.depths):
         raise InputError("--depths has a depth twice; leave one of them out.")
     plan = AuditPlan.read(options.config)
@@ -164,7 +164,7 @@ def run_audit(options: Namespace) -> int:
     finally:
         runs = [_run_of(sweep, cell) for cell in cells]
         if any(run.rows is not None for run in runs):
-            print(write_audit(runs, folder / "audit.html"))
+            print(printable(str(write_audit(runs, folder / "audit.html"))))
 
 
 def audit_cells(

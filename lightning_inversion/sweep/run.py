@@ -30,12 +30,13 @@ from lightning_inversion.cli.lightning import InversionCLI
 from lightning_inversion.cli.resume import differences, read_settings
 from lightning_inversion.cli.trainer import quiet_lightning
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import claimed, read_file, read_json, readable_time
+from lightning_inversion.files import claimed, readable_time
 from lightning_inversion.module import InputInversion
 from lightning_inversion.results import FILE, FITTED, PREDICTED, ResultRow, check_of, read_rows
 from lightning_inversion.sweep.grid import Cell
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.shared import SharedModels
+from lightning_inversion.untrusted import read_file, read_json
 
 MODEL_KEYS = frozenset(inspect.signature(InputInversion.__init__).parameters) - {"self"}
 """The words that stand under ``model.`` in a config."""

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_inversion.files import cached_folder, check_regular
+from lightning_inversion.files import cached_folder
+from lightning_inversion.untrusted import check_regular
 
 _FILE, _NAME = "tensor.safetensors", "tensor"
 

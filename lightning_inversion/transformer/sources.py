@@ -32,7 +32,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import cache_root, cached_folder, check_regular, read_file, read_json
+from lightning_inversion.files import cache_root, cached_folder
+from lightning_inversion.untrusted import check_regular, read_file, read_json
 
 OPTION = "--model.transformer.model"
 

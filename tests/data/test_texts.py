@@ -42,7 +42,7 @@ def test_prompt_files_are_read(
         ("p.jsonl", b"{", "line 1 is not"),
         ("p.jsonl", b"[" * 100_000, "line 1 is not"),
         ("p.jsonl", b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}", "line 1 is not"),
-        ("p.jsonl", b'{"prompt": "a", "prompt": "b"}', "line 1 has the key .prompt. twice"),
+        ("p.jsonl", b'{"prompt": "a", "prompt": "b"}', "line 1: it has the key 'prompt' twice"),
         ("p.json", b'["a"]', r"is a \.json file; give a text file"),
         ("p.CSV", b"prompt\na\n", r"is a \.csv file; give a text file"),
     ],
