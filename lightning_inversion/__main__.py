@@ -5,11 +5,13 @@ Help and version answer before torch is imported, which takes seconds.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 
 from lightning_inversion import __version__
 from lightning_inversion.cli.ending import exit_code
@@ -94,7 +96,7 @@ def run(args: list[str]) -> int:
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}; choose from {', '.join(COMMANDS)}.")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stack traces of lost connections
-    command = import_module(f"lightning_inversion.{COMMANDS[name].module}")
+    command = _imported(f"lightning_inversion.{COMMANDS[name].module}")
     if COMMANDS[name].module == _LIGHTNING:
         command.run_lightning(args)
         return 0
@@ -105,6 +107,21 @@ def run(args: list[str]) -> int:
     getattr(command, f"add_{name}_arguments")(parser)
     code: int = getattr(command, f"run_{name}")(parser.parse_command(options))
     return code
+
+
+def _imported(name: str) -> ModuleType:
+    """Import a module without garbage collection, which takes a sixth of the time of a start.
+
+    What is imported stays, and so later collections need not look through it either.
+    """
+    if name in sys.modules:
+        return sys.modules[name]
+    gc.disable()
+    try:
+        return import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 if __name__ == "__main__":

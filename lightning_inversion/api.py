@@ -11,9 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_inversion.data.targets import Storage
 from lightning_inversion.errors import InputError
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy, recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.tokens import decoded
 from lightning_inversion.transformer.truncated import TruncatedTransformer

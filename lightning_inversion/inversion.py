@@ -27,9 +27,11 @@ from lightning_inversion.inputs import (
     row_noise,
 )
 from lightning_inversion.objectives import Objective, Standardized, Window
+from lightning_inversion.recovery.calibration import Channel
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveryPolicy
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.recovery.verification import Channel, Measurements, Verdict, verify
+from lightning_inversion.recovery.verification import Verdict, verify
 from lightning_inversion.schedules import Schedule, VerifiedPrefix
 from lightning_inversion.state import BatchState
 from lightning_inversion.transformer.embedding import TokenEmbedding
@@ -203,15 +205,18 @@ class Inversion(nn.Module):
         return features.float()
 
     @torch.no_grad()
-    def features_of_ids(self, ids: Tensor, batch: PromptBatch) -> Tensor:
-        """Features ``[B, T, F]`` that ids ``[B, T]`` would have as the target of a batch.
+    def features_of_ids(
+        self, ids: Tensor, batch: PromptBatch, mask: Tensor | None = None
+    ) -> Tensor:
+        """Features ``[B, T, F]`` that ids ``[B, T]`` would have as targets of a batch.
 
         The target of a prompt is made of the learnable input's own values for its tokens, which
         need not be their embeddings; a captured target is made by the model itself.
         """
+        mask = batch.mask if mask is None else mask
         if batch.target is not None:
-            return self.frozen.features_of(ids, batch.mask)
-        return self.features_of(self.learnable.encode(ids, self.embedding), batch.mask)
+            return self.frozen.features_of(ids, mask)
+        return self.features_of(self.learnable.encode(ids, self.embedding), mask)
 
     @torch.no_grad()
     def captured_target(self, batch: PromptBatch) -> Tensor:
@@ -318,9 +323,10 @@ class Inversion(nn.Module):
             tokens = self.learnable.encode(best, self.embedding)
             if not torch.equal(state.values[state.batch.mask], tokens[state.batch.mask]):
                 features = None
-        if features is None:
-            features = self.features_of_ids(best, state.batch)
-        return verify(features, state.target, state.batch.mask, self.measurements)
+        return verify(
+            best, state.target, state.batch.mask, self.measurements,
+            lambda ids, mask: self.features_of_ids(ids, state.batch, mask), features,
+        )  # fmt: skip
 
     def stop_rows(self, rows: Tensor) -> None:
         """Rows ``[B]`` bool no longer move from this iteration on."""

@@ -23,8 +23,8 @@ from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.errors import InputError
 from lightning_inversion.inversion import Inversion
+from lightning_inversion.recovery.calibration import Channel
 from lightning_inversion.recovery.policy import RecoveredPrompt, recover_prompts
-from lightning_inversion.recovery.verification import Channel
 from lightning_inversion.state import BatchState
 from lightning_inversion.strategy import check_strategy
 

@@ -70,7 +70,8 @@ class ResultRow:
     top_k_ids: list[list[int]] = _per_token()
     """The k best tokens of each position, best first (``fit``)."""
     alternatives: list[list[int]] = _per_token()
-    """The best candidates where a token is not verified, itself first (``predict``)."""
+    """The best candidates where a token is not verified, itself first; of a group its members
+    (``predict``)."""
     ids: list[int] | None = _outcome()
     """The prompt's own tokens; None where they are not known."""
 
@@ -86,6 +87,9 @@ class ResultRow:
     """How many tokens are verified; tokens that were given do not count."""
     token_verified: list[bool] = _per_token()
     """False for a token that was given."""
+    token_states: list[str] = _per_token()
+    """What is shown of each token: given, verified, conditional (it reproduces the target behind
+    tokens that are not all verified), group (others reproduce it too) or unresolved."""
     unresolved: list[int] = _per_token()
     """Positions that are neither given nor verified."""
     duplicates: list[int] = _per_token()
@@ -93,9 +97,13 @@ class ResultRow:
     token_residuals: list[float | None] = _per_token()
     """Distance to the target in std of each feature; None where it is not finite or was given."""
     thresholds: list[float | None] = _per_token()
-    """The residual up to which a token is verified; None where it was given."""
+    """The residual up to which a token passes; None where it was given."""
+    rivals: list[int | None] = _per_token()
+    """The nearest other token that was compared with each (``predict``)."""
     margins: list[float | None] = _per_token()
-    """Residual of the best rival in units of the threshold; None without a rival (``predict``)."""
+    """How many times as far as the token its nearest rival is; None without one (``predict``)."""
+    risks: list[float | None] = _per_token()
+    """A bound for the chance that another token is right, under told noise (``predict``)."""
     known_tokens: int = _outcome(0)
     """How many tokens were given at the beginning."""
 

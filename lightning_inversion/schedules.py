@@ -16,10 +16,10 @@ from torch import Tensor
 from lightning_inversion.decoding import TopTokens
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput, LearnableInput
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.proposals import MixedProposals, NearestToInput
 from lightning_inversion.recovery.search import PrefixSearch
-from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.state import BatchState
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.loading import TransformerSpec
@@ -243,17 +243,18 @@ class VerifiedPrefix(Schedule):
             search.prefix.begin(rows, vectors[rows], state.prefix_lengths[rows])
         while len(rows):
             first = search.rounds[rows] == 0
-            verified = torch.zeros_like(first)
+            settled = torch.zeros_like(first)
             remaining = state.lengths[rows] - search.positions(rows)
             for trial in search.step(proposals, rows, self._sizes(search.rounds[rows]), remaining):
-                found = trial.rows[trial.verified]
-                verified |= torch.isin(rows, found)
-                ids = trial.best[trial.verified]
+                found, ids = trial.rows[trial.settled], trial.best[trial.settled]
+                settled |= torch.isin(rows, found)
                 values = experiment.learnable.encode(ids, experiment.embedding)
-                state.fix(found, state.prefix_lengths[found], values, verified=True)
+                # The features do not show which of a group is right; the search goes on behind one.
+                verified = trial.verified[trial.settled]
+                state.fix(found, state.prefix_lengths[found], values, verified)
             left = search.positions(rows) < state.lengths[rows]
             # On to the next token, or to the candidates behind the first few.
-            rows = rows[(verified | first) & left]
+            rows = rows[(settled | first) & left]
         state.stop(state.prefix_lengths == state.lengths)
 
     def _sizes(self, rounds: Tensor) -> Tensor:

@@ -97,12 +97,17 @@ class BatchState(nn.Module):
         return self.fixed.cummin(dim=1).values.sum(dim=1)
 
     @torch.no_grad()
-    def fix(self, rows: Tensor, positions: Tensor, values: Tensor, verified: bool = False) -> None:
-        """Give positions ``[R]`` of ``rows`` [R] their final values ``[R, C]``."""
+    def fix(
+        self, rows: Tensor, positions: Tensor, values: Tensor, verified: Tensor | None = None
+    ) -> None:
+        """Give positions ``[R]`` of ``rows`` [R] their final values ``[R, C]``.
+
+        ``verified`` [R] bool names those that are verified; None for none.
+        """
         self.values[rows, positions] = values
         self.fixed[rows, positions] = True
-        if verified:
-            self.verified[rows, positions] = True
+        if verified is not None:
+            self.verified[rows, positions] = verified
 
     def stop(self, rows: Tensor) -> None:
         """Rows ``[B]`` bool stop moving from this iteration on."""

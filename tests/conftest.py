@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+gc.disable()  # until all is imported: what imports make stays, and looking through it takes seconds
+
 # Several test workers that each take every core are several times slower than one thread each.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 def pytest_collection_finish() -> None:
     """Collect garbage rarely, and never among what was imported: that stays and is most of it."""
     gc.freeze()
+    gc.enable()
     gc.set_threshold(100_000, 20, 20)
 
 

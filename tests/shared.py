@@ -11,7 +11,7 @@ import pytest
 from lightning_inversion import inversion
 from lightning_inversion.cli import lightning as cli
 from lightning_inversion.files import cache_root
-from lightning_inversion.recovery.verification import Measurements
+from lightning_inversion.recovery.measurements import Measurements
 
 _PARSERS: dict[tuple[str, ...], dict[str, Any]] = {}
 _MEASUREMENTS: dict[tuple[Any, ...], Measurements] = {}

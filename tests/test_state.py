@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lightning_inversion.data.batch import PromptBatch
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.search import PrefixSearch
-from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.state import BatchState
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 

@@ -145,7 +145,9 @@ class ResultWriter(Callback):
         """Write the rows of the prompts that were recovered."""
         assert isinstance(pl_module, InputInversion)
         tokenizer = pl_module.frozen.tokenizer
-        rows = recovered_rows(batch, outputs, tokenizer, settings_of_predict(pl_module))
+        rows = recovered_rows(
+            batch, outputs, tokenizer, pl_module.embedding, settings_of_predict(pl_module)
+        )
         self._write(trainer, pl_module, rows)
         pl_module.report(_final(rows))
         self._report_progress(trainer, batch)

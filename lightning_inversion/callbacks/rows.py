@@ -16,6 +16,7 @@ from lightning_inversion.module import InputInversion
 from lightning_inversion.recovery.policy import RecoveredPrompt
 from lightning_inversion.recovery.verification import Verdict
 from lightning_inversion.results import ResultRow
+from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.tokens import decoded, token_texts
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def fitted_rows(
     """
     state, batch = module.state, module.state.batch
     shared = settings_of_fit(module, top.ids.shape[-1])
-    duplicated = {token for group in module.embedding.duplicates() for token in group}
+    duplicated = _duplicated(module.embedding)
     tokenizer = module.frozen.tokenizer
     rows = []
     for row, length in enumerate(batch.lengths):
@@ -101,6 +102,7 @@ def fitted_rows(
                 verified=all(verified[known:]),
                 verified_tokens=sum(verified),
                 token_verified=verified,
+                token_states=_states(verdict, row, known, length),
                 unresolved=[t for t in range(known, length) if not verified[t]],
                 token_residuals=residuals,
                 thresholds=[finite(t) for t in verdict.thresholds[row, :length].tolist()],
@@ -119,6 +121,23 @@ def fitted_rows(
             )
         )
     return rows
+
+
+def _duplicated(embedding: TokenEmbedding) -> set[int]:
+    return {token for group in embedding.duplicates() for token in group}
+
+
+def _states(verdict: Verdict, row: int, known: int, length: int) -> list[str]:
+    """What is shown of each token of a row; see ``TokenCertificate``."""
+    states = ["given"] * known
+    for position in range(known, length):
+        shown = (
+            name
+            for name in ("verified", "conditional", "group")
+            if bool(getattr(verdict, name)[row, position])
+        )
+        states.append(next(shown, "unresolved"))
+    return states
 
 
 def _scores(batch: PromptBatch, top: TopTokens, row: int) -> dict[str, Any]:
@@ -140,6 +159,7 @@ def recovered_rows(
     batch: PromptBatch,
     prompts: Sequence[RecoveredPrompt],
     tokenizer: PreTrainedTokenizerBase | None,
+    embedding: TokenEmbedding,
     shared: dict[str, Any],
 ) -> list[ResultRow]:
     """The rows of a batch that ``predict`` has recovered.
@@ -148,10 +168,15 @@ def recovered_rows(
         batch: the batch, whose prompts may be known or not.
         prompts: what was recovered of them.
         tokenizer: decodes the tokens; None where the model has none.
+        embedding: of the model.
         shared: the settings and versions that made them.
     """
     rows = []
+    duplicated = _duplicated(embedding)
     for number, prompt in enumerate(prompts):
+        if not prompt.finite:
+            rows.append(bad_row(batch.index[number], batch.prompts[number], _NOT_FINITE, shared))
+            continue
         ids, tokens, length = prompt.ids, prompt.tokens, batch.lengths[number]
         truth = None if batch.ids is None else batch.ids[number, :length].tolist()
         right = [ours == theirs for ours, theirs in zip(ids, truth or (), strict=truth is not None)]
@@ -168,17 +193,20 @@ def recovered_rows(
                 verified=prompt.verified,
                 verified_tokens=sum(token.verified for token in tokens),
                 token_verified=[False] * known + [token.verified for token in tokens],
+                token_states=["given"] * known + [token.state for token in tokens],
                 unresolved=[
                     position + known for position, t in enumerate(tokens) if not t.verified
                 ],
                 token_residuals=given + [rounded(token.residual) for token in tokens],
                 thresholds=given + [rounded(token.threshold) for token in tokens],
                 margins=given + [rounded(token.margin) for token in tokens],
-                candidates=[0] * known + [token.candidates for token in tokens],
+                risks=given + [token.risk for token in tokens],
+                rivals=[*([None] * known), *(token.rival for token in tokens)],
+                candidates=[0] * known + [token.compared for token in tokens],
                 proposers=["given"] * known + [token.proposer for token in tokens],
                 token_seconds=[0.0] * known + [round(token.seconds, 4) for token in tokens],
                 alternatives=[[] for _ in range(known)] + [list(t.alternatives) for t in tokens],
-                duplicates=[position + known for position, t in enumerate(tokens) if t.duplicates],
+                duplicates=[position for position, id in enumerate(ids) if id in duplicated],
                 known_tokens=known,
                 forwards=prompt.forwards,
                 seconds=round(prompt.seconds, 4),

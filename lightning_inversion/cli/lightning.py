@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -113,10 +114,16 @@ class InversionCLI(LightningCLI):
         return {name: super().subcommands()[name]}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the given arguments, whatever the process was started with."""
+        """Parse the given arguments, whatever the process was started with.
+
+        The command's own parser does it: the parser of all commands validates everything twice.
+        """
+        name = self._args[0]
         with wrong_values("--config", RecursionError):
-            self.config = parser.parse_args(args)
-        seed = self.config[self.config.subcommand].seed_everything
+            options = self._subcommand_parsers[name].parse_args(args[1:])
+        self.config = Namespace(subcommand=name)  # type: ignore[no-untyped-call]
+        self.config[name] = options
+        seed = options.seed_everything
         if not isinstance(seed, bool) and seed is not None and not 0 <= seed < _SEEDS:
             raise InputError(
                 f"--seed_everything must be between 0 and {_SEEDS - 1}, and is {seed}."
@@ -181,7 +188,9 @@ class InversionCLI(LightningCLI):
 
     def settings(self) -> dict[str, Any]:
         """This command's settings, as a run's folder keeps them."""
-        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
+        assert self.subcommand is not None
+        parser = self._subcommand_parsers[self.subcommand]
+        settings = yaml.safe_load(parser.dump(self.config[self.subcommand], skip_none=False))
         assert isinstance(settings, dict)
         return settings
 

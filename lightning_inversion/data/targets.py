@@ -50,6 +50,10 @@ class Storage:
             # Drawn on the CPU, so that it does not depend on the device.
             drawn = torch.randn(features.shape, generator=generator)
             features = features + self.noise * drawn.to(features)
+        return self.without_noise(features)
+
+    def without_noise(self, features: Tensor) -> Tensor:
+        """Features ``[..., F]`` after all but the noise."""
         return features.to(_float_type(self.dtype)).to(features.dtype)
 
 

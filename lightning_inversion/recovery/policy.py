@@ -5,14 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.verification import Measurements
+from lightning_inversion.recovery.measurements import Measurements
 
 ALTERNATIVES = 5
 """Candidates that are kept beside a token that is not verified."""
+
+
+State = Literal["verified", "conditional", "group", "unresolved"]
+"""What is shown of a token: see ``TokenCertificate``."""
 
 
 @dataclass(frozen=True)
@@ -21,36 +26,51 @@ class TokenCertificate:
 
     Attributes:
         id: the token.
-        verified: True where it reproduces the target behind the tokens before it. It does not
-            compare with tokens that were not run.
+        state: ``verified``: it reproduces the target behind the tokens before it, and no token that
+            was compared comes near. ``conditional``: the same, but a token before it is not
+            verified. ``group``: others reproduce the target too. ``unresolved``: nothing is shown.
         residual: its distance to the target in std of each feature, see ``Calibration``.
-        threshold: the residual up to which a token is verified here.
-        runner_up: the residual of the nearest other candidate that was run; None without one.
-        candidates: how many tokens were run at this position.
+        threshold: the residual up to which a token passes here.
+        rival: the nearest other token that was compared; None without one.
+        rival_residual: its residual.
+        risk: a bound for the chance that another token is right, where the channel adds noise; None
+            without noise, where residuals decide.
+        compared: how many tokens were run at this position.
         proposer: which proposer named it.
         seconds: wall time spent at this position; prompts of one batch share their rounds.
-        duplicates: other tokens with the same embedding, which no hidden state
-            distinguishes.
-        alternatives: the best candidates of a token that is not verified, itself first.
+        alternatives: the best candidates of a token that is not verified, itself first; of a group
+            its members.
     """
 
     id: int
-    verified: bool
+    state: State
     residual: float
     threshold: float
-    runner_up: float | None
-    candidates: int
+    rival: int | None
+    rival_residual: float | None
+    compared: int
     proposer: str
     seconds: float
-    duplicates: tuple[int, ...] = ()
+    risk: float | None = None
     alternatives: tuple[int, ...] = ()
 
     @property
+    def verified(self) -> bool:
+        """Whether the token and all before it are verified."""
+        return self.state == "verified"
+
+    @property
     def margin(self) -> float | None:
-        """The runner-up's residual in units of the threshold; None without either."""
-        if self.runner_up is None or not self.threshold:
+        """How many times as far as the token its nearest rival is; None without a rival."""
+        if self.rival_residual is None:
             return None
-        return self.runner_up / self.threshold
+        return self.rival_residual / max(self.residual, 1e-9)
+
+    def behind(self, verified: bool) -> TokenCertificate:
+        """The certificate behind tokens that are all verified, or not."""
+        if self.state not in ("verified", "conditional"):
+            return self
+        return replace(self, state="verified" if verified else "conditional")
 
     def replaced_by(self, other: int, residual: float) -> TokenCertificate:
         """The certificate of another alternative, which the rest of the prompt supports."""
@@ -68,6 +88,7 @@ class RecoveredPrompt:
         forwards: forwards of the truncated model that this prompt took part in.
         seconds: wall time until its last token.
         text: all tokens decoded, where a tokenizer was given; see ``api.recover``.
+        finite: whether the target holds numbers; nothing is recovered where it does not.
     """
 
     tokens: list[TokenCertificate] = field(default_factory=list)
@@ -75,6 +96,7 @@ class RecoveredPrompt:
     forwards: int = 0
     seconds: float = 0.0
     text: str | None = None
+    finite: bool = True
 
     @property
     def ids(self) -> list[int]:
@@ -84,7 +106,7 @@ class RecoveredPrompt:
     @property
     def verified(self) -> bool:
         """Whether every token that was not given is verified."""
-        return all(token.verified for token in self.tokens)
+        return self.finite and all(token.verified for token in self.tokens)
 
 
 class RecoveryPolicy(ABC):
@@ -145,8 +167,13 @@ def recover_prompts(
         after_round: called with the prompts as they stand.
     """
     prompts: list[RecoveredPrompt] = []
+    given = 0 if known is None else len(known)
+    finite = [bool(target[row, :length].isfinite().all()) for row, length in enumerate(lengths)]
+    lengths = [length if whole else given for length, whole in zip(lengths, finite, strict=True)]
     with torch.no_grad():
         for prompts in policy.recover(measurements, target, lengths, known, fitted):
             if after_round is not None:
                 after_round(prompts)
+    for prompt, whole in zip(prompts, finite, strict=True):
+        prompt.finite = whole
     return prompts

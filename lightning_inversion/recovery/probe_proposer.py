@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.proposals import UNIFORM_SHARE, Proposer, mix_with_uniform
 from lightning_inversion.recovery.search import Candidates, PrefixSearch, Proposals
-from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.transformer.embedding import TokenEmbedding, best_tokens
 from lightning_inversion.transformer.linear_probe import LinearProbe
 

@@ -14,13 +14,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.verification import Measurements
+from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.rivals import NearTokens
+from lightning_inversion.recovery.verification import Judgement, judge
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.prefix import KnownPrefix
 
 _KEPT = 16
 """How many of the wrong candidates that came closest are kept at a position."""
-_STORED = ("tried", "count", "rounds", "reach", "_errors", "_closest", "_corrected")
+_STORED = (
+    "tried", "count", "rounds", "reach", "_errors", "_closest", "_corrected", "_rivals",
+    "_rival_residuals",
+)  # fmt: skip
 _FARTHEST = 64
 """The most positions that are run together, and the number for a new prompt."""
 CANDIDATES_OF_A_FORWARD = 4096
@@ -48,9 +53,13 @@ class Trial:
         rows: ``[R]`` rows of the batch.
         ids: ``[R, K]`` the candidates.
         residuals: ``[R, K]`` distance of each candidate to the target, see ``Calibration``.
-        threshold: ``[R]`` the residual up to which a candidate is verified.
+        threshold: ``[R]`` the residual up to which a candidate passes.
         best: ``[R]`` the candidate with the smallest residual.
         verified: ``[R]`` bool; the search of such a row has moved on behind ``best``.
+        group: ``[R]`` bool; several tokens reproduce the target, and none is verified. The search
+            has moved on behind ``best`` here too.
+        rivals: ``[R]`` the nearest other token that was compared; -1 without one.
+        rival_residuals: ``[R]`` its residual; infinite without one.
         tried: ``[R]`` tokens run at this position so far, these included.
         proposers: the proposer of each column of ``ids``.
         same_forward: True where an earlier trial has counted the forward.
@@ -62,9 +71,17 @@ class Trial:
     threshold: Tensor
     best: Tensor
     verified: Tensor
+    group: Tensor
+    rivals: Tensor
+    rival_residuals: Tensor
     tried: Tensor
     proposers: tuple[str, ...] = ()
     same_forward: bool = False
+
+    @property
+    def settled(self) -> Tensor:
+        """``[R]`` bool; True where the search has moved on."""
+        return self.verified | self.group
 
 
 class Proposals(ABC):
@@ -121,6 +138,7 @@ class PrefixSearch:
         measurements: of the model.
         target: ``[B, T, F]`` features to reproduce.
         prefix: keeps the keys and values of the tokens found; default a new one.
+        exhaustive: compare a token that passes with the whole vocabulary before it is verified.
 
     Attributes:
         prefix: the tokens found so far.
@@ -132,9 +150,13 @@ class PrefixSearch:
     """
 
     def __init__(
-        self, measurements: Measurements, target: Tensor, prefix: KnownPrefix | None = None
+        self,
+        measurements: Measurements,
+        target: Tensor,
+        prefix: KnownPrefix | None = None,
+        exhaustive: bool = False,
     ) -> None:
-        self.measurements, self.target = measurements, target
+        self.measurements, self.target, self.exhaustive = measurements, target, exhaustive
         self.transformer, self.probe = measurements.transformer, measurements.probe
         B, device, embedding = len(target), target.device, self.transformer.embedding
         self.prefix = prefix or KnownPrefix(self.transformer, B)
@@ -145,6 +167,8 @@ class PrefixSearch:
         self._errors = torch.full((B, _KEPT), torch.inf, device=device)
         self._closest = torch.zeros(B, _KEPT, embedding.width, device=device)
         self._corrected = torch.zeros_like(self._closest)
+        self._rivals = torch.full((B,), -1, device=device)
+        self._rival_residuals = torch.full((B,), torch.inf, device=device)
 
     def to_checkpoint(self) -> dict[str, Tensor]:
         """What a checkpoint holds, beside the tokens found, to continue from here."""
@@ -236,11 +260,13 @@ class PrefixSearch:
                 for part in torch.split(torch.arange(len(members), device=rows.device), at_a_time):
                     trials = self._run(members[part], ids[part], remaining[some[part]])
                     for trial in trials:
-                        yield replace(trial, proposers=proposed.proposers)
+                        more = trial.ids.shape[1] - ids.shape[2]
+                        names = proposed.proposers + (NearTokens.__name__,) * more
+                        yield replace(trial, proposers=names)
 
-    def run(self, rows: Tensor, ids: Tensor) -> Trial:
+    def run(self, rows: Tensor, ids: Tensor) -> list[Trial]:
         """Run candidates ``[R, K]`` at each row's next position."""
-        return next(self._run(rows, ids[:, None], torch.ones_like(rows)))
+        return list(self._run(rows, ids[:, None], torch.ones_like(rows)))
 
     def accept(self, rows: Tensor, ids: Tensor) -> None:
         """Move on behind tokens ``[R]`` that nothing verifies."""
@@ -278,49 +304,141 @@ class PrefixSearch:
 
         Candidates of a position stand behind the first ones of the positions before, and show
         something as long as those are verified. Yields one trial a position, of the rows that came
-        so far.
+        so far. A row whose best candidate has near tokens that were not run has its trial last,
+        with them.
         """
         W, K = ids.shape[1:]
         features = self.prefix.ahead(rows, self.transformer.embedding(ids))
+        if not self.exhaustive:
+            self.measurements.derived(NearTokens).prepare(ids[:, :, 0])
         each = torch.arange(len(rows), device=rows.device)
         on_course = torch.ones_like(each, dtype=torch.bool)
         came = torch.zeros_like(each)
+        challenged: list[tuple[int, Tensor, Tensor, Tensor]] = []
         for offset in range(W):
             some = each[on_course]
             if not len(some):
                 break
-            trial, chosen = self._judge(rows[some], ids[some, offset], features[some, offset])
+            here, at = rows[some], self.positions(rows[some])
+            target, tokens, found = self.target_at(here), ids[some, offset], features[some, offset]
+            residuals = self._residuals(found, target, at)
+            judged = self._judge(here, tokens, residuals, at)
+            settled = judged.verified | judged.group
             kept = torch.full_like(each, -1)
-            kept[some] = torch.where(trial.verified, offset * K + chosen, -1)
+            kept[some] = torch.where(settled, offset * K + judged.best, -1)
             self.prefix.keep(rows, kept)
+            waits = torch.tensor([rest is not None for rest in judged.missing], device=rows.device)
+            for number in waits.nonzero()[:, 0].tolist():
+                rest = judged.missing[number]
+                assert rest is not None
+                challenged.append((int(here[number]), rest, tokens[number], residuals[number]))
             if W == 1:
-                self.rounds[trial.rows] += 1
-            self._leave(trial.rows[trial.verified])
-            on_course[some] = trial.verified & (chosen == 0)
+                self.rounds[here[~waits]] += 1
+            now = ~waits
+            if now.any():
+                yield replace(
+                    self._trial(
+                        here[now], tokens[now], residuals[now], _of(judged, now), found[now]
+                    ),
+                    same_forward=offset > 0,
+                )
+            on_course[some] = judged.verified & (judged.best == 0)
             came += on_course
             on_course &= remaining > offset + 1
             if offset == W - 1 or not on_course.any():
                 # Rows that came as far as they were run may be run farther, others less far.
                 farther = torch.where(came == W, 2 * W, came.clamp(min=W // 2))
                 self.reach[rows] = farther.clamp(1, _FARTHEST)
-            yield replace(trial, same_forward=offset > 0)
+        for row, rest, tokens, residuals in challenged:
+            yield self._challenge(rows.new_tensor([row]), rest[None], tokens[None], residuals[None])
 
-    def _judge(self, rows: Tensor, ids: Tensor, features: Tensor) -> tuple[Trial, Tensor]:
-        """Compare candidates ``[R, K]`` with features ``[R, K, F]``; which one came closest."""
-        positions, calibration = self.positions(rows), self.measurements.calibration
-        at = positions[:, None].expand(ids.shape)
-        residuals = calibration.residual(features, self.target_at(rows)[:, None], at)
+    def _challenge(self, row: Tensor, rest: Tensor, ids: Tensor, residuals: Tensor) -> Trial:
+        """Run the tokens ``[1, N]`` near the best of candidates ``[1, K]`` too; then judge.
+
+        The nearest of them may have near tokens of its own, which are run in turn.
+        """
+        at, target = self.positions(row), self.target_at(row)
+        while True:
+            for some in torch.split(rest, CANDIDATES_OF_A_FORWARD, dim=1):
+                features = self.prefix.candidates(row, self.transformer.embedding(some))
+                residuals = torch.cat([residuals, self._residuals(features, target, at)], dim=1)
+                ids = torch.cat([ids, some], dim=1)
+            judged = self._judge(row, ids, residuals, at)
+            if judged.missing[0] is None:
+                break
+            rest = judged.missing[0][None]
+        self.rounds[row] += 1
+        best = ids[:, judged.best]
+        self.prefix.candidates(row, self.transformer.embedding(best))
+        settled = judged.verified | judged.group
+        self.prefix.keep(row, torch.where(settled, 0, -1))
+        return self._trial(row, ids, residuals, judged, None)
+
+    def _residuals(self, features: Tensor, target: Tensor, positions: Tensor) -> Tensor:
+        """Residuals ``[R, K]`` of features ``[R, K, F]`` to targets ``[R, F]``."""
+        at = positions[:, None].expand(features.shape[:2])
+        residuals = self.measurements.calibration.residual(features, target[:, None], at)
+        return residuals.nan_to_num(nan=torch.inf)  # of features that overflow
+
+    def _judge(self, rows: Tensor, ids: Tensor, residuals: Tensor, positions: Tensor) -> Judgement:
+        compared = None
+        if self.exhaustive:
+            compared = self.count[rows] + self._new(rows, ids)
+        judged = judge(
+            self.measurements, ids, residuals, positions,
+            (self._rivals[rows], self._rival_residuals[rows]), compared,
+        )  # fmt: skip
+        if compared is None:
+            return judged
+        # A token that passes waits for all that were not run yet.
+        vocabulary = self.transformer.embedding.vocabulary_size
+        smallest = residuals.min(dim=1).values
+        passes = self.measurements.calibration.passes(smallest, positions)
+        for row in (passes & (compared < vocabulary)).nonzero()[:, 0].tolist():
+            left = ~self.tried[rows[row]]
+            left[ids[row]] = False
+            judged.missing[row] = left.nonzero()[:, 0]
+            judged.group[row] = False
+        return judged
+
+    def _new(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """How many of candidates ``[R, K]`` were not run before, ``[R]``."""
+        fresh = torch.zeros_like(self.tried[rows]).scatter_(1, ids, True)
+        return (fresh & ~self.tried[rows]).sum(1)
+
+    def _trial(
+        self,
+        rows: Tensor,
+        ids: Tensor,
+        residuals: Tensor,
+        judged: Judgement,
+        features: Tensor | None,
+    ) -> Trial:
+        """Record what candidates ``[R, K]`` with features ``[R, K, F]`` have shown.
+
+        Rows that are settled leave their position, whose prefix is kept already.
+        """
+        settled = judged.verified | judged.group
+        # The prefix of a settled row is one longer already.
+        positions = self.positions(rows) - settled.long()
         count = self.count[rows] + (~self.tried[rows[:, None], ids]).sum(1)
-        smallest, chosen = residuals.min(dim=1)
-        threshold = calibration.threshold[positions.clamp(max=1)]
-        verified = calibration.reproduced(smallest, positions)
-        wrong = ~verified
+        threshold = self.measurements.calibration.limit(positions)
+        wrong = ~settled
         # Only rows that stay need a record of what was tried: most move on with their first token.
         self.tried[rows[wrong, None], ids[wrong]] = True
         self.count[rows[wrong]] = count[wrong]
-        self._keep_evidence(rows[wrong], ids[wrong], features[wrong])
-        best = ids.gather(1, chosen[:, None])[:, 0]
-        return Trial(rows, ids, residuals, threshold, best, verified, count), chosen
+        best = ids.gather(1, judged.best[:, None])[:, 0]
+        smallest = residuals.gather(1, judged.best[:, None])[:, 0]
+        nearer = wrong & (smallest < self._rival_residuals[rows])
+        self._rivals[rows[nearer]] = best[nearer]
+        self._rival_residuals[rows[nearer]] = smallest[nearer]
+        if features is not None:
+            self._keep_evidence(rows[wrong], ids[wrong], features[wrong])
+        self._leave(rows[settled])
+        return Trial(
+            rows, ids, residuals, threshold, best, judged.verified, judged.group,
+            judged.rivals, judged.rival_residuals, count,
+        )  # fmt: skip
 
     def _keep_evidence(self, rows: Tensor, ids: Tensor, features: Tensor) -> None:
         """Keep what wrong tokens ``[R, K]`` with features ``[R, K, F]`` show of the right one."""
@@ -352,3 +470,17 @@ class PrefixSearch:
         self.count[rows] = 0
         self.rounds[rows] = 0
         self._errors[rows] = torch.inf
+        self._rivals[rows] = -1
+        self._rival_residuals[rows] = torch.inf
+
+
+def _of(judged: Judgement, some: Tensor) -> Judgement:
+    """The judgement of some positions."""
+    return Judgement(
+        judged.best[some],
+        judged.rivals[some],
+        judged.rival_residuals[some],
+        judged.verified[some],
+        judged.group[some],
+        [],
+    )

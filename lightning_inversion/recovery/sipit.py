@@ -10,13 +10,16 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import (
     ALTERNATIVES,
     RecoveredPrompt,
     RecoveryPolicy,
+    State,
     TokenCertificate,
 )
-from lightning_inversion.recovery.verification import Measurements
+from lightning_inversion.recovery.rivals import NearTokens
+from lightning_inversion.recovery.verification import judge
 
 _RESET_EVERY = 50
 _FIRST_RATE, _LAST_RATE = 1.0, 0.01
@@ -87,7 +90,7 @@ class SIPIT(RecoveryPolicy):
                     if search.accepted or len(search.tried) >= limit or late or search.diverged:
                         break
                     yield prompts
-                prompt.tokens.append(search.certificate())
+                prompt.tokens.append(search.certificate().behind(prompt.verified))
                 prompt.seconds = time.monotonic() - began
                 yield prompts
         yield prompts
@@ -104,6 +107,7 @@ class _Position:
         prompt: RecoveredPrompt,
         generator: torch.Generator,
     ) -> None:
+        self.measurements = measurements
         self.transformer, self.calibration = measurements.transformer, measurements.calibration
         self.tolerance, self.target, self.prompt = tolerance, target, prompt
         embedding = self.transformer.embedding
@@ -123,7 +127,7 @@ class _Position:
         gradient = self._gradient()
         features = self._features(self._vector(self.candidate))
         self.prompt.forwards += 2
-        self.residual = float(self.calibration.residual(features, self.target, self.position))
+        self.residual = self._residual(features)
         self.tried.append(self.candidate)
         self.best = sorted([*self.best, (self.residual, self.candidate)])[: 1 + ALTERNATIVES]
         if self._accepts(features):
@@ -139,23 +143,45 @@ class _Position:
             self.proxy = self._vector(self.candidate)
 
     def certificate(self) -> TokenCertificate:
-        """What was found. ``verified`` is SIPIT's own test; residual and tolerance are ours."""
+        """What was found. Verified is what passes SIPIT's own test and ours."""
         residual, token = (self.residual, self.candidate) if self.accepted else self.best[0]
-        first_duplicate = self.transformer.embedding.first_duplicate
-        same = (first_duplicate == first_duplicate[token]).nonzero()[:, 0].tolist()
-        others = [pair for pair in self.best if pair[1] not in same]
+        compared = {run: far for far, run in self.best}
+        if self.accepted:
+            compared.update(self._near(token))
+        ids, residuals = list(compared), list(compared.values())
+        judged = judge(
+            self.measurements,
+            self.prefix.new_tensor([ids]),
+            self.target.new_tensor([residuals]),
+            self.position[None],
+        )
+        state: State = "unresolved"
+        if self.accepted and bool(judged.group[0]):
+            state = "group"
+        elif self.accepted and bool(judged.verified[0]) and ids[int(judged.best[0])] == token:
+            state = "verified"
+        others = sorted((far, run) for run, far in compared.items() if run != token)[:ALTERNATIVES]
         return TokenCertificate(
             id=token,
-            verified=self.accepted,
+            state=state,
             residual=residual,
-            threshold=self._calibrated(),
-            runner_up=others[0][0] if others else None,
-            candidates=len(self.tried),
+            threshold=float(self.calibration.limit(self.position)),
+            rival=others[0][1] if others else None,
+            rival_residual=others[0][0] if others else None,
+            compared=len(set(self.tried) | set(ids)),
             proposer=SIPIT.__name__,
             seconds=time.monotonic() - self.began,
-            duplicates=tuple(other for other in same if other != token),
-            alternatives=() if self.accepted else (token, *(other for _, other in others)),
+            alternatives=() if state == "verified" else (token, *(run for _, run in others)),
         )
+
+    @torch.no_grad()
+    def _near(self, token: int) -> dict[int, float]:
+        """Residuals of the tokens near a token."""
+        near = self.measurements.derived(NearTokens).of_token(token).tolist()
+        return {other: self._residual(self._features(self._vector(other))) for other in near}
+
+    def _residual(self, features: Tensor) -> float:
+        return float(self.calibration.residual(features, self.target, self.position))
 
     def _gradient(self) -> Tensor:
         with torch.enable_grad():
@@ -181,8 +207,5 @@ class _Position:
 
     def _accepts(self, features: Tensor) -> bool:
         if self.tolerance is None:
-            return bool(self.calibration.reproduced(torch.tensor(self.residual), self.position))
+            return bool(self.calibration.passes(torch.tensor(self.residual), self.position))
         return torch.allclose(features, self.target, atol=self.tolerance)
-
-    def _calibrated(self) -> float:
-        return float(self.calibration.threshold[int(self.position.clamp(max=1))])

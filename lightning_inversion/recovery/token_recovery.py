@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.gradient_proxy import GradientProxy
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import (
     ALTERNATIVES,
     RecoveredPrompt,
     RecoveryPolicy,
+    State,
     TokenCertificate,
 )
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
@@ -31,7 +34,6 @@ from lightning_inversion.recovery.proposals import (
     Proposer,
 )
 from lightning_inversion.recovery.search import PrefixSearch, Proposals, Trial
-from lightning_inversion.recovery.verification import Measurements
 
 _AT_LEAST = 2
 """Candidates of a position at least, so that a certificate can name a runner-up."""
@@ -52,6 +54,8 @@ class TokenRecovery(RecoveryPolicy):
             every four rounds.
         budget: tokens run for a position before it is left unresolved with its best candidate;
             null runs the whole vocabulary.
+        certify: compare a token that reproduces the target with the tokens ``near`` it, or with the
+            whole vocabulary (``exhaustive``), before it is verified.
     """
 
     uses_fit = True
@@ -67,6 +71,7 @@ class TokenRecovery(RecoveryPolicy):
         candidates: int = 16,
         max_candidates: int = 512,
         budget: int | None = None,
+        certify: Literal["near", "exhaustive"] = "near",
     ) -> None:
         if min(candidates, max_candidates, budget or 1) < 1:
             raise InputError(
@@ -78,7 +83,7 @@ class TokenRecovery(RecoveryPolicy):
         )
         self.first = first or FirstTokenScan()
         self.candidates, self.max_candidates = candidates, max(max_candidates, candidates)
-        self.budget = budget
+        self.budget, self.certify = budget, certify
         self.needs_language_model = self.proposer.needs_language_model
 
     @property
@@ -122,7 +127,8 @@ class _Batch:
         fitted: Tensor | None,
     ) -> None:
         self.policy, self.calibration = policy, measurements.calibration
-        self.search = search = PrefixSearch(measurements, target)
+        exhaustive = policy.certify == "exhaustive"
+        self.search = search = PrefixSearch(measurements, target, exhaustive=exhaustive)
         B, device = len(target), target.device
         self.embedding = measurements.transformer.embedding
         self.limit = self.embedding.vocabulary_size
@@ -176,6 +182,7 @@ class _Batch:
         sizes = torch.minimum(self.policy.sizes(search.rounds[rows]), left).clamp(min=1)
         began = time.monotonic()
         remaining = self.totals[rows] - search.positions(rows)
+        open_rows, tried = [], []
         for trial in search.step(proposals, rows, sizes, remaining, at_least=_AT_LEAST):
             now = time.monotonic()
             for row in trial.rows.tolist():
@@ -183,9 +190,11 @@ class _Batch:
                 self.spent[row] += now - began
             began = now
             self._remember(trial)
-            yes, no = trial.verified, ~trial.verified
-            self._settle(trial.rows[yes], trial.best[yes], trial.tried[yes], verified=True)
-            self._give_up(trial.rows[no], trial.tried[no])
+            self._settle(trial)
+            open_rows.append(trial.rows[~trial.settled])
+            tried.append(trial.tried[~trial.settled])
+        # Only now, because accepting a token would take the place of candidates that wait.
+        self._give_up(torch.cat(open_rows), torch.cat(tried))
 
     def _give_up(self, rows: Tensor, tried: Tensor) -> None:
         """Where nothing verifies a token, take the best, so that later ones can be searched."""
@@ -202,7 +211,9 @@ class _Batch:
         if len(rows):
             chosen = self.best_ids[rows, 0]
             self.search.accept(rows, chosen)
-            self._settle(rows, chosen, tried, verified=False)
+            for row, token, run in zip(rows.tolist(), chosen.tolist(), tried.tolist(), strict=True):
+                self._certify(row, token, "unresolved", run)
+            self._continue(rows, chosen)
 
     def _reconsider(self, row: int) -> None:
         """Nothing follows the uncertain token before: replace it by another plausible one."""
@@ -235,40 +246,74 @@ class _Batch:
             self.names.append(proposer)
         return self.names.index(proposer)
 
-    def _settle(self, rows: Tensor, ids: Tensor, tried: Tensor, verified: bool) -> None:
-        """Write certificates; the rows have moved on to their next token."""
-        positions = (self.search.prefix.lengths[rows] - 1).clamp(max=1)
-        thresholds = self.calibration.threshold[positions].tolist()
-        likely = self.calibration.plausible[positions].tolist()
-        first_duplicate = self.embedding.first_duplicate
-        now = time.monotonic()
-        for number, (row, token) in enumerate(zip(rows.tolist(), ids.tolist(), strict=True)):
-            same = (first_duplicate == first_duplicate[token]).nonzero()[:, 0].tolist()
-            found = zip(self.best_ids[row].tolist(), self.best_residuals[row].tolist(), strict=True)
-            others = [pair for pair in found if pair[0] not in same and pair[1] != float("inf")]
-            residual = float(self.best_residuals[row, 0])
-            self.prompts[row].tokens.append(
-                TokenCertificate(
-                    id=token,
-                    verified=verified,
-                    residual=residual,
-                    threshold=thresholds[number],
-                    runner_up=others[0][1] if others else None,
-                    candidates=int(tried[number]),
-                    proposer=self.names[int(self.best_proposers[row, 0])],
-                    seconds=self.spent[row],
-                    duplicates=tuple(other for other in same if other != token),
-                    alternatives=() if verified else (token, *(other for other, _ in others)),
-                )
-            )
-            self.prompts[row].seconds = now - self.began
-            self.spent[row] = 0.0
-            plausible = [(token, residual), *others]
-            self.plausible.settle(
-                row, [] if verified else [pair for pair in plausible if pair[1] <= likely[number]]
-            )
-        self.proposals.accept(rows, ids)
-        self.best_residuals[rows] = torch.inf
+    def _settle(self, trial: Trial) -> None:
+        """Write the certificates of rows that have moved on to their next token."""
+        settled = trial.settled
+        for row, token, verified, tried in zip(
+            trial.rows[settled].tolist(),
+            trial.best[settled].tolist(),
+            trial.verified[settled].tolist(),
+            trial.tried[settled].tolist(),
+            strict=True,
+        ):
+            self._certify(row, token, "verified" if verified else "group", tried)
+        self._continue(trial.rows[settled], trial.best[settled])
+
+    def _continue(self, rows: Tensor, ids: Tensor) -> None:
+        if len(rows):
+            self.proposals.accept(rows, ids)
+            self.best_residuals[rows] = torch.inf
+
+    def _certify(self, row: int, token: int, state: State, tried: int) -> None:
+        """Write the certificate of a row's latest token."""
+        position = self.search.prefix.lengths[row] - 1
+        found = zip(self.best_ids[row].tolist(), self.best_residuals[row].tolist(), strict=True)
+        nearest: dict[int, float] = {}
+        for run, far in found:
+            if far != float("inf"):
+                nearest.setdefault(run, far)  # a token may have been run twice
+        residual = nearest.pop(token, float("inf"))
+        others = list(nearest.items())
+        column = self.best_ids[row].tolist().index(token)
+        limit = float(self.calibration.limit(position))
+        likely = float(self.calibration.plausible[position.clamp(max=1)])
+        plausible = [(token, residual), *(pair for pair in others if pair[1] <= likely)]
+        prompt = self.prompts[row]
+        certificate = TokenCertificate(
+            id=token,
+            state=state,
+            residual=residual,
+            threshold=limit,
+            rival=others[0][0] if others else None,
+            rival_residual=others[0][1] if others else None,
+            risk=self._risk(residual, others, position),
+            compared=tried,
+            proposer=self.names[int(self.best_proposers[row, column])],
+            seconds=self.spent[row],
+            alternatives=self._alternatives(state, token, others, limit),
+        )
+        prompt.tokens.append(certificate.behind(prompt.verified))
+        prompt.seconds = time.monotonic() - self.began
+        self.spent[row] = 0.0
+        self.plausible.settle(row, [] if state == "verified" else plausible)
+
+    def _risk(
+        self, residual: float, others: list[tuple[int, float]], position: Tensor
+    ) -> float | None:
+        if not self.calibration.has_noise or not others:
+            return None
+        rival = self.best_residuals.new_tensor(others[0][1])
+        vocabulary = self.embedding.vocabulary_size
+        return self.calibration.risk(rival.new_tensor(residual), rival, position, vocabulary)
+
+    @staticmethod
+    def _alternatives(
+        state: State, token: int, others: list[tuple[int, float]], limit: float
+    ) -> tuple[int, ...]:
+        if state == "verified":
+            return ()
+        members = others if state != "group" else [pair for pair in others if pair[1] <= limit]
+        return (token, *(other for other, _ in members))
 
 
 class _PlausibleTokens:

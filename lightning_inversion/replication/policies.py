@@ -31,9 +31,9 @@ from lightning_inversion.cli.ending import exit_code
 from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import Record, append_records, read_records
+from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy
-from lightning_inversion.recovery.proposals import FirstTokenFeatures
-from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.replication.claims import fingerprint_of
 from lightning_inversion.replication.tables import BASELINE, PROTOCOL
 from lightning_inversion.transformer.language_model import LanguageModel
@@ -159,7 +159,7 @@ def scores(prompts: Sequence[RecoveredPrompt], right: list[list[int]]) -> Record
         for token, truth in zip(prompt.tokens, ids, strict=False)
     ]
     # Position 0 has a scan of its own: the proposers are judged by the later positions.
-    later = [token.candidates for prompt in prompts for token in prompt.tokens[1:]]
+    later = [token.compared for prompt in prompts for token in prompt.tokens[1:]]
     quantiles = np.quantile(later, [0.5, 0.95, 1], method="inverted_cdf").tolist() if later else []
     names = ("candidates_median", "candidates_p95", "candidates_max")
     return {
@@ -167,9 +167,7 @@ def scores(prompts: Sequence[RecoveredPrompt], right: list[list[int]]) -> Record
         "done": len(pairs),
         "right": sum(token.id == truth for token, truth in pairs),
         "verified": sum(token.verified for token, _ in pairs),
-        "falsely_verified": sum(
-            token.verified and truth not in (token.id, *token.duplicates) for token, truth in pairs
-        ),
+        "falsely_verified": sum(token.verified and truth != token.id for token, truth in pairs),
         "exact": sum(prompt.ids == ids for prompt, ids in zip(prompts, right, strict=True)),
         **dict(zip_longest(names, quantiles)),
         "forwards": sum(prompt.forwards for prompt in prompts),

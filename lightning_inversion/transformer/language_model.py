@@ -48,7 +48,7 @@ class LanguageModel:
     def log_probabilities(self, ids: Tensor) -> Tensor:
         """log p ``[B, T, V]`` of the token after each of ids ``[B, T]``."""
         logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits.float().log_softmax(-1)
+        return logits.float().nan_to_num(0.0, 0.0, 0.0).log_softmax(-1)
 
     @torch.no_grad()
     def sample_text(self, rows: int, length: int, seed: int = 0) -> Tensor:
@@ -65,7 +65,9 @@ class LanguageModel:
                 input_ids=ids[:, -1:].to(self.device), past_key_values=cache, use_cache=True
             )
             cache = output.past_key_values
-            chances = output.logits[:, -1].float().softmax(-1).cpu()
+            # Logits that are not finite numbers, of float16, are as good as none.
+            logits = output.logits[:, -1].float().nan_to_num(0.0, 0.0, 0.0)
+            chances = logits.softmax(-1).cpu()
             ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
         return ids
 
@@ -75,13 +77,8 @@ def own_text(language_model: LanguageModel, rows: int = 64, length: int = 96) ->
     model = language_model.model
     settings = f"{model.config.to_json_string()} {rows} {length} {weights_checksum(model)}"
     key = f"own-text-{hashlib.sha256(settings.encode()).hexdigest()[:24]}"
-    size = language_model.embeddings.shape[0]
-
-    def fits(ids: Tensor) -> bool:
-        return ids.dtype == torch.long and 0 <= int(ids.min()) <= int(ids.max()) < size
-
     return cached_tensor(
-        key, lambda: language_model.sample_text(rows, length), (rows, length), fits
+        key, lambda: language_model.sample_text(rows, length), (rows, length), torch.long
     )
 
 
@@ -156,7 +153,9 @@ class Continuations:
         ids = torch.tensor([one + [0] * (width - len(one)) for one in new], device=device)
         ends = torch.tensor([len(one) - 1 for one in new], device=device)
         logits = self._logits(torch.tensor(waiting, device=device), ids, ends)
-        for row, scores in zip(waiting, logits.float().log_softmax(-1), strict=True):
+        for row, scores in zip(
+            waiting, logits.float().nan_to_num(0.0, 0.0, 0.0).log_softmax(-1), strict=True
+        ):
             self._latest[row] = scores
             self._done[row] = len(self._ids[row])
 

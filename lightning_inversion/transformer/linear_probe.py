@@ -139,6 +139,8 @@ def _regression(
         vectors = transformer.embedding(chunk)
         x = transformer(vectors)[:, positions].reshape(-1, F).double()
         y = vectors[:, positions].reshape(-1, D).double()
+        finite = x.isfinite().all(1)  # a few tokens may overflow float16
+        x, y = x[finite], y[finite]
         count += len(x)
         sums += x.sum(0)
         squares.addmm_(x.T, x)

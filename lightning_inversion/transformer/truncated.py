@@ -141,6 +141,11 @@ class TruncatedTransformer(nn.Module):
         """The type that the model computes in."""
         return self.embedding.matrix.dtype
 
+    @property
+    def keeps_embeddings(self) -> bool:
+        """Whether the features hold a token's whole embedding, with what the blocks add to it."""
+        return self.surgery.residuals and self.selection.features is None
+
     @cached_property
     @torch.no_grad()
     def feature_size(self) -> int:

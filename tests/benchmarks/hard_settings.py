@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from lightning_inversion.data.targets import Storage
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.replication.policies import protocol_prompts
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
@@ -76,9 +76,7 @@ def main() -> None:
         ]
         right = sum(token.id == truth for token, truth in pairs)
         verified = sum(token.verified for token, _ in pairs)
-        false = sum(
-            token.verified and truth not in (token.id, *token.duplicates) for token, truth in pairs
-        )
+        false = sum(token.verified and token.id != truth for token, truth in pairs)
         threshold = float(measurements.calibration.threshold[1])
         print(
             f"| {name} | {right}/{len(pairs)} | {verified} | {false} | {seconds:.0f} | "

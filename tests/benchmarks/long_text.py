@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 

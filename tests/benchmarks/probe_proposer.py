@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.proposals import LanguageModelPrior
 from lightning_inversion.recovery.search import PrefixSearch
-from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.replication.policies import protocol_prompts
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,8 @@ pytestmark = pytest.mark.usefixtures("shared_measurements")
 
 THRESHOLD = 2.0
 """So that rows meet the criterion in the middle of a short fit."""
-ORDERS = [*permutations(range(5))][:: 24 + 9]
-"""Some orders; each callback is the first or the last of one."""
+ORDERS = ((0, 1, 2, 3, 4), (4, 3, 2, 1, 0))
+"""Of any two callbacks, either is the first in one of them."""
 
 
 def callbacks(stop: bool) -> list[Callback]:
@@ -86,7 +85,6 @@ def test_in_any_order_they_leave_the_same_rows(
             del row["seconds"]
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         found.append((rows, metrics))
-    assert len({order[0] for order in ORDERS} | {order[-1] for order in ORDERS}) == 5
     assert [row["prompt"] for row in found[0][0]] == PROMPTS[:2]
     if stop and isinstance(schedule, AllPositions):
         assert all(0 < row["iterations"] < 9 for row in found[0][0])

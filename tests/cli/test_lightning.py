@@ -181,7 +181,7 @@ def test_a_run_leaves_all_that_is_promised(tiny_folder: Path, tmp_path: Path, ca
         right = sum(a == b for a, b in zip(row["ids"], row["recovered_ids"], strict=True))
         assert row["token_accuracy"] == pytest.approx(right / len(row["ids"]))
         assert row["verified"] == (not row["unresolved"])
-        assert not (row["verified"] and not row["exact"] and not row["duplicates"])
+        assert row["exact"] or not row["verified"]
     output = capsys.readouterr().out
     assert str(folder / "results.jsonl") in output.replace("\n", "")
 
@@ -231,17 +231,16 @@ def test_a_finished_run_resumes_to_itself_and_is_scored(
     shutil.copytree(fitted, tmp_path, dirs_exist_ok=True)
     arguments = fit(tiny_folder, tmp_path, "--model.iterations=3", "--data.batch_size=1")
     before = rows_of(tmp_path)
-    assert run([*arguments, "--ckpt_path=last"]) == 0
-    assert rows_of(tmp_path) == before
-    capsys.readouterr()
-    checkpoint = tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
-    accuracy = sum(row["token_accuracy"] for row in before) / len(before)
-    for name in (checkpoint, "last"):
-        assert run(["validate", *arguments[1:], f"--ckpt_path={name}"]) == 0
-        assert f"token accuracy {accuracy:.3f}" in capsys.readouterr().out
+    assert run(["validate", *arguments[1:], "--ckpt_path=last"]) == 0
+    assert accuracy_of(before) in capsys.readouterr().out
     # Scoring is no run of its own: the fit can still be resumed.
     assert run([*arguments, "--ckpt_path=last"]) == 0
     assert rows_of(tmp_path) == before
+
+
+def accuracy_of(rows: list[dict]) -> str:
+    """The score of a run, as validate prints it."""
+    return f"token accuracy {sum(row['token_accuracy'] for row in rows) / len(rows):.3f}"
 
 
 def test_resuming_with_other_settings_is_refused(tiny_folder: Path, fitted: Path, capsys) -> None:
@@ -384,7 +383,7 @@ def test_validate_prints_its_score_and_leaves_no_folder(
 ) -> None:
     path = fitted / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
     assert run(["validate", *fit(tiny_folder, tmp_path, f"--ckpt_path={path}")[1:]]) == 0
-    assert "token accuracy" in capsys.readouterr().out
+    assert accuracy_of(rows_of(fitted)) in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 

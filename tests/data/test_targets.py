@@ -40,7 +40,7 @@ def fit(folder: Path, root: Path, *data: str) -> list[str]:
     return [
         "fit", f"--model.transformer.model={folder}", "--model.transformer.depth=2",
         f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu",
-        "--data.tokens_per_batch=100", "--model.iterations=12", "--model.schedule.candidates=2",
+        "--data.tokens_per_batch=100", "--model.iterations=4", "--model.schedule.candidates=2",
         "--model.schedule.max_candidates=2", *data,
     ]  # fmt: skip
 

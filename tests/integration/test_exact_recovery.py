@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.prefix import KnownPrefix
@@ -27,7 +27,7 @@ def test_a_sentence_comes_back_token_by_token_from_two_blocks() -> None:
     (prompt,) = recover_prompts(TokenRecovery(), measurements, target, [ids.shape[1]])
     assert prompt.ids == ids[0].tolist()
     assert prompt.verified
-    assert sum(token.candidates for token in prompt.tokens) < 64 * len(prompt.tokens)
+    assert sum(token.compared for token in prompt.tokens) < 64 * len(prompt.tokens)
 
 
 def test_of_a_hundred_thousand_wrong_candidates_none_is_verified(
@@ -49,7 +49,7 @@ def test_of_a_hundred_thousand_wrong_candidates_none_is_verified(
             features = prefix.candidates(torch.tensor([0]), embedding(part[None]))[0]
             positions = torch.full((len(part),), position)
             residuals = calibration.residual(features, target[0, position], positions)
-            accepted = calibration.reproduced(residuals, positions)
+            accepted = calibration.passes(residuals, positions)
             assert accepted.tolist() == [int(token) == right for token in part]
         offered += len(wrong)
     assert offered > 100_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,21 @@ import pytest
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
+RUN_EACH = """
+import json, os, sys
+
+import lightning.pytorch.cli, pytest, torch, transformers.modeling_utils  # once: they take longest
+
+for folder, tests in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        os.chdir(folder)
+        sys.path.insert(0, folder)
+        options = "-q -x -n 0 -m".split() + ["not integration", "-p", "no:cacheprovider"]
+        os._exit(pytest.main([*options, *tests]))
+    print("exit code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Runs the tests of each folder in a process of its own."""
 
 
 @dataclass(frozen=True)
@@ -117,21 +133,26 @@ FAULTS = (
 )
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_a_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
-    for name in ("lightning_inversion", "tests", "configs"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.jsonl", "images")
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    fault.put_into(tmp_path / "lightning_inversion")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-m", "not integration"]
+def test_each_fault_is_caught(tmp_path: Path) -> None:
+    runs: list[tuple[str, list[str]]] = []
+    for number, fault in enumerate(FAULTS):
+        folder = tmp_path / str(number)
+        for name in ("lightning_inversion", "tests", "configs"):
+            ignored = shutil.ignore_patterns("__pycache__", "*.jsonl", "images")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        fault.put_into(folder / "lightning_inversion")
+        runs.append((str(folder), fault.tests.split()))
+    path = [word for word in os.environ.get("PYTHONPATH", "").split(os.pathsep) if word]
     done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", *fault.tests.split()],
+        [sys.executable, "-c", RUN_EACH, json.dumps(runs)],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(w for w in path if Path(w) != ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
+    codes = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("exit code")]
     # 1: tests failed. Anything else is no verdict: no tests, or none that could be collected.
-    assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
+    found = dict(zip((fault.name for fault in FAULTS), codes, strict=True))
+    assert found == dict.fromkeys(found, "1"), done.stdout[-4000:] + done.stderr[-2000:]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_inversion.files import ENVIRONMENT
-from lightning_inversion.recovery.verification import Measurements
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.tiny import tiny_model

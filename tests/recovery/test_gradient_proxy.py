@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from lightning_inversion.recovery.gradient_proxy import DescendingProxies, GradientProxy
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.search import PrefixSearch
-from lightning_inversion.recovery.verification import Measurements
 
 ROWS = torch.arange(2)
 IDS = torch.tensor([[7, 40, 3, 250, 9], [12, 7, 88, 41, 230]])
@@ -25,7 +25,7 @@ def begun(
 
 def test_the_gradient_comes_nearer_to_the_target(measurements: Measurements) -> None:
     search, proposals = begun(GradientProxy(steps=10), measurements, 3)
-    assert not search.run(ROWS, torch.tensor([[1, 2, 3], [4, 5, 6]])).verified.any()
+    assert not search.run(ROWS, torch.tensor([[1, 2, 3], [4, 5, 6]]))[0].verified.any()
 
     def distance() -> torch.Tensor:
         features = search.prefix.candidates(ROWS, proposals.proxies[ROWS, :1])[:, 0]
@@ -44,7 +44,7 @@ def test_proxies_start_together_where_candidates_came_close(measurements: Measur
     settings = GradientProxy(steps=1, rounds_alone=1, proxies=4, learning_rate=1e-6)
     search, proposals = begun(settings, measurements, 2)
     others = torch.stack([torch.arange(100, 140), torch.arange(20, 60)])
-    assert not search.run(ROWS, others).verified.any()
+    assert not search.run(ROWS, others)[0].verified.any()
     positions = torch.full_like(others, 2)
     features = search.prefix.candidates(ROWS, search.transformer.embedding(others))
     distances = torch.linalg.vector_norm(
@@ -63,7 +63,7 @@ def test_proxies_start_together_where_candidates_came_close(measurements: Measur
 def test_to_be_asked_for_scores_moves_no_proxy(measurements: Measurements) -> None:
     search, proposals = begun(GradientProxy(rounds_alone=1, proxies=3), measurements, 2)
     for number in range(3):
-        assert not search.run(ROWS, torch.full((2, 1), 200 + number)).verified.any()
+        assert not search.run(ROWS, torch.full((2, 1), 200 + number))[0].verified.any()
         proposals.update(ROWS)
         proxies = proposals.proxies.clone()
         assert torch.equal(proposals.scores(ROWS), proposals.scores(ROWS))
@@ -74,7 +74,7 @@ def test_to_be_asked_for_scores_moves_no_proxy(measurements: Measurements) -> No
 
 def test_one_rows_round_leaves_the_other_row_where_it_is(measurements: Measurements) -> None:
     search, proposals = begun(GradientProxy(), measurements, 2)
-    assert not search.run(ROWS, torch.tensor([[1], [4]])).verified.any()
+    assert not search.run(ROWS, torch.tensor([[1], [4]]))[0].verified.any()
     proposals.update(ROWS)
     before = proposals.proxies.clone()
     proposals.update(ROWS[:1])

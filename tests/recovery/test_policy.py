@@ -8,6 +8,7 @@ from itertools import zip_longest
 import pytest
 import torch
 
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import (
     RecoveredPrompt,
     RecoveryPolicy,
@@ -16,7 +17,6 @@ from lightning_inversion.recovery.policy import (
 )
 from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.recovery.verification import Measurements
 
 IDS = torch.tensor([[7, 40, 3, 250, 9], [12, 7, 88, 41, 230]])
 OTHERS = torch.tensor([[99, 12, 288, 5], [31, 144, 270, 6], [1, 2, 3, 4]])
@@ -79,8 +79,9 @@ def test_each_round_is_reported(measurements: Measurements) -> None:
 
 def certificate(**changes: object) -> TokenCertificate:
     values = {
-        "id": 4, "verified": False, "residual": 0.2, "threshold": 0.1, "runner_up": 0.3,
-        "candidates": 9, "proposer": "P", "seconds": 1.0, "alternatives": (4, 5, 6),
+        "id": 4, "state": "unresolved", "residual": 0.2, "threshold": 0.1, "rival": 5,
+        "rival_residual": 0.3, "compared": 9, "proposer": "P", "seconds": 1.0,
+        "alternatives": (4, 5, 6),
     }  # fmt: skip
     return TokenCertificate(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -91,14 +92,21 @@ def test_a_token_gives_way_to_one_of_its_alternatives() -> None:
     assert other.replaced_by(4, 0.2).alternatives == (4, 6, 5)
 
 
-def test_a_margin_is_the_rivals_residual_in_thresholds() -> None:
-    assert certificate().margin == pytest.approx(3.0)
-    assert certificate(runner_up=None).margin is None
-    assert certificate(threshold=0.0).margin is None
+def test_a_margin_is_the_rivals_residual_over_the_tokens_own() -> None:
+    assert certificate().margin == pytest.approx(1.5)
+    assert certificate(rival=None, rival_residual=None).margin is None
+
+
+def test_behind_a_token_that_is_not_verified_the_next_is_conditional() -> None:
+    verified = certificate(state="verified")
+    assert verified.behind(True).verified
+    assert verified.behind(False).state == "conditional"
+    assert not verified.behind(False).verified
+    assert certificate(state="group").behind(True).state == "group"
 
 
 def test_known_tokens_need_no_certificate() -> None:
-    prompt = RecoveredPrompt([certificate(verified=True)], known=(1, 2))
+    prompt = RecoveredPrompt([certificate(state="verified")], known=(1, 2))
     assert prompt.ids == [1, 2, 4]
     assert prompt.verified
     prompt.tokens.append(certificate())

@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.probe_proposer import (
     ProbeProposer,
     ProbeRanking,
     _ProjectedVocabulary,
 )
 from lightning_inversion.recovery.search import PrefixSearch
-from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.linear_probe import LinearProbe
 from tests.tiny import VOCABULARY

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.gradient_proxy import GradientProxy
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.proposals import (
     Exhaustive,
@@ -21,7 +22,6 @@ from lightning_inversion.recovery.proposals import (
     Proposer,
 )
 from lightning_inversion.recovery.search import PrefixSearch, Proposals
-from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.transformer.language_model import Continuations
 from tests.tiny import VOCABULARY
 
@@ -76,7 +76,7 @@ def test_asked_twice_proposals_give_one_answer(
         assert torch.equal(proposals.scores(ROWS), first)
     for step in range(3):  # of the proxy: started, moved alone, joined by others
         tried = torch.arange(10 * step, 10 * step + 8).expand(2, 8)
-        assert not search.run(ROWS, wrong(tried, position)).verified.any()
+        assert not search.run(ROWS, wrong(tried, position))[0].verified.any()
         proposals.update(ROWS)
         scores, candidates = proposals.scores(ROWS), proposals.propose(ROWS, 12)
         assert torch.equal(proposals.scores(ROWS), scores)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.proposals import MixedProposals, NearestToInput
 from lightning_inversion.recovery.search import PrefixSearch
-from lightning_inversion.recovery.verification import Measurements
 from tests.tiny import VOCABULARY
 
 ROW, ROWS = torch.tensor([0]), torch.arange(2)
@@ -74,7 +74,7 @@ def test_positions_are_verified_together_up_to_the_first_wrong_guess(
     assert not search.tried[[0, 2]].any()
     assert search.reach.tolist() == [8, 2, 2]
     # The keys and values that were kept are those of the right tokens.
-    trial = search.run(rows[1:], ids[1:, 2:3])
+    (trial,) = search.run(rows[1:], ids[1:, 2:3])
     assert trial.verified.all()
 
 
@@ -156,20 +156,20 @@ def test_a_position_that_is_taken_back_begins_anew(headless: Measurements) -> No
     search = search_at(headless, torch.tensor([[3, 4, 5]]), 1)
     search.run(ROW, torch.tensor([[20, 21]]))
     search.accept(ROW, torch.tensor([20]))  # wrong
-    assert not search.run(ROW, torch.tensor([[5]])).verified.any()
+    assert not search.run(ROW, torch.tensor([[5]]))[0].verified.any()
     search.take_back(ROW)
     assert search.positions(ROW).tolist() == [1]
     assert not search.tried.any()
     assert search.count.tolist() == search.rounds.tolist() == [0]
-    assert search.run(ROW, torch.tensor([[4]])).verified.all()
-    assert search.run(ROW, torch.tensor([[5]])).verified.all()
+    assert search.run(ROW, torch.tensor([[4]]))[0].verified.all()
+    assert search.run(ROW, torch.tensor([[5]]))[0].verified.all()
 
 
 def test_another_token_is_no_evidence_on_a_first_one(measurements: Measurements) -> None:
     ids = torch.tensor([[7, 40]])
     search = PrefixSearch(measurements, measurements.transformer.features_of(ids))
     guess = search.guess(ROW)
-    assert not search.run(ROW, torch.tensor([[9, 10, 11]])).verified.any()
+    assert not search.run(ROW, torch.tensor([[9, 10, 11]]))[0].verified.any()
     assert torch.equal(search.guess(ROW), guess)
 
 
@@ -179,7 +179,7 @@ def test_the_corrected_guess_is_nearer_than_the_linear_one(measurements: Measure
     plain = (search.guess(ROWS) - right).norm(dim=-1)
     others = torch.randint(VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(2))
     others = torch.where(others == TWO[:, 2:3], (others + 1) % VOCABULARY, others)
-    assert not search.run(ROWS, others).verified.any()
+    assert not search.run(ROWS, others)[0].verified.any()
     assert ((search.guess(ROWS) - right).norm(dim=-1) < plain).all()
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveredPrompt, recover_prompts
 from lightning_inversion.recovery.sipit import SIPIT, _Position
-from lightning_inversion.recovery.verification import Measurements
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 PROMPTS = [[5, 270, 31, 144], [99, 12, 288]]
@@ -29,7 +29,7 @@ def test_short_prompts_are_recover_prompts(
     assert [prompt.ids for prompt in prompts] == PROMPTS
     for prompt in prompts:
         assert prompt.verified
-        tried = [token.candidates for token in prompt.tokens]
+        tried = [token.compared for token in prompt.tokens]
         assert prompt.forwards == 2 * sum(tried)  # the proxy's and the candidate's
         assert max(tried) <= 300
         for token in prompt.tokens:
@@ -42,7 +42,7 @@ def test_the_proxy_finds_tokens_sooner_than_chance(
     headless: Measurements, target: torch.Tensor
 ) -> None:
     prompts = recover_prompts(SIPIT(), headless, target, LENGTHS)
-    tried = [token.candidates for prompt in prompts for token in prompt.tokens]
+    tried = [token.compared for prompt in prompts for token in prompt.tokens]
     assert sum(tried) / len(tried) < 100  # 150 by chance
 
 
@@ -52,7 +52,7 @@ def test_no_token_is_tried_twice_and_the_vocabulary_ends_it(
 ) -> None:
     (prompt,) = recover_prompts(SIPIT(), headless, target[:1] + 1.0, [1])  # no token fits
     (token,) = prompt.tokens
-    assert token.candidates == 300
+    assert token.compared == 300
     assert not token.verified
 
 
@@ -62,12 +62,12 @@ def test_a_budget_leaves_the_best_candidate_unresolved(
     (prompt,) = recover_prompts(SIPIT(budget=4), headless, target[:1] + 1.0, [3])
     assert len(prompt.tokens) == 3
     for token in prompt.tokens:
-        assert token.candidates == 4
+        assert token.compared == 4
         assert not token.verified
         assert token.alternatives[0] == token.id
         assert len(set(token.alternatives)) == len(token.alternatives) == 4
-        assert token.runner_up is not None
-        assert token.runner_up >= token.residual
+        assert token.rival_residual is not None
+        assert token.rival_residual >= token.residual
     assert not prompt.verified
 
 
@@ -84,7 +84,7 @@ def test_after_the_deadline_each_position_gets_one_try(
     monkeypatch.setattr("lightning_inversion.recovery.sipit.time.monotonic", lambda: next(clock))
     prompts = recover_prompts(SIPIT(deadline=10.0), headless, target + 1.0, LENGTHS)
     assert [len(prompt.tokens) for prompt in prompts] == LENGTHS
-    tried = [token.candidates for prompt in prompts for token in prompt.tokens]
+    tried = [token.compared for prompt in prompts for token in prompt.tokens]
     assert 1 < tried[0] < 300
     assert tried[1:] == [1] * (sum(LENGTHS) - 1)
     assert not any(prompt.verified for prompt in prompts)
@@ -101,7 +101,7 @@ def test_known_tokens_are_the_beginning_of_every_prompt(
 
 def test_the_same_seed_tries_the_same_tokens(headless: Measurements, target: torch.Tensor) -> None:
     runs = [
-        [token.candidates for token in recover_prompts(policy, headless, target[:1], [2])[0].tokens]
+        [token.compared for token in recover_prompts(policy, headless, target[:1], [2])[0].tokens]
         for policy in (SIPIT(), SIPIT(), SIPIT(seed=1))
     ]
     assert runs[0] == runs[1] != runs[2]

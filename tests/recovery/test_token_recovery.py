@@ -10,12 +10,13 @@ from torch import Tensor
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery import token_recovery
+from lightning_inversion.recovery.calibration import CLEARANCE
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveredPrompt, recover_prompts
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.proposals import Exhaustive, LanguageModelPrior, Proposer
 from lightning_inversion.recovery.search import PrefixSearch, Proposals
 from lightning_inversion.recovery.token_recovery import TokenRecovery, _PlausibleTokens
-from lightning_inversion.recovery.verification import Measurements
 from tests.tiny import VOCABULARY
 
 LENGTHS = [9, 4, 6]
@@ -49,8 +50,9 @@ def test_prompts_of_several_lengths_come_back_with_certificates(
         assert prompt.verified
         for token in prompt.tokens:
             assert token.residual <= token.threshold < 0.1
-            assert token.margin is None or token.margin > 1
-            assert 1 <= token.candidates <= VOCABULARY
+            assert token.margin is not None
+            assert token.margin >= CLEARANCE
+            assert 1 <= token.compared <= VOCABULARY
             assert not token.alternatives
         assert prompt.tokens[0].proposer == "FirstTokenScan"
 
@@ -102,7 +104,7 @@ def test_a_spent_budget_is_unresolved_and_recovery_goes_on(
     assert len(prompt.ids) == 3
     assert prompt.tokens[0].verified
     assert not prompt.tokens[1].verified
-    assert prompt.tokens[1].candidates == 16
+    assert prompt.tokens[1].compared == 16
     assert prompt.tokens[1].alternatives[0] == prompt.ids[1] != ids[0, 1]
     assert len(set(prompt.tokens[1].alternatives)) == len(prompt.tokens[1].alternatives) > 1
     assert not prompt.verified
@@ -134,11 +136,9 @@ def test_tokens_with_the_same_embedding_are_named(
         again = Measurements.measure(measurements.transformer, measurements.language_model)
         (prompt,) = run(again, ids[:1, :3], [3], TokenRecovery(candidates=16))
         assert prompt.tokens[0].id in {token, duplicate}
-        assert {prompt.tokens[0].id, *prompt.tokens[0].duplicates} == {token, duplicate}
-        assert prompt.verified
-        runner_up = prompt.tokens[0].runner_up
-        assert runner_up is not None
-        assert runner_up > prompt.tokens[0].threshold  # the duplicate is no runner-up
+        assert set(prompt.tokens[0].alternatives) == {token, duplicate}
+        assert [token.state for token in prompt.tokens] == ["group", "conditional", "conditional"]
+        assert prompt.ids[1:] == ids[0, 1:3].tolist()
     finally:
         with torch.no_grad():
             embedding.matrix.copy_(original)
@@ -220,8 +220,9 @@ def test_what_follows_decides_between_plausible_tokens(
     policy = TokenRecovery(BothEarly([40, wrong]), candidates=16, max_candidates=64)
     (prompt,) = recover_prompts(policy, blurred, target, [5])
     assert prompt.ids == ids[0].tolist()
-    assert [token.verified for token in prompt.tokens] == [True, False, True, True, True]
+    assert [token.verified for token in prompt.tokens] == [True, False, False, False, False]
+    assert [token.state for token in prompt.tokens[2:]] == ["conditional"] * 3
     assert prompt.tokens[1].alternatives[:2] == (40, wrong)
     assert prompt.tokens[1].residual == pytest.approx(right, rel=1e-3)
     assert len(prompt.tokens) == 5
-    assert prompt.tokens[2].candidates <= VOCABULARY
+    assert prompt.tokens[2].compared <= VOCABULARY

@@ -1,49 +1,81 @@
-"""The threshold lies between right and wrong, whatever happened to the target; or at 0."""
+"""A token is verified where it reproduces the target and nothing else does."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from lightning_inversion.recovery import verification
+from lightning_inversion.data.targets import Storage
+from lightning_inversion.recovery import calibration as module
+from lightning_inversion.recovery.calibration import CLEARANCE, Calibration
+from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.rivals import NearTokens
 from lightning_inversion.recovery.search import PrefixSearch
-from lightning_inversion.recovery.verification import Calibration, Measurements, verify
+from lightning_inversion.recovery.verification import Verdict, judge, verify
 from lightning_inversion.transformer.surgery import Surgery
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.tiny import shared_tiny_model
 
 
-def calibrate(measurements: Measurements, noise: float) -> Calibration:
-    generator = torch.Generator().manual_seed(0)
+def calibrate(measurements: Measurements, storage: Storage) -> Calibration:
+    return Calibration.measure(measurements.transformer, measurements.probe, storage)
 
-    def channel(features: torch.Tensor) -> torch.Tensor:
-        return features + noise * torch.randn(features.shape, generator=generator)
 
-    return Calibration.measure(measurements.transformer, measurements.probe, channel)
+def verdict_of(
+    measurements: Measurements, ids: torch.Tensor, target: torch.Tensor, mask: torch.Tensor
+) -> Verdict:
+    return verify(ids, target, mask, measurements, measurements.transformer.features_of)
 
 
 def test_right_and_wrong_are_far_apart(measurements: Measurements) -> None:
     calibration = measurements.calibration
     assert (calibration.right < 1e-4).all()
     assert (calibration.wrong > 1e-2).all()
-    assert (calibration.right < calibration.threshold).all()
+    assert (calibration.right < calibration.rounding).all()
+    assert (calibration.rounding < calibration.threshold).all()
     assert (calibration.threshold < calibration.wrong).all()
     assert calibration.verifies
 
 
-def test_noise_moves_the_threshold_and_then_prevents_verification(
-    measurements: Measurements,
-) -> None:
-    little, much = calibrate(measurements, 1e-3), calibrate(measurements, 30.0)
-    assert (little.right > 10 * measurements.calibration.right).all()
-    assert (little.right < little.threshold).all()
-    assert (little.threshold < little.wrong).all()
-    assert much.threshold.tolist() == [0.0, 0.0]
-    assert (much.plausible > much.right).all()
-    assert little.verifies
-    assert not much.verifies
+def test_position_0_allows_another_rounding(measurements: Measurements) -> None:
+    """The same forward gives the same features there; another machine's would not."""
+    stored = calibrate(measurements, Storage("bfloat16"))
+    assert (measurements.calibration.right > 1e-8).all()
+    assert (stored.right > 100 * measurements.calibration.right).all()
+    assert stored.verifies
+
+
+def test_told_noise_is_the_unit_of_a_residual(measurements: Measurements) -> None:
+    noisy = calibrate(measurements, Storage(noise=0.1))
+    torch.testing.assert_close(noisy.std, torch.full_like(noisy.std, 0.1), rtol=1e-3, atol=0)
+    assert noisy.has_noise
+    assert noisy.verifies
+    F = noisy.std.shape[1]
+    drawn = 0.1 * torch.randn(4000, F, generator=torch.Generator().manual_seed(0))
+    residuals = noisy.residual(drawn, torch.zeros(F), torch.ones(4000, dtype=torch.long))
+    assert residuals.max() < noisy.plausible[1] < 2.0
+    assert residuals.mean() == pytest.approx(1.0, abs=0.02)
+    # Deterministic: the noise is described, not drawn.
+    torch.randn(1)
+    assert torch.equal(noisy.noisy, calibrate(measurements, Storage(noise=0.1)).noisy)
+
+
+def test_under_noise_a_rival_must_be_unlikely(measurements: Measurements) -> None:
+    noisy = calibrate(measurements, Storage(noise=0.1))
+    at, own = torch.ones(1, dtype=torch.long), torch.ones(1)
+    F = float(noisy.noisy[1])
+    enough = torch.tensor([(1 + 2 * 20.0 / F) ** 0.5])  # log(300 / 1e-6) is 19.5
+    too_little = torch.tensor([(1 + 2 * 19.0 / F) ** 0.5])
+    assert noisy.apart(own, enough, at, 300).all()
+    assert not noisy.apart(own, too_little, at, 300).any()
+    assert (
+        noisy.risk(own[0], enough[0], at[0], 300)
+        < 1e-6
+        < noisy.risk(own[0], too_little[0], at[0], 300)
+    )
 
 
 def test_a_residual_does_not_drown_where_one_feature_is_massive(measurements: Measurements) -> None:
@@ -58,13 +90,14 @@ def test_a_residual_does_not_drown_where_one_feature_is_massive(measurements: Me
         torch.testing.assert_close(residual, torch.tensor(10 / len(target) ** 0.5))
 
 
-def test_a_residual_is_reproduced_up_to_the_threshold_and_never_at_a_threshold_of_0() -> None:
-    nothing = torch.zeros(2)
-    calibration = Calibration(torch.ones(2, 4), torch.tensor([0.0, 0.5]), nothing, nothing, nothing)
+def test_a_threshold_of_0_and_an_infinite_one_pass_nothing(headless: Measurements) -> None:
+    own = headless.calibration
+    thresholds = torch.tensor([0.0, 0.5])
+    calibration = dataclasses.replace(own, threshold=thresholds)
     residuals = torch.tensor([0.0, 0.1, 0.5, 0.6, torch.nan])
     first, later = torch.zeros(5, dtype=torch.long), torch.full((5,), 7)
-    assert calibration.reproduced(residuals, first).tolist() == [False] * 5
-    assert calibration.reproduced(residuals, later).tolist() == [True, True, True, False, False]
+    assert calibration.passes(residuals, first).tolist() == [False] * 5
+    assert calibration.passes(residuals, later).tolist() == [True, True, True, False, False]
     assert not calibration.verifies
 
 
@@ -72,31 +105,143 @@ def test_where_every_wrong_candidate_is_a_duplicate_nothing_is_verified(
     headless: Measurements, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        verification, "_right_and_wrong", lambda _, right, seed: right[:, None].repeat(1, 5)
+        module, "_right_and_wrong", lambda _, right, seed: right[:, None].repeat(1, 5)
     )
     calibration = Calibration.measure(headless.transformer, headless.probe)
-    assert calibration.wrong.isinf().all()
     assert calibration.threshold.tolist() == [0.0, 0.0]
     assert not calibration.verifies
     blind = dataclasses.replace(headless, calibration=calibration)
     ids = torch.tensor([[3, 4, 5], [9, 8, 7]])
     target = headless.transformer.features_of(ids)
-    verdict = verify(target, target, torch.ones_like(ids, dtype=torch.bool), blind)
+    verdict = verdict_of(blind, ids, target, torch.ones_like(ids, dtype=torch.bool))
     assert not verdict.residuals.any()
     assert not verdict.verified.any()
-    trial = PrefixSearch(blind, target).run(torch.arange(2), ids[:, :1])
+    (trial,) = PrefixSearch(blind, target).run(torch.arange(2), ids[:, :1])
     assert not trial.verified.any()
+
+
+@pytest.fixture
+def nearly_alike(headless: Measurements) -> Iterator[Measurements]:
+    """Token 20 is token 3, but for 1e-7 of its length; 21 is 5 exactly; 22 is 4 but for 1%."""
+    embedding = headless.transformer.embedding
+    original = embedding.matrix.clone()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for copy, of, far in ((20, 3, 1e-7), (21, 5, 0.0), (22, 4, 1e-2)):
+            away = torch.randn(embedding.width, generator=generator)
+            moved = embedding.matrix[of].norm() * far * away / away.norm()
+            embedding.matrix[copy] = embedding.matrix[of] + moved
+        embedding._apply(lambda tensor: tensor)  # drops what was computed from the matrix
+        yield Measurements(headless.transformer, headless.probe, headless.calibration)
+        embedding.matrix.copy_(original)
+        embedding._apply(lambda tensor: tensor)
+
+
+def test_tokens_that_are_nearly_alike_are_a_group(nearly_alike: Measurements) -> None:
+    transformer = nearly_alike.transformer
+    ids = torch.tensor([[9, 3, 5, 4, 8]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    target = transformer.features_of(ids)
+    near = nearly_alike.derived(NearTokens)
+    assert [near.of_token(token).tolist() for token in (9, 3, 5)] == [[], [20], [21]]
+    for found in (ids, torch.tensor([[9, 20, 21, 22, 8]])):
+        verdict = verdict_of(nearly_alike, found, target, mask)
+        assert verdict.verified.tolist() == [[True, False, False, False, False]]
+        assert verdict.group[0, 1:3].all()
+        # 22 is far enough from 4 to be told from it.
+        assert bool(verdict.conditional[0, 3]) == (found[0, 3] == 4)
+        search = PrefixSearch(nearly_alike, target)
+        for position in range(3):
+            (trial,) = search.run(torch.arange(1), found[:, position, None])
+            assert trial.settled.all()
+            if position:
+                assert trial.group.all()
+                assert {int(trial.rivals), int(trial.best)} in ({3, 20}, {5, 21})
+        assert search.prefix.lengths.tolist() == [3]
+        (trial,) = search.run(torch.arange(1), found[:, 3, None])
+        assert trial.verified.tolist() == [found[0, 3] == 4]
+
+
+def test_a_rival_must_be_as_far_as_the_clearance(headless: Measurements) -> None:
+    bar = float(headless.calibration.rounding[1])
+    ids, at = torch.tensor([[3, 9]]), torch.ones(1, dtype=torch.long)
+    for own, rival, verified, group in (
+        (0.0, 0.9 * bar, False, True),
+        (0.0, 1.1 * bar, True, False),
+        (0.9 * bar, 1.2 * bar, False, True),
+        (0.9 * bar, 1.01 * CLEARANCE * 0.9 * bar, True, False),
+        (1.0, 2.0, False, False),
+    ):
+        judged = judge(headless, ids, torch.tensor([[own, rival]]), at)
+        assert judged.verified.tolist() == [verified], (own, rival)
+        assert judged.group.tolist() == [group], (own, rival)
+    before = (torch.tensor([12]), torch.tensor([0.5 * bar]))
+    judged = judge(headless, ids, torch.tensor([[0.0, 1.0]]), at, before)
+    assert judged.group.all()
+    assert judged.rivals.tolist() == [12]
+
+
+def test_one_feature_verifies_nothing_but_by_the_whole_vocabulary() -> None:
+    """Among many tokens some have the same one feature; it does not show that none was missed."""
+    model = shared_tiny_model("llama")
+    transformer = TruncatedTransformer.from_model(model, depth=2, features="3:4")
+    measurements = Measurements.measure(transformer)
+    ids = torch.tensor([[3, 4, 5]])
+    target = transformer.features_of(ids)
+    assert measurements.calibration.dimension[1] < 2
+    assert not PrefixSearch(measurements, target).run(torch.arange(1), ids[:, :1])[0].verified.any()
+    search = PrefixSearch(measurements, target, exhaustive=True)
+    (trial,) = search.run(torch.arange(1), ids[:, :1])
+    assert trial.tried.tolist() == [transformer.embedding.vocabulary_size]
+    assert trial.verified.all() or trial.group.all()
+
+
+def test_a_dead_feature_verifies_nothing(headless: Measurements) -> None:
+    model = shared_tiny_model("llama")
+    transformer = TruncatedTransformer.from_model(model, depth=1, features="7:8")
+    dead = dataclasses.replace(headless.probe, std=torch.full((2, 1), 1e-6))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            TruncatedTransformer, "run",
+            lambda self, embeds, *_: torch.zeros(*embeds.shape[:2], 1),
+        )  # fmt: skip
+        calibration = Calibration.measure(transformer, dead)
+    assert not calibration.verifies
+    assert calibration.threshold.tolist() == [0.0, 0.0]
+
+
+def test_one_odd_token_moves_no_threshold(headless: Measurements) -> None:
+    """Of the random tokens, 1 in 50 is nearly another one."""
+    embedding = headless.transformer.embedding
+    original = embedding.matrix.clone()
+    try:
+        with torch.no_grad():
+            embedding.matrix[:6] = embedding.matrix[6] * (1 + 1e-8)
+        embedding._apply(lambda tensor: tensor)
+        calibration = Calibration.measure(headless.transformer, headless.probe)
+        assert calibration.verifies
+        ids = torch.tensor([[30, 4, 50]])
+        target = headless.transformer.features_of(ids)
+        measurements = Measurements(headless.transformer, headless.probe, calibration)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        verdict = verdict_of(measurements, ids, target, mask)
+        assert verdict.verified.tolist() == [[True, False, False]]
+        assert verdict.group.tolist() == [[False, True, False]]
+        assert verdict.conditional.tolist() == [[False, False, True]]
+    finally:
+        with torch.no_grad():
+            embedding.matrix.copy_(original)
+        embedding._apply(lambda tensor: tensor)
 
 
 def test_a_token_is_verified_only_behind_a_verified_prefix(headless: Measurements) -> None:
     transformer = headless.transformer
     ids = torch.tensor([[3, 4, 5, 6]])
-    mask = torch.tensor([[True, True, True, True]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
     target = transformer.features_of(ids)
-    wrong = transformer.features_of(torch.tensor([[3, 9, 5, 6]]))
-    verdict = verify(wrong, target, mask, headless)
+    verdict = verdict_of(headless, torch.tensor([[3, 9, 5, 6]]), target, mask)
     assert verdict.verified.tolist() == [[True, False, False, False]]
-    right = verify(transformer.features_of(ids), target, mask, headless)
+    right = verdict_of(headless, ids, target, mask)
     assert right.verified.all()
     assert right.residuals.max() < 1e-5
 
@@ -104,9 +249,9 @@ def test_a_token_is_verified_only_behind_a_verified_prefix(headless: Measurement
 def test_the_padding_is_neither_verified_nor_in_the_way(headless: Measurements) -> None:
     ids, mask = torch.tensor([[3, 4, 5]]), torch.tensor([[True, True, False]])
     target = headless.transformer.features_of(ids)
-    far = target.clone()
-    far[0, 2] += 100.0
-    assert verify(far, target, mask, headless).verified.tolist() == [[True, True, False]]
+    target[0, 2] += 100.0
+    verdict = verdict_of(headless, ids, target, mask)
+    assert verdict.verified.tolist() == [[True, True, False]]
 
 
 def test_where_tokens_see_what_follows_all_are_verified_or_none() -> None:
@@ -118,7 +263,7 @@ def test_where_tokens_see_what_follows_all_are_verified_or_none() -> None:
     target = transformer.features_of(ids)
     ids[1, 2] = 9
     mask = torch.ones_like(ids, dtype=torch.bool)
-    verdict = verify(transformer.features_of(ids), target, mask, measurements)
+    verdict = verdict_of(measurements, ids, target, mask)
     assert verdict.verified.tolist() == [[True] * 4, [False] * 4]
 
 

@@ -33,7 +33,7 @@ def options_of(folder: Path, root: Path) -> list[str]:
         f"--model.transformer.model={folder}",
         '--data.prompts=["The sky is blue.", "A quick brown fox"]',
         "--data.tokens_per_batch=100",
-        "--model.iterations=12",
+        "--model.iterations=4",
         f"--trainer.default_root_dir={root}",
         "--trainer.accelerator=cpu",
     ]
@@ -152,30 +152,22 @@ def test_a_sweep_of_predict_loads_once_and_its_cells_are_the_runs_they_name(
 
 
 def test_only_what_is_not_done_runs_again(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None
+    finished: Finished, monkeypatch: pytest.MonkeyPatch, no_report: None
 ) -> None:
-    begun: list[str] = []
+    begun: list[int] = []
     begin = InputInversion.begin
     monkeypatch.setattr(
-        InputInversion,
-        "begin",
-        lambda s, b: (begun.append(type(s.objective).__name__), begin(s, b))[1],
+        InputInversion, "begin", lambda s, b: (begun.append(s.spec.depth), begin(s, b))[1]
     )
-    sweep = [*options, "--over=transformer.depth=2", "--over=objective=L1,L2"]
+    before = {cell.name: rows_of(cell) for cell in finished.folder.glob("depth=*")}
+    (finished.folder / "depth=2" / "cell.json").unlink()  # killed behind its last row
+    shutil.rmtree(finished.folder / "depth=4")
     with counted_loads() as loads:
-        assert run(sweep) == 0
-    assert loads == [2]
-    (folder,) = (tmp_path / "lightning_logs").iterdir()
-    assert folder.name.startswith("fit-depth-objective-")
-    assert begun == ["L1", "L2"]
-    before = {cell.name: rows_of(cell) for cell in folder.glob("depth=*")}
-    (folder / "depth=2,objective=L1" / "cell.json").unlink()  # killed behind its last row
-    shutil.rmtree(folder / "depth=2,objective=L2")
-    with counted_loads() as loads:
-        assert run(sweep) == 0
-    assert loads == [2]
-    assert begun[2:] == ["L2"]
-    assert {name: rows_of(folder / name) for name in before} == before
+        assert run([*finished.options, *finished.over]) == 0
+    assert loads == [4]
+    assert begun == [4]
+    assert {name: rows_of(finished.folder / name) for name in before} == before
+    assert len(before) == 2
 
 
 @pytest.mark.integration  # several runs
@@ -230,11 +222,12 @@ def test_a_sweep_that_is_asked_to_end_can_be_resumed(
 def test_a_dry_run_lists_the_cells_and_leaves_nothing(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sweep = [*options, "--over=transformer.depth=1,2", "--seeds=2", "--name=planned"]
+    sweep = [*options, "--over=transformer.depth=2", "--over=objective=L1", "--seeds=2"]
     assert run([*sweep, "--dry-run"]) == 0
     plan = capsys.readouterr().out
-    assert "  depth=2,seed=1\n    fit " in plan
-    assert plan.endswith("4 of 4 cells to run\n")
+    assert plan.startswith(str(tmp_path / "lightning_logs" / "fit-depth-objective-seed"))
+    assert "  depth=2,objective=L1,seed=1\n    fit " in plan
+    assert plan.endswith("2 of 2 cells to run\n")
     assert not (tmp_path / "lightning_logs").exists()
 
 
@@ -258,8 +251,8 @@ def test_a_cell_without_a_row_has_failed(options: list[str], capsys, no_report: 
         ([], "A sweep needs --over"),
         (["--over=transformer.dept=1,2"], "unrecognized arguments: --model.transformer.dept=1"),
         (["--over=transformer.depth=1,99"], "99 blocks were asked for and the model has 4"),
-        (["--over=objective=L1,L3"], "unknown Objective 'L3'"),
-        (["--over=iterations=5,0"], "--model.iterations must be at least 1"),
+        (["--over=objective=L3"], "unknown Objective 'L3'"),
+        (["--over=iterations=0"], "--model.iterations must be at least 1"),
         (["--over=transformer.depth"], "is not key=value,value"),
         (["--seeds=0"], "--seeds must be between 1"),
         (["--seeds=2", "--name=a/b"], "--name 'a/b' is not a plain name"),
@@ -330,9 +323,9 @@ def test_a_sweep_of_seeds_alone_has_a_folder(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.integration
 def test_cells_are_shared_over_processes(options: list[str], tmp_path: Path) -> None:
-    over = ["--over=transformer.depth=1,2", "--seeds=2"]
+    over = ["--over=transformer.depth=1,2"]
     assert run([*options, *over, "--name=two", "--processes=2"]) == 0
     assert run([*options, *over, "--name=one"]) == 0
     logs = tmp_path / "lightning_logs"
-    for cell in ("depth=1,seed=0", "depth=2,seed=0", "depth=1,seed=1", "depth=2,seed=1"):
+    for cell in ("depth=1", "depth=2"):
         assert rows_of(logs / "two" / cell) == rows_of(logs / "one" / cell)

@@ -1,0 +1,361 @@
+"""``Calibration``: when a residual verifies a token, measured for a model, depth and channel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_inversion.transformer.embedding import best_tokens
+from lightning_inversion.transformer.linear_probe import LinearProbe
+from lightning_inversion.transformer.prefix import KnownPrefix
+from lightning_inversion.transformer.rounding import rounded_differently
+from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+CLEARANCE = 1.5
+"""How many times the residual of a verified token that of every rival must be."""
+RISK = 1e-6
+"""The largest chance that a verified token is another one, where a chance can be given."""
+_PROMPTS = 16
+_LENGTH = 12
+_NEIGHBOURS = 15
+_RANDOM = 16
+_ROUNDINGS = 2
+"""Draws of another rounding."""
+_SAFETY = 3.0
+"""How many times the largest residual of a right token another machine may have."""
+_ODD = 0.01
+"""Share of the held-out tokens that may be odd: they move no threshold."""
+_NEAREST_SHARE = 0.05
+"""Share of the random tokens, the nearest ones, whose residuals show how fast they get rare."""
+
+
+class Channel(Protocol):
+    """What happens to features on their way to the target."""
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of Gaussian noise, in the features' own units."""
+
+    def without_noise(self, features: Tensor) -> Tensor:
+        """Features ``[..., F]`` after all else that happens, such as rounding."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Residuals of right and wrong tokens, measured on held-out prompts; the thresholds between.
+
+    A residual is the root mean square over the features of their difference in std of each feature
+    over random tokens: 1 is about the distance of another token. Unlike a difference relative to
+    the norm, it is not dominated by a few massive activations. Where the channel adds noise, it is
+    in std of the noise instead, and a right token's is about 1.
+
+    Each value has two entries: for position 0, which sees no other token, and for later ones.
+
+    Attributes:
+        std: ``[2, F]`` the unit of each feature's difference.
+        rounding: ``[2]`` the residual that another rounding gives a right token at most.
+        threshold: ``[2]`` the residual up to which a token is verified where no rival is near; 0
+            where right and wrong tokens cannot be distinguished.
+        plausible: ``[2]`` the residual up to which a token may be right.
+        right: ``[2]`` the residual of right tokens, but for the odd ones.
+        wrong: ``[2]`` the median over right tokens of the smallest residual of a wrong one, the 15
+            nearest embeddings included.
+        radius: ``[2]`` the distance of embeddings beyond which no token has features as near as
+            the threshold.
+        dimension: ``[2]`` the power by which random tokens get rare near the target.
+        common: ``[2]`` the residual that the nearest 5% of random tokens have.
+        noisy: ``[2]`` how many features' worth of told noise there is; 0 without noise.
+    """
+
+    std: Tensor
+    rounding: Tensor
+    threshold: Tensor
+    plausible: Tensor
+    right: Tensor
+    wrong: Tensor
+    radius: Tensor
+    dimension: Tensor
+    common: Tensor
+    noisy: Tensor
+
+    @property
+    def verifies(self) -> bool:
+        """Whether tokens can be verified at every position."""
+        return bool(((self.threshold > 0) | (self.noisy > 0)).all())
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether the channel adds noise, under which tokens are verified with a probability."""
+        return bool((self.noisy > 0).any())
+
+    def residual(self, features: Tensor, target: Tensor, positions: Tensor) -> Tensor:
+        """Residual ``[...]`` of features ``[..., F]`` to a target ``[..., F]`` at positions."""
+        std = self.std[positions.clamp(max=1)]
+        return ((features - target) / std).square().mean(-1).sqrt()
+
+    def passes(self, residuals: Tensor, positions: Tensor) -> Tensor:
+        """Whether residuals ``[...]`` at positions ``[...]`` are those of a right token.
+
+        Rivals decide whether such a token is verified: see ``apart``. A threshold of 0 passes
+        nothing.
+        """
+        limit = self.limit(positions)
+        return (residuals <= limit) & (limit > 0)
+
+    def limit(self, positions: Tensor) -> Tensor:
+        """The residual ``[...]`` up to which a token at positions ``[...]`` passes."""
+        limits = torch.where(self.noisy > 0, self.plausible, self.threshold)
+        return limits[positions.clamp(max=1)]
+
+    def apart(
+        self, residuals: Tensor, rivals: Tensor, positions: Tensor, vocabulary: int
+    ) -> Tensor:
+        """Whether tokens that pass are apart from the nearest of their rivals.
+
+        Without noise, a rival's residual must be beyond what may be a right token's, and at least
+        1.5 times the token's own. With Gaussian noise, the chance that any other token is right is
+        bounded by 1e-6; see ``risk``.
+
+        Args:
+            residuals: ``[R]`` of the tokens.
+            rivals: ``[R]`` the smallest of other tokens.
+            positions: ``[R]``.
+            vocabulary: how many tokens there are.
+        """
+        kind = positions.clamp(max=1)
+        bar = torch.where(
+            residuals <= self.rounding[kind], self.rounding[kind], self.threshold[kind]
+        )
+        clear = (rivals > bar) & (rivals >= CLEARANCE * residuals)
+        likelier = self._likelier(residuals, rivals, positions) >= math.log(vocabulary / RISK)
+        return torch.where(self.noisy[kind] > 0, likelier, clear)
+
+    def risk(self, residual: Tensor, rival: Tensor, position: Tensor, vocabulary: int) -> float:
+        """A bound for the chance that another token is right, under told noise.
+
+        Every token of the vocabulary counts as if it was as near as the best rival.
+        """
+        likelier = float(self._likelier(residual, rival, position))
+        return min(1.0, vocabulary * math.exp(-min(max(likelier, 0.0), 700.0)))
+
+    def _likelier(self, residuals: Tensor, rivals: Tensor, positions: Tensor) -> Tensor:
+        """The log of how many times as likely a token is as its rival, under Gaussian noise."""
+        noisy = self.noisy[positions.clamp(max=1)]
+        return noisy / 2 * (rivals.square() - residuals.square())
+
+    def unseen(self, residuals: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
+        """How many of the tokens that were not run have residuals as small as ``[R]``, expected.
+
+        Random tokens get rare towards the target as a power of the residual; the power is the
+        dimension of their features, and low where few features are kept.
+        """
+        kind = positions.clamp(max=1)
+        limit = torch.where(
+            residuals <= self.rounding[kind], self.rounding[kind], self.threshold[kind]
+        )
+        share = (limit / self.common[kind]).clamp(max=1.0) ** self.dimension[kind]
+        return vocabulary * _NEAREST_SHARE * torch.where(self.noisy[kind] > 0, 0.0, share)
+
+    # -- measuring ---------------------------------------------------------------------------
+
+    @classmethod
+    @torch.no_grad()
+    def measure(
+        cls,
+        transformer: TruncatedTransformer,
+        probe: LinearProbe,
+        channel: Channel | None = None,
+        text: Tensor | None = None,
+        seed: int = 1,
+    ) -> Calibration:
+        """Run held-out prompts whole, with other roundings, and token by token.
+
+        A model that is not causal runs them whole twice, alone and beside others.
+
+        Args:
+            transformer: the frozen model.
+            probe: for the std of each feature.
+            channel: what has happened to the targets.
+            text: ``[N, T]`` ids of text to use beside random tokens.
+            seed: of the random tokens and roundings.
+        """
+        ids = _held_out(transformer, text, seed)
+        targets = _targets(transformer, ids, channel, seed)
+        right: tuple[list[Tensor], list[Tensor]] = ([], [])
+        wrong: tuple[list[Tensor], list[Tensor]] = ([], [])
+        drawn: tuple[list[Tensor], list[Tensor]] = ([], [])
+        gains: tuple[list[Tensor], list[Tensor]] = ([], [])
+        first_duplicate = transformer.embedding.first_duplicate.to(ids.device)
+        for position, candidates, features in _runs(transformer, ids, seed):
+            kind = min(position, 1)
+            residuals = (
+                ((features - targets[:, :, position, None]) / probe.std[kind])
+                .square().mean(-1).sqrt()
+            )  # fmt: skip
+            right[kind].append(residuals[:, :, 0])
+            others = residuals[0, :, 1:]
+            # A duplicate of the right token is not wrong: nothing distinguishes the two.
+            same = first_duplicate[candidates[:, 1:]] == first_duplicate[candidates[:, :1]]
+            known = ~same & others.isfinite()
+            vectors = transformer.embedding(candidates)
+            distances = (vectors[:, 1:] - vectors[:, :1]).norm(dim=-1)
+            wrong[kind].append(others.masked_fill(~known, torch.inf).amin(1))
+            drawn[kind].append(others[:, -_RANDOM:][known[:, -_RANDOM:]])
+            # Rounding decides the residuals of tokens that are nearly alike.
+            usual = transformer.embedding.std * transformer.embedding.width**0.5
+            gains[kind].append((others / distances)[known & (distances > 0.05 * usual)])
+        parts = [
+            _thresholds(*(torch.cat([one.flatten() for one in kept[kind]]) for kept in (
+                right, wrong, drawn, gains
+            )))
+            for kind in (0, 1)
+        ]  # fmt: skip
+        measured = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+        return _with_noise(
+            cls(std=probe.std, **measured), 0.0 if channel is None else channel.noise
+        )
+
+
+def _thresholds(right: Tensor, wrong: Tensor, drawn: Tensor, gains: Tensor) -> dict[str, Tensor]:
+    """Thresholds for one kind of position; see the attributes of ``Calibration``.
+
+    Args:
+        right: residuals of right tokens.
+        wrong: the smallest residual of a wrong token beside each right one.
+        drawn: residuals of random tokens.
+        gains: residuals of wrong tokens divided by the distance of their embeddings.
+    """
+    right, zero = right[right.isfinite()], right.new_zeros(())
+    largest = right.max() if len(right) else zero + torch.inf
+    usual = (_quantile(right, 1 - _ODD) if len(right) else largest).clamp_min(1e-9)
+    nearest = wrong.median() if len(wrong) else zero
+    able = (nearest > CLEARANCE * usual) & nearest.isfinite()
+    threshold = torch.where(able, (usual * nearest).sqrt(), zero)
+    gain = _quantile(gains, _ODD) / 2 if len(gains) else zero
+    dimension, common = _rarity(drawn) if len(drawn) else (zero, zero + 1e-30)
+    return {
+        "rounding": torch.minimum(_SAFETY * largest.clamp_min(1e-9), threshold),
+        "threshold": threshold,
+        "plausible": torch.maximum(threshold, 1.2 * largest),
+        "right": usual,
+        "wrong": nearest,
+        "radius": (threshold + largest) / gain.clamp_min(1e-30),
+        "dimension": dimension,
+        "common": common,
+        "noisy": zero,
+    }
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """Unlike ``torch.quantile`` without interpolation, and with infinite values."""
+    ordered = values.sort().values
+    return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
+
+
+def _rarity(residuals: Tensor) -> tuple[Tensor, Tensor]:
+    """By which power random tokens get rare near the target, and from which residual on.
+
+    Hill's estimator of the lower tail (Hill 1975), the local intrinsic dimension.
+    """
+    count = max(2, round(_NEAREST_SHARE * len(residuals)))
+    nearest = residuals.sort().values[:count].double()
+    common = nearest[-1].clamp_min(1e-30)
+    powers = (common / nearest.clamp_min(1e-30)).log().mean()
+    return (1 / powers.clamp_min(1e-3)).to(residuals.dtype), common.to(residuals.dtype)
+
+
+def _with_noise(calibration: Calibration, noise: float) -> Calibration:
+    """The calibration in std of told noise, the rounding's share in it taken off."""
+    if not noise:
+        return calibration
+    rounding = calibration.right[:, None] * calibration.std
+    std = (noise**2 + rounding.square()).sqrt()
+    F = std.shape[1]
+    return Calibration(
+        std=std,
+        rounding=torch.zeros_like(calibration.rounding),
+        threshold=torch.zeros_like(calibration.threshold),
+        plausible=torch.full_like(calibration.plausible, _largest_residual_of_noise(F)),
+        right=torch.ones_like(calibration.right),
+        wrong=calibration.wrong,
+        radius=torch.zeros_like(calibration.radius),
+        dimension=calibration.dimension,
+        common=calibration.common,
+        noisy=(noise**2 / std.square()).sum(-1),
+    )
+
+
+def _largest_residual_of_noise(features: int) -> float:
+    """What the root mean square of so many standard normal numbers exceeds once in a million.
+
+    Wilson and Hilferty's approximation of the chi-squared distribution.
+    """
+    error = 2 / (9 * features)
+    return float((1 - error + 4.75 * error**0.5) ** 1.5)
+
+
+def _targets(
+    transformer: TruncatedTransformer, ids: Tensor, channel: Channel | None, seed: int
+) -> Tensor:
+    """Targets ``[1 + roundings, N, T, F]``: as the model rounds, then as others might."""
+    runs = [transformer.features_of(ids)]
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(_ROUNDINGS):
+        with rounded_differently(transformer, generator):
+            runs.append(transformer.features_of(ids))
+    targets = torch.stack(runs)
+    return targets if channel is None else channel.without_noise(targets)
+
+
+def _runs(
+    transformer: TruncatedTransformer, ids: Tensor, seed: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For each position, candidates ``[N, K]``, the right one first, and features ``[N, K, F]``."""
+    rows = torch.arange(len(ids), device=ids.device)
+    prefix = KnownPrefix(transformer, len(ids))
+    # Without a causal mask each candidate takes a forward of its own: fewer positions must do.
+    for position in range(0, ids.shape[1], 1 if transformer.causal else _LENGTH // 2):
+        candidates = _right_and_wrong(transformer, ids[:, position], seed + position)
+        if transformer.causal:
+            features = prefix.candidates(rows, transformer.embedding(candidates))
+            prefix.keep(rows, torch.zeros_like(rows))
+        else:
+            features = _in_context(transformer, ids, position, candidates)
+        yield position, candidates, features
+
+
+def _held_out(transformer: TruncatedTransformer, text: Tensor | None, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = transformer.embedding.vocabulary_size
+    ids = torch.randint(vocabulary, (_PROMPTS, _LENGTH), generator=generator)
+    if text is not None and text.shape[1] >= _LENGTH:
+        half = min(_PROMPTS // 2, len(text))
+        ids[:half] = text[-half:, -_LENGTH:].cpu()
+    return ids.to(transformer.device)
+
+
+def _in_context(
+    transformer: TruncatedTransformer, ids: Tensor, position: int, candidates: Tensor
+) -> Tensor:
+    """Features ``[N, K, F]`` at a position with each of ``candidates`` [N, K] in the prompt."""
+    prompts = ids[:, None].repeat(1, candidates.shape[1], 1)
+    prompts[:, :, position] = candidates
+    return torch.stack([transformer.features_of(some)[:, position] for some in prompts])
+
+
+def _right_and_wrong(transformer: TruncatedTransformer, right: Tensor, seed: int) -> Tensor:
+    """The right token, its nearest neighbours, and random tokens, ``[R, 1 + 15 + 16]``."""
+    embedding = transformer.embedding
+    near = embedding.dot(embedding(right)) - embedding.norms.square() / 2
+    count = min(_NEIGHBOURS, embedding.vocabulary_size - 1)
+    near.scatter_(1, right[:, None], -torch.inf)
+    neighbours = best_tokens(near, count).indices
+    generator = torch.Generator().manual_seed(seed)
+    size = (len(right), _RANDOM)
+    random = torch.randint(embedding.vocabulary_size, size, generator=generator)
+    return torch.cat([right[:, None], neighbours, random.to(right.device)], dim=1)

@@ -1,0 +1,70 @@
+"""Another machine's rounding, simulated: a model's features where its sums round otherwise.
+
+Other hardware, kernels, batch shapes and types add in another order and round elsewhere. Monte
+Carlo arithmetic (Parker 1997, 'Monte Carlo Arithmetic') shows how far results move with that: each
+intermediate result gets a random error of the size of its rounding error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+_OF_EPSILON = 0.5
+"""The largest error in units of the type's epsilon: after rounding, none or one unit in the last
+place."""
+
+
+@contextmanager
+def rounded_differently(
+    transformer: TruncatedTransformer, generator: torch.Generator
+) -> Iterator[None]:
+    """Within this context every module without children, and every block, rounds at random.
+
+    Args:
+        transformer: the frozen model; its weights stay as they are.
+        generator: of the errors, on the CPU.
+    """
+    dtype = transformer.dtype if transformer.dtype.is_floating_point else torch.float32
+    size = _OF_EPSILON * torch.finfo(dtype).eps
+    blocks = set(transformer.blocks)
+    hooks = [
+        module.register_forward_hook(_noisy(size, generator))
+        for module in transformer.model.modules()
+        if module in blocks or not any(module.children())
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _noisy(size: float, generator: torch.Generator) -> Any:
+    def hook(module: Any, inputs: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return _perturbed(output, size, generator)
+        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+            return (_perturbed(output[0], size, generator), *output[1:])
+        return output
+
+    return hook
+
+
+def _perturbed(values: Tensor, size: float, generator: torch.Generator) -> Tensor:
+    """Values ``[..., F]`` with errors in units of each value, at least of their root mean square.
+
+    A small sum of large terms has the terms' error.
+    """
+    if not values.is_floating_point():
+        return values
+    wide = values.float()
+    magnitude = torch.maximum(wide.abs(), wide.square().mean(-1, keepdim=True).sqrt())
+    drawn = torch.rand(values.shape, generator=generator).mul_(2).sub_(1).to(values.device)
+    return (wide + size * magnitude * drawn).to(values.dtype)
