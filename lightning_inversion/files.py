@@ -28,10 +28,10 @@ MOST_PROCESSES = max(16, 4 * (os.cpu_count() or 1))
 
 def check_processes(count: int) -> None:
     """Raise InputError for a --processes that is below 1, or more than a machine can run."""
-    if not 1 <= count <= MOST_PROCESSES:
-        raise InputError(
-            f"--processes must be at least 1 and at most {MOST_PROCESSES} here, and is {count}."
-        )
+    if count < 1:
+        raise InputError(f"--processes must be at least 1, and is {count}.")
+    if count > MOST_PROCESSES:
+        raise InputError(f"--processes must be at most {MOST_PROCESSES} here, and is {count}.")
 
 
 @contextmanager

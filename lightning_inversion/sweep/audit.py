@@ -24,7 +24,7 @@ from lightning_inversion.sweep.command import (
     print_cells,
     root_of,
 )
-from lightning_inversion.sweep.grid import COMMANDS, Cell, short
+from lightning_inversion.sweep.grid import COMMANDS, Cell, check_count, short
 from lightning_inversion.untrusted import read_file, read_yaml
 
 if TYPE_CHECKING:
@@ -99,6 +99,11 @@ class AuditPlan:
         if len({short(name) for name in plan.channels}) < len(plan.channels):
             raise InputError(f"{where} has channels whose names are too much alike; rename one.")
         for attack in (plan.fit, plan.predict):
+            if not _can_be_written(attack.options):
+                raise InputError(
+                    f"{where} has options that are not a mapping of names to texts, numbers, true, "
+                    "false, null or lists of them; correct them, with dates in quotes."
+                )
             for name in attack.channels or ():
                 if name not in plan.channels:
                     known = ", ".join(plan.channels)
@@ -150,6 +155,7 @@ def run_audit(options: Namespace) -> int:
     asked = [prompts, sorted(options.depths), asdict(plan), passed_on]
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:6]
     folder = root_of(passed_on) / "lightning_logs" / f"audit-{digest}"
+    check_count(2 * len(plan.channels) * len(options.depths), "--config and --depths")
     cells = tuple(audit_cells(plan, sorted(options.depths), passed_on, folder))
     if not cells:
         raise InputError(f"--config {str(options.config)!r} leaves nothing to run.")
@@ -193,6 +199,15 @@ def audit_cells(
                     ),
                     {"command": command, "depth": str(depth), "channel": channel},
                 )
+
+
+def _can_be_written(options: Any) -> bool:
+    """Whether options have names that are texts, and values that the command line can hold."""
+    try:
+        json.dumps(options)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(options, dict) and all(isinstance(name, str) for name in options)
 
 
 def _written(value: Any) -> str:

@@ -33,7 +33,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.files import claimed, readable_time
 from lightning_inversion.module import InputInversion
 from lightning_inversion.results import FILE, FITTED, PREDICTED, ResultRow, check_of, read_rows
-from lightning_inversion.sweep.grid import Cell
+from lightning_inversion.sweep.grid import Cell, check_count
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.shared import SharedModels
 from lightning_inversion.untrusted import read_file, read_json
@@ -84,7 +84,10 @@ class Sweep:
             record = read_json(read_file(stored))
             if not isinstance(record, dict) or not isinstance(record.get("cells"), list):
                 raise ValueError("it has no list of cells")
+            check_count(len(record["cells"]), f"the cells of {str(stored)!r}")
             return cls(path, tuple(Cell.from_record(cell) for cell in record["cells"]))
+        except InputError:
+            raise
         except (ValueError, OSError) as error:
             raise InputError(f"{str(stored)!r} is not a sweep's: {error}; remove it.") from error
 
