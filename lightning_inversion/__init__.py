@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_inversion.api import recover
     from lightning_inversion.attribution.attribute import attribute
+    from lightning_inversion.data.layout import Layout
     from lightning_inversion.data.prompts import PromptDataModule
     from lightning_inversion.inversion import Inversion
     from lightning_inversion.module import InputInversion
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "InputInversion",
     "Inversion",
+    "Layout",
     "PromptDataModule",
     "ResultRow",
     "TransformerSpec",
@@ -30,6 +32,7 @@ __all__ = [
 _HOMES = {
     "InputInversion": "module",
     "Inversion": "inversion",
+    "Layout": "data.layout",
     "PromptDataModule": "data.prompts",
     "ResultRow": "results",
     "TransformerSpec": "transformer.loading",

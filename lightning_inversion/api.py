@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_inversion.data.targets import Storage
+from lightning_inversion.data.layout import Layout, ModelShape
+from lightning_inversion.data.targets import Captured, Reading
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy, recover_prompts
@@ -21,15 +22,21 @@ from lightning_inversion.transformer.truncated import TruncatedTransformer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_log = logging.getLogger(__name__)
+
 
 def recover(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    hidden_states: Tensor | Sequence[Tensor],
+    hidden_states: Any,
     *,
     depth: int,
     final_norm: bool = False,
     known_prefix: Sequence[int] = (),
+    first_position: int = 0,
+    centred: bool = False,
+    scale: float = 1.0,
+    layout: Layout = Layout(),  # noqa: B008 - frozen
     policy: RecoveryPolicy | None = None,
 ) -> list[RecoveredPrompt]:
     """Recover the prompts of hidden states, with a certificate for each token.
@@ -40,69 +47,67 @@ def recover(
     Args:
         model: a causal language model with its head; it stays as it is.
         tokenizer: decodes the tokens; without it the prompts have no ``text``.
-        hidden_states: Hugging Face's ``hidden_states[depth]`` of one prompt, ``[T, D]`` or
-            ``[1, T, D]``, or a list of these; from position 0 on, without padding.
+        hidden_states: Hugging Face's ``hidden_states[depth]``, ``[T, D]`` or ``[1, T, D]``; or what
+            holds them: an output of the model or of ``generate``, its tuple ``hidden_states``, a
+            dict of TransformerLens or nnsight names to tensors; or a list with one of these for
+            each prompt. A dict with a key ``attention_mask`` may hold padded prompts ``[B, T, D]``.
         depth: blocks that they have passed.
         final_norm: whether they were taken after the model's final norm.
         known_prefix: tokens with which every prompt begins; they are not verified.
+        first_position: the position of the first row, where the rows of ``known_prefix`` are left
+            out.
+        centred: whether their mean over the features was subtracted.
+        scale: the factor that they were multiplied by.
+        layout: what names and shapes leave open.
         policy: how tokens are searched; default ``TokenRecovery``.
 
     Raises:
-        InputError: a tensor does not fit the model, or the known prefix does not fit a tensor.
+        InputError: the tensors do not fit the model, could be read in several ways, or the known
+            prefix does not fit them.
     """
     policy = policy or TokenRecovery()
     transformer = TruncatedTransformer.from_model(
         model, tokenizer, depth=depth, final_norm=final_norm
     )
-    given = [hidden_states] if isinstance(hidden_states, Tensor) else list(hidden_states)
-    targets = [_target(one, number, transformer) for number, one in enumerate(given, start=1)]
-    if not targets:
-        raise InputError("hidden_states holds no tensor; give one or more.")
-    lengths = [len(target) for target in targets]
-    if len(known_prefix) > min(lengths):
-        raise InputError(
-            f"known_prefix has {len(known_prefix)} tokens, and the shortest tensor of "
-            f"hidden_states {min(lengths)} rows; shorten it."
-        )
+    reading = Reading(
+        (depth,), final_norm, lambda: ModelShape.of(model.config), layout, first_position,
+        tuple(known_prefix), centred, scale,
+    )  # fmt: skip
+    try:
+        captured = Captured.of_objects(hidden_states, reading)
+    except InputError as error:
+        raise InputError(_as_arguments(str(error))) from error
+    _log.info("hidden_states: %s.", captured.understood)
+    for warning in captured.warnings:
+        _log.warning("%s", warning)
     vocabulary = transformer.embedding.vocabulary_size
     if any(not 0 <= token < vocabulary for token in known_prefix):
         raise InputError(
             f"known_prefix must hold token ids from 0 to {vocabulary - 1}; it is "
             f"{list(known_prefix)[:10]}."
         )
-    dtype = str(given[0].dtype).removeprefix("torch.")
+    if centred:
+        transformer = transformer.centred()
     language_model = (
         LanguageModel(model, transformer.caches) if policy.needs_language_model else None
     )
-    measurements = Measurements.measure(transformer, language_model, Storage(dtype))
+    measurements = Measurements.measure(transformer, language_model, captured.storage)
+    targets = [captured.target(number) for number in range(len(captured.targets))]
+    known = torch.tensor(list(known_prefix), dtype=torch.long, device=transformer.device)
     prompts = recover_prompts(
         policy,
         measurements,
         pad_sequence(targets, batch_first=True).to(transformer.device),
-        lengths,
-        torch.tensor(list(known_prefix), dtype=torch.long, device=transformer.device),
+        captured.lengths,
+        known,
     )
     for prompt in prompts:
         prompt.text = None if tokenizer is None else decoded(tokenizer, prompt.ids)
     return prompts
 
 
-def _target(hidden_states: Tensor, number: int, transformer: TruncatedTransformer) -> Tensor:
-    """One prompt's features ``[T, F]``, float32."""
-    one = (
-        hidden_states[0] if hidden_states.dim() == 3 and len(hidden_states) == 1 else hidden_states
-    )
-    width = transformer.feature_size
-    if one.dim() != 2 or one.shape[1] != width or not len(one):
-        raise InputError(
-            f"hidden_states, tensor {number} has shape {list(hidden_states.shape)}; give "
-            f"[tokens, {width}] for each prompt, a batch as a list of its prompts."
-        )
-    if not one.is_floating_point():
-        raise InputError(f"hidden_states, tensor {number} holds {one.dtype}; give floating point.")
-    if not bool(one.isfinite().all()):
-        raise InputError(
-            f"hidden_states, tensor {number} holds nan or infinite values; take the hidden states "
-            "in bfloat16 or float32."
-        )
-    return one.detach().float()
+def _as_arguments(sentence: str) -> str:
+    """A sentence that names options of the command line, with the names of arguments."""
+    for option in ("--model.transformer.", "--data."):
+        sentence = sentence.replace(option, "")
+    return sentence

@@ -96,6 +96,9 @@ class InputInversion(Inversion, LightningModule):
         self.load(needs_whole=self._predicting and self.recovery.needs_language_model)
         if self._trainer is not None:
             self.check(self.trainer, self._data)  # now with the weights
+        captured = None if self._data is None else self._data.captured
+        if captured is not None and captured.storage.centred:
+            self.transformer = self.frozen.centred()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimiser of the input: the only parameter there is."""

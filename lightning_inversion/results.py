@@ -134,6 +134,8 @@ class ResultRow:
     layers: list[int] | None = _setting()
     features: str | None = _setting()
     final_norm: bool | None = _setting()
+    centred: bool | None = _setting()
+    """True where the features lost their mean over the features."""
     mlp: bool | None = _setting()
     norms: bool | None = _setting()
     residuals: bool | None = _setting()

@@ -35,6 +35,29 @@ def test_the_prompts_of_a_list_of_hidden_states(dtype: torch.dtype) -> None:
     assert all(prompt.verified for prompt in found)
 
 
+def test_an_output_of_the_model_and_a_centred_cache() -> None:
+    model, tokenizer = shared_tiny_model("llama"), tiny_tokenizer()
+    output = model(tokenizer(PROMPTS[0], return_tensors="pt").input_ids, output_hidden_states=True)
+    centred = [layer - layer.mean(-1, keepdim=True) for layer in output.hidden_states]
+    cache = {f"blocks.{i}.hook_resid_pre": layer for i, layer in enumerate(centred[:-1])}
+    for held, told in ((output, False), (cache, True)):
+        (found,) = recover(model, tokenizer, held, depth=2, centred=told, policy=POLICY)
+        assert found.text == PROMPTS[0]
+        assert found.verified
+
+
+@pytest.mark.integration  # measures for itself
+def test_rows_behind_a_prefix_that_is_left_out() -> None:
+    model, tokenizer = shared_tiny_model("llama"), tiny_tokenizer()
+    ids = tokenizer(PROMPTS[1])["input_ids"]
+    (found,) = recover(
+        model, None, hidden_states(2)[1][0, 2:] * 0.5, depth=2, known_prefix=ids[:2],
+        first_position=2, scale=0.5, policy=POLICY,
+    )  # fmt: skip
+    assert found.ids == ids
+    assert found.verified
+
+
 def test_one_tensor_behind_a_known_prefix() -> None:
     model, tokenizer = shared_tiny_model("llama"), tiny_tokenizer()
     ids = tokenizer(PROMPTS[1])["input_ids"]
@@ -49,10 +72,11 @@ def test_one_tensor_behind_a_known_prefix() -> None:
     ("given", "message"),
     [
         ([], "holds no tensor"),
-        (torch.zeros(3, 31), r"shape \[3, 31\]; give \[tokens, 32\]"),
-        (torch.zeros(2, 3, 32), "a batch as a list of its prompts"),
-        (torch.zeros(3, 32, dtype=torch.long), "holds torch.int64"),
-        (torch.full((3, 32), torch.nan), "nan or infinite"),
+        (torch.ones(3, 31), r"shape \[3, 31\]: the features are 31 in the file and 32"),
+        (torch.ones(2, 3, 32), "set layout.axes prompts,positions,features or"),
+        (torch.ones(3, 32, dtype=torch.long), "holds int64"),
+        (torch.tensor([[torch.nan, 1.0] * 16]), "nan or infinite"),
+        ({"blocks.2.hook_resid_post": torch.ones(1, 3, 32)}, "asked for; set depth 3"),
     ],
 )
 def test_what_does_not_fit_is_refused(given, message: str) -> None:
@@ -61,9 +85,9 @@ def test_what_does_not_fit_is_refused(given, message: str) -> None:
 
 
 def test_a_prefix_longer_than_a_prompt_is_refused() -> None:
-    with pytest.raises(InputError, match="known_prefix has 4 tokens"):
+    with pytest.raises(InputError, match="known prefix has 4 tokens"):
         recover(
-            shared_tiny_model("llama"), None, torch.zeros(3, 32), depth=2,
+            shared_tiny_model("llama"), None, torch.ones(3, 32), depth=2,
             known_prefix=[1, 2, 3, 4], policy=POLICY,
         )  # fmt: skip
 
@@ -72,6 +96,6 @@ def test_a_prefix_longer_than_a_prompt_is_refused() -> None:
 def test_a_prefix_outside_the_vocabulary_is_refused(token: int) -> None:
     with pytest.raises(InputError, match="known_prefix must hold token ids from 0 to 299"):
         recover(
-            shared_tiny_model("llama"), None, torch.zeros(3, 32), depth=2,
+            shared_tiny_model("llama"), None, torch.ones(3, 32), depth=2,
             known_prefix=[token], policy=POLICY,
         )  # fmt: skip

@@ -154,7 +154,8 @@ class InversionCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("model.iterations", "data.iterations")
         parser.link_arguments("model.transformer.model", "data.tokenizer")
-        parser.link_arguments("model.transformer.revision", "data.revision")
+        for name in ("revision", "depth", "layers", "final_norm"):
+            parser.link_arguments(f"model.transformer.{name}", f"data.{name}")
         parser.set_defaults(RECOMMENDED)
         for action in parser._actions:
             key = action.dest.removesuffix(".help")

@@ -1,8 +1,9 @@
 """The manifest of captured targets: what made them, and what is in their file.
 
-It is JSON, in the file's metadata under 'manifest' or beside the file, in
-``<file>.manifest.json``, for tensors that a user saved from a system of their own. The least that
-it can hold, in the words of ``model.transformer``::
+It is optional JSON, in the file's metadata under 'manifest' or beside the file, in
+``<file>.manifest.json``, where a user wants the model checked or known prompts scored. Without one
+the model and the depth are those of the command. The least that it can hold, in the words of
+``model.transformer``::
 
     {"transformer": {"model": "gpt2", "depth": 8}}
 
@@ -28,14 +29,18 @@ FORMAT = 1
 _LEAST = '{"transformer": {"model": ..., "depth": ...}}'
 WAYS_OUT = {
     "transformer": f"write {_LEAST}",
-    "storage": 'write {"dtype": "float32", "noise": 0.0}, or leave it out',
+    "storage": 'write {"dtype": "float32", "noise": 0.0, "centred": false, "scale": 1.0}, or less',
     "positions": "write all, or the number of the first position stored",
     "known_prefix": "write token ids, as [1]",
     "prompts": "write a list of strings, or leave prompts and ids out",
     "ids": "write a list of token ids for each prompt, or leave prompts and ids out",
 }
 """What to do about a key whose value cannot be used."""
-_STORAGE = {"dtype": Literal["float32", "bfloat16", "float16", "float64"], "noise": float}
+_DTYPES = Literal[
+    "float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2",
+    "float8_e4m3fnuz", "float8_e5m2fnuz",
+]  # fmt: skip
+_STORAGE = {"dtype": _DTYPES, "noise": float, "centred": bool, "scale": float}
 _OF_TRANSFORMER = {spec.name for spec in fields(TransformerSpec)} | {"weights_sha256"}
 
 
@@ -68,18 +73,16 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path, metadata: dict[str, str], where: str) -> Manifest:
-        """The manifest in the metadata of the file at ``path``, or beside it.
+    def read(cls, path: Path, metadata: dict[str, str], where: str) -> Manifest | None:
+        """The manifest in the metadata of the file at ``path``, or beside it; None without one.
 
         Raises:
-            InputError: there is none, or the first thing that is wrong in it, and the way out.
+            InputError: the first thing that is wrong in it, and the way out.
         """
         beside = path.with_name(f"{path.name}.manifest.json")
         text = metadata.get("manifest")
         if text is None and not beside.exists():
-            raise InputError(
-                f"{where} has no manifest; write {beside.name!r} beside it, with at least {_LEAST}."
-            )
+            return None
         try:
             record = json.loads(beside.read_text("utf-8") if text is None else text)
         except (OSError, ValueError, RecursionError) as error:
@@ -128,6 +131,8 @@ def _wrong_values(manifest: Manifest) -> str | None:
         return f"has storage {json.dumps(storage)}; {WAYS_OUT['storage']}."
     if not 0 <= storage.get("noise", 0) < float("inf"):
         return f"has storage.noise {storage['noise']!r}; write a standard deviation, 0 or more."
+    if not 0 < abs(storage.get("scale", 1)) < float("inf"):
+        return f"has storage.scale {storage['scale']!r}; write a factor other than 0."
     if any("\ud800" <= letter <= "\udfff" for text in manifest.prompts or () for letter in text):
         return "has prompts with half of a surrogate pair, which is no character; correct them."
     for key, lists in (("known_prefix", [manifest.known_prefix]), ("ids", manifest.ids or [])):

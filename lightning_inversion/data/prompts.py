@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +12,9 @@ from lightning import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_inversion.data.batch import PromptBatch, pack
+from lightning_inversion.data.layout import Layout, ModelShape
 from lightning_inversion.data.memory import tokens_that_fit
-from lightning_inversion.data.targets import OPTION, Captured
+from lightning_inversion.data.targets import OPTION, Captured, Reading
 from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize
 from lightning_inversion.errors import InputError
 from lightning_inversion.strategy import take
@@ -72,10 +74,23 @@ class PromptDataModule(LightningDataModule):
     Args:
         prompts: quote them in YAML, where a bare yes or 12 is not a string.
         file: a text file with one prompt a line, or a .jsonl file whose lines have a key "prompt".
-        targets: a file of captured features instead, from ``lightning-inversion capture`` or from
-            a system of your own; the prompts need not be known.
+        targets: a file of hidden states instead, from ``lightning-inversion capture`` or another
+            tool (.safetensors, .npy, .npz, .pt, or a folder); the prompts need not be known. The
+            depth is model.transformer.depth; names such as blocks.7.hook_resid_post choose the
+            tensor. FILE.manifest.json beside it may tell what made it, as {"transformer": {"model":
+            "gpt2", "depth": 8}, "storage": {"dtype": "bfloat16"}, "prompts": [...], "ids": [...]}.
+        layout: what names and shapes in that file leave open.
+        known_prefix: tokens or text with which every prompt of that file begins; not verified.
+        first_position: the position of its first row; the tokens before it are known_prefix.
+        centred: its features lost their mean over the features, as TransformerLens does.
+        scale: the factor that its features were multiplied by.
+        diagnose: where position 0 fits no token, find out why before the search.
         tokenizer: the model whose tokenizer is used; the command line takes model.transformer's.
         revision: revision of that model on the hub.
+        depth: of the hidden states in the file; the command line takes model.transformer's.
+        layers: several depths instead; the command line takes model.transformer's.
+        final_norm: whether they are after the final norm; the command line takes
+            model.transformer's.
         special_tokens: let the tokenizer add its special tokens (a BOS, say); a file of captured
             targets lists its own.
         repeat: rows of each prompt, one after another; each row starts from noise of its own.
@@ -98,8 +113,17 @@ class PromptDataModule(LightningDataModule):
         prompts: list[str] | None = None,
         file: str | None = None,
         targets: str | None = None,
+        layout: Layout = Layout(),  # noqa: B008 - frozen
+        known_prefix: list[int] | str | None = None,
+        first_position: int | None = None,
+        centred: bool = False,
+        scale: float = 1.0,
+        diagnose: bool = True,
         tokenizer: str = TransformerSpec.model,
         revision: str | None = None,
+        depth: int | None = TransformerSpec.depth,
+        layers: list[int] | None = None,
+        final_norm: bool = False,
         special_tokens: bool = False,
         tokens_per_batch: int | Literal["auto"] = "auto",
         batch_size: int | None = None,
@@ -122,7 +146,14 @@ class PromptDataModule(LightningDataModule):
             )
         if repeat < 1:
             raise InputError(f"--data.repeat must be at least 1, and is {repeat}.")
-        self.captured = None if targets is None else Captured.read(Path(targets))
+        self.tokenizer, self.revision, self.special_tokens = tokenizer, revision, special_tokens
+        self.diagnose = diagnose
+        reading = Reading(
+            tuple(layers) if layers else None if depth is None else (depth,),
+            final_norm, lambda: self._model_shape, layout, first_position,
+            self._known(known_prefix), centred, scale,
+        )  # fmt: skip
+        self.captured = None if targets is None else Captured.read(Path(targets), reading)
         given_prompts: Sequence[str | None]
         if self.captured is not None:
             given_prompts = self.captured.prompts or [None] * len(self.captured.targets)
@@ -135,7 +166,6 @@ class PromptDataModule(LightningDataModule):
                 raise InputError(f"{option}, prompt 1 is empty; give it a text.")
         self.prompts: list[str | None] = [one for one in given_prompts for _ in range(repeat)]
         self.repeat = repeat
-        self.tokenizer, self.revision, self.special_tokens = tokenizer, revision, special_tokens
         self.tokens_per_batch, self.batch_size = tokens_per_batch, batch_size
         self.iterations = iterations
         self.batches: list[PromptBatch] = []
@@ -164,6 +194,10 @@ class PromptDataModule(LightningDataModule):
                 option = "--data.prompts" if self.captured is None else OPTION
                 raise InputError(f"{option}, prompt {number + 1} {reason}")
             if self.trainer is None or self.trainer.is_global_zero:
+                if self.captured is not None:
+                    _log.info("%s: %s.", self.captured.name, self.captured.understood)
+                    for warning in self.captured.warnings:
+                        _log.warning("%s", warning)
                 for index, reason in self.bad.items():
                     _log.warning("prompt %d %s The others are run.", index + 1, reason)
         self._next, self._mine, self._taken = 0, [], set()
@@ -171,9 +205,22 @@ class PromptDataModule(LightningDataModule):
         if self.trainer is not None:
             self._epochs = self.trainer.max_epochs
 
+    @cached_property
+    def _model_shape(self) -> ModelShape:
+        return ModelShape.of(self._spec.config())
+
+    def _known(self, prefix: list[int] | str | None) -> list[int] | None:
+        if not isinstance(prefix, str):
+            return prefix
+        encoded = self._spec.load_tokenizer()(prefix, add_special_tokens=False)
+        return list(encoded["input_ids"])
+
+    @property
+    def _spec(self) -> TransformerSpec:
+        return TransformerSpec(model=self.tokenizer, revision=self.revision)
+
     def _prompt_batches(self) -> list[PromptBatch]:
-        spec = TransformerSpec(model=self.tokenizer, revision=self.revision)
-        tokenizer, limits = spec.load_tokenizer(), ModelLimits.of(spec.config())
+        tokenizer, limits = self._spec.load_tokenizer(), ModelLimits.of(self._spec.config())
         rows = []
         for index, prompt in enumerate(self.prompts):
             assert prompt is not None
@@ -187,8 +234,7 @@ class PromptDataModule(LightningDataModule):
         return [PromptBatch.collate([rows[row] for row in group]) for group in groups]
 
     def _captured_batches(self, captured: Captured) -> list[PromptBatch]:
-        spec = TransformerSpec(model=self.tokenizer, revision=self.revision)
-        limits = ModelLimits.of(spec.config())
+        limits = ModelLimits.of(self._spec.config())
         rows = []
         for index in range(len(self.prompts)):
             number = index // self.repeat
@@ -211,7 +257,7 @@ class PromptDataModule(LightningDataModule):
         if self.tokens_per_batch != "auto":
             return self.tokens_per_batch
         module = None if self.trainer is None else self.trainer.lightning_module
-        spec = getattr(module, "spec", TransformerSpec(model=self.tokenizer))
+        spec = getattr(module, "spec", self._spec)
         learnable = getattr(module, "learnable", None)
         try:
             return min(EFFICIENT, tokens_that_fit(spec, self._memory(), learnable))

@@ -1,24 +1,27 @@
-"""Captured targets: hidden states in a safetensors file, with a manifest of what made them.
+"""Captured targets: hidden states in a file, whatever wrote it, and what made them.
 
-The file holds tensors named '0', '1', ..., each ``[T_i, F]`` of any floating type, one a prompt.
-What the manifest holds is in ``manifest.py``.
+``capture`` writes safetensors with tensors named '0', '1', ..., each ``[T_i, F]``, one a prompt,
+and a manifest (``manifest.py``). Files of other tools are read by ``tensor_files.py`` and
+understood by ``hidden_states.py``; a manifest beside them is optional.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_inversion.data.hidden_states import HiddenStates, read_hidden_states
+from lightning_inversion.data.layout import Layout, ModelShape, Wanted
 from lightning_inversion.data.manifest import WAYS_OUT, Manifest
+from lightning_inversion.data.tensor_files import read_tensors
 from lightning_inversion.errors import InputError
 
 OPTION = "--data.targets"
@@ -32,18 +35,23 @@ _ROUNDING_ONLY = "attention"  # sdpa and eager compute the same
 
 @dataclass(frozen=True)
 class Storage:
-    """What happens to features between the model and the file: noise, then rounding.
+    """What happens to features between the model and the file: noise, a factor, then rounding.
 
     Args:
         dtype: the type that they are rounded to.
         noise: standard deviation of the Gaussian noise added, in the features' own units.
+        centred: the mean over the features of each position was subtracted, as TransformerLens
+            does; the model itself then gives centred ones (``TruncatedTransformer.centred``).
+        scale: the factor that they were multiplied by.
     """
 
     dtype: str = "float32"
     noise: float = 0.0
+    centred: bool = False
+    scale: float = 1.0
 
     def __call__(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Features ``[..., F]`` as they come out of the file, in the type that they had."""
+        """Features ``[..., F]`` read back from the file in the model's units, in their own type."""
         if self.noise:
             # Drawn on the CPU, so that it does not depend on the device.
             drawn = torch.randn(features.shape, generator=generator)
@@ -52,7 +60,48 @@ class Storage:
 
     def without_noise(self, features: Tensor) -> Tensor:
         """Features ``[..., F]`` after all but the noise."""
-        return features.to(_float_type(self.dtype)).to(features.dtype)
+        return self.read_back((self.scale * features).to(_float_type(self.dtype)).to(features))
+
+    def read_back(self, stored: Tensor) -> Tensor:
+        """Stored features in the model's units: the factor is divided out."""
+        return stored / self.scale if self.scale != 1 else stored
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which hidden states a file is read for, and what the user tells of them.
+
+    Args:
+        depths: whose features are asked for; None for those of all blocks.
+        final_norm: whether they are taken after the final norm.
+        shape: reads the model's configuration, when it is needed.
+        layout: what shapes and names leave open.
+        first_position: the position of the first row; None for the manifest's, or 0.
+        known_prefix: the tokens with which every prompt begins; None for the manifest's.
+        centred: whether the mean over the features was subtracted.
+        scale: the factor that the features were multiplied by.
+    """
+
+    depths: tuple[int, ...] | None = None
+    final_norm: bool = False
+    shape: Callable[[], ModelShape] | None = None
+    layout: Layout = field(default_factory=Layout)
+    first_position: int | None = None
+    known_prefix: Sequence[int] | None = None
+    centred: bool = False
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < abs(self.scale) < float("inf"):
+            raise InputError(f"--data.scale is a factor other than 0, and is {self.scale}.")
+        if self.first_position is not None and self.first_position < 0:
+            raise InputError(
+                f"--data.first_position must be 0 or more, and is {self.first_position}."
+            )
+
+    def wanted(self, where: str, checks_width: bool = True) -> Wanted:
+        """What is asked for of a file or of objects that ``where`` names."""
+        return Wanted(where, self.depths, self.final_norm, self.layout, self.shape, checks_width)
 
 
 @dataclass(frozen=True)
@@ -69,6 +118,8 @@ class Captured:
         ids: the tokens of each prompt from position 0 on, where they are known.
         versions: of the packages that made the file.
         name: of the file, for messages.
+        understood: what was read, and how it was understood, in one line.
+        warnings: what the user should know of the file.
     """
 
     targets: Sequence[Tensor]
@@ -80,6 +131,8 @@ class Captured:
     ids: Sequence[Sequence[int]] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     name: str = ""
+    understood: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def lengths(self) -> list[int]:
@@ -93,7 +146,7 @@ class Captured:
 
     def target(self, number: int) -> Tensor:
         """Features ``[T, F]`` of one prompt from position 0 on, float32; nan where not stored."""
-        stored = self.targets[number].float()
+        stored = self.storage.read_back(self.targets[number].float())
         missing = torch.full((self.first_position, self.width), torch.nan)
         return torch.cat([missing, stored])
 
@@ -136,30 +189,61 @@ class Captured:
             partial.unlink(missing_ok=True)
 
     @classmethod
-    def read(cls, path: Path) -> Captured:
-        """Read a file, and its manifest in it or beside it.
+    def read(cls, path: Path, reading: Reading | None = None) -> Captured:
+        """Read a file, and a manifest in it or beside it where there is one.
+
+        Args:
+            path: of the file or folder.
+            reading: what is asked for, and what the user told of the file; what it leaves open is
+                taken from the manifest.
 
         Raises:
             InputError: the file or its manifest cannot be used.
         """
         where = f"{OPTION} {str(path)!r}"
-        tensors, metadata = _read_tensors(path, where)
+        held, metadata = read_tensors(path, where)
         manifest = Manifest.read(path, metadata, where)
-        targets = _in_order(tensors, where)
-        own = {"dtype": str(targets[0].dtype).removeprefix("torch.")}
-        captured = cls(
-            targets,
-            {
+        return cls._of(held, reading or Reading(), manifest, where, path.name)
+
+    @classmethod
+    def of_objects(cls, held: Any, reading: Reading, name: str = "hidden_states") -> Captured:
+        """Read tensors in memory, in whatever holds them; see ``read_hidden_states``.
+
+        Raises:
+            InputError: they cannot be used.
+        """
+        return cls._of(held, reading, None, name, name)
+
+    @classmethod
+    def _of(
+        cls, held: Any, reading: Reading, manifest: Manifest | None, where: str, name: str
+    ) -> Captured:
+        if manifest is None:
+            wanted = reading.wanted(where)
+            manifest = Manifest({})
+            transformer: dict[str, Any] = {}
+        else:
+            transformer = {
                 "layers": [manifest.transformer["depth"]], "features": None, "final_norm": False,
                 **manifest.transformer,
-            },
-            Storage(**{**own, **manifest.storage}),
-            _first_position(manifest.positions, where),
-            tuple(manifest.known_prefix),
-            manifest.prompts,
-            manifest.ids,
-            manifest.versions,
-            path.name,
+            }  # fmt: skip
+            layers, final_norm = tuple(transformer["layers"]), transformer["final_norm"]
+            wanted = Wanted(where, layers, final_norm, reading.layout, reading.shape, False)
+        states = read_hidden_states(held, wanted)
+        first = reading.first_position
+        if first is None:
+            first = _first_position(manifest.positions, where)
+        known = manifest.known_prefix if reading.known_prefix is None else reading.known_prefix
+        stored = Storage(**{"dtype": states.dtype, **manifest.storage})
+        stored = replace(
+            stored,
+            centred=stored.centred or reading.centred,
+            scale=stored.scale * reading.scale,
+        )
+        captured = cls(
+            states.prompts, transformer, stored, first, tuple(known), manifest.prompts,
+            manifest.ids, manifest.versions, name,
+            _understood(states, wanted, manifest, stored.dtype), _warnings(states, where),
         )  # fmt: skip
         _check_known_prefix(captured, where)
         _check_prompts(captured, where)
@@ -233,49 +317,32 @@ def _float_type(name: str) -> torch.dtype:
 # -- reading ---------------------------------------------------------------------------------
 
 
-def _read_tensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with path.open("rb") as file:
-            begins = file.read(2)
-        with safe_open(path, framework="pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            return tensors, dict(stored.metadata() or {})
-    except OSError as error:
-        raise InputError(f"{where} cannot be read: {error.strerror or error}.") from error
-    except SafetensorError as error:
-        kind = "is a pickle, which could run code" if begins in (b"PK", b"\x80\x02") else (
-            "is no whole safetensors file"
-        )  # fmt: skip
-        raise InputError(
-            f"{where} {kind}; write the tensors with safetensors.torch.save_file."
-        ) from error
+def _understood(states: HiddenStates, wanted: Wanted, manifest: Manifest, dtype: str) -> str:
+    """One line on what was read."""
+    lengths = [len(prompt) for prompt in states.prompts]
+    shortest, longest = min(lengths), max(lengths)
+    depths = [str(depth) for depth in wanted.depths or ()]
+    parts = [
+        f"{len(lengths)} prompt{'s' * (len(lengths) > 1)}",
+        f"{shortest} to {longest} positions"
+        if shortest < longest
+        else f"{longest} position{'s' * (longest > 1)}",
+        f"depth{'s' * (len(depths) > 1)} {' and '.join(depths) or 'of all blocks'}",
+        dtype,
+        "from its manifest" if manifest.transformer else states.source,
+    ]
+    if states.padding:
+        parts.append(f"{states.padding} rows of padding dropped")
+    return ", ".join(parts)
 
 
-def _in_order(tensors: dict[str, Tensor], where: str) -> list[Tensor]:
-    names = [str(number) for number in range(len(tensors))]
-    if not tensors or set(tensors) != set(names):
-        found = ", ".join(sorted(tensors)[:3]) or "none"
-        raise InputError(
-            f"{where} holds the tensors {found}; name them 0, 1, 2, ..., one a prompt."
-        )
-    targets = [tensors[name] for name in names]
-    for name, target in zip(names, targets, strict=True):
-        tensor = f"{where}: tensor {name}"
-        if target.dim() != 2 or not target.numel():
-            raise InputError(f"{tensor} has shape {list(target.shape)}; store [tokens, features].")
-        if target.shape[1] != targets[0].shape[1]:
-            raise InputError(
-                f"{tensor} has {target.shape[1]} features and tensor 0 has "
-                f"{targets[0].shape[1]}; store the same of every prompt."
-            )
-        if not target.is_floating_point():
-            raise InputError(f"{tensor} holds {target.dtype}; store floating-point features.")
-        if not bool(target.float().isfinite().all()):
-            raise InputError(
-                f"{tensor} holds nan or infinite values, which float16 gives above 65504; "
-                "capture it as bfloat16 or float32."
-            )
-    return targets
+def _warnings(states: HiddenStates, where: str) -> tuple[str, ...]:
+    if not states.ids_beside:
+        return ()
+    return (
+        f"{where} holds token ids ({', '.join(states.ids_beside)}) beside the hidden states: "
+        "whoever reads the file needs no recovery. They are not used.",
+    )
 
 
 def _first_position(positions: int | str, where: str) -> int:
@@ -293,7 +360,7 @@ def _refuse_unknown_prefix(what: str) -> NoReturn:
     raise InputError(
         f"{what}, whose features depend through attention on unknown tokens before it, none of "
         "which can be verified on the way; capture all positions, or give every token before it "
-        "as known_prefix and its number as positions."
+        "as --data.known_prefix and their number as --data.first_position."
     )
 
 
@@ -304,7 +371,7 @@ def _check_known_prefix(captured: Captured, where: str) -> None:
         _refuse_unknown_prefix(begins)
     if known > min(captured.lengths):
         raise InputError(
-            f"{where}: its known_prefix has {known} tokens and the shortest prompt "
+            f"{where}: the known prefix has {known} tokens and the shortest prompt "
             f"{min(captured.lengths)}; correct it."
         )
 
