@@ -30,7 +30,9 @@ class OneSentenceParser(ArgumentParser):
         self._typed: list[str] = []
         super().__init__(*args, **{"allow_abbrev": False, "formatter_class": _Formatter, **kwargs})
 
-    def parse_args(self, args: Any = None, *more: Any, **how: Any) -> Namespace:
+    def parse_args(  # type: ignore[override]
+        self, args: Any = None, *more: Any, **how: Any
+    ) -> Namespace:
         self._typed = list(args or ())
         options: Namespace = super().parse_args(args, *more, **how)
         return options

@@ -144,7 +144,7 @@ def test_the_plan_in_the_package_can_be_run() -> None:
         (
             {},
             ["--model.recovery.budgte=3"],
-            "unknown option --model.recovery.budgte; see lightning-inversion predict --model",
+            "unknown option --model.recovery.budgte; see lightning-inversion fit --model",
         ),
         ({}, ["--prompts=nowhere.txt"], "--prompts 'nowhere.txt' does not exist"),
         ({}, ["--config=nowhere.yaml"], "--config 'nowhere.yaml' does not exist"),
