@@ -24,7 +24,7 @@ from lightning_inversion.callbacks.result_writer import ResultWriter
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.cli.options import SECTIONS, SHORT
-from lightning_inversion.cli.parser import OneSentenceParser, input_error_behind
+from lightning_inversion.cli.parser import OneSentenceParser, check_values, input_error_behind
 from lightning_inversion.cli.resume import (
     check_continues,
     deciding,
@@ -132,6 +132,7 @@ class InversionCLI(LightningCLI):
         The command's own parser does it: the parser of all commands validates everything twice.
         """
         name = self._args[0]
+        check_values(args)
         with wrong_values("--config", RecursionError):
             options = self._subcommand_parsers[name].parse_args(args[1:])
         self.config = Namespace(subcommand=name)  # type: ignore[no-untyped-call]

@@ -60,20 +60,6 @@ class OneSentenceParser(ArgumentParser):
         options.passed_on = others
         return options
 
-    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        """Parse words, once it is known that each value ends and is not too large."""
-        for word in args or ():
-            option, _, value = str(word).rpartition("=")
-            if value.count("[") + value.count("{") > MOST_LEVELS or {"&", "*"} <= set(value):
-                try:
-                    check_yaml(value)
-                except HostileError as error:
-                    raise InputError(f"{option or 'A value'}: {error}; correct it.") from error
-                except ValueError:  # a text that is no YAML
-                    continue
-        options: Namespace = super().parse_args(args, *more, **kwargs)
-        return options
-
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """Parse a file of options, once it is known that it ends and is not too large."""
         try:
@@ -112,6 +98,23 @@ class OneSentenceParser(ArgumentParser):
         """The name of the command, the last word of its program's that is no placeholder."""
         words = [word for word in str(self.prog).split() if not word.startswith("[")]
         return " ".join(words[1:])
+
+
+def check_values(words: Sequence[str]) -> None:
+    """Refuse a value of a command line that would exhaust the stack, or never end.
+
+    Raises:
+        InputError: names its option.
+    """
+    for word in words:
+        option, _, value = str(word).rpartition("=")
+        if value.count("[") + value.count("{") > MOST_LEVELS or {"&", "*"} <= set(value):
+            try:
+                check_yaml(value)
+            except HostileError as error:
+                raise InputError(f"{option or 'A value'}: {error}; correct it.") from error
+            except ValueError:  # a text that is no YAML
+                continue
 
 
 def options_of(parser: PlainParser) -> list[str]:
