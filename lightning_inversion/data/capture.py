@@ -18,7 +18,7 @@ from lightning_inversion.data.batch import PromptBatch, pack
 from lightning_inversion.data.targets import Captured, Storage
 from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import check_writable
+from lightning_inversion.files import check_writable, printable
 from lightning_inversion.inputs import row_generator
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -88,11 +88,8 @@ def run_capture(options: Namespace) -> int:
         InputError: the options are wrong; before a model is loaded wherever that can be known.
     """
     stored = _options_of(CaptureOptions, options)
-    try:
-        capture(stored, _options_of(TransformerSpec, options))
-    except InputError as error:
-        raise InputError(str(error).replace("--model.transformer.", "--")) from error
-    print(stored.out)
+    capture(stored, _options_of(TransformerSpec, options))
+    print(printable(str(stored.out)))
     return 0
 
 

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_type_hints
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_of
 from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.untrusted import read_file, read_json
 
 LAYER = "output of block depth, Hugging Face hidden_states[depth] (the last after the final norm \
 only where final_norm is true)"
@@ -84,9 +85,12 @@ class Manifest:
         if text is None and not beside.exists():
             return None
         try:
-            record = json.loads(beside.read_text("utf-8") if text is None else text)
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{where}: its manifest is not JSON ({error}); correct it.") from error
+            record = read_json(read_file(beside) if text is None else text)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(
+                f"{where}: its manifest is not JSON ({reason}); correct it."
+            ) from error
         wrong = _wrong_types(record) or _wrong_values(manifest := cls(**record))
         if wrong is not None:
             raise InputError(f"{where}: its manifest {wrong}")

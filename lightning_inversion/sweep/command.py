@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
+from lightning_inversion.cli.options import in_full, renamed
 from lightning_inversion.cli.parser import OneSentenceParser
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import check_processes, printable
 from lightning_inversion.sweep.grid import (
     COMMANDS,
     MAX_CELLS,
@@ -20,6 +22,7 @@ from lightning_inversion.sweep.grid import (
     Axis,
     cells_of,
     is_plain_name,
+    key_of,
     read_axis,
 )
 
@@ -33,9 +36,9 @@ EXAMPLES = """\
 every other option is passed to the command.
 
 examples
-  lightning-inversion sweep --config configs/quickstart.yaml --over transformer.depth=1,2,4,8
-  lightning-inversion sweep --data.file prompts.txt --over objective=L1,CosineDistance --seeds 3
-  lightning-inversion sweep predict --data.file prompts.txt --over transformer.depth=1,8 --dry-run
+  lightning-inversion sweep --config configs/quickstart.yaml --over depth=1,2,4,8
+  lightning-inversion sweep --prompts prompts.txt --over objective=L1,CosineDistance --seeds 3
+  lightning-inversion sweep predict --prompts prompts.txt --over depth=1,8 --dry-run
   lightning-inversion sweep --join lightning_logs/NAME     take part in a sweep that is running
 """
 
@@ -76,13 +79,19 @@ def run_sweep(options: Namespace) -> int:
     Raises:
         InputError: the options are wrong; before anything has run.
     """
-    check_processes(options)
+    check_processes(options.processes)
 
     # Torch and Lightning take seconds to import, which --help does not need.
-    from lightning_inversion.sweep.run import Sweep, check, run_cells
+    from lightning_inversion.sweep.run import MODEL_KEYS, Sweep, check, run_cells
 
+    options.passed_on = in_full(options.passed_on)
     sweep = _planned(options) if options.join is None else Sweep.open(options.join)
-    specs = check(sweep)
+    try:
+        specs = check(sweep)
+    except InputError as error:
+        typed = [text.partition("=")[0].strip().removeprefix("--") for text in options.over]
+        names = {f"--{key_of(key, MODEL_KEYS)}": f"--over {key}" for key in typed}
+        raise InputError(renamed(str(error), names)) from error
     if options.dry_run:
         print_cells(sweep)
         return 0
@@ -90,16 +99,6 @@ def run_sweep(options: Namespace) -> int:
     if options.join is None and not sweep.unfinished():
         write_report(sweep.path)
     return code
-
-
-def check_processes(options: Namespace) -> None:
-    """Refuse a number of processes below 1.
-
-    Raises:
-        InputError: the number is below 1.
-    """
-    if options.processes < 1:
-        raise InputError(f"--processes must be at least 1, and is {options.processes}.")
 
 
 def _planned(options: Namespace) -> Sweep:
@@ -138,10 +137,10 @@ def root_of(arguments: Sequence[str]) -> Path:
 def print_cells(sweep: Sweep) -> None:
     """List the cells on stdout, with what is done."""
     left = sweep.unfinished()
-    print(sweep.path)
+    print(printable(str(sweep.path)))
     for cell in sweep.cells:
         done = "" if cell in left else ": done"
-        print(f"  {cell.name}{done}\n    {cell.command} {shlex.join(cell.arguments)}")
+        print(printable(f"  {cell.name}{done}\n    {cell.command} {shlex.join(cell.arguments)}"))
     print(f"{len(left)} of {len(sweep.cells)} cells to run")
 
 
@@ -165,5 +164,5 @@ def write_report(folder: Path) -> None:
             value = Summary.Value(tag=f"sweep/{path.stem}", image=image)
             writer.add_event(Event(summary=Summary(value=[value])))
     writer.close()
-    print((out / "table.md").read_text("utf-8"))
-    print(written[0])
+    print(printable((out / "table.md").read_text("utf-8")))
+    print(printable(str(written[0])))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
+from lightning_inversion.cli.options import SHORT
 from lightning_inversion.errors import InputError
 
 COMMANDS = ("fit", "predict")
@@ -82,9 +83,7 @@ def cells_of(command: str, arguments: Sequence[str], axes: Sequence[Axis]) -> tu
     _check_twice("--over", [axis.key for axis in axes])
     for axis in axes:
         _check_twice(f"--over {axis.key}", axis.values)
-    count = math.prod(len(axis.values) for axis in axes)
-    if count > MAX_CELLS:
-        raise InputError(f"--over and --seeds give {count} cells; at most {MAX_CELLS} are run.")
+    check_count(math.prod(len(axis.values) for axis in axes), "--over and --seeds")
     axes = sorted(axes, key=lambda axis: axis.key != SEED)
     names = [axis.name for axis in axes]
     shown = [
@@ -101,6 +100,12 @@ def cells_of(command: str, arguments: Sequence[str], axes: Sequence[Axis]) -> tu
         name = ",".join(f"{key}={short(value)}" for key, value in ordered.items())
         cells.append(Cell(name, command, (*configs, *arguments, *others), ordered))
     return _with_own_names(cells)
+
+
+def check_count(count: int, options: str) -> None:
+    """Raise InputError for more than `MAX_CELLS` cells, which `options` give."""
+    if count > MAX_CELLS:
+        raise InputError(f"{options} give {count} cells; at most {MAX_CELLS} are run.")
 
 
 def _with_own_names(cells: Sequence[Cell]) -> tuple[Cell, ...]:
@@ -130,11 +135,16 @@ def read_axis(text: str, model_keys: frozenset[str]) -> Axis:
     parts = split_values(values)
     if not equals or not key.strip() or not all(parts):
         raise InputError(
-            f"--over {text!r} is not key=value,value; "
-            "write it as --over transformer.depth=1,2,4, for example."
+            f"--over {text!r} is not key=value,value; write it as --over depth=1,2,4, for example."
         )
-    key = key.strip().removeprefix("--")
-    return Axis(f"model.{key}" if key.partition(".")[0] in model_keys else key, tuple(parts))
+    return Axis(key_of(key.strip().removeprefix("--"), model_keys), tuple(parts))
+
+
+def key_of(name: str, model_keys: frozenset[str]) -> str:
+    """The key of a config that --over names, in short or without "model." before it."""
+    if f"--{name}" in SHORT:
+        return SHORT[f"--{name}"].removeprefix("--")
+    return f"model.{name}" if name.partition(".")[0] in model_keys else name
 
 
 def split_values(text: str) -> list[str]:

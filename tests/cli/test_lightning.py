@@ -51,12 +51,12 @@ WRONG_USE = [
     (["--ckpt_path=last"], "--ckpt_path last finds no run"),
 ]
 MORE_WRONG_USE = [
-    (["--model.iteration=3"], "unrecognized arguments"),
+    (["--model.iteration=3"], "did you mean --model.iterations?"),
     (["--model.iterations=x"], "--model.iterations: x is not a whole number"),
     (["--model.transformer.depth=x"], "depth: x is not a whole number or null"),
     (["--data.tokens_per_batch=x"], "tokens_per_batch: x is not a whole number or auto"),
     (["--nothing_like_it=1"], "see lightning-inversion fit --help"),
-    (["--results.file=rows.jsonl"], "unrecognized arguments: --results.file=rows.jsonl"),
+    (["--results.file=rows.jsonl"], "unknown option --results.file"),
     (["--results.top_k=0"], "--results.top_k must be at least 1, and is 0"),
     (["--seed_everything=-1"], "--seed_everything must be between 0 and 4294967295"),
     (["--trainer.devices=0"], "--trainer.devices: "),
@@ -67,7 +67,7 @@ MORE_WRONG_USE = [
     (["--model.transformer.depth=0"], "--model.transformer.depth"),
     (["--model.decoder=Pin"], "unknown Decoder 'Pin'; choose from C"),
     (["--data.batch_size=0"], "--data.batch_size must be at least 1"),
-    (["--data.file=none.txt"], "--data.prompts and --data.file were given"),
+    ([f"--data.file={__file__}"], "--data.prompts and --data.file were given"),
     (["--learning_rate.start=-1"], "learning_rate.start"),
     (["--model.schedule.window=0"], "--model.schedule: every, candidates and window"),
     (
@@ -78,7 +78,7 @@ MORE_WRONG_USE = [
         ["--model.transformer.device_map=auto", "--trainer.devices=2"],
         "set --trainer.devices 1, or leave device_map out",
     ),
-    (["--config=none.yaml"], "--config: File does not exist"),
+    (["--config=none.yaml"], "none.yaml' does not exist"),
 ]
 
 
@@ -114,7 +114,7 @@ def test_a_config_of_other_bytes_is_one_sentence(tmp_path: Path, capsys) -> None
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("a: &a [*a]", "--config: maximum recursion depth"),
+        ("a: &a [*a]", "has an alias *a of nothing, or of itself; give a file of YAML"),
         ('trainer: {default_root_dir: "a\\0b"}', "has a NUL in it"),
     ],
 )
@@ -130,15 +130,29 @@ def test_a_config_that_no_run_can_have_is_one_sentence(
     assert message.count("\n") == 1, message
 
 
-def test_rows_of_other_prompts_do_not_count_as_finished(
-    tiny_folder: Path, fitted: Path, tmp_path: Path, capsys
+@pytest.mark.parametrize(
+    "option",
+    [
+        '--data.prompts=["The sky is blue.", "A quick brown dog"]',
+        "--model.transformer.depth=1",
+        "--model.optimizer.lr=0.5",
+    ],
+)
+def test_rows_of_another_run_do_not_count_as_finished(
+    option: str, tiny_folder: Path, fitted: Path, tmp_path: Path, capsys
 ) -> None:
     root = shutil.copytree(fitted, tmp_path / "moved")
-    rows = root / "lightning_logs" / "version_0" / "results.jsonl"
-    rows.write_text(rows.read_text().replace("A quick brown fox", "A quick brown dog"))
-    options = ["--model.iterations=3", "--data.batch_size=1", "--ckpt_path=last"]
-    assert run(fit(tiny_folder, root, *options)) == 2
-    assert "holds a row of another prompt 2" in capsys.readouterr().err
+    rows = (root / "lightning_logs" / "version_0" / "results.jsonl").read_bytes()
+    same_place = [
+        "--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger",
+        f"--trainer.logger.save_dir={root}",
+        "--trainer.logger.version=0",
+        "--data.batch_size=1",
+        "--model.iterations=3",
+    ]
+    assert run(fit(tiny_folder, root, *same_place, option)) == 2
+    assert "holds a row of another prompt" in capsys.readouterr().err
+    assert (root / "lightning_logs" / "version_0" / "results.jsonl").read_bytes() == rows
 
 
 def test_a_missing_prompt_and_a_missing_checkpoint(
