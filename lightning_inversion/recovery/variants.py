@@ -15,7 +15,7 @@ from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
-_NEAREST = 64
+_NEAREST = 48
 """Tokens of each shortlist."""
 _REFERENCE = 128
 """Random tokens whose features give the std."""
@@ -46,7 +46,9 @@ class _Variant:
     final_norm: bool
     centred: bool
     features: Tensor = field(repr=False)
-    """``[C, F]`` of tokens as first ones."""
+    """``[C, F]`` of likely tokens as first ones."""
+    reference: Tensor = field(repr=False)
+    """``[N, F]`` of random tokens."""
 
 
 class FirstTokens:
@@ -120,8 +122,8 @@ class Variants:
         """
         best = None
         for variant in self._variants(row, known):
-            features, std = variant.features, variant.features[-_REFERENCE:].std(0) + 1e-6
-            reference = features[-_REFERENCE:]
+            features, reference = variant.features, variant.reference
+            std = reference.std(0) + 1e-6
             loss = self._loss(reference, std)
             tolerance = min(_TOLERANCE + 3 * loss, CLEAR * own_residual)
             # A norm divides each position by its size, so that a factor would explain too much.
@@ -154,26 +156,37 @@ class Variants:
         return float(rounded.square().mean(-1).sqrt().max() + noise)
 
     def _variants(self, row: Tensor, known: Tensor | None) -> Iterator[_Variant]:
-        """The features of a shortlist of tokens, then of random ones, in each variant."""
-        depth, normed = self.selection.depth, self.selection.final_norm
+        """Each variant with the features of a shortlist of tokens."""
+        own = self.selection
         lists = [
             self.tokens.nearest(row[None], _NEAREST)[0],
             self.tokens.nearest_in_direction(row, _NEAREST),
         ]
         models = self._models
         if not models:
-            ids = torch.cat([*lists, self.reference])
-            features = self.transformer.features_of(ids[:, None])[:, 0]
-            yield _Variant(depth, normed, self.selection.centred, features)
+            features, reference = map(self._features, [torch.cat(lists), self.reference])
+            yield _Variant(own.depth, own.final_norm, own.centred, features, reference)
             return
         lists.append(self.tokens.nearest_in_direction(self._norm_changed(row), _NEAREST))
-        ids = torch.cat([*lists, *([] if known is None else [known[:1]]), self.reference])
+        ids = torch.cat([*lists, *([] if known is None else [known[:1]])]).unique()  # type: ignore[no-untyped-call]
         for (depths, final_norm), model in models.items():
-            together = model.features_of(ids[:, None])[:, 0]
-            for own, features in zip(depths, together.chunk(len(depths), dim=-1), strict=True):
-                yield _Variant(own, final_norm, False, features)
-                centred = features - features.mean(-1, keepdim=True)
-                yield _Variant(own, final_norm, True, centred)
+            run = self._features(ids, model), self._references[depths, final_norm]
+            by_depth = zip(*(part.chunk(len(depths), dim=-1) for part in run), strict=True)
+            for depth, (features, reference) in zip(depths, by_depth, strict=True):
+                yield _Variant(depth, final_norm, False, features, reference)
+                yield _Variant(
+                    depth, final_norm, True,
+                    features - features.mean(-1, keepdim=True),
+                    reference - reference.mean(-1, keepdim=True),
+                )  # fmt: skip
+
+    def _features(self, ids: Tensor, model: TruncatedTransformer | None = None) -> Tensor:
+        """``[N, F]`` of tokens ``[N]``, each a prompt of its own."""
+        return (model or self.transformer).features_of(ids[:, None])[:, 0]
+
+    @cached_property
+    def _references(self) -> dict[tuple[tuple[int, ...], bool], Tensor]:
+        return {kind: self._features(self.reference, model) for kind, model in self._models.items()}
 
     @cached_property
     def _models(self) -> dict[tuple[tuple[int, ...], bool], TruncatedTransformer]:
@@ -202,10 +215,10 @@ class Variants:
     @cached_property
     def _norm(self) -> tuple[Tensor, Tensor]:
         """Slope and offset ``[F]`` of the final norm, from tokens that are run with and without."""
-        depth, ids = self.selection.depth, self.reference[:, None]
-        (depths, _), together = next(iter(self._models.items()))
-        plain = together.features_of(ids)[:, 0].chunk(len(depths), dim=-1)[depths.index(depth)]
-        normed = self._models[(depth,), True].features_of(ids)[:, 0]
+        depth = self.selection.depth
+        (depths, _), together = next(iter(self._references.items()))
+        plain = together.chunk(len(depths), dim=-1)[depths.index(depth)]
+        normed = self._references[(depth,), True]
         plain = plain / plain.square().mean(-1, keepdim=True).sqrt()
         spread = plain - plain.mean(0)
         slope = (spread * (normed - normed.mean(0))).sum(0) / spread.square().sum(0).clamp_min(
