@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -19,7 +18,7 @@ from lightning_inversion.decoding import (
     disallowed_tokens,
     natural_decoder,
 )
-from lightning_inversion.errors import InputError
+from lightning_inversion.errors import InputError, module_property
 from lightning_inversion.inputs import (
     EmbeddingInput,
     InitializerInputs,
@@ -185,7 +184,7 @@ class Inversion(nn.Module):
         """What has happened to the targets between the model and this experiment."""
         return None
 
-    @cached_property
+    @module_property
     def measurements(self) -> Measurements:
         """What is measured once for the model, when it is first asked for."""
         whole = self.whole

@@ -7,11 +7,9 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    LlamaModel,
 )
 
 from lightning_inversion.decoding import Decoder
@@ -82,16 +80,11 @@ class MyConfig(LlamaConfig):
     model_type = "my_llama"
 
 
-class MyModel(LlamaModel):
-    config_class = MyConfig
-
-
 class MyForCausalLM(LlamaForCausalLM):
     config_class = MyConfig
 
 
 AutoConfig.register("my_llama", MyConfig)
-AutoModel.register(MyConfig, MyModel)
 AutoModelForCausalLM.register(MyConfig, MyForCausalLM)
 
 FAMILIES["my_llama"] = Family(

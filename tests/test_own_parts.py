@@ -121,7 +121,7 @@ def test_a_model_family(parts: ModuleType, tmp_path: Path) -> None:
     for surgery in ({}, {"mlp": False}, {"norms": False}, {"residuals": False}):
         ours_cut = TransformerSpec(model=str(ours), depth=2, **surgery).load()
         theirs_cut = TransformerSpec(model=str(theirs), depth=2, **surgery).load()
-        assert type(ours_cut.model).__name__ == "MyModel"
+        assert type(ours_cut.model.config).__name__ == "MyConfig"
         assert torch.equal(ours_cut.features_of(ids), theirs_cut.features_of(ids))
     (row,), _ = fit(
         ours, tmp_path, "--model.objective=tests.own_parts.Huber", "--model.transformer.mlp=false"

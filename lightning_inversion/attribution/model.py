@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import transformers
@@ -20,12 +21,17 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 import lightning_inversion
 from lightning_inversion.errors import InputError
+from lightning_inversion.transformer.probe import check_reads_vectors
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 _PRECISE_ROWS = 4
 """Fewest rows of a head that is differentiated. Its gradient is a sum over the vocabulary, for
 which fewer rows get a kernel that loses two digits of float32 (measured with 49,152 tokens): a lone
 row is run this many times."""
+
+
+_CHECKED: WeakSet[PreTrainedModel] = WeakSet()
+"""Models whose logits are known to follow from token vectors."""
 
 
 class Reader(ABC):
@@ -74,6 +80,9 @@ class LogitReader(Reader):
         super().__init__(embedding, next(embedding.parameters()).device)
         self.model = model
         self._keeps_few = "logits_to_keep" in inspect.signature(model.forward).parameters
+        if model not in _CHECKED:
+            check_reads_vectors(type(model).__name__, self._all_logits, embedding)
+            _CHECKED.add(model)
 
     def read(
         self, embeds: Tensor, at: Tensor, prefix: tuple[CleanPrefix, int] | None = None
@@ -90,8 +99,13 @@ class LogitReader(Reader):
         outputs = self._logits(embeds[None], at, use_cache=True, past_key_values=cache)
         return outputs[0], CleanPrefix(cache, embeds.shape[0])
 
+    def _all_logits(self, **given: Tensor) -> Tensor:
+        logits: Tensor = self.model(use_cache=False, **given).logits
+        return logits
+
     def _logits(self, embeds: Tensor, at: Tensor, **options: Any) -> Tensor:
         logits: Tensor
+        embeds = embeds.clone()  # CTRL and GIT write in it
         if not self._keeps_few:
             logits = self.model(inputs_embeds=embeds, **options).logits
             return logits[:, at].float()

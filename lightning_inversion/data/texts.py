@@ -85,7 +85,8 @@ class ModelLimits:
     def of(cls, config: PretrainedConfig) -> ModelLimits:
         """The limits in a model's configuration."""
         language = text_config(config)
-        return cls(getattr(language, "max_position_embeddings", None), language.vocab_size)
+        longest = getattr(language, "max_position_embeddings", None)
+        return cls(None if longest == -1 else longest, language.vocab_size)  # XLNet has no limit
 
     def check(self, ids: list[int]) -> None:
         """Raise InputError, "has ...; ...", if the model cannot run tokens ``ids``."""

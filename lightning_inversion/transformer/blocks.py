@@ -28,21 +28,36 @@ class BlockList:
     blocks: nn.ModuleList
 
 
+class KeptBlocks(nn.ModuleList):
+    """The first blocks of a model whose configuration goes on to count all of them.
+
+    The configuration stays whole because weights and functions depend on it: MiniCPM3 scales its
+    residuals by the number of blocks.
+    """
+
+
 def find_blocks(model: PreTrainedModel) -> BlockList:
     """The one outermost `ModuleList` with as many entries as the configuration has blocks.
 
-    Outermost, because a mixture of experts may have as many experts as blocks.
+    Outermost, because a mixture of experts may have as many experts as blocks; with weights,
+    because there may be as many rotary embeddings. Blocks that were cut are found by their class.
 
     Raises:
         InputError: there is none or more than one.
     """
-    count = model.config.num_hidden_layers
+    count = block_count(model.config)
     found: dict[str, BlockList] = {}
+    left_out: list[str] = []
     for path, parent in model.named_modules():
-        if any(path == other or path.startswith(f"{other}.") for other in found):
+        if any(f"{path}.".startswith(f"{other}.") for other in [*found, *left_out]):
+            continue
+        if isinstance(parent, PreTrainedModel) and parent.config is not model.config:
+            left_out.append(path)  # a model of images or sounds inside
             continue
         for name, child in parent.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == count:
+            if isinstance(child, KeptBlocks):
+                return BlockList(parent, name, child)
+            if isinstance(child, nn.ModuleList) and len(child) == count and _has_weights(child):
                 found[f"{path}.{name}".lstrip(".")] = BlockList(parent, name, child)
     if len(found) != 1:
         raise InputError(
@@ -53,10 +68,14 @@ def find_blocks(model: PreTrainedModel) -> BlockList:
     return next(iter(found.values()))
 
 
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
 def cut_blocks_(model: PreTrainedModel, kept: int) -> tuple[nn.Module, ...]:
     """Drop all but the first `kept` blocks, in place; returns them."""
     found = find_blocks(model)
-    blocks = nn.ModuleList(list(found.blocks)[:kept])
+    blocks = KeptBlocks(list(found.blocks)[:kept])
     setattr(found.parent, found.name, blocks)
     return tuple(blocks)
 
@@ -65,7 +84,7 @@ def repeat_first_block_(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     """Put copies of the first block, with the same weights, in place of the others."""
     found = find_blocks(model)
     first = found.blocks[0]
-    blocks = nn.ModuleList([first, *(frozen_copy(first) for _ in found.blocks[1:])])
+    blocks = KeptBlocks([first, *(frozen_copy(first) for _ in found.blocks[1:])])
     for number, block in enumerate(blocks):
         for module in block.modules():
             if hasattr(module, "layer_idx"):  # by which a block finds its own keys and values
@@ -74,18 +93,11 @@ def repeat_first_block_(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     return tuple(blocks)
 
 
-def shorten_config_(config: PretrainedConfig, kept: int) -> None:
-    """Set the number of blocks in a configuration to `kept`, in place."""
-    config.num_hidden_layers = kept
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:kept]
-
-
 def without_head(model: PreTrainedModel) -> PreTrainedModel:
     """The part of `model` that turns token vectors into hidden states, without its head."""
     base = model.base_model
     assert isinstance(base, PreTrainedModel)
-    if text_config(base.config) is base.config:
+    if text_config(base.config) is base.config and _takes(base, "inputs_embeds"):
         return base
     decoder = base.get_decoder()  # type: ignore[no-untyped-call]
     assert isinstance(decoder, PreTrainedModel)
@@ -98,8 +110,22 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return nested
 
 
+def block_count(config: PretrainedConfig) -> int:
+    """How many blocks the language model of a configuration has."""
+    # Beside the encoder's, of another number; LongCat counts two caches to a block.
+    for name in ("decoder_layers", "num_decoder_layers", "num_layers"):
+        if hasattr(config, name):
+            return int(getattr(config, name))
+    return int(text_config(config).num_hidden_layers)
+
+
 def frozen_copy(model: M) -> M:
-    """New modules around the same weights: what is cut from them leaves `model` as it was."""
+    """New modules around the same weights: what is cut from them leaves `model` as it was.
+
+    RWKV divides its weights when it is run, and is copied whole.
+    """
+    if any(hasattr(module, "layers_are_rescaled") for module in model.modules()):
+        return copy.deepcopy(model).requires_grad_(False)
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = (
@@ -120,12 +146,16 @@ def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def takes_position_ids(model: PreTrainedModel) -> bool:
     """Whether the model takes the positions of its tokens as an argument."""
-    return "position_ids" in inspect.signature(model.forward).parameters
+    return _takes(model, "position_ids")
 
 
-def block_output(output: Tensor | tuple[Any, ...]) -> Tensor:
-    """The hidden states in what a block returns: the first entry, where that is a tuple."""
-    hidden = output[0] if isinstance(output, tuple) else output
+def _takes(model: PreTrainedModel, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
+
+
+def block_output(output: Tensor | Sequence[Any]) -> Tensor:
+    """The hidden states in what a block returns: the first entry, where that is a sequence."""
+    hidden = output[0] if isinstance(output, tuple | list) else output
     assert isinstance(hidden, torch.Tensor)
     return hidden
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from lightning_inversion.errors import module_property
 
 # Rows handled at a time where a temporary copy in float64 would otherwise double the memory.
 _ROWS = 8192
@@ -114,7 +115,7 @@ class TokenEmbedding(nn.Module):
         """How many vectors `dot` should score together, so that the scores stay small."""
         return scored_at_a_time(self.vocabulary_size)
 
-    @cached_property
+    @module_property
     @torch.no_grad()
     def _inverse_gram(self) -> Tensor:
         D = self.width
@@ -131,13 +132,13 @@ class TokenEmbedding(nn.Module):
             return inverse
         return torch.cholesky_inverse(factor)
 
-    @cached_property
+    @module_property
     @torch.no_grad()
     def mean(self) -> Tensor:
         """The mean token vector [D], float32."""
         return self.matrix.mean(dim=0, dtype=torch.float32)
 
-    @cached_property
+    @module_property
     @torch.no_grad()
     def std(self) -> float:
         """The root mean square distance of an entry of W from its column's mean."""
@@ -146,7 +147,7 @@ class TokenEmbedding(nn.Module):
             squares += (rows.float() - self.mean).square().sum().item()
         return float((squares / self.matrix.numel()) ** 0.5)
 
-    @cached_property
+    @module_property
     @torch.no_grad()
     def norms(self) -> Tensor:
         """The Euclidean norm of each token's vector [V], float32."""
@@ -157,7 +158,7 @@ class TokenEmbedding(nn.Module):
         """Groups of token ids with identical rows, which no hidden state distinguishes."""
         return self._duplicates
 
-    @cached_property
+    @module_property
     def first_duplicate(self) -> Tensor:
         """The first token ``[V]`` with the same row as each token: itself, for nearly all."""
         first = torch.arange(self.vocabulary_size, device=self.matrix.device)
@@ -165,7 +166,7 @@ class TokenEmbedding(nn.Module):
             first[list(group)] = group[0]
         return first
 
-    @cached_property
+    @module_property
     def _duplicates(self) -> tuple[tuple[int, ...], ...]:
         groups: dict[bytes, list[int]] = defaultdict(list)
         for start in range(0, self.vocabulary_size, _ROWS):

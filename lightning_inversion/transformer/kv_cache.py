@@ -169,11 +169,21 @@ def one_after_another(length: int, device: torch.device) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
+_WINDOWS = (
+    "sliding_window",
+    "sliding_window_size",
+    "attention_window_size",
+    "attention_chunk_size",
+    "local_attention",
+    "keep_window_size",
+)
+_KEYS = ("window_size", "max_position_embeddings", "index_topk", "indexer_budget")
+
+
 def most_keys(config: PretrainedConfig) -> float:
-    """Keys of one forward, known and new: local attention (GPT-Neo) and masks of a fixed size count
-    the tokens as they lie, side by side or not."""
-    limits = (getattr(config, name, None) for name in ("window_size", "max_position_embeddings"))
-    return min((limit for limit in limits if limit is not None), default=math.inf)
+    """Keys of one forward, known and new: local attention (GPT-Neo), masks of a fixed size and
+    attention to the best keys count the tokens as they lie, side by side or not."""
+    return _least(config, _KEYS)
 
 
 def serves(config: PretrainedConfig, length: int, keys: int) -> bool:
@@ -184,6 +194,13 @@ def serves(config: PretrainedConfig, length: int, keys: int) -> bool:
         length: of the longest sequence in a forward, its known tokens counted.
         keys: of the forward, known and new.
     """
-    # A sliding window is not in our mask: the sequence must not have outgrown it.
-    window = getattr(config, "sliding_window", None) or math.inf
-    return length <= window and keys <= most_keys(config)
+    # A window is not in our mask: the sequence must not have outgrown it.
+    return length <= _least(config, _WINDOWS) and keys <= most_keys(config)
+
+
+def _least(config: PretrainedConfig, names: tuple[str, ...]) -> float:
+    """The least of the limits that a configuration sets; -1, 0 and None are none."""
+    limits = [getattr(config, name, None) for name in names]
+    return min(
+        (limit for limit in limits if isinstance(limit, int) and limit > 0), default=math.inf
+    )

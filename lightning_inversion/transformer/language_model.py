@@ -15,14 +15,18 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from lightning_inversion.files import cached_folder
+from lightning_inversion.transformer.blocks import block_count, text_config
 from lightning_inversion.transformer.kv_cache import (
     RaggedCache,
     additive_mask,
     one_after_another,
     serves,
 )
+from lightning_inversion.transformer.probe import FAILURES
 
 _TEXT = "text.safetensors"
+_NEAR = 0.02
+"""How far logits of a kept cache may be off, relative to the largest; half precision rounds."""
 
 
 class LanguageModel:
@@ -35,7 +39,7 @@ class LanguageModel:
 
     def __init__(self, model: PreTrainedModel, caches: bool) -> None:
         self.model, self.caches = model, caches
-        self.layers: int = model.config.get_text_config(decoder=True).num_hidden_layers
+        self.layers = block_count(model.config)
 
     @property
     def device(self) -> torch.device:
@@ -52,8 +56,17 @@ class LanguageModel:
     @torch.no_grad()
     def log_probabilities(self, ids: Tensor) -> Tensor:
         """log p ``[B, T, V]`` of the token after each of ids ``[B, T]``."""
-        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits.float().nan_to_num(0.0, 0.0, 0.0).log_softmax(-1)
+        return self.scores(self.model(input_ids=ids, use_cache=False).logits)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Logits ``[..., any]`` of the model -> log p ``[..., V]`` of the tokens of its embedding.
+
+        A head for fewer tokens (Moshi) never writes the others. Logits that are not finite numbers,
+        of float16, are as good as none.
+        """
+        V = self.embeddings.shape[0]
+        scores = logits[..., :V].float().nan_to_num(0.0, 0.0, 0.0).log_softmax(-1)
+        return nn.functional.pad(scores, (0, V - scores.shape[-1]), value=-torch.inf)
 
     @torch.no_grad()
     def sample_text(self, rows: int, length: int, seed: int = 0) -> Tensor:
@@ -64,17 +77,38 @@ class LanguageModel:
         generator = torch.Generator().manual_seed(seed)
         vocabulary = self.embeddings.shape[0]
         ids = torch.randint(vocabulary, (rows, 1), generator=generator)
-        cache: Cache = DynamicCache(config=self.model.config)
+        cache = self._own_cache() if self._continues() else None
         for _ in range(length - 1):
-            output = self.model(
-                input_ids=ids[:, -1:].to(self.device), past_key_values=cache, use_cache=True
-            )
-            cache = output.past_key_values
-            # Logits that are not finite numbers, of float16, are as good as none.
-            logits = output.logits[:, -1].float().nan_to_num(0.0, 0.0, 0.0)
-            chances = logits.softmax(-1).cpu()
+            logits = self._next_logits(ids.to(self.device), cache)
+            chances = self.scores(logits).exp().cpu()
             ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
         return ids
+
+    def _own_cache(self) -> Cache:
+        return DynamicCache(config=self.model.config)
+
+    def _next_logits(self, ids: Tensor, cache: Cache | None) -> Tensor:
+        """Logits ``[B, any]`` of the token after ids ``[B, T]``, all but the last in the cache."""
+        if cache is None:
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        else:
+            logits = self.model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits
+        return logits[:, -1]
+
+    @torch.no_grad()
+    def _continues(self) -> bool:
+        """Whether the model takes up a cache that it was given: recurrent ones may not."""
+        ids = torch.arange(1, 4, device=self.device)[None]
+        try:
+            cache = self._own_cache()
+            found = [self._next_logits(ids[:, :length], cache) for length in (1, 2, 3)][-1]
+        except torch.OutOfMemoryError:
+            raise
+        except FAILURES:
+            return False
+        expected = self._next_logits(ids, None)
+        allowed = _NEAR * float(expected.abs().max())
+        return bool((found - expected).abs().max() <= allowed)
 
 
 def own_text(language_model: LanguageModel, rows: int = 64, length: int = 96) -> Tensor:
@@ -160,7 +194,7 @@ class Continuations:
 
     def _catch_up(self, waiting: list[int]) -> None:
         longest = max(len(self._ids[row]) for row in waiting)
-        if not serves(self.language_model.model.config, longest, longest):
+        if not serves(text_config(self.language_model.model.config), longest, longest):
             self._cache = None
         if self._cache is None:
             self._done = [0] * len(self._done)
@@ -170,9 +204,7 @@ class Continuations:
         ids = torch.tensor([one + [0] * (width - len(one)) for one in new], device=device)
         ends = torch.tensor([len(one) - 1 for one in new], device=device)
         logits = self._logits(torch.tensor(waiting, device=device), ids, ends)
-        for row, scores in zip(
-            waiting, logits.float().nan_to_num(0.0, 0.0, 0.0).log_softmax(-1), strict=True
-        ):
+        for row, scores in zip(waiting, self.language_model.scores(logits), strict=True):
             self._latest[row] = scores
             self._done[row] = len(self._ids[row])
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -25,8 +20,6 @@ from lightning_inversion.transformer.blocks import (
     checkpoint_blocks_,
     compile_blocks_,
     frozen_copy,
-    shorten_config_,
-    text_config,
     without_head,
 )
 from lightning_inversion.transformer.embedding import TokenEmbedding
@@ -44,13 +37,12 @@ from lightning_inversion.transformer.selection import (
 from lightning_inversion.transformer.sources import (
     ModelFiles,
     check_source,
-    first_line,
-    quiet_transformers,
     resolve_source,
 )
 from lightning_inversion.transformer.surgery import Surgery
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.transformer.untrained import untrained_embedding, untrained_model
+from lightning_inversion.transformer.weights import causal_class, read_weights, readable
 
 
 @dataclass
@@ -138,16 +130,15 @@ class TransformerSpec:
         Raises:
             InputError: the options do not fit the model.
         """
-        return self._selection(text_config(self.config())).depth
+        return self._selection(self.config()).depth
 
     def load_blocks(self, depth: int) -> PreTrainedModel:
         """The language model's first `depth` blocks as they are: no head, nothing switched off."""
         files = self._files()
         config = self._config_of(files)
         if self.weights == "untrained":
-            return without_head(self._untrained(AutoModel, config, depth))
-        shorten_config_(text_config(config), depth)
-        return without_head(self._trained(AutoModel, files, config))
+            return self._untrained(config, depth)
+        return without_head(self._trained(files, config, depth))
 
     def cut(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -177,7 +168,7 @@ class TransformerSpec:
         """The loaded model's description, without what needs its weights."""
         return {
             **self._source,
-            **self._selection(text_config(self.config())).description(),
+            **self._selection(self.config()).description(),
             **self._surgery.description(),
             "dtype": self.dtype,
         }
@@ -191,9 +182,9 @@ class TransformerSpec:
         files = self._files()
         config = self._config_of(files)
         if self.weights == "untrained":
-            model = self._untrained(AutoModelForCausalLM, config)
+            model = self._untrained(config)
         else:
-            model = self._trained(AutoModelForCausalLM, files, config)
+            model = self._trained(files, config)
         model.requires_grad_(False)
         model.train(False)
         return model, self._tokenizer_of(files)
@@ -222,41 +213,38 @@ class TransformerSpec:
         return resolve_source(self.model, self.revision)
 
     def _config_of(self, files: ModelFiles) -> PretrainedConfig:
-        with _readable(self.model):
+        with readable(self.model):
             config: PretrainedConfig = AutoConfig.from_pretrained(
-                files.location, revision=files.revision
+                files.location, revision=files.revision, trust_remote_code=False
             )
         return config
 
     def _tokenizer_of(self, files: ModelFiles) -> PreTrainedTokenizerBase:
-        with _readable(self.model):
-            return AutoTokenizer.from_pretrained(files.location, revision=files.revision)
+        with readable(self.model):
+            return AutoTokenizer.from_pretrained(
+                files.location, revision=files.revision, trust_remote_code=False
+            )
 
-    def _trained(self, auto: Any, files: ModelFiles, config: PretrainedConfig) -> PreTrainedModel:
-        # Blocks beyond the configuration's are left in the file, and the head too.
+    def _trained(
+        self, files: ModelFiles, config: PretrainedConfig, depth: int | None = None
+    ) -> PreTrainedModel:
+        """The model with its head; with `depth`, its first blocks: nothing else is read."""
+        kind = causal_class(config, self.model)
         options: dict[str, Any] = {
-            "config": config,
-            "revision": files.revision,
             "dtype": self._dtype,
-            "attn_implementation": self._attention_of(auto, config),
+            "attn_implementation": self._attention_of(kind),
             "device_map": self.device_map,
-            "output_loading_info": True,
         }
         if self.quantization is not None:
             options["quantization_config"] = quantization_config(self.quantization, self._dtype)
-        model: PreTrainedModel
-        with _readable(self.model), torch.random.fork_rng(devices=[]):
-            model, report = auto.from_pretrained(files.location, **options)
-        _check_complete(self.model, report)
+        model = read_weights(files, config, kind, depth, options)
         if self.quantization is not None:
             prepare_quantized_(model)
         return model
 
-    def _untrained(
-        self, auto: Any, config: PretrainedConfig, depth: int | None = None
-    ) -> PreTrainedModel:
-        attention = self._attention_of(auto, config)
-        return untrained_model(auto, config, self.weights_seed, self._dtype, attention, depth)
+    def _untrained(self, config: PretrainedConfig, depth: int | None = None) -> PreTrainedModel:
+        attention = self._attention_of(causal_class(config, self.model))
+        return untrained_model(config, self.weights_seed, self._dtype, attention, depth)
 
     @property
     def _surgery(self) -> Surgery:
@@ -287,16 +275,10 @@ class TransformerSpec:
     def _other_embedding(self) -> TokenEmbedding | None:
         if self.embedding == "own":
             return None
-        module = untrained_embedding(AutoModel, self.config(), self.embedding_seed, self._dtype)
+        module = untrained_embedding(self.config(), self.embedding_seed, self._dtype)
         return TokenEmbedding.from_module(module)
 
-    def _attention_of(self, auto: Any, config: PretrainedConfig) -> str:
-        kind = auto._model_mapping.get(type(config), None)
-        if kind is None:
-            raise InputError(
-                f"--model.transformer.model: {self.model!r} is a {config.model_type}, "
-                "which is no causal language model of transformers; choose another."
-            )
+    def _attention_of(self, kind: type[PreTrainedModel]) -> str:
         # GPT-J, GPT-Neo, BLOOM and others have only eager attention.
         return self.attention if kind._supports_sdpa else "eager"
 
@@ -325,29 +307,3 @@ def _check_choices(spec: TransformerSpec) -> None:
                 f"--model.transformer.{name}: {value!r} is not known; "
                 f"choose one of {', '.join(choices)}."
             )
-
-
-@contextmanager
-def _readable(model: str) -> Iterator[None]:
-    """Raise one `InputError` for every way in which a model's files cannot be read."""
-    try:
-        with quiet_transformers():
-            yield
-    except (OSError, SafetensorError, ValueError) as error:
-        reason = first_line(error).rstrip(".")
-        raise InputError(
-            f"--model.transformer.model: {model!r} could not be loaded ({reason}); look "
-            "at the name and the network, or give a local folder."
-        ) from error
-
-
-def _check_complete(model: str, report: dict[str, Any]) -> None:
-    """Weights that a file lacks are drawn at random by transformers: never silently."""
-    lacking = sorted(
-        str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind]
-    )
-    if lacking:
-        raise InputError(
-            f"--model.transformer.model: {model!r} lacks {len(lacking)} weights, "
-            f"{lacking[0]} the first; give a complete model, or ask for untrained weights."
-        )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.transformer.blocks import block_output
+from lightning_inversion.transformer.blocks import block_count, block_output, text_config
 
 DEFAULT_DEPTH = 1
 
@@ -52,14 +52,14 @@ class Selection:
         """
         check_depths(depth, layers)
         check_slice(features)
-        total = config.num_hidden_layers
+        total = block_count(config)
         chosen = tuple(layers) if layers else (total if depth is None else depth,)
         if chosen[-1] > total:
             raise InputError(
                 f"--model.transformer.{'layers' if layers else 'depth'}: {chosen[-1]} blocks "
                 f"were asked for and the model has {total}; choose {total} or fewer."
             )
-        size = config.hidden_size * len(chosen)
+        size = text_config(config).hidden_size * len(chosen)
         if features is not None and not range(size)[slice_of(features)]:
             raise InputError(
                 f"--model.transformer.features: {features!r} selects nothing of {size} "
@@ -90,11 +90,11 @@ class Selection:
             for handle in handles:
                 handle.remove()
 
-    def features_in(self, outputs: dict[int, Tensor], normed: Tensor) -> Tensor:
-        """The features [B, T, F] in captured outputs; `normed` is the model's own last output."""
+    def features_in(self, outputs: dict[int, Tensor], output: Any) -> Tensor:
+        """The features [B, T, F] in captured outputs; `output` is the model's own."""
         parts = [outputs[depth] for depth in self.layers]
         if self.final_norm:
-            parts[-1] = normed
+            parts[-1] = output.last_hidden_state
         if self.centred:
             parts = [part.float() - part.float().mean(-1, keepdim=True) for part in parts]
         # Blocks may lie on several devices.

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_inversion.transformer.blocks import frozen_copy, text_config, without_head
+from lightning_inversion.transformer.blocks import block_count, frozen_copy, without_head
 from lightning_inversion.transformer.loading import WHAT_IS_LOADED, TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
@@ -55,7 +55,7 @@ class SharedModels:
             self._model = self._whole = None
             self._whole, self._tokenizer = spec.load_causal_lm()
             self._model = without_head(self._whole)
-            self._depths[key] = text_config(self._whole.config).num_hidden_layers
+            self._depths[key] = block_count(self._whole.config)
             self._key = key
         assert self._tokenizer is not None
         return spec.cut(frozen_copy(without_head(self._whole)), self._tokenizer), self._whole

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -215,7 +216,11 @@ def convert_gguf(file: Path, folder: Path) -> None:
     A tied head is stored once. `is_converted` checks later whether the folder is still whole.
     """
     _log.info("Converting %s (once, about half a minute)", file.name)
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(file.parent),
+        "gguf_file": file.name,
+        "trust_remote_code": False,
+    }
     try:
         with (
             quiet_transformers(),

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
+from lightning_inversion.errors import InputError, module_property
 from lightning_inversion.transformer.blocks import (
     cut_blocks_,
     frozen_copy,
     repeat_first_block_,
     replace_module_,
-    shorten_config_,
     takes_position_ids,
     without_head,
 )
@@ -29,6 +29,7 @@ from lightning_inversion.transformer.kv_cache import (
     additive_mask,
     one_after_another,
 )
+from lightning_inversion.transformer.probe import FAILURES, check_reads_vectors
 from lightning_inversion.transformer.selection import Selection
 from lightning_inversion.transformer.surgery import Surgery, check_bidirectional, operate_
 
@@ -40,7 +41,8 @@ class TruncatedTransformer(nn.Module):
     """The first blocks of a causal language model, frozen: O(a) of the source.
 
     The features are the output of block `depth`: Hugging Face's `hidden_states[depth]`, but for
-    the last block, whose `hidden_states` are taken after the final norm (`final_norm=True` does).
+    the last block, whose `hidden_states` are taken after the final norm (`final_norm=True` does),
+    and for Mamba, whose `hidden_states` lack the embeddings: `hidden_states[depth - 1]`.
     They are float32 whatever the model computes in.
 
     Built by `TransformerSpec.load` or `from_model`; the constructor takes the model over and
@@ -72,20 +74,20 @@ class TruncatedTransformer(nn.Module):
         self.causal = self.surgery.causal
         self._description = dict(description or {})
 
+        # A tuple, so that they are not registered a second time.
+        self.blocks = cut_blocks_(model, self.depth)
+        self.model = model
+        self.requires_grad_(False)
+        self.eval()
         own = model.get_input_embeddings()
+        self._check_reads_vectors(own)
         self.embedding = embedding or TokenEmbedding.from_module(own)
         # The model is only ever given vectors. Without its own embedding, W is held once, even
         # where it is scaled or moved to another device.
         replace_module_(model, own, nn.Identity())
-        # A tuple, so that they are not registered a second time.
-        self.blocks = cut_blocks_(model, self.depth)
-        shorten_config_(model.config, self.depth)
         if self.surgery.repeat_first:
             self.blocks = repeat_first_block_(model)
         operate_(model, self.blocks, self.surgery)
-        self.model = model
-        self.requires_grad_(False)
-        self.eval()
         if not self.causal:
             check_bidirectional(self, self.embedding.matrix[None, :4].float())
 
@@ -154,7 +156,7 @@ class TruncatedTransformer(nn.Module):
         """Whether the features hold a token's whole embedding, with what the blocks add to it."""
         return self.surgery.residuals and self.selection.features is None
 
-    @cached_property
+    @module_property
     @torch.no_grad()
     def feature_size(self) -> int:
         """F, found by running one token."""
@@ -219,12 +221,41 @@ class TruncatedTransformer(nn.Module):
             given["position_ids"] = positions
         if cache is not None:
             given["past_key_values"] = cache
+        given["inputs_embeds"] = embeds.to(self.dtype, copy=True)  # CTRL writes in it
+        return self._features(use_cache=cache is not None, **given).float().to(embeds.device)
+
+    def _features(self, **given: Any) -> Tensor:
+        """The selected features of one forward of the model."""
         with self.selection.capturing(self.blocks) as outputs:
-            output = self.model(
-                inputs_embeds=embeds.to(self.dtype), use_cache=cache is not None, **given
+            output = self.model(**given)
+        return self.selection.features_in(outputs, output)
+
+    def _check_reads_vectors(self, embedding: nn.Module) -> None:
+        """Run the model on three ids and on their vectors.
+
+        Raises:
+            InputError: the hidden states do not follow from the vectors, or a block is skipped.
+        """
+        kind = type(self.model).__name__
+        run: set[nn.Module] = set()
+        hooks = [
+            block.register_forward_pre_hook(lambda block, _: run.add(block))
+            for block in self.blocks
+        ]
+        refused: InputError | None = None
+        try:
+            check_reads_vectors(kind, partial(self._features, use_cache=False), embedding)
+        except InputError as error:
+            refused = error
+        for hook in hooks:
+            hook.remove()
+        if 0 < len(run) < self.depth:  # Llama 3.2 Vision
+            raise InputError(
+                f"--model.transformer.depth: {kind} runs {len(run)} of its first {self.depth} "
+                "blocks on text alone; choose a smaller depth, or another model."
             )
-        features = self.selection.features_in(outputs, output.last_hidden_state)
-        return features.float().to(embeds.device)
+        if refused is not None:
+            raise refused
 
     def candidates(
         self, prefix_embeds: Tensor, lengths: Tensor, candidate_embeds: Tensor
@@ -256,7 +287,7 @@ class TruncatedTransformer(nn.Module):
             features.append(self(sequence, positions <= ends[:, None])[each, ends])
         return torch.cat(features).reshape(B, K, -1)
 
-    @cached_property
+    @module_property
     @torch.no_grad()
     def caches(self) -> bool:
         """Whether `KnownPrefix` may keep keys and values: compared once with plain forwards.
@@ -281,7 +312,7 @@ class TruncatedTransformer(nn.Module):
             behind(prefix, one_after_another(4, self.device))
             cache.begin(lengths)
             kept = behind(candidates, torch.eye(3, dtype=torch.bool, device=self.device))
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError):
+        except FAILURES:
             return False  # takes no such mask, or keeps something else than keys and values
         plain = self.candidates(prefix, lengths, candidates)
         without_prefix = self.candidates(prefix, torch.zeros_like(lengths), candidates)
@@ -289,7 +320,7 @@ class TruncatedTransformer(nn.Module):
         allowed = 0.01 * (plain - without_prefix).norm() + rounding * plain.norm()
         return bool((kept - plain).norm() <= allowed)
 
-    @cached_property
+    @module_property
     def fingerprint(self) -> str:
         """sha256 of the kept weights, with their names and types."""
         digest = hashlib.sha256()

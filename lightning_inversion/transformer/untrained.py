@@ -2,62 +2,48 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.blocks import (
     cut_blocks_,
-    shorten_config_,
     takes_position_ids,
-    text_config,
     without_head,
 )
 
 
 def untrained_model(
-    auto: Any,
     config: PretrainedConfig,
     seed: int,
     dtype: torch.dtype,
     attention: str,
     depth: int | None = None,
 ) -> PreTrainedModel:
-    """A model of `config` with random weights and, if given, its first `depth` blocks only.
+    """A causal language model with random weights; with `depth`, its first blocks without a head.
 
     Each module draws from a seed of its own, made of `seed` and the module's name: the weights of
     a block do not depend on how many blocks are kept, and the global generator is not touched.
-
-    Args:
-        auto: AutoModel or AutoModelForCausalLM.
     """
-    with torch.device("meta"):  # shapes only: dropped blocks never take memory
-        model: PreTrainedModel = auto.from_config(config, attn_implementation=attention)
+    model = _shapes(config, attention)
     base = without_head(model)
     if depth is not None:
         cut_blocks_(base, depth)
+        model = base
     model.to_empty(device="cpu")
     _initialise_(model, base, seed)
-    if depth is not None:
-        # Only now: GPT-2 scales its initial weights by the number of blocks of the whole model.
-        shorten_config_(base.config, depth)
     model.tie_weights()
     model.to(dtype)  # type: ignore[arg-type]  # transformers' wrapper hides the overloads
     return model
 
 
-def untrained_embedding(
-    auto: Any, config: PretrainedConfig, seed: int, dtype: torch.dtype
-) -> nn.Module:
+def untrained_embedding(config: PretrainedConfig, seed: int, dtype: torch.dtype) -> nn.Module:
     """The token embedding of an untrained model: the one `untrained_model` would have."""
-    with torch.device("meta"):
-        base = without_head(auto.from_config(config))
+    base = without_head(_shapes(config))
     name, embedding = next(
         (name, module)
         for name, module in base.named_modules()
@@ -66,6 +52,15 @@ def untrained_embedding(
     embedding.to_empty(device="cpu")
     _initialise_module_(base, name, name, embedding, seed)
     return embedding.to(dtype)
+
+
+def _shapes(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
+    """The model on torch's meta device: its weights have shapes, and take no memory."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, attn_implementation=attention, trust_remote_code=False
+        )
+    return model
 
 
 @torch.no_grad()
@@ -125,8 +120,6 @@ def count_block(config: PretrainedConfig) -> tuple[int, float]:
 
 def _counted(config: PretrainedConfig, blocks: int) -> tuple[int, int]:
     """Parameters, and floats kept of one sequence, of a model of so many blocks."""
-    config = copy.deepcopy(config)
-    shorten_config_(text_config(config), blocks)
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -134,9 +127,9 @@ def _counted(config: PretrainedConfig, blocks: int) -> tuple[int, int]:
         kept[id(base)] = base
         return tensor
 
+    model = without_head(_shapes(config)).requires_grad_(False).train(False)
+    cut_blocks_(model, blocks)
     with torch.device("meta"):
-        whole = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
-        model = without_head(whole).requires_grad_(False).train(False)
         width = model.get_input_embeddings().weight.shape[1]
         vectors = torch.empty(1, _COUNTED_LENGTH, width, requires_grad=True)
         # The models look into the numbers of a mask that they make themselves; there are none.

@@ -64,3 +64,23 @@ def test_the_checksum_is_of_every_weight(dtype: torch.dtype) -> None:
         module.weight.view(-1)[place] -= 1
     module.register_buffer("weight", memory[1:22].clone().view(7, 3))
     assert weights_checksum(module) != before
+
+
+def test_a_head_for_fewer_tokens_gives_the_others_no_probability() -> None:
+    model = tiny_model("llama")
+    model.lm_head = torch.nn.Linear(32, VOCABULARY - 10)
+    language_model = LanguageModel(model, caches=True)
+    scores = language_model.log_probabilities(torch.tensor([[5, 9, 77]]))
+    assert scores.shape == (1, 3, VOCABULARY)
+    assert torch.isneginf(scores[..., -10:]).all()
+    torch.testing.assert_close(scores.exp().sum(-1), torch.ones(1, 3))
+    assert int(language_model.sample_text(2, 8).max()) < VOCABULARY
+
+
+def test_a_model_that_takes_no_cache_writes_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    language_model = LanguageModel(tiny_model("llama"), caches=True)
+    assert language_model._continues()
+    kept = language_model.sample_text(3, 8)
+    monkeypatch.setattr(language_model, "_own_cache", lambda: object())
+    assert not language_model._continues()
+    assert torch.equal(language_model.sample_text(3, 8), kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -200,3 +201,25 @@ def test_a_hub_id_offline_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_memory_models_of_a_real_class_are_accepted(tiny_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     assert TruncatedTransformer.from_model(model.base_model, depth=1).depth == 1
+
+
+def test_code_in_a_models_folder_is_never_run(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object) -> str:
+        raise AssertionError("asked on the terminal")
+
+    monkeypatch.setattr("builtins.input", asked)
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": "own.T",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    transformer = TransformerSpec(model=str(tmp_path), depth=1).load()  # the class of transformers
+    assert transformer.depth == 1
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "own"}))
+    with pytest.raises(InputError, match="could not be loaded"):
+        TransformerSpec(model=str(tmp_path), depth=1).load()
+    assert not (tmp_path / "ran").exists()

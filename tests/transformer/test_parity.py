@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModelForCausalLM
 
 from lightning_inversion.transformer import TruncatedTransformer
 from tests.tiny import (
@@ -163,8 +163,8 @@ def test_untrained_weights_follow_the_models_own_rules(family: str) -> None:
     from lightning_inversion.transformer.untrained import untrained_model
 
     config: Any = CONFIGS[family]()
-    theirs = AutoModel.from_config(config, attn_implementation="eager")
-    ours = untrained_model(AutoModel, CONFIGS[family](), 0, torch.float32, "eager")
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    ours = untrained_model(CONFIGS[family](), 0, torch.float32, "eager")
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         reference = expected[name]

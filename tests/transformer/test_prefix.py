@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_inversion.transformer.prefix import KnownPrefix
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from tests.architectures import tiny_config
 from tests.tiny import CONFIGS, FAMILIES, VOCABULARY, each, shared_tiny_model, tiny_model
 
 TEXTS = torch.arange(3 * 7).reshape(3, 7) * 13 % VOCABULARY
@@ -114,9 +115,13 @@ def test_the_same_beginning_is_not_run_again(monkeypatch: pytest.MonkeyPatch) ->
     assert not runs
 
 
-def test_a_prefix_that_outgrows_a_sliding_window_is_run_plainly() -> None:
-    config = CONFIGS["mistral"]()
-    config.sliding_window = 4
+@pytest.mark.parametrize(
+    ("family", "window"),
+    [("mistral", "sliding_window"), ("llama4_text", "attention_chunk_size")],
+)
+def test_a_prefix_that_outgrows_a_window_is_run_plainly(family: str, window: str) -> None:
+    config = tiny_config(family)
+    setattr(config, window, 4)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     transformer = TruncatedTransformer.from_model(model, depth=2)

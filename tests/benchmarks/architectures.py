@@ -1,0 +1,299 @@
+"""Which architectures of transformers pass every step, as a Markdown table.
+
+    python -m tests.benchmarks.architectures                    all of them, about an hour
+    python -m tests.benchmarks.architectures llama mamba --rows rows.jsonl
+
+Each is a tiny random model in a folder, run in a process of its own with a time limit. A step
+passes, is refused in one sentence, is slow, or fails: `wrong` where it gave a wrong result,
+`unresolved` where a token was not found, `crash` where anything but a sentence came out.
+"""
+
+import argparse
+import io
+import json
+import logging
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from functools import cached_property
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+from lightning_inversion import __main__ as command_line
+from lightning_inversion.api import recover
+from lightning_inversion.errors import InputError
+from lightning_inversion.files import ENVIRONMENT
+from lightning_inversion.transformer import TransformerSpec
+from tests.architectures import ARCHITECTURES, NOT_MADE, save_architecture
+from tests.tiny import tiny_tokenizer
+
+PROMPTS = ["A quick brown fox"]
+DEPTHS = (1, 3)
+TOLERANCE = 1e-4
+LENGTH = 20
+FIRST_BLOCK_FIRST = {"falcon_mamba", "mamba", "mamba2", "rwkv"}
+"""Whose `hidden_states` lack the embeddings: the output of block k is at k - 1."""
+
+
+class FailedError(Exception):
+    """A result that is not right; the message begins with what it is."""
+
+
+@dataclass
+class Steps:
+    """The steps of one architecture, whose model lies in `folder`."""
+
+    name: str
+    folder: Path
+
+    @cached_property
+    def reference(self) -> PreTrainedModel:
+        """The model as transformers loads it."""
+        (kind,) = AutoConfig.from_pretrained(self.folder, trust_remote_code=False).architectures
+        model = getattr(transformers, kind).from_pretrained(self.folder, dtype=torch.float32)
+        return model.eval()
+
+    @torch.no_grad()
+    def hidden_states(self, ids: torch.Tensor, depth: int) -> torch.Tensor:
+        """Hugging Face's own `[B, T, D]` after so many blocks."""
+        states = self.reference(ids, output_hidden_states=True, use_cache=False).hidden_states
+        return states[depth - (self.name in FIRST_BLOCK_FIRST)]
+
+    def load(self) -> None:
+        """The model loads at two depths."""
+        for depth in DEPTHS:
+            assert TransformerSpec(model=str(self.folder), depth=depth).load().depth == depth
+
+    def parity(self) -> None:
+        """Features are Hugging Face's hidden states: long, of one token, alone and padded."""
+        ids = torch.randint(1, 290, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+        lengths = [LENGTH, 1, 11]
+        mask = torch.arange(LENGTH) < torch.tensor(lengths)[:, None]
+        for depth in DEPTHS:
+            transformer = TransformerSpec(model=str(self.folder), depth=depth).load()
+            padded = transformer.features_of(ids, mask)
+            for row, length in enumerate(lengths):
+                one = ids[row : row + 1, :length]
+                expected = self.hidden_states(one, depth)[0]
+                for kind, found in (
+                    ("", transformer.features_of(one)[0]),
+                    (" padded", padded[row, :length]),
+                ):
+                    off = float((found - expected).abs().max() / expected.abs().max())
+                    if not off <= TOLERANCE:
+                        raise FailedError(
+                            f"wrong: off by {off:.1g} at depth {depth}, T={length}{kind}"
+                        )
+
+    def predict(self) -> None:
+        """Prompts are recovered from the package's own features."""
+        self._check(self._rows("predict", "--model.transformer.depth=2"))
+
+    def recover(self) -> None:
+        """Prompts are recovered from Hugging Face's hidden states."""
+        tokenizer = tiny_tokenizer()
+        rows = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
+        found = recover(
+            self.reference, tokenizer, [self.hidden_states(ids, 2) for ids in rows], depth=2
+        )
+        self._check(
+            {
+                "ids": ids[0].tolist(),
+                "recovered_ids": one.ids,
+                "token_verified": [token.verified for token in one.tokens],
+            }
+            for one, ids in zip(found, rows, strict=True)
+        )
+
+    def fit(self) -> None:
+        """A fit ends with the prompts verified."""
+        rows = self._rows("fit", "--model.transformer.depth=1", "--model.iterations=20")
+        self._check(rows)
+
+    @torch.no_grad()
+    def attribute(self) -> None:
+        """Each token has a finite attribution of Hugging Face's own prediction."""
+        out = self.folder / "attribution.json"
+        command_line.run(["attribute", PROMPTS[0], f"--model={self.folder}", f"--json={out}"])
+        result = json.loads(out.read_text())
+        ids = tiny_tokenizer()(PROMPTS[0], return_tensors="pt").input_ids
+        expected = float(self.reference(ids).logits[0, -1].softmax(-1).max())
+        found = result["queries"][0]["probability"]
+        if abs(found - expected) > TOLERANCE:
+            raise FailedError(
+                f"wrong: the prediction has probability {expected:.3g}, not {found:.3g}"
+            )
+        (scores,) = result["scores"]
+        if len(scores) != ids.shape[1] or None in scores:
+            raise FailedError("wrong: a token has no finite score")
+
+    def _rows(self, command: str, *more: str) -> list[dict[str, Any]]:
+        root = self.folder / command
+        options = [
+            f"--model.transformer.model={self.folder}", f"--data.prompts={json.dumps(PROMPTS)}",
+            "--data.tokens_per_batch=100", f"--trainer.default_root_dir={root}",
+            "--trainer.accelerator=cpu", *more,
+        ]  # fmt: skip
+        command_line.run([command, *options])
+        lines = (root / "lightning_logs" / "version_0" / "results.jsonl").read_text()
+        return [json.loads(line) for line in lines.splitlines()]
+
+    @staticmethod
+    def _check(rows: Iterable[dict[str, Any]]) -> None:
+        tokens = [
+            (right == found, verified)
+            for row in rows
+            for right, found, verified in zip(
+                row["ids"], row["recovered_ids"], row["token_verified"], strict=True
+            )
+        ]
+        wrong = sum(verified and not right for right, verified in tokens)
+        if wrong:
+            raise FailedError(f"wrong: {wrong} of {len(tokens)} tokens verified wrongly")
+        missing = sum(not (right and verified) for right, verified in tokens)
+        if missing:
+            raise FailedError(f"unresolved: {missing} of {len(tokens)} tokens")
+
+
+STEPS = ("load", "parity", "predict", "recover", "fit", "attribute")
+
+
+def run_steps(name: str, chosen: Sequence[str], results: Connection) -> None:
+    """Run steps of an architecture in this process; sends each one's name and what it came to."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[ENVIRONMENT] = f"{folder}/cache"
+        steps = Steps(name, Path(folder) / name)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            save_architecture(steps.folder, name)
+            for step in chosen:
+                began = time.perf_counter()
+                outcome = _outcome(getattr(steps, step)).replace(str(steps.folder), name)
+                results.send((step, outcome, round(time.perf_counter() - began, 1)))
+
+
+def _outcome(step: Callable[[], None]) -> str:
+    try:
+        step()
+    except InputError as error:
+        return f"refused: {error}"
+    except FailedError as error:
+        return str(error)
+    except (Exception, SystemExit) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        own = next(
+            (
+                frame
+                for frame in reversed(traceback.extract_tb(error.__traceback__))
+                if "lightning_inversion/" in frame.filename
+            ),
+            place,
+        )
+        lines = str(error).splitlines() or [""]
+        return (
+            f"crash: {type(error).__name__}: {lines[0][:200]} ({Path(place.filename).name}:"
+            f"{place.lineno}, from {Path(own.filename).name}:{own.lineno})"
+        )
+    return "passes"
+
+
+@dataclass
+class Outcome:
+    """What each step of an architecture came to, and in how many seconds."""
+
+    name: str
+    steps: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def passes(self) -> bool:
+        return all(result == "passes" for result in self.steps.values())
+
+    @property
+    def refused(self) -> str | None:
+        """The sentence, where the architecture is refused when it is loaded."""
+        sentence = self.steps.get("load", "")
+        return sentence.removeprefix("refused: ") if sentence.startswith("refused") else None
+
+
+def measure(name: str, chosen: Sequence[str] = STEPS, limit: float = 300) -> Outcome:
+    """Run an architecture in a process of its own for at most `limit` seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_inversion.cli.lightning", "tests.architectures"])
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=run_steps, args=(name, chosen, sending))
+    process.start()
+    sending.close()
+    outcome, end = Outcome(name), time.monotonic() + limit
+    try:
+        while len(outcome.steps) < len(chosen) and receiving.poll(max(0, end - time.monotonic())):
+            step, result, seconds = receiving.recv()
+            outcome.steps[step], outcome.seconds[step] = result, seconds
+    except EOFError:
+        outcome.steps[chosen[len(outcome.steps)]] = "crash: the process ended"
+    if len(outcome.steps) < len(chosen):
+        outcome.steps.setdefault(chosen[len(outcome.steps)], f"slow: more than {limit:.0f} s")
+        process.kill()
+    process.join()
+    return outcome
+
+
+def markdown(outcomes: Sequence[Outcome]) -> str:
+    """How many architectures pass each step, and by name those that do not pass all."""
+    steps = list(outcomes[0].steps)
+    passed = Counter(
+        step for one in outcomes for step, result in one.steps.items() if result == "passes"
+    )
+    lines = [
+        f"| of {len(outcomes)} architectures | {' | '.join(steps)} | every step |",
+        f"|---|{'---|' * (len(steps) + 1)}",
+        f"| pass | {' | '.join(str(passed[step]) for step in steps)} "
+        f"| {sum(one.passes for one in outcomes)} |",
+    ]
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for one in outcomes:
+        if not one.passes:
+            reasons[one.refused or "; ".join(
+                f"{step} {result}" for step, result in one.steps.items() if result != "passes"
+            )].append(one.name)  # fmt: skip
+    if reasons:
+        lines += ["", "| not passing | what happens |", "|---|---|"]
+        lines += [f"| {', '.join(names)} | {reason} |" for reason, names in reasons.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure the architectures named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="architectures; all if left out")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    parser.add_argument("--limit", type=float, default=300, help="seconds for each")
+    parser.add_argument("--rows", type=Path, help="a file to which each outcome is appended")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(ARCHITECTURES):
+        parser.error(f"not made: {', '.join(sorted(unknown))} (of those known: {NOT_MADE})")
+    outcomes = []
+    for name in options.names or ARCHITECTURES:
+        outcomes.append(measure(name, options.steps, options.limit))
+        if options.rows:
+            with options.rows.open("a") as rows:
+                rows.write(json.dumps(vars(outcomes[-1])) + "\n")
+    print(markdown(outcomes))
+
+
+if __name__ == "__main__":
+    main()
