@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.transformer.blocks import text_config
+from lightning_inversion.transformer.blocks import block_count, text_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -72,10 +72,11 @@ class ModelShape:
     def of(cls, config: PretrainedConfig) -> ModelShape:
         """The sizes in a model's configuration."""
         language = text_config(config)
-        heads = language.num_attention_heads
-        size = getattr(language, "head_dim", None) or language.hidden_size // heads
+        width = language.hidden_size
+        heads = getattr(language, "num_attention_heads", None) or 1  # some have no attention
+        size = getattr(language, "head_dim", None) or width // heads
         heads = getattr(language, "num_key_value_heads", None) or heads
-        return cls(language.num_hidden_layers, language.hidden_size, heads, size)
+        return cls(block_count(config), width, heads, size)
 
 
 @dataclass(frozen=True)
