@@ -5,6 +5,7 @@ Help and version answer before torch is imported, which takes seconds.
 
 from __future__ import annotations
 
+import difflib
 import gc
 import os
 import sys
@@ -15,6 +16,16 @@ from types import ModuleType
 
 from lightning_inversion import __version__
 from lightning_inversion.cli.ending import exit_code
+from lightning_inversion.cli.options import (
+    asked_help,
+    check_files,
+    check_names,
+    first_page,
+    in_full,
+    names_typed,
+    own_names,
+    renamed,
+)
 from lightning_inversion.errors import InputError
 
 _LIGHTNING = "cli.lightning"
@@ -55,18 +66,20 @@ commands
 {"".join(f"  {name:11} {command.help}" + chr(10) for name, command in COMMANDS.items())}
 examples
   lightning-inversion fit --config configs/quickstart.yaml
-  lightning-inversion fit --data.file prompts.txt --model.transformer.depth 4
+  lightning-inversion fit --prompts prompts.txt --depth 4
   lightning-inversion fit --config configs/quickstart.yaml --ckpt_path last       resume
   lightning-inversion validate --config configs/quickstart.yaml --ckpt_path last
   lightning-inversion attribute "The wipers on the bus go swish swish" --out page.html
   lightning-inversion capture --prompts prompts.txt --depth 8 --out targets.safetensors
-  lightning-inversion predict --data.targets targets.safetensors --model.transformer.depth 8
-  lightning-inversion sweep --data.file prompts.txt --over transformer.depth=1,2,4,8 --seeds 3
+  lightning-inversion predict --targets targets.safetensors --depth 8
+  lightning-inversion sweep --prompts prompts.txt --over depth=1,2,4,8 --seeds 3
   lightning-inversion report lightning_logs
-  lightning-inversion audit --prompts prompts.txt --depths 1 8
+  lightning-inversion audit --prompts prompts.txt --depth 1 8
 
 options
-  lightning-inversion COMMAND --help          every option of a command
+  --model NAME, --depth N, --prompts FILE     understood by every command that runs a model
+  lightning-inversion COMMAND --help          the options that are used most
+  lightning-inversion COMMAND --help all      every option
   lightning-inversion COMMAND --print_config  every value that fit, validate or predict would use
   --help, --version
 
@@ -94,18 +107,45 @@ def run(args: list[str]) -> int:
         print(f"lightning-inversion {__version__}")
         return 0
     if name not in COMMANDS:
-        raise InputError(f"unknown command {name!r}; choose from {', '.join(COMMANDS)}.")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stack traces of lost connections
-    command = _imported(f"lightning_inversion.{COMMANDS[name].module}")
-    if COMMANDS[name].module == _LIGHTNING:
-        command.run_lightning(args)
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"unknown command {name!r}; {meant}choose from {', '.join(COMMANDS)}.")
+    help_wanted = asked_help(options)
+    if help_wanted == "page" and (page := first_page(name)) is not None:
+        print(page, end="")
         return 0
+    if help_wanted is not None:
+        options = ["--help"]
+    check_files(options)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stack traces of lost connections
+    if COMMANDS[name].module == _LIGHTNING:
+        return _run_lightning(name, options)
+    return _run_other(name, options)
+
+
+def _run_lightning(name: str, options: list[str]) -> int:
+    """Run fit, validate or predict; an error names the options as they were typed."""
+    check_names(name, options)
+    try:
+        _imported(f"lightning_inversion.{_LIGHTNING}").run_lightning([name, *in_full(options)])
+    except InputError as error:
+        raise InputError(renamed(str(error), names_typed(options))) from error
+    return 0
+
+
+def _run_other(name: str, options: list[str]) -> int:
+    """Run a command with options of its own; an error names these."""
+    command = _imported(f"lightning_inversion.{COMMANDS[name].module}")
     # Imported here: top-level help does without jsonargparse.
-    from lightning_inversion.cli.parser import OneSentenceParser
+    from lightning_inversion.cli.parser import OneSentenceParser, options_of
 
     parser = OneSentenceParser(prog=f"lightning-inversion {name}", description=COMMANDS[name].help)
     getattr(command, f"add_{name}_arguments")(parser)
-    code: int = getattr(command, f"run_{name}")(parser.parse_command(options))
+    try:
+        code: int = getattr(command, f"run_{name}")(parser.parse_command(options))
+    except InputError as error:
+        sentence = renamed(str(error), names_typed(options) if parser.passes_on else {})
+        raise InputError(renamed(sentence, own_names(options_of(parser), sentence))) from error
     return code
 
 

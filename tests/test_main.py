@@ -17,13 +17,13 @@ def test_an_unknown_command_is_answered_by_the_known_ones(monkeypatch, capsys) -
     monkeypatch.setattr(entry, "import_module", lambda name: pytest.fail(f"{name} was imported"))
     assert run(["fitt"]) == 2
     assert capsys.readouterr().err == (
-        "lightning-inversion: unknown command 'fitt'; choose from fit, validate, predict, capture, "
-        "attribute, sweep, report, audit.\n"
+        "lightning-inversion: unknown command 'fitt'; did you mean fit? choose from fit, validate, "
+        "predict, capture, attribute, sweep, report, audit.\n"
     )
 
 
 def test_options_that_must_be_given_are_named_as_they_are_written(capsys) -> None:
-    assert run(["capture", "--prompts=p.txt"]) == 2
+    assert run(["capture", f"--prompts={__file__}"]) == 2
     assert "--out must be given" in capsys.readouterr().err
 
 
@@ -46,6 +46,11 @@ def test_help_and_version_need_no_torch() -> None:
         ("sweep", "--help"): "--processes",
         ("audit", "--help"): "--processes",
         ("report", "--help"): "--title",
+        ("fit", "--help"): "--model.iterations",
+        ("validate", "--depth=2", "-h"): "--ckpt_path",
+        ("predict", "--help"): "--model.recovery.budget",
+        ("capture", "--help"): "--store",
+        ("attribute", "--help"): "--against",
     }
     code = (
         "import contextlib, io, sys\nfrom lightning_inversion.__main__ import main\n"
@@ -62,7 +67,7 @@ def test_help_and_version_need_no_torch() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_help(command: str, capsys) -> None:
-    assert run([command, "--help"]) == 0
+    assert run([command, "--help", "all"]) == 0
     assert f"lightning-inversion {command}" in capsys.readouterr().out
 
 

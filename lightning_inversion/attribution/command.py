@@ -39,7 +39,7 @@ def add_attribute_arguments(parser: ArgumentParser) -> None:
         "text", type=str, nargs="?", help="The text to attribute to; - reads it from stdin."
     )
     parser.add_argument(
-        "--texts",
+        "--prompts",
         type=Path,
         help="A file of texts, one a line (or .jsonl, key prompt), instead of one; needs --json.",
     )
@@ -47,14 +47,14 @@ def add_attribute_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         type=Path,
-        help="Where to write JSON; - for stdout. With --texts, JSON lines: the same command "
+        help="Where to write JSON; - for stdout. With --prompts, JSON lines: the same command "
         "resumes a stopped run, or shares a running one.",
     )
     parser.add_argument(
         "--processes",
         type=int,
         default=1,
-        help="Share the texts of --texts over so many processes, with a model and one thread each.",
+        help="Processes that share the texts of --prompts, with a model and one thread each.",
     )
     parser.add_argument(
         "--tensorboard", type=Path, help="A folder of event files to add the result to."
@@ -85,13 +85,13 @@ def run_attribute(options: Namespace) -> int:
     _check_files(options)
     _check_processes(options)
     request = Request(choices, display, options.preset, _spec(options))
-    _check_tokens(request, texts, options.texts)
-    if options.texts is not None and options.json != _STDIO:
+    _check_tokens(request, texts, options.prompts)
+    if options.prompts is not None and options.json != _STDIO:
         return _run_file(request, texts, options)
     model, tokenizer = request.spec.load_causal_lm()
     for text in texts:
         result = request.result(model, tokenizer, text)
-        if options.texts is None:
+        if options.prompts is None:
             _write_result(result, options)
         else:
             print(result.to_json(indent=None), flush=True)
@@ -115,31 +115,28 @@ def _options_of(kind: type[Any], options: Namespace) -> Any:
 
 
 def _spec(options: Namespace) -> TransformerSpec:
-    try:
-        return TransformerSpec(depth=None, **{name: options[name] for name in WHAT_IS_LOADED})
-    except InputError as error:
-        raise InputError(str(error).replace("--model.transformer.", "--")) from error
+    return TransformerSpec(depth=None, **{name: options[name] for name in WHAT_IS_LOADED})
 
 
 def _texts(options: Namespace) -> list[str]:
-    if (options.text is None) == (options.texts is None):
+    if (options.text is None) == (options.prompts is None):
         raise InputError(
-            "Give one text to attribute to (- for stdin), or --texts with a file of them."
+            "Give one text to attribute to (- for stdin), or --prompts with a file of them."
             if options.text is None
-            else "A text and --texts are two inputs; leave one of them out."
+            else "A text and --prompts are two inputs; leave one of them out."
         )
-    if options.texts is not None:
-        return read_prompts(options.texts, "--texts")
+    if options.prompts is not None:
+        return read_prompts(options.prompts, "--prompts")
     return [sys.stdin.read().removesuffix("\n") if options.text == str(_STDIO) else options.text]
 
 
 def _check_files(options: Namespace) -> None:
-    if options.texts is not None:
+    if options.prompts is not None:
         for option in ("out", "tensorboard"):
             if options[option] is not None:
-                raise InputError(f"--{option} shows one text; with --texts give --json alone.")
+                raise InputError(f"--{option} shows one text; with --prompts give --json alone.")
         if options.json is None:
-            raise InputError("--texts needs --json, the file of the rows (- for stdout).")
+            raise InputError("--prompts needs --json, the file of the rows (- for stdout).")
     if options.out == options.json == _STDIO:
         raise InputError("--out and --json cannot both be stdout; give one of them a file.")
     for option in ("out", "json"):
@@ -158,9 +155,9 @@ def _check_processes(options: Namespace) -> None:
         raise InputError(f"--processes must be at least 1, and is {options.processes}.")
     if options.processes == 1:
         return
-    if options.texts is None:
+    if options.prompts is None:
         raise InputError(
-            "--processes shares out the texts of --texts, and here is one text; leave it out."
+            "--processes shares out the texts of --prompts, and here is one text; leave it out."
         )
     if options.json == _STDIO:
         raise InputError(
@@ -182,7 +179,7 @@ def _check_tokens(request: Request, texts: Sequence[str], file: Path | None) -> 
             named_token(tokenizer, name, option)
     Replacement.named(tokenizer, choices.replacement)
     for number, text in enumerate(texts, start=1):
-        name = "The text" if file is None else f"--texts {str(file)!r}, line {number}"
+        name = "The text" if file is None else f"--prompts {str(file)!r}, line {number}"
         encode(tokenizer, text, config, name)
 
 

@@ -3,7 +3,7 @@
 import logging
 import re
 import sys
-from argparse import HelpFormatter
+from argparse import SUPPRESS, HelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +22,7 @@ from lightning_inversion.callbacks.learning_rate import LinearLearningRate
 from lightning_inversion.callbacks.result_writer import ResultWriter
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
+from lightning_inversion.cli.options import SECTIONS, SHORT
 from lightning_inversion.cli.parser import OneSentenceParser, input_error_behind
 from lightning_inversion.cli.resume import (
     check_continues,
@@ -66,6 +67,18 @@ RECOMMENDED: dict[str, Any] = {
     "learning_rate.in_embedding_std": True,
     "stopping.stop": False,  # a row ends when its tokens are verified
 }
+
+
+_OF_ANOTHER_COMMAND = {
+    "fit": ("display", "model.recovery"),
+    "predict": (
+        *("learning_rate", "decoding", "stopping", "checkpoint", "model.objective"),
+        *("model.optimizer", "model.schedule", "model.decoder", "model.allowed_tokens"),
+        *("model.own_tokens", "model.masked_score", "model.isolated", "model.iterations"),
+    ),
+    "validate": ("learning_rate", "display", "checkpoint", "model.recovery"),
+}
+"""Keys that a command accepts, so that one config serves all, and does not use."""
 
 
 class LightningParser(OneSentenceParser, LightningArgumentParser):
@@ -144,6 +157,13 @@ class InversionCLI(LightningCLI):
         for name in ("revision", "depth", "layers", "final_norm"):
             parser.link_arguments(f"model.transformer.{name}", f"data.{name}")
         parser.set_defaults(RECOMMENDED)
+        for action in parser._actions:
+            key = action.dest.removesuffix(".help")
+            unused = any(
+                f"{key}.".startswith(f"{name}.") for name in _OF_ANOTHER_COMMAND[self._args[0]]
+            )
+            if unused or f"--{key}" in (*SHORT, *(f"--{section}" for section in SECTIONS)):
+                action.help = SUPPRESS
 
     def before_instantiate_classes(self) -> None:
         """Turn ``--ckpt_path last`` into the newest run, which ``fit`` and ``predict`` continue."""

@@ -1,6 +1,5 @@
 """Wrong input on the command line: one sentence that names the option and the way out."""
 
-import difflib
 import re
 from argparse import ArgumentParser as PlainParser
 from argparse import RawDescriptionHelpFormatter
@@ -10,6 +9,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
+from lightning_inversion.cli.options import SHORT, check_names, unknown
 from lightning_inversion.errors import InputError
 
 
@@ -27,7 +27,15 @@ class OneSentenceParser(ArgumentParser):
     passes_on = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._typed: list[str] = []
         super().__init__(*args, **{"allow_abbrev": False, "formatter_class": _Formatter, **kwargs})
+
+    def parse_args(  # type: ignore[override]
+        self, args: Any = None, *more: Any, **how: Any
+    ) -> Namespace:
+        self._typed = list(args or ())
+        options: Namespace = super().parse_args(args, *more, **how)
+        return options
 
     def parse_command(self, args: list[str]) -> Namespace:
         """Parse the options of a command; those of another one become ``passed_on``.
@@ -45,6 +53,7 @@ class OneSentenceParser(ArgumentParser):
                 known = word.partition("=")[0] in self._option_string_actions
                 taker = ours if known else others
             taker.append(word)
+        check_names(self._command, others, options_of(self))
         options = self.parse_args(ours)
         options.passed_on = others
         return options
@@ -52,26 +61,29 @@ class OneSentenceParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise an `InputError` of one sentence."""
         ours = input_error_behind(ex)
-        if ours is not None:
-            sentence = str(ours)
-        elif "unrecognized arguments" in message:
-            sentence = self._unrecognized(" ".join(message.split()))
-        else:
-            sentence = one_sentence(message, options_of(self))
-        raise InputError(sentence) from ex
+        absent = self._unrecognized(str(ours) if ours else " ".join(message.split()))
+        raise absent or ours or InputError(one_sentence(message, options_of(self))) from ex
 
-    def _unrecognized(self, message: str) -> str:
-        """What may have been meant, or where the options are listed."""
-        word = re.search(r"unrecognized arguments: ([^\s=]+)", message)
-        near = difflib.get_close_matches(word[1], options_of(self), 1, 0.8) if word else []
-        commands = [
-            name for action in self._actions if isinstance(action.choices, Mapping)
-            for name in action.choices
-        ]  # fmt: skip
-        named = commands if len(commands) == 1 else []
-        command = " ".join([self.prog.replace(" [options]", ""), *named])
-        way_out = f"did you mean {near[0]}?" if near else f"see {command} --help."
-        return f"{message}; {way_out}"
+    def _unrecognized(self, message: str) -> InputError | None:
+        """For an option that the command, or a class that it was given, does not have."""
+        if found := re.search(r"unrecognized arguments: ([^\s=]+)", message):
+            known = options_of(self)
+            short = [name for name, long in SHORT.items() if long in known]
+            return unknown(found[1], [*short, *known], self._command)
+        if found := re.search(r"Option '(\w+)' is not accepted", message):
+            typed = (word.partition("=")[0] for word in self._typed)
+            option = next((word for word in typed if word.endswith(f".{found[1]}")), None)
+            if option is not None:
+                part = option.rpartition(".")[0]
+                see = f"see lightning-inversion {self._command} {part}.help"
+                return InputError(f"unknown option {option}; {see} for those of the class.")
+        return None
+
+    @property
+    def _command(self) -> str:
+        """The name of the command, the last word of its program's that is no placeholder."""
+        words = [word for word in str(self.prog).split() if not word.startswith("[")]
+        return " ".join(words[1:])
 
 
 def options_of(parser: PlainParser) -> list[str]:

@@ -88,10 +88,7 @@ def run_capture(options: Namespace) -> int:
         InputError: the options are wrong; before a model is loaded wherever that can be known.
     """
     stored = _options_of(CaptureOptions, options)
-    try:
-        capture(stored, _options_of(TransformerSpec, options))
-    except InputError as error:
-        raise InputError(str(error).replace("--model.transformer.", "--")) from error
+    capture(stored, _options_of(TransformerSpec, options))
     print(stored.out)
     return 0
 

@@ -42,8 +42,8 @@ EXAMPLES = """\
 every other option is passed to the runs.
 
 examples
-  lightning-inversion audit --prompts prompts.txt --depths 1 8
-  lightning-inversion audit --prompts prompts.txt --depths 4 --model gpt2 --dry-run
+  lightning-inversion audit --prompts prompts.txt --depth 1 8
+  lightning-inversion audit --prompts prompts.txt --depth 4 --model gpt2 --dry-run
   lightning-inversion audit --prompts prompts.txt --config my_audit.yaml --trainer.accelerator gpu
 """
 
@@ -119,7 +119,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 def add_audit_arguments(parser: OneSentenceParser) -> None:
     """The options of an audit; others are passed on to its runs."""
-    parser.usage = "lightning-inversion audit --prompts FILE [--depths N ...] [options]"
+    parser.usage = "lightning-inversion audit --prompts FILE [--depth N ...] [options]"
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.passes_on = True
     parser.add_argument(
@@ -127,7 +127,7 @@ def add_audit_arguments(parser: OneSentenceParser) -> None:
         help="prompts, one a line (or .jsonl, key prompt)",
     )  # fmt: skip
     parser.add_argument(
-        "--depths", type=int, nargs="+", default=[1, 8], metavar="N",
+        "--depth", type=int, nargs="+", default=[1, 8], metavar="N",
         help="after how many blocks the observer looks; default 1 8",
     )  # fmt: skip
     parser.add_argument("--model", help="hub id, folder or .gguf file; default SmolLM2-135M")
@@ -145,8 +145,8 @@ def run_audit(options: Namespace) -> int:
         InputError: the options are wrong; before anything has run.
     """
     check_processes(options)
-    if len(set(options.depths)) < len(options.depths):
-        raise InputError("--depths has a depth twice; leave one of them out.")
+    if len(set(options.depth)) < len(options.depth):
+        raise InputError("--depth has a depth twice; leave one of them out.")
     plan = AuditPlan.read(options.config)
     passed_on = options.passed_on
     if options.model is not None:
@@ -158,10 +158,10 @@ def run_audit(options: Namespace) -> int:
     from lightning_inversion.sweep.run import Sweep, check, run_cells
 
     prompts = read_prompts(options.prompts, "--prompts")
-    asked = [prompts, sorted(options.depths), asdict(plan), passed_on]
+    asked = [prompts, sorted(options.depth), asdict(plan), passed_on]
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:6]
     folder = root_of(passed_on) / "lightning_logs" / f"audit-{digest}"
-    cells = tuple(audit_cells(plan, sorted(options.depths), passed_on, folder))
+    cells = tuple(audit_cells(plan, sorted(options.depth), passed_on, folder))
     if not cells:
         raise InputError(f"--config {str(options.config)!r} leaves nothing to run.")
     sweep = Sweep(folder, cells)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
+from lightning_inversion.cli.options import in_full, renamed
 from lightning_inversion.cli.parser import OneSentenceParser
 from lightning_inversion.errors import InputError
 from lightning_inversion.sweep.grid import (
@@ -20,6 +21,7 @@ from lightning_inversion.sweep.grid import (
     Axis,
     cells_of,
     is_plain_name,
+    key_of,
     read_axis,
 )
 
@@ -33,9 +35,9 @@ EXAMPLES = """\
 every other option is passed to the command.
 
 examples
-  lightning-inversion sweep --config configs/quickstart.yaml --over transformer.depth=1,2,4,8
-  lightning-inversion sweep --data.file prompts.txt --over objective=L1,CosineDistance --seeds 3
-  lightning-inversion sweep predict --data.file prompts.txt --over transformer.depth=1,8 --dry-run
+  lightning-inversion sweep --config configs/quickstart.yaml --over depth=1,2,4,8
+  lightning-inversion sweep --prompts prompts.txt --over objective=L1,CosineDistance --seeds 3
+  lightning-inversion sweep predict --prompts prompts.txt --over depth=1,8 --dry-run
   lightning-inversion sweep --join lightning_logs/NAME     take part in a sweep that is running
 """
 
@@ -79,10 +81,16 @@ def run_sweep(options: Namespace) -> int:
     check_processes(options)
 
     # Torch and Lightning take seconds to import, which --help does not need.
-    from lightning_inversion.sweep.run import Sweep, check, run_cells
+    from lightning_inversion.sweep.run import MODEL_KEYS, Sweep, check, run_cells
 
+    options.passed_on = in_full(options.passed_on)
     sweep = _planned(options) if options.join is None else Sweep.open(options.join)
-    specs = check(sweep)
+    try:
+        specs = check(sweep)
+    except InputError as error:
+        typed = [text.partition("=")[0].strip().removeprefix("--") for text in options.over]
+        names = {f"--{key_of(key, MODEL_KEYS)}": f"--over {key}" for key in typed}
+        raise InputError(renamed(str(error), names)) from error
     if options.dry_run:
         print_cells(sweep)
         return 0

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
+from lightning_inversion.cli.options import SHORT
 from lightning_inversion.errors import InputError
 
 COMMANDS = ("fit", "predict")
@@ -130,11 +131,16 @@ def read_axis(text: str, model_keys: frozenset[str]) -> Axis:
     parts = split_values(values)
     if not equals or not key.strip() or not all(parts):
         raise InputError(
-            f"--over {text!r} is not key=value,value; "
-            "write it as --over transformer.depth=1,2,4, for example."
+            f"--over {text!r} is not key=value,value; write it as --over depth=1,2,4, for example."
         )
-    key = key.strip().removeprefix("--")
-    return Axis(f"model.{key}" if key.partition(".")[0] in model_keys else key, tuple(parts))
+    return Axis(key_of(key.strip().removeprefix("--"), model_keys), tuple(parts))
+
+
+def key_of(name: str, model_keys: frozenset[str]) -> str:
+    """The key of a config that --over names, in short or without "model." before it."""
+    if f"--{name}" in SHORT:
+        return SHORT[f"--{name}"].removeprefix("--")
+    return f"model.{name}" if name.partition(".")[0] in model_keys else name
 
 
 def split_values(text: str) -> list[str]:

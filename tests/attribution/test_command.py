@@ -116,7 +116,7 @@ def test_tensorboard(tiny_folder: Path, tmp_path: Path) -> None:
     ("words", "message"),
     [
         ([], "Give one text"),
-        (["a", "--texts", "b"], "two inputs"),
+        (["a", "--prompts", "b"], "two inputs"),
         ([""], "empty"),
         (["a", "--weight", "2"], "--weight"),
         ([" ", "--preset", "paper"], "--preset"),
@@ -125,11 +125,11 @@ def test_tensorboard(tiny_folder: Path, tmp_path: Path) -> None:
         (["a", "--out", "."], "--out"),
         (["a", "--out", "/proc/x.html"], "--out '/proc/x.html' cannot be written"),
         (["a", "--model", "no such model"], "^--model"),
-        (["a", "--quantization", "int8", "--dtype", "float16"], "^--quantization"),
+        (["a", "--quantization", "int8", "--dtype", "float16"], "quantization: int8"),
         (["a", "--token", "two words"], "--token"),
         (["a" * 400], "400 tokens, and the model reads at most 128"),
         (["a", "--replacement", "two words"], "--replacement"),
-        (["--texts", "no such file"], "--texts"),
+        (["--prompts", "no such file"], "--prompts"),
         (["a", "--processes", "0"], "--processes must be at least 1, and is 0"),
         (["a", "--processes", "-2"], "--processes must be at least 1, and is -2"),
         (["a", "--processes", "2"], "--processes .* one text"),
@@ -149,7 +149,7 @@ def test_wrong_input_is_one_sentence_before_a_model_loads(
 def test_texts_need_rows(tiny_folder: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"prompt": "a"}\n')
-    words = ["--texts", texts, "--model", tiny_folder]
+    words = ["--prompts", texts, "--model", tiny_folder]
     with pytest.raises(InputError, match="--json"):
         run(*words)
     with pytest.raises(InputError, match="--out"):
@@ -177,5 +177,5 @@ def test_what_cannot_be_shared_over_processes(
     texts = tmp_path / "texts.txt"
     texts.write_text("a\nb\n")
     with pytest.raises(InputError, match=message) as error:
-        run("--texts", texts, "--model", tiny_folder, *options)
+        run("--prompts", texts, "--model", tiny_folder, *options)
     assert "\n" not in str(error.value)

@@ -36,7 +36,7 @@ def attributed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def command(tiny_folder: Path, tmp_path: Path) -> tuple[object, ...]:
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n\n", encoding="utf-8")
     return (
-        "--texts", tmp_path / "texts.txt", "--json", tmp_path / "rows.jsonl",
+        "--prompts", tmp_path / "texts.txt", "--json", tmp_path / "rows.jsonl",
         "--model", tiny_folder, "--method", "gradient",
     )  # fmt: skip
 

@@ -51,12 +51,12 @@ WRONG_USE = [
     (["--ckpt_path=last"], "--ckpt_path last finds no run"),
 ]
 MORE_WRONG_USE = [
-    (["--model.iteration=3"], "unrecognized arguments"),
+    (["--model.iteration=3"], "did you mean --model.iterations?"),
     (["--model.iterations=x"], "--model.iterations: x is not a whole number"),
     (["--model.transformer.depth=x"], "depth: x is not a whole number or null"),
     (["--data.tokens_per_batch=x"], "tokens_per_batch: x is not a whole number or auto"),
     (["--nothing_like_it=1"], "see lightning-inversion fit --help"),
-    (["--results.file=rows.jsonl"], "unrecognized arguments: --results.file=rows.jsonl"),
+    (["--results.file=rows.jsonl"], "unknown option --results.file"),
     (["--results.top_k=0"], "--results.top_k must be at least 1, and is 0"),
     (["--seed_everything=-1"], "--seed_everything must be between 0 and 4294967295"),
     (["--trainer.devices=0"], "--trainer.devices: "),
@@ -67,7 +67,7 @@ MORE_WRONG_USE = [
     (["--model.transformer.depth=0"], "--model.transformer.depth"),
     (["--model.decoder=Pin"], "unknown Decoder 'Pin'; choose from C"),
     (["--data.batch_size=0"], "--data.batch_size must be at least 1"),
-    (["--data.file=none.txt"], "--data.prompts and --data.file were given"),
+    ([f"--data.file={__file__}"], "--data.prompts and --data.file were given"),
     (["--learning_rate.start=-1"], "learning_rate.start"),
     (["--model.schedule.window=0"], "--model.schedule: every, candidates and window"),
     (
@@ -78,7 +78,7 @@ MORE_WRONG_USE = [
         ["--model.transformer.device_map=auto", "--trainer.devices=2"],
         "set --trainer.devices 1, or leave device_map out",
     ),
-    (["--config=none.yaml"], "--config: File does not exist"),
+    (["--config=none.yaml"], "none.yaml' does not exist"),
 ]
 
 

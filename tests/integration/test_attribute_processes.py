@@ -25,7 +25,7 @@ class Run(StartedRun):
         texts.write_text("\n".join(TEXTS), encoding="utf-8")
         rows = root / "rows.jsonl"
         arguments = [
-            "attribute", f"--texts={texts}", f"--model={folder}", f"--json={rows}",
+            "attribute", f"--prompts={texts}", f"--model={folder}", f"--json={rows}",
             "--method=integrated", "--steps=200",
         ]  # fmt: skip
         super().__init__(arguments, rows, root / "messages.txt")

@@ -67,7 +67,7 @@ def test_the_page_of_an_audit_is_made_from_its_rows(
             raise RuntimeError("lost <i>power</i>")
         return recover(module, *batch)
 
-    audit = [*options, "--depths", "2"]
+    audit = [*options, "--depth", "2"]
     with monkeypatch.context() as patched:
         patched.setattr(InputInversion, "predict_step", failing)
         assert run(audit) == 1
@@ -111,13 +111,13 @@ def test_an_audit_that_is_asked_to_end_can_be_resumed(
 ) -> None:
     write_plan(tmp_path, SMALL)
     monkeypatch.setattr(InputInversion, "begin", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    assert run([*options, "--depths", "2"]) == 1
+    assert run([*options, "--depth", "2"]) == 1
     assert "stopped; the same command resumes" in capsys.readouterr().err
 
 
 def test_a_dry_run_leaves_nothing(options: list[str], tmp_path: Path, capsys) -> None:
     write_plan(tmp_path, SMALL)
-    assert run([*options, "--depths", "2", "--dry-run"]) == 0
+    assert run([*options, "--depth", "2", "--dry-run"]) == 0
     plan = capsys.readouterr().out
     assert "  predict,depth=2,untouched\n    predict " in plan
     assert plan.endswith("2 of 2 cells to run\n")
@@ -137,14 +137,18 @@ def test_the_plan_in_the_package_can_be_run() -> None:
 @pytest.mark.parametrize(
     ("change", "arguments", "sentence"),
     [
-        ({}, ["--depths", "1", "1"], "--depths has a depth twice"),
-        ({}, ["--depths", "9"], "9 blocks were asked for and the model has 4"),
-        ({}, ["--depths", "x"], "--depths: x is not a whole number"),
+        ({}, ["--depth", "1", "1"], "--depth has a depth twice"),
+        ({}, ["--depth", "9"], "9 blocks were asked for and the model has 4"),
+        ({}, ["--depth", "x"], "--depth: x is not a whole number"),
         ({}, ["--processes=0"], "--processes must be at least 1"),
-        ({}, ["--model.recovery.budgte=3"], "'budgte' is not accepted"),
-        ({}, ["--prompts=nowhere.txt"], "--prompts 'nowhere.txt' cannot be read"),
-        ({}, ["--config=nowhere.yaml"], "--config 'nowhere.yaml' cannot be read"),
-        ({"channels": {"a": {"noise": -1.0}}}, ["--depths=1"], "--noise is a standard deviation"),
+        (
+            {},
+            ["--model.recovery.budgte=3"],
+            "unknown option --model.recovery.budgte; see lightning-inversion fit --model",
+        ),
+        ({}, ["--prompts=nowhere.txt"], "--prompts 'nowhere.txt' does not exist"),
+        ({}, ["--config=nowhere.yaml"], "--config 'nowhere.yaml' does not exist"),
+        ({"channels": {"a": {"noise": -1.0}}}, ["--depth=1"], "--noise is a standard deviation"),
         ({"channels": {"a": {"store": "int8"}}}, [], "is no plan of an audit"),
         *(
             pytest.param(change, [], sentence, marks=pytest.mark.integration)

@@ -249,10 +249,10 @@ def test_a_cell_without_a_row_has_failed(options: list[str], capsys, no_report: 
     ("arguments", "sentence"),
     [
         ([], "A sweep needs --over"),
-        (["--over=transformer.dept=1,2"], "unrecognized arguments: --model.transformer.dept=1"),
+        (["--over=transformer.dept=1,2"], "unknown option --over transformer.dept; did you mean"),
         (["--over=transformer.depth=1,99"], "99 blocks were asked for and the model has 4"),
         (["--over=objective=L3"], "unknown Objective 'L3'"),
-        (["--over=iterations=0"], "--model.iterations must be at least 1"),
+        (["--over=iterations=0"], "--over iterations must be at least 1"),
         (["--over=transformer.depth"], "is not key=value,value"),
         (["--seeds=0"], "--seeds must be between 1"),
         (["--seeds=2", "--name=a/b"], "--name 'a/b' is not a plain name"),
@@ -265,8 +265,9 @@ def test_a_cell_without_a_row_has_failed(options: list[str], capsys, no_report: 
                 (["--seeds=2", "--name=.."], "--name '..' is not a plain name"),
             )
         ),
-        (["--seeds=2", "--results.file=rows.jsonl"], "unrecognized arguments: --results.file"),
-        (["--join=nowhere"], "holds no sweep.json"),
+        (["--seeds=2", "--results.file=rows.jsonl"], "unknown option --results.file"),
+        (["--join=nowhere"], "--join 'nowhere' does not exist"),
+        (["--join=."], "holds no sweep.json"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
