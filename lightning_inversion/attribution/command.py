@@ -78,6 +78,13 @@ def run_attribute(options: Namespace) -> int:
         InputError: the options are wrong; before a model is loaded wherever that can be known.
         ProcessLostError: one of several processes died.
     """
+    try:
+        return _run(options)
+    except InputError as error:
+        raise InputError(str(error).replace("--model.transformer.", "--")) from error
+
+
+def _run(options: Namespace) -> int:
     choices, display = with_preset(
         options.preset, _options_of(Choices, options), _options_of(Display, options)
     )

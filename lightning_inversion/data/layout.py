@@ -72,11 +72,10 @@ class ModelShape:
     def of(cls, config: PretrainedConfig) -> ModelShape:
         """The sizes in a model's configuration."""
         language = text_config(config)
-        width = language.hidden_size
-        heads = getattr(language, "num_attention_heads", None) or 1  # some have no attention
-        size = getattr(language, "head_dim", None) or width // heads
+        heads = getattr(language, "num_attention_heads", None) or 1  # RWKV and Mamba have none
+        size = getattr(language, "head_dim", None) or language.hidden_size // heads
         heads = getattr(language, "num_key_value_heads", None) or heads
-        return cls(block_count(config), width, heads, size)
+        return cls(block_count(config), language.hidden_size, heads, size)
 
 
 @dataclass(frozen=True)

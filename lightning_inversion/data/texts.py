@@ -74,19 +74,31 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
+_PLACEHOLDERS = [
+    f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")
+]
+
+
 @dataclass(frozen=True)
 class ModelLimits:
-    """What a model can run: so many ``tokens`` (None: any number), ids below ``vocabulary``."""
+    """What a model can run: so many ``tokens`` (None: any number), ids below ``vocabulary``.
+
+    ``placeholders`` are ids in whose place an image, a video or a sound is put.
+    """
 
     tokens: int | None
     vocabulary: int
+    placeholders: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> ModelLimits:
         """The limits in a model's configuration."""
         language = text_config(config)
         longest = getattr(language, "max_position_embeddings", None)
-        return cls(None if longest == -1 else longest, language.vocab_size)  # XLNet has no limit
+        longest = None if longest == -1 else longest  # XLNet has no limit
+        named = (getattr(config, name, None) for name in _PLACEHOLDERS)
+        placeholders = frozenset(token for token in named if isinstance(token, int))
+        return cls(longest, language.vocab_size, placeholders)
 
     def check(self, ids: list[int]) -> None:
         """Raise InputError, "has ...; ...", if the model cannot run tokens ``ids``."""
@@ -96,6 +108,10 @@ class ModelLimits:
             raise InputError(
                 f"has token {wrong}, and the model has embeddings for tokens 0 to "
                 f"{self.vocabulary - 1}; remove it."
+            )
+        if seen := self.placeholders.intersection(ids):
+            raise InputError(
+                f"has token {min(seen)}, whose place an image or a sound takes; remove it."
             )
 
     def check_length(self, length: int) -> None:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from transformers import Gemma3Config, XLNetConfig
 
 from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize
@@ -96,3 +97,14 @@ def test_bad_prompts_are_rows_of_their_own(tiny_folder: Path, tmp_path: Path) ->
     assert [batch.prompts for batch in data.batches] == [("a",)]
     assert set(data.bad) == {1, 2}
     assert all(character < "\ud800" for text in data.prompts for character in text or "")
+
+
+def test_a_token_that_stands_for_an_image_is_refused() -> None:
+    config = Gemma3Config(image_token_index=7)
+    with pytest.raises(InputError, match="token 7, whose place an image or a sound takes"):
+        ModelLimits.of(config).check([5, 7])
+    ModelLimits.of(config.text_config).check([5, 7])
+
+
+def test_a_length_of_minus_one_is_no_limit() -> None:
+    ModelLimits.of(XLNetConfig(vocab_size=10)).check([5] * 100)
