@@ -327,18 +327,22 @@ class InputInversion(Inversion, LightningModule):
         """Take the stored state; its target is computed when the batch begins."""
         if "state" not in checkpoint:
             return
-        if self._predicting:
-            self._check_stored(checkpoint["state"]["values"])
         self.state = BatchState.from_checkpoint(checkpoint["state"], self.device)
+        self._check_stored(self.state)
 
-    def _check_stored(self, values: Tensor) -> None:
-        """Refuse an input that cannot help ``predict``."""
-        if not self.recovery.uses_fit:
+    def _check_stored(self, state: BatchState) -> None:
+        """Refuse an input of another model, or one that cannot help ``predict``."""
+        if self._predicting and not self.recovery.uses_fit:
             raise InputError(
                 f"--ckpt_path is not used by {self.recovery.name}; leave it out, or choose "
                 "--model.recovery TokenRecovery."
             )
-        if values.shape[-1] != self.learnable.value_size(self.embedding):
+        ids = state.batch.ids
+        highest = 0 if ids is None else int(ids.max())
+        if (
+            state.values.shape[-1] != self.learnable.value_size(self.embedding)
+            or not 0 <= highest < self.embedding.vocabulary_size
+        ):
             raise InputError(
                 "--ckpt_path holds an input of another model or kind; name a checkpoint of a fit "
                 "with the same --model.transformer and --model.learnable."

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import check_writable, visible
+from lightning_inversion.files import check_writable, printable, visible
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -64,9 +64,9 @@ def run_report(options: Namespace) -> int:
     for path, reason in loaded.skipped:
         _log.warning("Skipped %s: %s", visible(str(path)), visible(reason))
     paths = write_files(loaded, out, options.title, options.max_prompts)
-    print((out / "table.md").read_text(encoding="utf-8"))
+    print(printable((out / "table.md").read_text(encoding="utf-8")))
     for path in paths:
-        print(path)
+        print(printable(str(path)))
     return 0
 
 

@@ -6,7 +6,6 @@ memory because the table keeps one letter a token instead.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import visible
 from lightning_inversion.results import FITTED, PREDICTED, ResultRow, names
+from lightning_inversion.untrusted import check_regular, read_file, read_json, read_yaml
 
 VERIFIED, DUPLICATE, RIGHT, IN_TOP_K, WRONG, UNKNOWN, GIVEN, FALSE = "vdrkwugx"
 """Marks of a token: verified; verified, and another token has the same embedding; right, not
@@ -41,7 +40,6 @@ _MEASURED = (
     *("seed", "token_accuracy", "exact", "top_k_accuracy", "verified_share"),
     *("iterations", "seconds"),
 )
-_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Settings = dict[str, Any]
 
@@ -171,14 +169,15 @@ def _read_lines(path: Path) -> Iterator[ResultRow | str]:
     """Each line as a row, or why it is none."""
     number = 0
     try:
+        check_regular(path)
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     yield "the last line is not whole"
                     return
                 try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
+                    record = read_json(line)
+                except ValueError:
                     yield f"line {number} is not JSON"
                     continue
                 if not isinstance(record, dict) or "schema" not in record:
@@ -268,17 +267,14 @@ def _plain(value: Any) -> str | int | float:
 def _settings_of(path: Path) -> Settings:
     """The keys of a config that decide a result, flat; {} where none can be read."""
     try:
-        return _parsed(path.read_bytes())
-    except OSError:
+        return _parsed(read_file(path))
+    except (OSError, ValueError):
         return {}
 
 
 @cache
 def _parsed(text: bytes) -> Settings:
-    try:
-        config = yaml.load(text, Loader=_YAML)
-    except (yaml.YAMLError, ValueError):
-        return {}
+    config = read_yaml(text)
     if not isinstance(config, dict):
         return {}
     parts = {part: config[part] for part in _PARTS_OF_A_CONFIG if part in config}

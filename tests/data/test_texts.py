@@ -43,7 +43,7 @@ def test_prompt_files_are_read(
         ("p.jsonl", b"{", "line 1 is not"),
         ("p.jsonl", b"[" * 100_000, "line 1 is not"),
         ("p.jsonl", b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}", "line 1 is not"),
-        ("p.jsonl", b'{"prompt": "a", "prompt": "b"}', "line 1 has a key twice"),
+        ("p.jsonl", b'{"prompt": "a", "prompt": "b"}', "line 1: it has the key 'prompt' twice"),
         ("p.json", b'["a"]', r"is a \.json file; give a text file"),
         ("p.CSV", b"prompt\na\n", r"is a \.csv file; give a text file"),
     ],
@@ -62,7 +62,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         read_prompts(tmp_path / "none.txt", "--data.file")
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path):
-        with pytest.raises(InputError, match="is no regular file"):
+        with pytest.raises(InputError, match="it is no regular file"):
             read_prompts(path, "--data.file")
 
 
