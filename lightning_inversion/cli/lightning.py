@@ -25,8 +25,10 @@ from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.cli.options import SECTIONS, SHORT
 from lightning_inversion.cli.parser import OneSentenceParser, input_error_behind
 from lightning_inversion.cli.resume import (
+    HOW_IT_RUNS,
     check_continues,
     check_prompts,
+    differences,
     last_run,
     read_stored_input,
     unfinished_checkpoint,
@@ -190,10 +192,10 @@ class InversionCLI(LightningCLI):
             self._read_stored_input(Path(config.ckpt_path))
 
     def _find_last(self, root: Path) -> None:
-        """Name the checkpoint of the newest run, or continue the run."""
+        """Name the checkpoint of the newest run with these settings, or continue the run."""
         config = self.config[self.subcommand]
         settings = PREDICTED if self.subcommand == "predict" else FITTED
-        run = last_run(root, settings)
+        run = last_run(root, settings, self._differences)
         checkpoint = run / "checkpoints" / "last.ckpt"
         if self.subcommand == "validate" and not checkpoint.exists():
             raise InputError(f"--ckpt_path last finds no checkpoint in {str(run)!r}; name one.")
@@ -202,6 +204,21 @@ class InversionCLI(LightningCLI):
         if self.subcommand != "validate":
             check_continues(run, settings, self.settings())
             self._write_into(run)
+
+    def _differences(self, theirs: dict[str, Any]) -> list[str]:
+        """In what a run differs from this command; what validates a fit shares its prompts, too."""
+        ours = self.settings()
+        if self.subcommand != "validate":
+            return differences(theirs, ours)
+        keys = [("model", part) for part in _COMPARED["validate"]]
+        keys += [("data", source) for source in ("prompts", "file", "targets")]
+        return [
+            name
+            for section, key in keys
+            for name in differences(
+                _part(theirs, section, key), _part(ours, section, key), key, HOW_IT_RUNS
+            )
+        ]
 
     def settings(self) -> dict[str, Any]:
         """This command's settings, as a run's folder keeps them."""
@@ -278,6 +295,12 @@ class InversionCLI(LightningCLI):
                 callback.show()
 
     after_predict = after_fit
+
+
+def _part(settings: dict[str, Any], section: str, key: str) -> Any:
+    """A value of a config; None where it has no such section."""
+    found = settings.get(section)
+    return found.get(key) if isinstance(found, dict) else None
 
 
 def run_lightning(args: list[str]) -> None:

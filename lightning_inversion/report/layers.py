@@ -27,8 +27,8 @@ from lightning_inversion.report.load import (
 
 MAX_POSITIONS = 48
 """Positions of the picture; of a longer prompt the first."""
-_LETTERS = 14
-"""Letters of a token in the picture."""
+_WIDTH = 4.7
+"""Inches of the picture at most; a narrow screen has no more."""
 _KINDS = (
     ("verified", "#8fd3bd", VERIFIED + DUPLICATE),
     ("right, not verified", "#a9d0ef", RIGHT),
@@ -52,7 +52,8 @@ def draw_layers(loaded: Loaded, style: FigureStyle) -> Iterator[RenderedFigure]:
         return
     length = min(MAX_POSITIONS, max(len(row.marks) for row in rows.values()))
     kind_of = {mark: number for number, (_, _, marks) in enumerate(_KINDS) for mark in marks}
-    width = max(style.width, 1.4 + 0.09 * style.font * len(rows))
+    width = max(style.width, min(_WIDTH, 0.9 + 0.1 * style.font * len(rows)))
+    letters = max(1, int((width - 0.9) / len(rows) / (0.0065 * style.font)))
     height = 0.9 + 0.025 * style.font * length
     canvas = FigureStyle(width, height, style.font).canvas(1)
     axes = canvas.add_subplot()
@@ -65,7 +66,7 @@ def draw_layers(loaded: Loaded, style: FigureStyle) -> Iterator[RenderedFigure]:
     edges: Any = {"edgecolors": "white", "linewidth": 0.8}
     axes.pcolormesh(pd.DataFrame(cells).to_numpy(), cmap=colours, vmin=-0.5, vmax=7.5, **edges)
     for column, row in enumerate(rows.values()):
-        for position, token in enumerate(_tokens(row)[:length]):
+        for position, token in enumerate(_tokens(row, letters)[:length]):
             ink = "white" if row.marks[position] == FALSE else "#1a1c21"
             axes.text(column + 0.5, position + 0.5, token, ha="center", va="center", color=ink,
                       fontsize=0.8 * style.font)  # fmt: skip
@@ -113,8 +114,8 @@ def rows_by_depth(loaded: Loaded) -> dict[Any, Any]:
     }
 
 
-def _tokens(row: Any) -> list[str]:
-    """The tokens of a row as they are drawn; nothing where the row does not hold them."""
+def _tokens(row: Any, letters: int) -> list[str]:
+    """The tokens of a row, cut to so many letters; nothing where the row does not hold them."""
     if len(row.tokens) != len(row.marks):
         return []
-    return [visible(token).strip()[:_LETTERS] for token in row.tokens]
+    return [visible(token).strip()[:letters] for token in row.tokens]

@@ -164,7 +164,7 @@ def findings(loaded: Loaded, table: pd.DataFrame) -> list[str]:
     unknown = int(results["token_accuracy"].isna().sum())
     if unknown:
         sentences.append(
-            f"Of {unknown} of {len(results)} results the prompt is not known; they count only in "
+            f"The prompt is not known in {unknown} of {len(results)} results; these count only in "
             "the tokens verified."
         )
     marks = "".join(results["marks"])

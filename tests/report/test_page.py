@@ -123,7 +123,7 @@ def test_results_of_unknown_prompts_are_counted_apart(tmp_path: Path) -> None:
     verified = [state == "verified" for state in states]
     made = predicted(0, **unknown, token_states=states, token_verified=verified)
     write_run(tmp_path, [made, predicted(1)])
-    assert "Of 1 of 2 results the prompt is not known" in findings_of(tmp_path)[2]
+    assert "The prompt is not known in 1 of 2 results" in findings_of(tmp_path)[2]
     loaded = load_results([tmp_path])
     assert [*summarize(loaded)["truth unknown"]] == [1]
     assert loaded.results["marks"][0] == "vcouvv"
