@@ -12,9 +12,16 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_inversion.data.layout import Layout, ModelShape
 from lightning_inversion.data.targets import Captured, Reading
 from lightning_inversion.errors import InputError
+from lightning_inversion.recovery.captured import (
+    recover_captured,
+    report_breaks,
+    report_diagnoses,
+)
+from lightning_inversion.recovery.diagnosis import diagnose
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy, recover_prompts
+from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy
 from lightning_inversion.recovery.token_recovery import TokenRecovery
+from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.tokens import decoded
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -37,6 +44,7 @@ def recover(
     centred: bool = False,
     scale: float = 1.0,
     layout: Layout = Layout(),  # noqa: B008 - frozen
+    diagnose_first: bool = True,
     policy: RecoveryPolicy | None = None,
 ) -> list[RecoveredPrompt]:
     """Recover the prompts of hidden states, with a certificate for each token.
@@ -59,6 +67,7 @@ def recover(
         centred: whether their mean over the features was subtracted.
         scale: the factor that they were multiplied by.
         layout: what names and shapes leave open.
+        diagnose_first: where position 0 fits no token, find out why before the search.
         policy: how tokens are searched; default ``TokenRecovery``.
 
     Raises:
@@ -69,8 +78,9 @@ def recover(
     transformer = TruncatedTransformer.from_model(
         model, tokenizer, depth=depth, final_norm=final_norm
     )
+    shape = ModelShape.of(model.config)
     reading = Reading(
-        (depth,), final_norm, lambda: ModelShape.of(model.config), layout, first_position,
+        (depth,), final_norm, lambda: shape, layout, first_position,
         tuple(known_prefix), centred, scale,
     )  # fmt: skip
     try:
@@ -93,14 +103,25 @@ def recover(
     )
     measurements = Measurements.measure(transformer, language_model, captured.storage)
     targets = [captured.target(number) for number in range(len(captured.targets))]
+    target = pad_sequence(targets, batch_first=True).to(transformer.device)
     known = torch.tensor(list(known_prefix), dtype=torch.long, device=transformer.device)
-    prompts = recover_prompts(
-        policy,
-        measurements,
-        pad_sequence(targets, batch_first=True).to(transformer.device),
-        captured.lengths,
-        known,
+    found = []
+    if diagnose_first and not first_position:
+        cuts = OtherCuts(
+            lambda depths, norm: TruncatedTransformer.from_model(
+                model, tokenizer, layers=depths, final_norm=norm
+            ),
+            shape.blocks,
+        )
+        found = diagnose(measurements, target, captured.lengths, cuts, captured.storage, known)
+        try:
+            report_diagnoses(found, "hidden_states")
+        except InputError as error:
+            raise InputError(_as_arguments(str(error))) from error
+    prompts = recover_captured(
+        policy, measurements, target, captured.lengths, known, diagnoses=found
     )
+    report_breaks(prompts, measurements, "hidden_states")
     for prompt in prompts:
         prompt.text = None if tokenizer is None else decoded(tokenizer, prompt.ids)
     return prompts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -17,6 +18,20 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.untrusted import check_regular, read_json
+
+_log = logging.getLogger(__name__)
+
+MOST_PROCESSES = max(16, 4 * (os.cpu_count() or 1))
+"""Processes that one command starts at most: each holds a model."""
+
+
+def check_processes(count: int) -> None:
+    """Raise InputError for a --processes that is below 1, or more than a machine can run."""
+    if count < 1:
+        raise InputError(f"--processes must be at least 1, and is {count}.")
+    if count > MOST_PROCESSES:
+        raise InputError(f"--processes must be at most {MOST_PROCESSES} here, and is {count}.")
 
 
 @contextmanager
@@ -62,6 +77,8 @@ def check_writable(path: Path, option: str, folder: bool = False) -> None:
             with tempfile.TemporaryFile(dir=there):  # in /proc permissions are not enough
                 return
         writable = os.access(there, os.W_OK)
+        if there.is_fifo():  # to open one that nobody reads would wait for a reader
+            os.close(os.open(there, os.O_WRONLY | os.O_NONBLOCK))
     except OSError as error:
         raise InputError(
             f"{where} cannot be written ({error.strerror}); give another path."
@@ -78,6 +95,8 @@ def ended_by(error: OSError) -> str | None:
         return f"nothing more can be written ({error.strerror}); make room and resume."
     if error.filename is not None:
         return f"{str(error.filename)!r} failed: {error.strerror}; the run has ended."
+    if error.errno is not None:  # a closed pipe, too many open files, no memory for a process
+        return f"the system refused: {os.strerror(error.errno)}; the run has ended."
     return None
 
 
@@ -100,6 +119,11 @@ def visible(text: str) -> str:
 def one_line(text: str) -> str:
     """As `visible`, in one line, spaces marked too: for tables and lists of tokens."""
     return visible(text).replace("\n", "").replace(" ", "·")
+
+
+def printable(text: str) -> str:
+    """`text` whose line breaks and tabs stay as they are, and the rest is `visible`: messages."""
+    return "".join(letter if letter in "\n\t" else _visible(letter) for letter in text)
 
 
 def _visible(character: str) -> str:
@@ -146,7 +170,12 @@ def cached_folder(
     with FileLock(root / f"{key}.lock"):
         if is_whole(folder):  # another process built it while this one waited
             return folder
-        shutil.rmtree(folder, ignore_errors=True)
+        if os.path.lexists(folder):
+            _log.warning("%s in the cache is damaged and is made again", folder)
+            if folder.is_symlink() or not folder.is_dir():
+                folder.unlink()
+            else:
+                shutil.rmtree(folder)
         with tempfile.TemporaryDirectory(dir=root, prefix=f"{key}.part-") as part:
             built = Path(part) / "built"
             built.mkdir()
@@ -173,14 +202,15 @@ def read_records(path: Path) -> list[Record]:
     """
     if not path.exists():
         return []
+    check_regular(path)
     records: dict[int, Record] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
                 try:
-                    record = json.loads(line)
+                    record = read_json(line)
                     records.setdefault(int(record["index"]), record)
-                except (ValueError, TypeError, LookupError) as error:
+                except (ValueError, TypeError, LookupError, OverflowError) as error:
                     raise InputError(
                         f"{str(path)!r}, line {number} is no row; remove the line and run again."
                     ) from error

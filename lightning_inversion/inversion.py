@@ -118,8 +118,10 @@ class Inversion(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if iterations < 1:
-            raise InputError(f"--model.iterations must be at least 1, and is {iterations}.")
+        if not 1 <= iterations < 2**31:
+            raise InputError(
+                f"--model.iterations must be at least 1 and less than 2**31, and is {iterations}."
+            )
         self.spec = transformer
         self.transformer: TruncatedTransformer | None = None
         self.whole: PreTrainedModel | None = None  # with its head; for predict

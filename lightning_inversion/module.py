@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -21,12 +22,22 @@ from torch import Tensor
 
 from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.data.prompts import PromptDataModule
+from lightning_inversion.data.targets import OPTION
 from lightning_inversion.errors import InputError
 from lightning_inversion.inversion import Inversion
 from lightning_inversion.recovery.calibration import Channel
-from lightning_inversion.recovery.policy import RecoveredPrompt, recover_prompts
+from lightning_inversion.recovery.captured import (
+    recover_captured,
+    report_breaks,
+    report_diagnoses,
+)
+from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
+from lightning_inversion.recovery.policy import RecoveredPrompt
+from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.state import BatchState
 from lightning_inversion.strategy import check_strategy
+from lightning_inversion.transformer.blocks import frozen_copy, without_head
+from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 _log = logging.getLogger(__name__)
 RoundListener = Callable[[list[RecoveredPrompt]], None]
@@ -38,6 +49,8 @@ class InputInversion(Inversion, LightningModule):
     The arguments are those of ``Inversion``. Callbacks read ``state`` and call ``stop_rows``,
     ``record_ratio``, ``top_tokens``, ``verify`` and ``report``; they set no attribute.
     """
+
+    _diagnosed = False
 
     # -- before the first batch --------------------------------------------------------------
 
@@ -131,6 +144,8 @@ class InputInversion(Inversion, LightningModule):
         with self._halving_if_too_large():
             if self.state.batch.index != batch.index:
                 self.begin(batch)
+                assert self.state.target is not None
+                self._diagnose(batch, self.state.target)
                 self.trainer.strategy.setup_optimizers(self.trainer)  # of the new values
             elif self.state.target is None:
                 self.resume(batch)
@@ -222,10 +237,50 @@ class InputInversion(Inversion, LightningModule):
                 assert batch.ids is not None
                 target = self.frozen.features_of(batch.ids.clone(), batch.mask.clone())
             known = torch.tensor(batch.known_prefix, dtype=torch.long, device=target.device)
-            return recover_prompts(
+            found = self._diagnose(batch, target)
+            prompts = recover_captured(
                 self.recovery, self.measurements, target, batch.lengths, known,
-                self._fitted(batch), self._after_round,
+                self._fitted(batch), self._after_round, found,
             )  # fmt: skip
+            if self._data is not None and self._data.captured is not None:
+                where = f"{OPTION} {self._data.captured.name!r}"
+                report_breaks(prompts, self.measurements, where, batch.index)
+            return prompts
+
+    def _diagnose(self, batch: PromptBatch, target: Tensor) -> list[Diagnosis | None]:
+        """Diagnose captured features before they are searched.
+
+        Raises:
+            InputError: an option would make those of every prompt of the first batch fit.
+        """
+        data = self._data
+        wanted = data is not None and data.diagnose and batch.target is not None
+        if data is None or data.captured is None or not wanted or not self.frozen.causal:
+            return []
+        found = diagnose(
+            self.measurements,
+            target,
+            batch.lengths,
+            self._other_cuts(),
+            self.channel,
+            torch.tensor(batch.known_prefix, dtype=torch.long, device=target.device),
+        )
+        first, self._diagnosed = not self._diagnosed, True
+        report_diagnoses(found, f"{OPTION} {data.captured.name!r}", first, batch.index)
+        return found
+
+    def _other_cuts(self) -> OtherCuts:
+        """The same model at other depths; it is loaded only where a scan asks for it."""
+
+        def at(depths: tuple[int, ...], final_norm: bool) -> TruncatedTransformer:
+            spec = replace(
+                self.spec, depth=None, layers=list(depths), features=None, final_norm=final_norm
+            )
+            if self.whole is None or self.frozen.tokenizer is None:
+                return spec.load().to(self.device)
+            return spec.cut(frozen_copy(without_head(self.whole)), self.frozen.tokenizer)
+
+        return OtherCuts(at, replace(self.spec, depth=None, layers=None).blocks_needed())
 
     def _after_round(self, prompts: list[RecoveredPrompt]) -> None:
         for listener in self._round_listeners:
@@ -272,18 +327,22 @@ class InputInversion(Inversion, LightningModule):
         """Take the stored state; its target is computed when the batch begins."""
         if "state" not in checkpoint:
             return
-        if self._predicting:
-            self._check_stored(checkpoint["state"]["values"])
         self.state = BatchState.from_checkpoint(checkpoint["state"], self.device)
+        self._check_stored(self.state)
 
-    def _check_stored(self, values: Tensor) -> None:
-        """Refuse an input that cannot help ``predict``."""
-        if not self.recovery.uses_fit:
+    def _check_stored(self, state: BatchState) -> None:
+        """Refuse an input of another model, or one that cannot help ``predict``."""
+        if self._predicting and not self.recovery.uses_fit:
             raise InputError(
                 f"--ckpt_path is not used by {self.recovery.name}; leave it out, or choose "
                 "--model.recovery TokenRecovery."
             )
-        if values.shape[-1] != self.learnable.value_size(self.embedding):
+        ids = state.batch.ids
+        highest = 0 if ids is None else int(ids.max())
+        if (
+            state.values.shape[-1] != self.learnable.value_size(self.embedding)
+            or not 0 <= highest < self.embedding.vocabulary_size
+        ):
             raise InputError(
                 "--ckpt_path holds an input of another model or kind; name a checkpoint of a fit "
                 "with the same --model.transformer and --model.learnable."

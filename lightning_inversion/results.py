@@ -155,6 +155,8 @@ class ResultRow:
     seed: int | None = _outcome()
     """Rows of several seeds are results of one experiment."""
 
+    fingerprint: str | None = _version()
+    """sha256 of what the row answers: its prompt or hidden states, and the settings of its run."""
     weights_sha256: str | None = _version()
     version: str | None = _version()
     version_torch: str | None = _version()
@@ -242,6 +244,26 @@ def read_rows(path: Path) -> list[ResultRow]:
                 f"{str(path)!r}: the row of prompt {record['index'] + 1} {error}; "
                 "remove its line and run again."
             ) from error
+    return rows
+
+
+def check_rows(path: Path, fingerprints: Sequence[str]) -> list[ResultRow]:
+    """The rows of a run, all of which must answer what the run asks.
+
+    Args:
+        path: of the rows.
+        fingerprints: of each prompt of the run.
+
+    Raises:
+        InputError: a row is of another prompt, model or setting, or the file cannot be read.
+    """
+    rows = read_rows(path)
+    for row in rows:
+        if row.index >= len(fingerprints) or row.fingerprint != fingerprints[row.index]:
+            raise InputError(
+                f"{str(path)!r} holds a row of another prompt {row.index + 1}, or of a run with "
+                "other settings; restore them, or give the run another folder."
+            )
     return rows
 
 

@@ -140,10 +140,21 @@ class BatchState(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, stored: dict[str, Any], device: torch.device) -> BatchState:
-        """The state of a checkpoint, without its target."""
-        batch = PromptBatch.from_checkpoint(stored["batch"]).to(device)
-        state = cls(batch, stored["values"].to(device))
+        """The state of a checkpoint, without its target.
+
+        Raises:
+            LookupError, TypeError, ValueError: what is stored is no state.
+        """
+        batch, values = PromptBatch.from_checkpoint(stored["batch"]).to(device), stored["values"]
+        if not values.is_floating_point() or values.shape[:2] != batch.mask.shape:
+            raise ValueError("the input of a checkpoint does not fit its batch")
+        state = cls(batch, values.to(device))
         for name in _STORED[1:]:
-            setattr(state, name, stored[name].to(device))
+            before, after = getattr(state, name), stored[name]
+            if before.shape != after.shape or before.dtype != after.dtype:
+                raise ValueError(f"{name} of a checkpoint does not fit its batch")
+            setattr(state, name, after.to(device))
         state.stored_search = dict(stored["search"])
+        if not all(isinstance(tensor, Tensor) for tensor in state.stored_search.values()):
+            raise TypeError("the search of a checkpoint is no search")
         return state

@@ -1,13 +1,16 @@
 """``independent_prompts``: processes that share the prompts out, and nothing else.
 
 The prompts are independent, so there is nothing to average and no tensor to exchange. What the
-processes have in common is a small store of keys (torch's own, as its rendezvous gives it): in it
-they take batches, one after another, so that a process whose prompts end early takes more. No step
-waits for another process, hence none hangs when another one dies.
+processes have in common is a small store of keys, torch's own: in it they take batches, one after
+another, so that a process whose prompts end early takes more. No step waits for another process,
+hence none hangs when another one dies. On one machine the store listens on the loopback interface
+alone, and its keys begin with a token that only the processes of the run have.
 """
 
 import json
 import os
+import secrets
+import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning import Trainer
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
@@ -30,12 +34,20 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor
-from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import (  # type: ignore[attr-defined]
+    PrefixStore,
+    Store,
+    TCPStore,
+    rendezvous,
+)
 
 from lightning_inversion.errors import InputError, ProcessLostError
 
 NAME = "independent_prompts"
 ROWS_ARE_WRITTEN = "rows are written"
+TOKEN = "LIGHTNING_INVERSION_TOKEN"
+"""Environment variable by which the started processes get the run's token."""
+_LOOPBACK = "127.0.0.1"
 _BEFORE_BATCHES = "run-stage"  # Lightning's name for the barrier before its loop
 _T = TypeVar("_T")
 _SECONDS_BETWEEN_CHECKS = 1.0
@@ -48,9 +60,11 @@ class _Launcher(_SubprocessScriptLauncher):
 
     Attributes:
         command: what the others run; None for the program that this process was started with.
+        token: of the run.
     """
 
     command: Sequence[str] | None = None
+    token = ""
 
     def launch(self, function: Any, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(
@@ -67,6 +81,7 @@ class _Launcher(_SubprocessScriptLauncher):
             "MASTER_ADDR": self.cluster_environment.main_address,
             "MASTER_PORT": str(self.cluster_environment.main_port),
             "NODE_RANK": str(self.cluster_environment.node_rank()),
+            TOKEN: self.token,
         }
         self.procs = [
             Popen(
@@ -96,6 +111,7 @@ class IndependentPrompts(ParallelStrategy):
         self._apart = False
         self._checked_at = 0.0
         self._parent: int | None = None
+        self._token = os.environ.get(TOKEN, "")
 
     # -- processes and devices ---------------------------------------------------------------
 
@@ -112,6 +128,9 @@ class IndependentPrompts(ParallelStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._token = self._token or secrets.token_hex(16)
+            self._launcher.token = self._token
 
     def set_world_ranks(self) -> None:
         """Set the rank of this process wherever Lightning reads it."""
@@ -132,8 +151,19 @@ class IndependentPrompts(ParallelStrategy):
         self._parent = os.getppid() if started_by_us else None
         self._apart = False
         if self._store is None:
-            address = f"tcp://{environment.main_address}:{environment.main_port}"
-            self._store, _, _ = next(rendezvous(address, self.global_rank, self.world_size))
+            self._store = PrefixStore(self._token, self._connect(environment))
+
+    def _connect(self, environment: ClusterEnvironment) -> Store:
+        """The store: of torchrun, of the first node where there are several, or of this machine."""
+        port = environment.main_port
+        if self.num_nodes > 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+            address = f"tcp://{environment.main_address}:{port}"
+            store: Store = next(rendezvous(address, self.global_rank, self.world_size))[0]
+            return store
+        if self.global_rank > 0:
+            return TCPStore(_LOOPBACK, port, self.world_size, False)
+        listener = socket.create_server((_LOOPBACK, port), backlog=self.world_size)
+        return TCPStore(_LOOPBACK, port, self.world_size, True, master_listen_fd=listener.detach())
 
     def model_to_device(self) -> None:
         assert self.model is not None

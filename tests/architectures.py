@@ -72,7 +72,7 @@ _QWEN4 = {
     "layer_types": ["linear_attention", "indexed_attention"] * 2,
 }  # fmt: skip
 _PLACEHOLDERS = {
-    "image_token_id": 297, "video_token_id": 298, "audio_token_id": 299, "boi_token_id": 296,
+    "image_token_id": 297, "video_token_id": 293, "audio_token_id": 299, "boi_token_id": 296,
     "eoi_token_id": 295,
 }  # fmt: skip
 _DOTS3 = {

@@ -1,12 +1,14 @@
-"""What processes exchange, with a dictionary in the place of the store."""
+"""What processes exchange, with a dictionary in the place of the store; where the store listens."""
 
 from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from lightning_inversion.strategy import IndependentPrompts
 
@@ -52,3 +54,17 @@ def test_a_pickle_in_the_store_is_not_executed(
     with pytest.raises(json.JSONDecodeError):
         process(1, store, monkeypatch).broadcast(None)
     assert "executed" not in capsys.readouterr().out
+
+
+def test_the_store_listens_on_this_machine_alone() -> None:
+    environment = LightningEnvironment()
+    strategy = IndependentPrompts()
+    store = strategy._connect(environment)
+    assert store.add("batch", 1) == 1
+    listening = [
+        line.split()[1]
+        for table in ("/proc/net/tcp", "/proc/net/tcp6")
+        for line in Path(table).read_text().splitlines()[1:]
+        if line.split()[1].endswith(f":{environment.main_port:04X}") and line.split()[3] == "0A"
+    ]
+    assert listening == [f"0100007F:{environment.main_port:04X}"]

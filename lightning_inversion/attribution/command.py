@@ -18,7 +18,7 @@ from lightning_inversion.attribution.many_texts import Request, RowFile, run_tex
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import check_writable
+from lightning_inversion.files import check_processes, check_writable
 from lightning_inversion.transformer.loading import WHAT_IS_LOADED, TransformerSpec
 from lightning_inversion.transformer.tokens import named_token
 
@@ -78,6 +78,13 @@ def run_attribute(options: Namespace) -> int:
         InputError: the options are wrong; before a model is loaded wherever that can be known.
         ProcessLostError: one of several processes died.
     """
+    try:
+        return _run(options)
+    except InputError as error:
+        raise InputError(str(error).replace("--model.transformer.", "--")) from error
+
+
+def _run(options: Namespace) -> int:
     choices, display = with_preset(
         options.preset, _options_of(Choices, options), _options_of(Display, options)
     )
@@ -151,8 +158,7 @@ def _check_files(options: Namespace) -> None:
 
 
 def _check_processes(options: Namespace) -> None:
-    if options.processes < 1:
-        raise InputError(f"--processes must be at least 1, and is {options.processes}.")
+    check_processes(options.processes)
     if options.processes == 1:
         return
     if options.prompts is None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_inversion.callbacks.rows import (
     bad_row,
     fitted_rows,
+    options_of_fit,
+    options_of_predict,
     recovered_rows,
     settings_of_fit,
     settings_of_predict,
@@ -24,9 +29,16 @@ from lightning_inversion.callbacks.summary import mean, print_rows
 from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import readable_time
+from lightning_inversion.files import printable, readable_time
 from lightning_inversion.module import InputInversion
-from lightning_inversion.results import FILE, ResultRow, append_rows, read_rows, sort_rows
+from lightning_inversion.results import (
+    FILE,
+    ResultRow,
+    append_rows,
+    check_rows,
+    read_rows,
+    sort_rows,
+)
 from lightning_inversion.strategy import ROWS_ARE_WRITTEN, IndependentPrompts
 
 _log = logging.getLogger(__name__)
@@ -39,16 +51,25 @@ class ResultWriter(Callback):
     resumed, are not written again. A prompt that could not be run has a row too, which holds the
     error. When the run ends the rows of all processes are put in the order of the prompts.
 
+    Rows of other prompts, another model or other settings in the same file are refused.
+
     Args:
         top_k: how many tokens of each position are kept and counted in top-k accuracy.
+
+    Attributes:
+        asked: the settings that decide the rows, from the command line; None for those that a row
+            holds.
     """
 
     def __init__(self, top_k: int = 5) -> None:
         if top_k < 1:
             raise InputError(f"--results.top_k must be at least 1, and is {top_k}.")
         self.top_k = top_k
+        self.asked: dict[str, Any] | None = None
+        self._fingerprints: list[str] = []
         self._path = Path(FILE)
         self._finished: set[int] = set()
+        self._weights: set[str | None] = set()
         self._counts: Counter[str] = Counter()
         self._batch_began = self._run_began = time.monotonic()
 
@@ -60,12 +81,36 @@ class ResultWriter(Callback):
         """Give the data the numbers of the rows that are there already."""
         self._path = self.path(trainer)
         if stage != "validate":
-            self._finished = {row.index for row in read_rows(self._path)}
+            assert isinstance(pl_module, InputInversion)
+            predicts = stage == "predict"
+            self._fingerprints = self.fingerprints(pl_module, _data(trainer).questions, predicts)
+            rows = check_rows(self._path, self._fingerprints)
+            self._weights = {row.weights_sha256 for row in rows}
+            self._finished = {row.index for row in rows}
             _data(trainer).finished |= self._finished
+
+    def fingerprints(
+        self, module: InputInversion, questions: Sequence[str], predicts: bool
+    ) -> list[str]:
+        """sha256 of each question of the data with the settings that decide its answer."""
+        asked = self.asked
+        if asked is None:
+            asked = options_of_predict(module) if predicts else options_of_fit(module, self.top_k)
+            asked = {**module.spec.description, **asked}
+        settings = json.dumps(asked, sort_keys=True, default=str)
+        return [
+            hashlib.sha256(f"{settings} {question}".encode()).hexdigest() for question in questions
+        ]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; write the rows of prompts that cannot be run."""
         assert isinstance(pl_module, InputInversion)
+        weights = pl_module.frozen.description["weights_sha256"]
+        if self._weights - {weights}:
+            raise InputError(
+                f"{str(self._path)!r} holds rows of a model with other weights; restore the model, "
+                "or give the run another folder."
+            )
         self._run_began = time.monotonic()
         self._write(trainer, pl_module, [], own=trainer.is_global_zero)
 
@@ -153,7 +198,7 @@ class ResultWriter(Callback):
         rows = read_rows(self._path)
         if rows:
             print_rows(rows)
-        print(self._path)
+        print(printable(str(self._path)))
 
     def _rows(self, trainer: Trainer, module: InputInversion) -> list[ResultRow]:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -175,6 +220,8 @@ class ResultWriter(Callback):
             for index, reason in data.bad.items()
             if index not in self._finished
         ]
+        for row in rows:
+            row.fingerprint = self._fingerprints[row.index]
         self._finished |= {row.index for row in rows}
         if rows and own:
             append_rows(self._path, rows)

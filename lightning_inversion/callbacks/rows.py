@@ -31,8 +31,12 @@ _NOT_FINITE = (
 
 def settings_of_fit(module: InputInversion, top_k: int) -> dict[str, Any]:
     """The settings and versions that made a row of a fit."""
+    return {**module.frozen.description, **options_of_fit(module, top_k), **_versions()}
+
+
+def options_of_fit(module: InputInversion, top_k: int) -> dict[str, Any]:
+    """The settings of a fit beside those of the model."""
     return {
-        **module.frozen.description,
         "command": "fit",
         "learnable": type(module.learnable).__name__,
         "initializer": type(module.learnable.initializer).__name__,
@@ -42,19 +46,17 @@ def settings_of_fit(module: InputInversion, top_k: int) -> dict[str, Any]:
         "iterations_limit": module.iterations,
         "top_k": top_k,
         "seed": module.seed,
-        **_versions(),
     }
 
 
 def settings_of_predict(module: InputInversion) -> dict[str, Any]:
     """The settings and versions that made a row of ``predict``."""
-    return {
-        **module.frozen.description,
-        "command": "predict",
-        "policy": module.recovery.name,
-        "seed": module.seed,
-        **_versions(),
-    }
+    return {**module.frozen.description, **options_of_predict(module), **_versions()}
+
+
+def options_of_predict(module: InputInversion) -> dict[str, Any]:
+    """The settings of ``predict`` beside those of the model."""
+    return {"command": "predict", "policy": module.recovery.name, "seed": module.seed}
 
 
 def _versions() -> dict[str, str]:

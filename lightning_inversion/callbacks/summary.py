@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import MetricCollection
 
+from lightning_inversion.files import visible
 from lightning_inversion.metrics import ExactMatch, Hamming, TokenAccuracy, TopKAccuracy
 from lightning_inversion.results import ResultRow
 
@@ -77,7 +78,7 @@ def print_rows(rows: list[ResultRow]) -> None:
     for row in shown:
         count = len(row.recovered_ids)
         if row.error:
-            table.add_row(str(row.index + 1), Text(row.error, style="red"))
+            table.add_row(str(row.index + 1), Text(visible(row.error), style="red"))
             continue
         if predicted:
             spent = (str(sum(row.candidates)), f"{row.seconds:.1f}")
@@ -86,7 +87,7 @@ def print_rows(rows: list[ResultRow]) -> None:
             spent = (str(row.iterations), "" if ratio is None else f"{ratio:.2g}")
         table.add_row(
             str(row.index + 1),
-            Text(row.recovered or "", style="green" if row.verified else "red"),
+            Text(visible(row.recovered or ""), style="green" if row.verified else "red"),
             _count_of(row.token_accuracy, count),
             f"{row.verified_tokens}/{count}",
             *spent,

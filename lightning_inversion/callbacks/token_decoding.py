@@ -216,7 +216,7 @@ def nearest_picture(distances: Tensor) -> Tensor:
 
     Yellow is the embedding of a token, dark is a distance of 1 and more.
     """
-    shares = distances.T.clamp(0, 1).cpu() * (len(_NEAR_TO_FAR) - 1)
+    shares = distances.T.nan_to_num(1).clamp(0, 1).cpu() * (len(_NEAR_TO_FAR) - 1)
     lower = shares.floor().long().clamp_max(len(_NEAR_TO_FAR) - 2)
     colours = torch.tensor(_NEAR_TO_FAR, dtype=torch.float)
     between = (shares - lower)[..., None]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from lightning_inversion.errors import InputError, ProcessLostError
-from lightning_inversion.files import ended_by
+from lightning_inversion.files import ended_by, printable
 
 _log = logging.getLogger("lightning_inversion")
+MOST_LETTERS = 500
+"""Letters of an error's sentence."""
+_NO_MEMORY = re.compile(r"can't allocate memory|CUDA out of memory|Cannot allocate memory")
 
 
 def exit_code(name: str, command: Callable[[], int | None]) -> int:
@@ -33,8 +37,15 @@ def exit_code(name: str, command: Callable[[], int | None]) -> int:
             if ending is None:
                 raise
             code, sentence = ending
-            _log.error("%s: %s", name, sentence)
+            _log.error("%s: %s", name, shortened(sentence))
             return code
+
+
+def shortened(sentence: str) -> str:
+    """One line of `MOST_LETTERS` at most: its beginning and its end."""
+    line = " ".join(sentence.split())
+    half = MOST_LETTERS // 2
+    return line if len(line) <= MOST_LETTERS else f"{line[:half]} ... {line[-half:]}"
 
 
 def exit_of(error: BaseException) -> tuple[int, str] | None:
@@ -47,6 +58,10 @@ def exit_of(error: BaseException) -> tuple[int, str] | None:
         return 1, "interrupted."
     if isinstance(error, OSError) and (sentence := ended_by(error)) is not None:
         return 1, sentence
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+        return 1, "there is not enough memory; the run has ended."
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return 1, "no further thread can be started; the run has ended."
     return None
 
 
@@ -54,7 +69,7 @@ class _ToStderr(logging.Handler):
     """Plain lines to whatever stderr is at the time: a sweep redirects it for each cell."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        print(printable(self.format(record)), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import logging
 import re
 import sys
-from argparse import SUPPRESS, HelpFormatter
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +22,12 @@ from lightning_inversion.callbacks.learning_rate import LinearLearningRate
 from lightning_inversion.callbacks.result_writer import ResultWriter
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
-from lightning_inversion.cli.options import SECTIONS, SHORT
-from lightning_inversion.cli.parser import OneSentenceParser, input_error_behind
+from lightning_inversion.cli.lightning_parser import LightningParser, hide_unused
+from lightning_inversion.cli.parser import check_values, input_error_behind
 from lightning_inversion.cli.resume import (
     HOW_IT_RUNS,
     check_continues,
-    check_prompts,
+    deciding,
     differences,
     last_run,
     read_stored_input,
@@ -45,14 +45,17 @@ from lightning_inversion.files import check_writable
 from lightning_inversion.module import InputInversion
 from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.results import FITTED, PREDICTED
+from lightning_inversion.results import FILE, FITTED, PREDICTED, check_rows
 from lightning_inversion.transformer.shared import SharedModels
+from lightning_inversion.transformer.sources import first_line
 
 _log = logging.getLogger(__name__)
 _PACKAGE = "lightning_inversion"
 _COMPARED = {"validate": ("transformer", "learnable", "objective"), "predict": ("transformer",)}
 """Commands that read a fit's input, and the parts of the model that must be the fit's."""
 _SEEDS = 2**32
+_RUN_BY = {"/torch/optim/": "--model.optimizer", "/lightning/": "--trainer"}
+"""Where a run's error is raised, and the option that is at fault."""
 POLICIES = (TokenRecovery, SIPIT)
 """What --model.recovery can choose by name: a class must be imported to be found."""
 # Written out, so that --print_config shows the recommended recipe and config.yaml records it; a
@@ -69,29 +72,6 @@ RECOMMENDED: dict[str, Any] = {
     "learning_rate.in_embedding_std": True,
     "stopping.stop": False,  # a row ends when its tokens are verified
 }
-
-
-_OF_ANOTHER_COMMAND = {
-    "fit": ("display", "model.recovery"),
-    "predict": (
-        *("learning_rate", "decoding", "stopping", "checkpoint", "model.objective"),
-        *("model.optimizer", "model.schedule", "model.decoder", "model.allowed_tokens"),
-        *("model.own_tokens", "model.masked_score", "model.isolated", "model.iterations"),
-    ),
-    "validate": ("learning_rate", "display", "checkpoint", "model.recovery"),
-}
-"""Keys that a command accepts, so that one config serves all, and does not use."""
-
-
-class LightningParser(OneSentenceParser, LightningArgumentParser):
-    """The parser of all commands, with what Lightning's needs; its help shows our options first."""
-
-    def format_help(self, formatter: HelpFormatter | None = None) -> str:
-        """Put Lightning's four hundred lines on the Trainer last."""
-        self._action_groups = sorted(
-            self._action_groups, key=lambda group: "every aspect of training" in str(group.title)
-        )
-        return super().format_help(formatter)
 
 
 class InversionCLI(LightningCLI):
@@ -130,6 +110,7 @@ class InversionCLI(LightningCLI):
         The command's own parser does it: the parser of all commands validates everything twice.
         """
         name = self._args[0]
+        check_values(args)
         with wrong_values("--config", RecursionError):
             options = self._subcommand_parsers[name].parse_args(args[1:])
         self.config = Namespace(subcommand=name)  # type: ignore[no-untyped-call]
@@ -159,13 +140,7 @@ class InversionCLI(LightningCLI):
         for name in ("revision", "depth", "layers", "final_norm"):
             parser.link_arguments(f"model.transformer.{name}", f"data.{name}")
         parser.set_defaults(RECOMMENDED)
-        for action in parser._actions:
-            key = action.dest.removesuffix(".help")
-            unused = any(
-                f"{key}.".startswith(f"{name}.") for name in _OF_ANOTHER_COMMAND[self._args[0]]
-            )
-            if unused or f"--{key}" in (*SHORT, *(f"--{section}" for section in SECTIONS)):
-                action.help = SUPPRESS
+        hide_unused(parser, self._args[0])
 
     def before_instantiate_classes(self) -> None:
         """Turn ``--ckpt_path last`` into the newest run, which ``fit`` and ``predict`` continue."""
@@ -255,6 +230,9 @@ class InversionCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Find what does not fit together before a folder is made or a model loaded."""
         self.model.check(self.trainer, self.datamodule)
+        if self.subcommand != "validate":
+            assert self.subcommand is not None
+            self.writer.asked = deciding(self.subcommand, self.settings())
         with wrong_values("--model.optimizer", TypeError):
             self.model.make_optimizer([torch.zeros(1, requires_grad=True)])
         if isinstance(self.trainer.strategy, strategy.IndependentPrompts):
@@ -272,7 +250,9 @@ class InversionCLI(LightningCLI):
         if self._stored and self._stored.isdisjoint(enumerate(self.datamodule.prompts)):
             self._report_unused(config.ckpt_path)
         if self.subcommand == "fit" and config.ckpt_path is not None:
-            config.ckpt_path = unfinished_checkpoint(Path(config.ckpt_path), self.trainer)
+            config.ckpt_path = unfinished_checkpoint(
+                Path(config.ckpt_path), self.trainer, self.datamodule.questions
+            )
 
     def _report_unused(self, checkpoint: str) -> None:
         """``validate`` scores the prompts of the checkpoint, whatever the data."""
@@ -282,17 +262,52 @@ class InversionCLI(LightningCLI):
             )
 
     def before_fit(self) -> None:
-        """Refuse the folder of a run with other prompts."""
-        folder = self.trainer.log_dir or self.trainer.default_root_dir
-        check_prompts(Path(folder), self.datamodule.prompts)
+        """Refuse the folder of a run with other prompts, settings or another model."""
+        self.check_folder(Path(self.trainer.log_dir or self.trainer.default_root_dir))
+
+    def check_folder(self, folder: Path) -> None:
+        """Refuse a folder whose rows are not of this run: they would count as finished.
+
+        Raises:
+            InputError: it holds such a row, or a file that cannot be read.
+        """
+        predicts = self.subcommand == "predict"
+        questions = self.datamodule.questions
+        check_rows(folder / FILE, self.writer.fingerprints(self.model, questions, predicts))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command; what Lightning or an optimizer cannot work with is wrong input."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (InputError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+            reason = first_line(error).rstrip(".")
+            if any(file.endswith("checkpoint_connector.py") for file in files):
+                raise InputError(
+                    f"--ckpt_path {str(self.config_init[subcommand].ckpt_path)!r} cannot be "
+                    f"restored ({reason}); name another checkpoint, or leave --ckpt_path out."
+                ) from error
+            for place, option in _RUN_BY.items():
+                if place in files[-1]:
+                    raise InputError(
+                        f"{option}: it cannot run so ({reason}); choose another value."
+                    ) from error
+            raise
+
+    @property
+    def writer(self) -> ResultWriter:
+        """The callback that writes the rows."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next(one for one in callbacks if isinstance(one, ResultWriter))
 
     before_predict = before_fit
 
     def after_fit(self) -> None:
         """Show what was recovered, by a run that had ended before as well."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, ResultWriter) and self.trainer.is_global_zero:
-                callback.show()
+        if self.trainer.is_global_zero:
+            self.writer.show()
 
     after_predict = after_fit
 
@@ -322,9 +337,12 @@ def wrong_values(option: str = "", *also: type[Exception]) -> Iterator[None]:
 
     Args:
         option: to which the values belong; '' where the error names it.
-        also: errors that mean a wrong value here, beside ValueError and Lightning's own.
+        also: errors that mean a wrong value here, beside ValueError, Lightning's own, and
+            ImportError, by which it asks for a package.
     """
-    kinds: tuple[type[Exception], ...] = (ValueError, MisconfigurationException, *also)
+    kinds: tuple[type[Exception], ...] = (
+        ValueError, ImportError, MisconfigurationException, *also,
+    )  # fmt: skip
     try:
         yield
     except InputError:

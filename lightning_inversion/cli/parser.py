@@ -5,12 +5,14 @@ from argparse import ArgumentParser as PlainParser
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from lightning_inversion.cli.options import SHORT, check_names, unknown
 from lightning_inversion.errors import InputError
+from lightning_inversion.untrusted import MOST_LEVELS, HostileError, check_yaml, read_file
 
 
 class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -58,6 +60,18 @@ class OneSentenceParser(ArgumentParser):
         options.passed_on = others
         return options
 
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse a file of options, once it is known that it ends and is not too large."""
+        try:
+            check_yaml(read_file(Path(path)))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(
+                f"--config {str(path)!r} cannot be read: {reason}; give a file of YAML."
+            ) from error
+        options: Namespace = super().parse_path(path, *args, **kwargs)
+        return options
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise an `InputError` of one sentence."""
         ours = input_error_behind(ex)
@@ -84,6 +98,23 @@ class OneSentenceParser(ArgumentParser):
         """The name of the command, the last word of its program's that is no placeholder."""
         words = [word for word in str(self.prog).split() if not word.startswith("[")]
         return " ".join(words[1:])
+
+
+def check_values(words: Sequence[str]) -> None:
+    """Refuse a value of a command line that would exhaust the stack, or never end.
+
+    Raises:
+        InputError: names its option.
+    """
+    for word in words:
+        option, _, value = str(word).rpartition("=")
+        if value.count("[") + value.count("{") > MOST_LEVELS or {"&", "*"} <= set(value):
+            try:
+                check_yaml(value)
+            except HostileError as error:
+                raise InputError(f"{option or 'A value'}: {error}; correct it.") from error
+            except ValueError:  # a text that is no YAML
+                continue
 
 
 def options_of(parser: PlainParser) -> list[str]:

@@ -7,18 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning import Trainer
 
 from lightning_inversion import strategy
 from lightning_inversion.callbacks.checkpoint import ENDED
+from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.errors import InputError
 from lightning_inversion.results import FILE, FITTED, read_rows
+from lightning_inversion.state import BatchState
+from lightning_inversion.untrusted import check_regular, read_file, read_yaml
 
 RESUMING = ("ckpt_path", "default_root_dir", "logger", "devices", "num_nodes", "strategy")
 """Keys in which a run may differ from the one that it continues: they change no row."""
 HOW_IT_RUNS = ("device_map", "checkpointing", "compile")
 """Keys of model.transformer in which a fit and what reads its input may differ."""
+_OF_LIGHTNING = {
+    "pytorch-lightning_version": str, "state_dict": dict, "loops": dict, "callbacks": dict,
+    "epoch": int, "global_step": int, "optimizer_states": list, "lr_schedulers": list,
+}  # fmt: skip
+"""Keys of a checkpoint that Lightning reads, and the types of their values."""
+_OF_A_FIT = ("seed_everything", "learning_rate", "stopping", "results")
+"""Parts of a config that decide the rows of a fit, beside its model."""
 _log = logging.getLogger(__name__)
 
 
@@ -30,8 +39,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     reason = "it is no whole checkpoint"
     try:
+        check_regular(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(checkpoint, dict) and "state_dict" in checkpoint:
+        data = checkpoint.get(PromptDataModule.__qualname__, {})
+        whole = all(isinstance(checkpoint[key], kind) for key, kind in _OF_LIGHTNING.items())
+        if whole and isinstance(data.get("questions", {}), dict):
+            if "state" in checkpoint:
+                BatchState.from_checkpoint(checkpoint["state"], torch.device("cpu"))
+            assert isinstance(checkpoint, dict)
             return checkpoint
     except OSError as error:
         reason = error.strerror or reason
@@ -76,8 +91,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         InputError: they cannot be read.
     """
     try:
-        settings = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        settings = read_yaml(read_file(path))
+    except (OSError, ValueError) as error:
         raise _no_settings(path) from error
     if not isinstance(settings, dict):
         raise _no_settings(path)
@@ -91,13 +106,21 @@ def _no_settings(path: Path) -> InputError:
     )
 
 
-def unfinished_checkpoint(path: Path, trainer: Trainer) -> str | None:
+def unfinished_checkpoint(path: Path, trainer: Trainer, questions: Sequence[str]) -> str | None:
     """This process's checkpoint of a run, unless its batch has ended: then there is none.
 
     A batch that has ended and whose rows are not on disk any more begins again: its input would be
     moved beyond what was asked for.
 
     Checkpoints of processes beyond the present number are removed, and their batches begin again.
+
+    Args:
+        path: of the first process's checkpoint.
+        trainer: of the run.
+        questions: the digest of what each row is to recover.
+
+    Raises:
+        InputError: the checkpoint is of other prompts, or cannot be read and is of no run.
     """
     mine = strategy.checkpoint_of(str(path), strategy.rank_of(trainer))
     if strategy.rank_of(trainer) == 0:
@@ -115,7 +138,13 @@ def unfinished_checkpoint(path: Path, trainer: Trainer) -> str | None:
             raise
         _log.warning("%s is no whole checkpoint; its batch begins again.", mine)
         return None
-    running = set(checkpoint.get("state", {}).get("batch", {}).get("index", ()))
+    batch = checkpoint["state"]["batch"] if "state" in checkpoint else {"index": []}
+    asked = checkpoint.get(PromptDataModule.__qualname__, {}).get("questions", {})
+    if any(questions[row : row + 1] != [question] for row, question in asked.items()):
+        raise InputError(
+            f"--ckpt_path {mine!r} is of other prompts; restore them, or leave --ckpt_path out."
+        )
+    running = set(batch["index"])
     rows = {row.index for row in read_rows(path.parent.parent / FILE)}
     return None if running <= rows or checkpoint.get(ENDED, False) else mine
 
@@ -171,18 +200,21 @@ def check_continues(run: Path, settings: str, asked: dict[str, Any]) -> None:
     read_rows(run / FILE)
 
 
-def check_prompts(folder: Path, prompts: Sequence[str | None]) -> None:
-    """Refuse a folder whose rows are of other prompts: they would count as finished.
+def deciding(command: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a command that decide its rows, beside the prompts.
 
-    Raises:
-        InputError: it holds such a row, or a file that cannot be read.
+    Args:
+        command: fit or predict.
+        settings: all of them, as the run's folder keeps them.
     """
-    for row in read_rows(folder / FILE):
-        if row.index >= len(prompts) or row.prompt != prompts[row.index]:
-            raise InputError(
-                f"{str(folder / FILE)!r} holds a row of another prompt {row.index + 1}; "
-                "restore the prompts, or give the run another folder."
-            )
+    model = settings["model"]
+    transformer = {k: v for k, v in model["transformer"].items() if k not in HOW_IT_RUNS}
+    if command == "predict":
+        parts: dict[str, Any] = {"recovery": model["recovery"], "seed": settings["seed_everything"]}
+    else:
+        own = {k: v for k, v in model.items() if k not in ("recovery", "transformer")}
+        parts = {"model": own, **{part: settings[part] for part in _OF_A_FIT}}
+    return {"command": command, "transformer": transformer, **parts}
 
 
 def differences(

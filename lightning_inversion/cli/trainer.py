@@ -10,7 +10,7 @@ from lightning import Trainer
 
 from lightning_inversion import strategy
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import FULL
+from lightning_inversion.files import FULL, MOST_PROCESSES
 from lightning_inversion.transformer.loading import TransformerSpec
 
 DEFAULTS = {
@@ -101,5 +101,10 @@ def share_prompts_out(trainer: Any) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    if probe.num_devices > MOST_PROCESSES:
+        raise InputError(
+            f"--trainer.devices: {probe.num_devices} processes are too many for this machine; give "
+            f"at most {MOST_PROCESSES}."
+        )
     if probe.num_devices * probe.num_nodes > 1:
         trainer.strategy = strategy.NAME

@@ -110,11 +110,38 @@ class PromptBatch:
 
     @classmethod
     def from_checkpoint(cls, stored: Mapping[str, Any]) -> PromptBatch:
-        """The batch of a checkpoint."""
-        return cls(
+        """The batch of a checkpoint.
+
+        Raises:
+            LookupError, TypeError, ValueError: what is stored is no batch.
+        """
+        batch = cls(
             tuple(stored["index"]), tuple(stored["prompts"]), stored["ids"], stored["mask"],
             stored.get("target"), tuple(stored.get("known_prefix", ())),
         )  # fmt: skip
+        numbers = {*batch.index, *batch.known_prefix}
+        (rows, width), known = batch.mask.shape, (str, type(None))
+        if (
+            not all(type(number) is int and number >= 0 for number in numbers)
+            or not all(isinstance(prompt, known) for prompt in batch.prompts)
+            or not len(batch.index) == len(set(batch.index)) == len(batch.prompts) == rows > 0
+            or not min(batch.lengths) > 0
+            or not bool((batch.mask == _mask(batch.lengths)).all())
+            or not _is_tensor(batch.ids, (rows, width), torch.long)
+            or not _is_tensor(batch.target, (rows, width, -1), torch.float32)
+        ):
+            raise ValueError("the batch of a checkpoint is damaged")
+        return batch
+
+
+def _is_tensor(value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether it is None, or a tensor of a type and a shape, where -1 is any size."""
+    return value is None or (
+        isinstance(value, Tensor)
+        and value.dtype == dtype
+        and value.dim() == len(shape)
+        and all(size in (-1, own) for size, own in zip(shape, value.shape, strict=True))
+    )
 
 
 def _mask(lengths: Sequence[int]) -> Tensor:

@@ -18,7 +18,7 @@ from lightning_inversion.data.batch import PromptBatch, pack
 from lightning_inversion.data.targets import Captured, Storage
 from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import check_writable
+from lightning_inversion.files import check_writable, printable
 from lightning_inversion.inputs import row_generator
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -89,7 +89,7 @@ def run_capture(options: Namespace) -> int:
     """
     stored = _options_of(CaptureOptions, options)
     capture(stored, _options_of(TransformerSpec, options))
-    print(stored.out)
+    print(printable(str(stored.out)))
     return 0
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.transformer.blocks import text_config
+from lightning_inversion.transformer.blocks import block_count, text_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -72,10 +72,10 @@ class ModelShape:
     def of(cls, config: PretrainedConfig) -> ModelShape:
         """The sizes in a model's configuration."""
         language = text_config(config)
-        heads = language.num_attention_heads
+        heads = getattr(language, "num_attention_heads", None) or 1  # RWKV and Mamba have none
         size = getattr(language, "head_dim", None) or language.hidden_size // heads
         heads = getattr(language, "num_key_value_heads", None) or heads
-        return cls(language.num_hidden_layers, language.hidden_size, heads, size)
+        return cls(block_count(config), language.hidden_size, heads, size)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+import torch
+
 from lightning_inversion.errors import InputError
 from lightning_inversion.results import check_of
 from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.untrusted import read_file, read_json
 
 LAYER = "output of block depth, Hugging Face hidden_states[depth] (the last after the final norm \
 only where final_norm is true)"
@@ -84,9 +87,12 @@ class Manifest:
         if text is None and not beside.exists():
             return None
         try:
-            record = json.loads(beside.read_text("utf-8") if text is None else text)
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{where}: its manifest is not JSON ({error}); correct it.") from error
+            record = read_json(read_file(beside) if text is None else text)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(
+                f"{where}: its manifest is not JSON ({reason}); correct it."
+            ) from error
         wrong = _wrong_types(record) or _wrong_values(manifest := cls(**record))
         if wrong is not None:
             raise InputError(f"{where}: its manifest {wrong}")
@@ -129,7 +135,7 @@ def _wrong_values(manifest: Manifest) -> str | None:
     storage = manifest.storage
     if not all(k in _STORAGE and check_of(_STORAGE[k])(value) for k, value in storage.items()):
         return f"has storage {json.dumps(storage)}; {WAYS_OUT['storage']}."
-    if not 0 <= storage.get("noise", 0) < float("inf"):
+    if not 0 <= storage.get("noise", 0) <= torch.finfo(torch.float32).max:
         return f"has storage.noise {storage['noise']!r}; write a standard deviation, 0 or more."
     if not 0 < abs(storage.get("scale", 1)) < float("inf"):
         return f"has storage.scale {storage['scale']!r}; write a factor other than 0."

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_inversion.inputs import VocabularyInput
 from lightning_inversion.recovery.search import CANDIDATES_OF_A_FORWARD
-from lightning_inversion.transformer.blocks import text_config
+from lightning_inversion.transformer.blocks import block_count, text_config
 from lightning_inversion.transformer.embedding import scored_at_a_time
 from lightning_inversion.transformer.linear_probe import TOKENS_AT_A_TIME as PROBE_TOKENS
 from lightning_inversion.transformer.loading import TransformerSpec
@@ -78,7 +78,7 @@ class Shape:
             InputError: the model's code needs numbers to run.
         """
         language = text_config(config)
-        blocks = blocks or language.num_hidden_layers
+        blocks = blocks or block_count(config)
         return cls(language.vocab_size, language.hidden_size, blocks, *count_block(config))
 
 

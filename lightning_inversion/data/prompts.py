@@ -1,5 +1,6 @@
 """Prompts or captured targets -> batches. An epoch is one batch, a step is one iteration on it."""
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ from lightning_inversion.transformer.loading import TransformerSpec
 
 _log = logging.getLogger(__name__)
 
+MOST_ROWS = 100_000
+"""Rows that repeated prompts may come to: they are listed in memory."""
 EFFICIENT = 2048
 """Tokens of a batch beyond which a CPU gains nothing."""
 
@@ -164,6 +167,11 @@ class PromptDataModule(LightningDataModule):
                 raise InputError("--data.prompts holds no prompt; give one or more.")
             if not any(given_prompts):
                 raise InputError(f"{option}, prompt 1 is empty; give it a text.")
+        if repeat > 1 and repeat * len(given_prompts) > MOST_ROWS:
+            raise InputError(
+                f"--data.repeat {repeat} gives {repeat * len(given_prompts)} rows; at most "
+                f"{MOST_ROWS} are run."
+            )
         self.prompts: list[str | None] = [one for one in given_prompts for _ in range(repeat)]
         self.repeat = repeat
         self.tokens_per_batch, self.batch_size = tokens_per_batch, batch_size
@@ -178,6 +186,16 @@ class PromptDataModule(LightningDataModule):
         self._taken: set[int] = set()
         self._epochs: int | None = None
         self._round = 0
+
+    @cached_property
+    def questions(self) -> list[str]:
+        """sha256 of what each row is to recover: of the prompt, or of the captured features."""
+        if self.captured is not None:
+            return [one for one in self.captured.digests() for _ in range(self.repeat)]
+        return [
+            hashlib.sha256(f"{self.special_tokens} {prompt}".encode(errors="replace")).hexdigest()
+            for prompt in self.prompts
+        ]
 
     # -- all batches -------------------------------------------------------------------------
 
@@ -336,7 +354,11 @@ class PromptDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The rows that this process is running."""
-        return {} if self.current is None else {"index": list(self.current.index)}
+        if self.current is None:
+            return {}
+        questions = self.questions
+        rows = list(self.current.index)
+        return {"index": rows, "questions": {row: questions[row] for row in rows}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take their batch again, before another process can."""

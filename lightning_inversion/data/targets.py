@@ -7,6 +7,7 @@ understood by ``hidden_states.py``; a manifest beside them is optional.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -149,6 +150,17 @@ class Captured:
         stored = self.storage.read_back(self.targets[number].float())
         missing = torch.full((self.first_position, self.width), torch.nan)
         return torch.cat([missing, stored])
+
+    def digests(self) -> list[str]:
+        """sha256 of each prompt's features, with what is known of them."""
+        known = f"{self.first_position} {self.known_prefix} {self.storage}"
+        return [
+            hashlib.sha256(
+                f"{known} {target.dtype} {tuple(target.shape)} {self.ids and self.ids[number]}"
+                .encode() + target.contiguous().view(torch.uint8).numpy().tobytes()
+            ).hexdigest()
+            for number, target in enumerate(self.targets)
+        ]  # fmt: skip
 
     # -- files -------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ PyTorch's files load with ``weights_only=True``, NumPy's with ``allow_pickle=Fal
 
 from __future__ import annotations
 
-import json
 import os
 import zipfile
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.untrusted import check_regular, read_file, read_json
 
 _NUMPY, _ZIP, _PICKLE = b"\x93NUMPY", b"PK\x03\x04", b"\x80"
 _SUFFIXES = (".safetensors", ".npy", ".npz", ".pt", ".pth", ".bin")
@@ -39,6 +39,7 @@ def read_tensors(path: Path, where: str) -> tuple[Any, dict[str, str]]:
     if path.is_dir():
         return _read_folder(path, where), {}
     try:
+        check_regular(path)
         with path.open("rb") as file:
             begins = file.read(6)
         if begins == _NUMPY:
@@ -98,8 +99,8 @@ def _read_folder(path: Path, where: str) -> Any:
     if prompt.is_file():
         manifest = path / "manifest.json"
         try:
-            told = json.loads(manifest.read_text("utf-8")) if manifest.exists() else {}
-        except (OSError, ValueError, RecursionError) as error:
+            told = read_json(read_file(manifest)) if manifest.exists() else {}
+        except (OSError, ValueError) as error:
             raise InputError(f"{where}: its manifest.json is not JSON; correct it.") from error
         held, _ = read_tensors(prompt, f"{where}, {str(prompt.relative_to(path))!r}")
         known = {key: told[key] for key in ("layer_idx",) if key in told}

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.blocks import text_config
+from lightning_inversion.untrusted import RepeatedKeyError, read_file, read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-_OTHER_FORMATS = (".json", ".csv", ".tsv")
+_JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
+_OTHER_FORMATS = re.compile(
+    r"\.(json|csv|tsv|ya?ml|toml|xml|html?|xlsx?|od[st]|docx?|pdf|parquet|arrow|feather|np[yz]|pth?"
+    r"|ckpt|safetensors|gguf|pkl|pickle|h5|hdf5|db|sqlite|gz|bz2|xz|zst|zip|tar|tgz|7z)"
+)
+_SURELY_TOO_LONG = 64
+"""Letters for each token that a model reads, beyond which the beginning is tokenised first."""
 
 
 def read_prompts(path: Path, option: str) -> list[str]:
-    """The prompts of a text file (one a line) or a .jsonl file (key "prompt").
+    """The prompts of a text file (one a line) or a file of JSON lines (key "prompt"): .jsonl,
+    .ndjson, .jsonlines or .jl.
 
     Lines end at newlines alone; a byte-order mark at the beginning is dropped.
 
@@ -30,63 +39,68 @@ def read_prompts(path: Path, option: str) -> list[str]:
     """
     where = f"{option} {str(path)!r}"
     kind = path.suffix.lower()
-    if kind in _OTHER_FORMATS:
+    if _OTHER_FORMATS.fullmatch(kind):
         raise InputError(
             f"{where} is a {kind} file; give a text file with one prompt a line, or a .jsonl file "
             'with a key "prompt".'
         )
     try:
-        regular = path.is_file() or not path.exists()
-        # A pipe is not opened: it may never end.
-        lines = path.read_bytes().decode("utf-8-sig").split("\n") if regular else []
+        lines = read_file(path).decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} cannot be read: it is not UTF-8 text.") from error
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"{where} cannot be read: {reason}.") from error
-    if not regular:
-        raise InputError(f"{where} is no regular file; give a text file or a .jsonl file.")
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{where} cannot be read: {reason}; give a text file or a .jsonl file."
+        ) from error
     lines = [line.removesuffix("\r") for line in lines]
     while lines and not lines[-1]:
         lines.pop()
     if not lines:
         raise InputError(f"{where} holds no text.")
-    if kind != ".jsonl":
+    if kind not in _JSON_LINES:
         return lines
     return [_prompt_of(line, f"{where}, line {n}") for n, line in enumerate(lines, start=1)]
 
 
 def _prompt_of(line: str, where: str) -> str:
     try:
-        record = json.loads(line, object_pairs_hook=_without_repetition)
+        record = read_json(line)
         prompt = record["prompt"]
-    except InputError as error:
-        raise InputError(f"{where} {error}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except RepeatedKeyError as error:
+        raise InputError(f"{where}: {error}; leave one of them out.") from error
+    except (ValueError, LookupError, TypeError) as error:
         raise InputError(f'{where} is not a JSON object with a key "prompt".') from error
     if not isinstance(prompt, str):
-        raise InputError(f'{where}: "prompt" is {prompt!r}, not a string; quote it.')
+        raise InputError(f'{where}: "prompt" is {json.dumps(prompt)[:60]}, not a string; quote it.')
     return prompt
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        raise InputError("has a key twice; leave one of them out.")
-    return record
+_PLACEHOLDERS = [
+    f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")
+]
 
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """What a model can run: so many ``tokens`` (None: any number), ids below ``vocabulary``."""
+    """What a model can run: so many ``tokens`` (None: any number), ids below ``vocabulary``.
+
+    ``placeholders`` are ids in whose place an image, a video or a sound is put.
+    """
 
     tokens: int | None
     vocabulary: int
+    placeholders: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> ModelLimits:
         """The limits in a model's configuration."""
         language = text_config(config)
         longest = getattr(language, "max_position_embeddings", None)
-        return cls(None if longest == -1 else longest, language.vocab_size)  # XLNet has no limit
+        longest = None if longest == -1 else longest  # XLNet has no limit
+        named = (getattr(config, name, None) for name in _PLACEHOLDERS)
+        placeholders = frozenset(token for token in named if isinstance(token, int))
+        return cls(longest, language.vocab_size, placeholders)
 
     def check(self, ids: list[int]) -> None:
         """Raise InputError, "has ...; ...", if the model cannot run tokens ``ids``."""
@@ -96,6 +110,10 @@ class ModelLimits:
             raise InputError(
                 f"has token {wrong}, and the model has embeddings for tokens 0 to "
                 f"{self.vocabulary - 1}; remove it."
+            )
+        if seen := self.placeholders.intersection(ids):
+            raise InputError(
+                f"has token {min(seen)}, whose place an image or a sound takes; remove it."
             )
 
     def check_length(self, length: int) -> None:
@@ -118,6 +136,14 @@ def tokenize(
         raise InputError("is empty; give it a text.")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise InputError("has half of a surrogate pair, which is no character; correct it.")
+    beginning = prompt[: _SURELY_TOO_LONG * (limits.tokens or len(prompt))]
+    if limits.tokens is not None and len(beginning) < len(prompt):
+        length = len(tokenizer(beginning, add_special_tokens=False)["input_ids"])
+        if length > 2 * limits.tokens:  # the rest of the text cannot make it short
+            raise InputError(
+                f"has over {length} tokens, and the model reads at most {limits.tokens}; "
+                "shorten it."
+            )
     ids = list(tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"])
     if not ids:
         raise InputError("has no tokens; remove it.")

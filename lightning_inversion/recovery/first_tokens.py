@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_inversion.files import cached_folder
 from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.transformer.cached import cached_tensor
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +28,6 @@ class FirstTokenFeatures:
     DIRECTIONS = 64
     """Enough directions to distinguish tokens."""
     AT_A_TIME = 1024
-    FILE = "first_tokens.safetensors"
 
     def __init__(self, directions: Tensor, projected: Tensor) -> None:
         self.directions, self.projected = directions, projected
@@ -47,11 +44,13 @@ class FirstTokenFeatures:
         std = probe.std[0].cpu().numpy().tobytes()
         key = hashlib.sha256(described.encode() + std).hexdigest()[:24]
 
-        def build(folder: Path) -> None:
-            save_file({"scan": cls._scan(measurements, directions)}, folder / cls.FILE)
-
-        folder = cached_folder(f"first-tokens-{key}", build, lambda f: (f / cls.FILE).exists())
-        return cls(directions, load_file(folder / cls.FILE)["scan"])
+        scan = cached_tensor(
+            f"first-tokens-{key}",
+            lambda: cls._scan(measurements, directions),
+            (transformer.embedding.vocabulary_size, directions.shape[1]),
+            torch.float32,
+        )
+        return cls(directions, scan)
 
     @classmethod
     @torch.no_grad()

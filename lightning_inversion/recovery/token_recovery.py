@@ -37,6 +37,8 @@ from lightning_inversion.recovery.search import PrefixSearch, Proposals, Trial
 
 _AT_LEAST = 2
 """Candidates of a position at least, so that a certificate can name a runner-up."""
+_BEHIND = 512
+"""Candidates of a position at most, behind a position whose whole budget fitted nothing."""
 _ENOUGH_TO_DOUBT = 256
 """Candidates without a plausible one among them that put the token before in doubt."""
 
@@ -131,9 +133,8 @@ class _Batch:
         self.search = search = PrefixSearch(measurements, target, exhaustive=exhaustive)
         B, device = len(target), target.device
         self.embedding = measurements.transformer.embedding
-        self.limit = self.embedding.vocabulary_size
-        if policy.budget is not None:
-            self.limit = min(policy.budget, self.limit)
+        limit = min(policy.budget or self.embedding.vocabulary_size, self.embedding.vocabulary_size)
+        self.limits = torch.full((B,), limit, device=device)
         self.totals = torch.tensor(lengths, device=device)
         self.prompts = [RecoveredPrompt() for _ in range(B)]
         self.plausible = _PlausibleTokens(B)
@@ -178,7 +179,7 @@ class _Batch:
 
     def _round(self, rows: Tensor, proposals: Proposals) -> None:
         search = self.search
-        left = self.limit - search.count[rows]
+        left = self.limits[rows] - search.count[rows]
         sizes = torch.minimum(self.policy.sizes(search.rounds[rows]), left).clamp(min=1)
         began = time.monotonic()
         remaining = self.totals[rows] - search.positions(rows)
@@ -204,9 +205,13 @@ class _Batch:
         near = self.best_residuals[rows, 0] <= likely
         patient = self.search.rounds[rows] < self.policy.PATIENCE
         doubted = self.plausible.in_doubt(rows, tried) & ~near
-        ended = (tried >= self.limit) | (near & ~patient) | doubted
+        spent = tried >= self.limits[rows]
+        ended = spent | (near & ~patient) | doubted
         for row in rows[ended & doubted].tolist():
             self._reconsider(row)
+        # Behind a wrong token nothing reproduces the target, however many are run.
+        lost = rows[spent & ~near & ~doubted]
+        self.limits[lost] = self.limits[lost].clamp(max=_BEHIND)
         rows, tried = rows[ended & ~doubted], tried[ended & ~doubted]
         if len(rows):
             chosen = self.best_ids[rows, 0]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import check_writable, visible
+from lightning_inversion.files import check_writable, printable, visible
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -88,9 +88,9 @@ def run_report(options: Namespace) -> int:
         _log.warning("Not finished: %s, %s", visible(str(path)), state)
     style = FigureStyle(options.figure_size[0], options.figure_size[1], options.font_size)
     paths = write_files(loaded, out, options.title, options.max_prompts, style)
-    print((out / "table.md").read_text(encoding="utf-8"))
+    print(printable((out / "table.md").read_text(encoding="utf-8")))
     for path in paths:
-        print(path)
+        print(printable(str(path)))
     return 0
 
 

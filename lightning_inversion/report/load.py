@@ -6,7 +6,6 @@ memory because the table keeps one letter a token instead.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from lightning_inversion.files import visible
 from lightning_inversion.report.labels import LABEL
 from lightning_inversion.report.unfinished import config_of, unfinished_runs
 from lightning_inversion.results import FITTED, PREDICTED, ResultRow, names
+from lightning_inversion.untrusted import check_regular, read_json
 
 VERIFIED, DUPLICATE, RIGHT, IN_TOP_K, WRONG, GIVEN, FALSE = "vdrkwgx"
 """Marks of a token: verified; verified, and another token has the same embedding; right, not
@@ -185,14 +185,15 @@ def _read_lines(path: Path) -> Iterator[ResultRow | str]:
     """Each line as a row, or why it is none."""
     number = 0
     try:
+        check_regular(path)
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     yield "the last line is not whole"
                     return
                 try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
+                    record = read_json(line)
+                except ValueError:
                     yield f"line {number} is not JSON"
                     continue
                 if not isinstance(record, dict) or "schema" not in record:

@@ -7,20 +7,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightning_inversion.results import FILE, FITTED, PREDICTED
+from lightning_inversion.untrusted import read_file, read_yaml
 
-_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-
-@cache
 def config_of(path: Path) -> dict[str, Any]:
     """The settings beside a run's rows; {} where none can be read. Not to be changed."""
     try:
-        config = yaml.load(path.read_bytes(), Loader=_YAML)
-    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+        return _parsed(read_file(path))
+    except (OSError, ValueError):
         return {}
+
+
+@cache
+def _parsed(text: bytes) -> dict[str, Any]:
+    config = read_yaml(text)
     return config if isinstance(config, dict) else {}
 
 
@@ -58,6 +59,6 @@ def _prompts_of(data: dict[str, Any]) -> int | None:
 def _lines(path: Path) -> int | None:
     """The lines of a file of prompts; None where it has moved."""
     try:
-        return len(path.read_bytes().rstrip(b"\r\n").split(b"\n"))
-    except OSError:
+        return len(read_file(path).rstrip(b"\r\n").split(b"\n"))
+    except (OSError, ValueError):
         return None

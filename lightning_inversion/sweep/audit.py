@@ -13,19 +13,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lightning_inversion.cli.parser import OneSentenceParser
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import check_processes, printable
 from lightning_inversion.results import FILE
 from lightning_inversion.sweep.command import (
     add_running_arguments,
-    check_processes,
     print_cells,
     root_of,
 )
-from lightning_inversion.sweep.grid import COMMANDS, Cell, short
+from lightning_inversion.sweep.grid import COMMANDS, Cell, check_count, short
+from lightning_inversion.untrusted import read_file, read_yaml
 
 if TYPE_CHECKING:
     from lightning_inversion.report.audit_page import AuditRun
@@ -84,14 +84,12 @@ class AuditPlan:
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls)
         try:
-            found = parser.parse_object(yaml.load(path.read_text("utf-8"), _PlainLoader) or {})
+            found = parser.parse_object(read_yaml(read_file(path)) or {})
             channels = {name: ChannelSpec(**vars(one)) for name, one in found.channels.items()}
             plan = cls(channels, Attack(**vars(found.fit)), Attack(**vars(found.predict)))
         except OSError as error:
             raise InputError(f"{where} cannot be read: {error.strerror}.") from error
-        except RecursionError as error:
-            raise InputError(f"{where} is no plan of an audit: it is nested too deep.") from error
-        except (yaml.YAMLError, ArgumentError, TypeError, AttributeError, ValueError) as error:
+        except (ArgumentError, TypeError, AttributeError, ValueError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise InputError(f"{where} is no plan of an audit: {reason}.") from error
         if not plan.channels:
@@ -101,20 +99,16 @@ class AuditPlan:
         if len({short(name) for name in plan.channels}) < len(plan.channels):
             raise InputError(f"{where} has channels whose names are too much alike; rename one.")
         for attack in (plan.fit, plan.predict):
+            if not _can_be_written(attack.options):
+                raise InputError(
+                    f"{where} has options that are not a mapping of names to texts, numbers, true, "
+                    "false, null or lists of them; correct them, with dates in quotes."
+                )
             for name in attack.channels or ():
                 if name not in plan.channels:
                     known = ", ".join(plan.channels)
                     raise InputError(f"{where}: {name!r} is no channel of it; choose from {known}.")
         return plan
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: a few of them can make a structure endless or fill the memory."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias (*name); write the value out")
-        return super().compose_node(parent, index)
 
 
 def add_audit_arguments(parser: OneSentenceParser) -> None:
@@ -144,7 +138,7 @@ def run_audit(options: Namespace) -> int:
     Raises:
         InputError: the options are wrong; before anything has run.
     """
-    check_processes(options)
+    check_processes(options.processes)
     if len(set(options.depth)) < len(options.depth):
         raise InputError("--depth has a depth twice; leave one of them out.")
     plan = AuditPlan.read(options.config)
@@ -161,6 +155,7 @@ def run_audit(options: Namespace) -> int:
     asked = [prompts, sorted(options.depth), asdict(plan), passed_on]
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:6]
     folder = root_of(passed_on) / "lightning_logs" / f"audit-{digest}"
+    check_count(2 * len(plan.channels) * len(options.depth), "--config and --depth")
     cells = tuple(audit_cells(plan, sorted(options.depth), passed_on, folder))
     if not cells:
         raise InputError(f"--config {str(options.config)!r} leaves nothing to run.")
@@ -175,7 +170,7 @@ def run_audit(options: Namespace) -> int:
     finally:
         runs = [_run_of(sweep, cell) for cell in cells]
         if any(run.rows is not None for run in runs):
-            print(write_audit(runs, folder / "audit.html"))
+            print(printable(str(write_audit(runs, folder / "audit.html"))))
 
 
 def audit_cells(
@@ -204,6 +199,15 @@ def audit_cells(
                     ),
                     {"command": command, "depth": str(depth), "channel": channel},
                 )
+
+
+def _can_be_written(options: Any) -> bool:
+    """Whether options have names that are texts, and values that the command line can hold."""
+    try:
+        json.dumps(options)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(options, dict) and all(isinstance(name, str) for name in options)
 
 
 def _written(value: Any) -> str:

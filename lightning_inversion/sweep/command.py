@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 from lightning_inversion.cli.options import in_full, renamed
 from lightning_inversion.cli.parser import OneSentenceParser
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import check_processes, printable
 from lightning_inversion.sweep.grid import (
     COMMANDS,
     MAX_CELLS,
@@ -78,7 +79,7 @@ def run_sweep(options: Namespace) -> int:
     Raises:
         InputError: the options are wrong; before anything has run.
     """
-    check_processes(options)
+    check_processes(options.processes)
 
     # Torch and Lightning take seconds to import, which --help does not need.
     from lightning_inversion.sweep.run import MODEL_KEYS, Sweep, check, run_cells
@@ -98,16 +99,6 @@ def run_sweep(options: Namespace) -> int:
     if options.join is None and not sweep.unfinished():
         write_report(sweep.path)
     return code
-
-
-def check_processes(options: Namespace) -> None:
-    """Refuse a number of processes below 1.
-
-    Raises:
-        InputError: the number is below 1.
-    """
-    if options.processes < 1:
-        raise InputError(f"--processes must be at least 1, and is {options.processes}.")
 
 
 def _planned(options: Namespace) -> Sweep:
@@ -146,10 +137,10 @@ def root_of(arguments: Sequence[str]) -> Path:
 def print_cells(sweep: Sweep) -> None:
     """List the cells on stdout, with what is done."""
     left = sweep.unfinished()
-    print(sweep.path)
+    print(printable(str(sweep.path)))
     for cell in sweep.cells:
         done = "" if cell in left else ": done"
-        print(f"  {cell.name}{done}\n    {cell.command} {shlex.join(cell.arguments)}")
+        print(printable(f"  {cell.name}{done}\n    {cell.command} {shlex.join(cell.arguments)}"))
     print(f"{len(left)} of {len(sweep.cells)} cells to run")
 
 
@@ -173,5 +164,5 @@ def write_report(folder: Path) -> None:
             value = Summary.Value(tag=f"sweep/{path.stem}", image=image)
             writer.add_event(Event(summary=Summary(value=[value])))
     writer.close()
-    print((out / "table.md").read_text("utf-8"))
-    print(written[0])
+    print(printable((out / "table.md").read_text("utf-8")))
+    print(printable(str(written[0])))

@@ -83,9 +83,7 @@ def cells_of(command: str, arguments: Sequence[str], axes: Sequence[Axis]) -> tu
     _check_twice("--over", [axis.key for axis in axes])
     for axis in axes:
         _check_twice(f"--over {axis.key}", axis.values)
-    count = math.prod(len(axis.values) for axis in axes)
-    if count > MAX_CELLS:
-        raise InputError(f"--over and --seeds give {count} cells; at most {MAX_CELLS} are run.")
+    check_count(math.prod(len(axis.values) for axis in axes), "--over and --seeds")
     axes = sorted(axes, key=lambda axis: axis.key != SEED)
     names = [axis.name for axis in axes]
     shown = [
@@ -102,6 +100,12 @@ def cells_of(command: str, arguments: Sequence[str], axes: Sequence[Axis]) -> tu
         name = ",".join(f"{key}={short(value)}" for key, value in ordered.items())
         cells.append(Cell(name, command, (*configs, *arguments, *others), ordered))
     return _with_own_names(cells)
+
+
+def check_count(count: int, options: str) -> None:
+    """Raise InputError for more than `MAX_CELLS` cells, which `options` give."""
+    if count > MAX_CELLS:
+        raise InputError(f"{options} give {count} cells; at most {MAX_CELLS} are run.")
 
 
 def _with_own_names(cells: Sequence[Cell]) -> tuple[Cell, ...]:

@@ -21,21 +21,22 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_type_hints
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_inversion.cli.lightning import InversionCLI
-from lightning_inversion.cli.resume import check_prompts, differences, read_settings
+from lightning_inversion.cli.resume import differences, read_settings
 from lightning_inversion.cli.trainer import quiet_lightning
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import claimed, readable_time
 from lightning_inversion.module import InputInversion
-from lightning_inversion.results import FILE, FITTED, PREDICTED, ResultRow, read_rows
-from lightning_inversion.sweep.grid import Cell
+from lightning_inversion.results import FILE, FITTED, PREDICTED, ResultRow, check_of, read_rows
+from lightning_inversion.sweep.grid import Cell, check_count
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.shared import SharedModels
+from lightning_inversion.untrusted import read_file, read_json
 
 MODEL_KEYS = frozenset(inspect.signature(InputInversion.__init__).parameters) - {"self"}
 """The words that stand under ``model.`` in a config."""
@@ -80,11 +81,14 @@ class Sweep:
         if not stored.is_file():
             raise InputError(f"--join {str(path)!r} holds no {SWEEP_FILE}; name a sweep's folder.")
         try:
-            record = json.loads(stored.read_text("utf-8"))
+            record = read_json(read_file(stored))
             if not isinstance(record, dict) or not isinstance(record.get("cells"), list):
                 raise ValueError("it has no list of cells")
+            check_count(len(record["cells"]), f"the cells of {str(stored)!r}")
             return cls(path, tuple(Cell.from_record(cell) for cell in record["cells"]))
-        except (ValueError, OSError, RecursionError) as error:
+        except InputError:
+            raise
+        except (ValueError, OSError) as error:
             raise InputError(f"{str(stored)!r} is not a sweep's: {error}; remove it.") from error
 
     def save(self) -> None:
@@ -109,9 +113,11 @@ class Sweep:
     def status(self, cell: Cell) -> Status:
         """Where a cell stands; without a whole file of it, it is run and keeps its rows."""
         try:
-            return Status(**json.loads((self.folder(cell) / CELL_FILE).read_text("utf-8")))
+            status = Status(**read_json(read_file(self.folder(cell) / CELL_FILE)))
         except (OSError, ValueError, TypeError):
             return Status()
+        types = get_type_hints(Status).items()
+        return status if all(check_of(t)(getattr(status, key)) for key, t in types) else Status()
 
     def rows(self, cell: Cell) -> list[ResultRow]:
         """The finished rows of a cell."""
@@ -169,7 +175,7 @@ def check(sweep: Sweep) -> list[TransformerSpec]:
                     f"{str(stored.parent)!r} was made with another {different[0]}; "
                     "give the sweep another --name, or remove the folder."
                 )
-        check_prompts(sweep.folder(cell), run.datamodule.prompts)
+        run.check_folder(sweep.folder(cell))
         specs.append(run.model.spec)
     return specs
 

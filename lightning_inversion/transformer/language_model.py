@@ -5,17 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from lightning_inversion.files import cached_folder
 from lightning_inversion.transformer.blocks import block_count, text_config
+from lightning_inversion.transformer.cached import cached_tensor
 from lightning_inversion.transformer.kv_cache import (
     RaggedCache,
     additive_mask,
@@ -24,7 +21,6 @@ from lightning_inversion.transformer.kv_cache import (
 )
 from lightning_inversion.transformer.probe import FAILURES
 
-_TEXT = "text.safetensors"
 _NEAR = 0.02
 """How far logits of a kept cache may be off, relative to the largest; half precision rounds."""
 
@@ -116,21 +112,9 @@ def own_text(language_model: LanguageModel, rows: int = 64, length: int = 96) ->
     model = language_model.model
     settings = f"{model.config.to_json_string()} {rows} {length} {weights_checksum(model)}"
     key = f"own-text-{hashlib.sha256(settings.encode()).hexdigest()[:24]}"
-
-    def build(folder: Path) -> None:
-        save_file({"ids": language_model.sample_text(rows, length)}, folder / _TEXT)
-
-    def is_whole(folder: Path) -> bool:
-        try:
-            ids = load_file(folder / _TEXT)["ids"]
-        except (OSError, SafetensorError, KeyError):
-            return False
-        size = language_model.embeddings.shape[0]
-        right = ids.shape == (rows, length) and ids.dtype == torch.long
-        return right and int(ids.min()) >= 0 and int(ids.max()) < size
-
-    ids: Tensor = load_file(cached_folder(key, build, is_whole) / _TEXT)["ids"]
-    return ids
+    return cached_tensor(
+        key, lambda: language_model.sample_text(rows, length), (rows, length), torch.long
+    )
 
 
 @torch.no_grad()

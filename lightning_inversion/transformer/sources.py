@@ -14,6 +14,7 @@ import json
 import logging
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import cache_root, cached_folder
+from lightning_inversion.untrusted import check_regular, read_file, read_json
 
 OPTION = "--model.transformer.model"
 
@@ -78,12 +80,20 @@ def check_source(name: str, revision: str | None = None) -> None:
     elif name.endswith(".gguf"):
         if not _path(name).is_file():
             raise InputError(f"{OPTION}: there is no file {name!r}; give the path of a .gguf file.")
-    elif name and _path(name).is_dir():
+    elif name and _is_folder(name):
         if not (_path(name) / "config.json").is_file():
             raise InputError(
                 f"{OPTION}: the folder {name!r} holds no config.json; "
                 "give a folder that save_pretrained wrote, or the path of a .gguf file."
             )
+        for file in _path(name).iterdir():
+            try:
+                if not file.is_dir():
+                    check_regular(file)
+            except OSError as error:
+                raise InputError(
+                    f"{OPTION}: {str(file)!r} cannot be read: {error.strerror}; remove it."
+                ) from error
     elif not _HUB_ID.fullmatch(name):
         raise InputError(
             f"{OPTION}: {name!r} is neither a folder, nor a .gguf file, nor the id of a model on "
@@ -112,7 +122,14 @@ def resolve_source(name: str, revision: str | None = None) -> ModelFiles:
 
 
 def _is_local(name: str) -> bool:
-    return name.startswith("pypi:") or name.endswith(".gguf") or _path(name).is_dir()
+    return name.startswith("pypi:") or name.endswith(".gguf") or _is_folder(name)
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return _path(name).is_dir()
+    except (OSError, UnicodeError):  # too long, or no characters that a path can have
+        return False
 
 
 def _path(name: str) -> Path:
@@ -216,6 +233,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     A tied head is stored once. `is_converted` checks later whether the folder is still whole.
     """
     _log.info("Converting %s (once, about half a minute)", file.name)
+    _check_gguf(file)
     source: dict[str, Any] = {
         "pretrained_model_name_or_path": str(file.parent),
         "gguf_file": file.name,
@@ -235,7 +253,9 @@ def convert_gguf(file: Path, folder: Path) -> None:
             )
             model.save_pretrained(folder)
             AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the file comes from elsewhere: transformers fails in many ways
         shutil.rmtree(folder, ignore_errors=True)
         raise InputError(
             f"{OPTION}: {file} could not be converted "
@@ -245,24 +265,40 @@ def convert_gguf(file: Path, folder: Path) -> None:
     (folder / _MARK).write_text(json.dumps({"source": file.name, "sizes": sizes}, indent=1))
 
 
+def _check_gguf(file: Path) -> None:
+    """Refuse a file whose header is not that of a model before anything is allocated for it.
+
+    Its 24 bytes are GGUF, a version, and the numbers of tensors and of keys.
+    """
+    with file.open("rb") as stream:
+        header = stream.read(24)
+    size = file.stat().st_size
+    _, _, tensors, keys = struct.unpack("<4sIQQ", header.ljust(24, b"\0"))
+    if header[:4] != b"GGUF" or not 0 < tensors < size or not 0 < keys < size:
+        raise InputError(
+            f"{OPTION}: {str(file)!r} is no whole .gguf file of a model; give another."
+        )
+
+
 def is_converted(folder: Path) -> bool:
     """Whether a converted model lies whole in `folder`: each file there, of its size, readable."""
     try:
-        sizes = json.loads((folder / _MARK).read_text())["sizes"]
+        sizes = read_json(read_file(folder / _MARK))["sizes"]
         if any((folder / name).stat().st_size != size for name, size in sizes.items()):
             return False
-        json.loads((folder / "config.json").read_text())
+        read_json(read_file(folder / "config.json"))
         for weights in folder.glob("*.safetensors"):
             with safe_open(weights, framework="pt"):  # reads and checks the header
                 pass
-    except (OSError, ValueError, KeyError, SafetensorError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError):
         return False
     return True
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line if " " in line else f"{type(error).__name__} {line}".strip()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import visible
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -33,11 +34,11 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
 
 
 def shown_tokens(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int]) -> list[str]:
-    """As `token_texts`, with line breaks escaped; without a tokenizer, the ids in brackets."""
+    """As `token_texts`, in one line and `visible`; without a tokenizer, the ids in brackets."""
     if tokenizer is None:
         return [f"[{token}]" for token in ids]
     texts = token_texts(tokenizer, ids)
-    return [text.replace("\n", "\\n").replace("\r", "\\r") for text in texts]
+    return [visible(text.replace("\n", "\\n").replace("\r", "\\r")) for text in texts]
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -19,7 +18,6 @@ from lightning_inversion.transformer.blocks import (
     text_config,
     without_head,
 )
-from lightning_inversion.transformer.probe import FAILURES
 from lightning_inversion.transformer.sources import (
     OPTION,
     ModelFiles,
@@ -115,13 +113,16 @@ def first_blocks_of(kind: type[PreTrainedModel], depth: int) -> type[PreTrainedM
 
 @contextmanager
 def readable(model: str) -> Iterator[None]:
-    """Raise one `InputError` for every way in which a model's files cannot be read."""
+    """Raise one `InputError` for every way in which a model's files cannot be read.
+
+    The files come from elsewhere, and what transformers raises for a wrong one is of any kind.
+    """
     try:
         with quiet_transformers():
             yield
-    except (InputError, torch.OutOfMemoryError):
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, SafetensorError, *FAILURES) as error:
+    except Exception as error:
         reason = first_line(error).rstrip(".")
         raise InputError(
             f"--model.transformer.model: {model!r} could not be loaded ({reason}); look "

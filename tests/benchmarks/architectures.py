@@ -1,7 +1,8 @@
 """Which architectures of transformers pass every step, as a Markdown table.
 
     python -m tests.benchmarks.architectures                    all of them, about an hour
-    python -m tests.benchmarks.architectures llama mamba --rows rows.jsonl
+    python -m tests.benchmarks.architectures llama mamba
+    python -m tests.benchmarks.architectures --steps load parity attribute --rows rows.jsonl
 
 Each is a tiny random model in a folder, run in a process of its own with a time limit. A step
 passes, is refused in one sentence, is slow, or fails: `wrong` where it gave a wrong result,
@@ -18,7 +19,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -219,57 +220,60 @@ class Outcome:
     steps: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def passes(self) -> bool:
-        return all(result == "passes" for result in self.steps.values())
+    def passes(self, steps: Iterable[str]) -> bool:
+        """Whether it passes each of some steps."""
+        return all(self.steps.get(step) == "passes" for step in steps)
 
     @property
-    def refused(self) -> str | None:
-        """The sentence, where the architecture is refused when it is loaded."""
-        sentence = self.steps.get("load", "")
-        return sentence.removeprefix("refused: ") if sentence.startswith("refused") else None
+    def reason(self) -> str:
+        """Why it does not pass: one sentence where it is refused at load, or else each step's."""
+        load = self.steps.get("load", "")
+        if load.startswith("refused: "):
+            return f"refused: {load.split(': ', 2)[2]}"  # without the option's name
+        wrong = {step: result for step, result in self.steps.items() if result != "passes"}
+        return "; ".join(f"{step} {result}" for step, result in wrong.items())
 
-
-def measure(name: str, chosen: Sequence[str] = STEPS, limit: float = 300) -> Outcome:
-    """Run an architecture in a process of its own for at most `limit` seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning_inversion.cli.lightning", "tests.architectures"])
-    receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=run_steps, args=(name, chosen, sending))
-    process.start()
-    sending.close()
-    outcome, end = Outcome(name), time.monotonic() + limit
-    try:
-        while len(outcome.steps) < len(chosen) and receiving.poll(max(0, end - time.monotonic())):
-            step, result, seconds = receiving.recv()
-            outcome.steps[step], outcome.seconds[step] = result, seconds
-    except EOFError:
-        outcome.steps[chosen[len(outcome.steps)]] = "crash: the process ended"
-    if len(outcome.steps) < len(chosen):
-        outcome.steps.setdefault(chosen[len(outcome.steps)], f"slow: more than {limit:.0f} s")
-        process.kill()
-    process.join()
-    return outcome
+    def measure(self, steps: Sequence[str] = STEPS, limit: float = 300) -> None:
+        """Run steps in a process of their own for at most `limit` seconds."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["lightning_inversion.cli.lightning", "tests.architectures"])
+        receiving, sending = context.Pipe(duplex=False)
+        process = context.Process(target=run_steps, args=(self.name, steps, sending))
+        process.start()
+        sending.close()
+        end = time.monotonic() + limit
+        for step in steps:
+            if not receiving.poll(max(0, end - time.monotonic())):
+                self.steps[step] = f"slow: more than {limit:.0f} s"
+                process.kill()
+                break
+            try:
+                _, self.steps[step], self.seconds[step] = receiving.recv()
+            except EOFError:
+                self.steps[step] = "crash: the process ended"
+                break
+        process.join()
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
     """How many architectures pass each step, and by name those that do not pass all."""
-    steps = list(outcomes[0].steps)
-    passed = Counter(
-        step for one in outcomes for step, result in one.steps.items() if result == "passes"
-    )
+    steps = [step for step in STEPS if any(step in one.steps for one in outcomes)]
+    whole = [one for one in outcomes if len(one.steps) == len(steps) or not one.passes(one.steps)]
+    counts = [
+        f"{sum(one.passes([step]) for one in outcomes)} of "
+        f"{sum(step in one.steps for one in outcomes)}"
+        for step in steps
+    ]
+    counts.append(f"{sum(one.passes(steps) for one in whole)} of {len(whole)}")
     lines = [
-        f"| of {len(outcomes)} architectures | {' | '.join(steps)} | every step |",
+        f"| architectures | {' | '.join(steps)} | every step |",
         f"|---|{'---|' * (len(steps) + 1)}",
-        f"| pass | {' | '.join(str(passed[step]) for step in steps)} "
-        f"| {sum(one.passes for one in outcomes)} |",
+        f"| pass | {' | '.join(counts)} |",
     ]
     reasons: dict[str, list[str]] = defaultdict(list)
     for one in outcomes:
-        if not one.passes:
-            reasons[one.refused or "; ".join(
-                f"{step} {result}" for step, result in one.steps.items() if result != "passes"
-            )].append(one.name)  # fmt: skip
+        if not one.passes(one.steps):
+            reasons[one.reason].append(one.name)
     if reasons:
         lines += ["", "| not passing | what happens |", "|---|---|"]
         lines += [f"| {', '.join(names)} | {reason} |" for reason, names in reasons.items()]
@@ -282,17 +286,22 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="architectures; all if left out")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--limit", type=float, default=300, help="seconds for each")
-    parser.add_argument("--rows", type=Path, help="a file to which each outcome is appended")
+    parser.add_argument("--rows", type=Path, help="outcomes are kept here, and not measured again")
     options = parser.parse_args()
     if unknown := set(options.names) - set(ARCHITECTURES):
         parser.error(f"not made: {', '.join(sorted(unknown))} (of those known: {NOT_MADE})")
-    outcomes = []
+    outcomes: dict[str, Outcome] = {}
+    if options.rows and options.rows.exists():
+        kept = map(json.loads, options.rows.read_text().splitlines())
+        outcomes = {row["name"]: Outcome(**row) for row in kept}
     for name in options.names or ARCHITECTURES:
-        outcomes.append(measure(name, options.steps, options.limit))
+        outcome = outcomes.setdefault(name, Outcome(name))
+        if left := [step for step in options.steps if step not in outcome.steps]:
+            outcome.measure(left, options.limit)
         if options.rows:
-            with options.rows.open("a") as rows:
-                rows.write(json.dumps(vars(outcomes[-1])) + "\n")
-    print(markdown(outcomes))
+            rows = [json.dumps(vars(one)) + "\n" for one in outcomes.values()]
+            options.rows.write_text("".join(rows))
+    print(markdown(list(outcomes.values())))
 
 
 if __name__ == "__main__":

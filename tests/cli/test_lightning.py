@@ -114,7 +114,7 @@ def test_a_config_of_other_bytes_is_one_sentence(tmp_path: Path, capsys) -> None
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("a: &a [*a]", "--config: maximum recursion depth"),
+        ("a: &a [*a]", "has an alias *a of nothing, or of itself; give a file of YAML"),
         ('trainer: {default_root_dir: "a\\0b"}', "has a NUL in it"),
     ],
 )
@@ -130,15 +130,29 @@ def test_a_config_that_no_run_can_have_is_one_sentence(
     assert message.count("\n") == 1, message
 
 
-def test_rows_of_other_prompts_do_not_count_as_finished(
-    tiny_folder: Path, fitted: Path, tmp_path: Path, capsys
+@pytest.mark.parametrize(
+    "option",
+    [
+        '--data.prompts=["The sky is blue.", "A quick brown dog"]',
+        "--model.transformer.depth=1",
+        "--model.optimizer.lr=0.5",
+    ],
+)
+def test_rows_of_another_run_do_not_count_as_finished(
+    option: str, tiny_folder: Path, fitted: Path, tmp_path: Path, capsys
 ) -> None:
     root = shutil.copytree(fitted, tmp_path / "moved")
-    rows = root / "lightning_logs" / "version_0" / "results.jsonl"
-    rows.write_text(rows.read_text().replace("A quick brown fox", "A quick brown dog"))
-    options = ["--model.iterations=3", "--data.batch_size=1", "--ckpt_path=last"]
-    assert run(fit(tiny_folder, root, *options)) == 2
-    assert "holds a row of another prompt 2" in capsys.readouterr().err
+    rows = (root / "lightning_logs" / "version_0" / "results.jsonl").read_bytes()
+    same_place = [
+        "--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger",
+        f"--trainer.logger.save_dir={root}",
+        "--trainer.logger.version=0",
+        "--data.batch_size=1",
+        "--model.iterations=3",
+    ]
+    assert run(fit(tiny_folder, root, *same_place, option)) == 2
+    assert "holds a row of another prompt" in capsys.readouterr().err
+    assert (root / "lightning_logs" / "version_0" / "results.jsonl").read_bytes() == rows
 
 
 def test_a_missing_prompt_and_a_missing_checkpoint(

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.files import ENVIRONMENT
@@ -143,3 +145,22 @@ def test_predict_starts_from_the_input_of_a_fit(tiny_folder: Path, tmp_path: Pat
     policy = "--model.recovery=lightning_inversion.recovery.sipit.SIPIT"
     assert run(predict(tiny_folder, tmp_path, f"--ckpt_path={checkpoint}", policy)) == 2
     assert "is not used by SIPIT" in capsys.readouterr().err
+
+
+def test_hidden_states_of_another_depth_end_the_run_and_leave_no_row(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = torch.tensor([[11, 42, 7]])
+    states = AutoModelForCausalLM.from_pretrained(tiny_folder)(ids, output_hidden_states=True)
+    torch.save({"hidden_states": states.hidden_states[1], "input_ids": ids}, tmp_path / "x.pt")
+    words = [
+        "predict", f"--model.transformer.model={tiny_folder}", "--model.transformer.depth=2",
+        f"--data.targets={tmp_path / 'x.pt'}", f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.accelerator=cpu", "--model.recovery.proposer=Exhaustive",
+    ]  # fmt: skip
+    assert run(words) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "x.pt: 1 prompt, 3 positions, depth 2, float32, depth as told." in lines
+    assert any("holds token ids (input_ids) beside the hidden states" in line for line in lines)
+    assert lines[-1].endswith("features fit depth 1, not 2; set --model.transformer.depth 1.")
+    assert not list(tmp_path.rglob("results.jsonl"))

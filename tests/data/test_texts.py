@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from transformers import Gemma3Config, XLNetConfig
 
 from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize
@@ -42,7 +43,7 @@ def test_prompt_files_are_read(
         ("p.jsonl", b"{", "line 1 is not"),
         ("p.jsonl", b"[" * 100_000, "line 1 is not"),
         ("p.jsonl", b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}", "line 1 is not"),
-        ("p.jsonl", b'{"prompt": "a", "prompt": "b"}', "line 1 has a key twice"),
+        ("p.jsonl", b'{"prompt": "a", "prompt": "b"}', "line 1: it has the key 'prompt' twice"),
         ("p.json", b'["a"]', r"is a \.json file; give a text file"),
         ("p.CSV", b"prompt\na\n", r"is a \.csv file; give a text file"),
     ],
@@ -61,7 +62,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         read_prompts(tmp_path / "none.txt", "--data.file")
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path):
-        with pytest.raises(InputError, match="is no regular file"):
+        with pytest.raises(InputError, match="it is no regular file"):
             read_prompts(path, "--data.file")
 
 
@@ -96,3 +97,14 @@ def test_bad_prompts_are_rows_of_their_own(tiny_folder: Path, tmp_path: Path) ->
     assert [batch.prompts for batch in data.batches] == [("a",)]
     assert set(data.bad) == {1, 2}
     assert all(character < "\ud800" for text in data.prompts for character in text or "")
+
+
+def test_a_token_that_stands_for_an_image_is_refused() -> None:
+    config = Gemma3Config(image_token_index=7)
+    with pytest.raises(InputError, match="token 7, whose place an image or a sound takes"):
+        ModelLimits.of(config).check([5, 7])
+    ModelLimits.of(config.text_config).check([5, 7])
+
+
+def test_a_length_of_minus_one_is_no_limit() -> None:
+    ModelLimits.of(XLNetConfig(vocab_size=10)).check([5] * 100)

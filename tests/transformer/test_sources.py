@@ -156,7 +156,7 @@ def test_a_gguf_file_is_known_by_its_content(
 def test_a_file_that_is_no_gguf(tmp_path: Path, cache: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"this is not a model")
-    with pytest.raises(InputError, match="could not be converted"):
+    with pytest.raises(InputError, match="is no whole"):
         resolve_source(str(file))
     assert not [path for path in cache.iterdir() if path.is_dir()]
 

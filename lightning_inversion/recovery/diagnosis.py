@@ -1,0 +1,238 @@
+"""Why captured features fit no token: scans of position 0, in seconds, before any search.
+
+The commonest mistakes look alike: nothing is verified. A first token sees no other, so its features
+follow from the token alone, and a few tokens run in other ways tell the mistakes apart: one block
+less or more, with and without the final norm, minus the mean over the features, times a factor.
+A first row that is no first position looks like a later one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_inversion.recovery.calibration import Channel
+from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.variants import CLEAR, FirstTokens, OtherCuts, Variants
+
+_SAMPLE = 4
+"""Tokens that are run for position 0 before the scans."""
+_SCANNED = 8
+"""Prompts of a batch that are scanned; what most of them have is taken for the others'."""
+_ROWS = 256
+"""Rows of a prompt that may be its first position."""
+_TEXTS, _LENGTH = 80, 24
+"""Sequences of text, and of random tokens, whose later rows show how such rows lie."""
+_MARGIN = 1.2
+"""How much beyond the sizes of known later rows that of a later row may be."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is wrong with the features of a prompt whose position 0 fits no token.
+
+    Attributes:
+        residual: of the nearest token, in std of each feature.
+        threshold: the residual up to which it would be plausible.
+        token: the nearest token.
+        cause: what the features fit instead; None where nothing fits.
+        way_out: the option to set, or what to do.
+        near: whether one token is clearly the nearest: something was added to its features, or they
+            were computed otherwise, and the search may find the others.
+        scanned: whether the prompt was looked at by itself.
+    """
+
+    residual: float
+    threshold: float
+    token: int
+    cause: str | None = None
+    way_out: str | None = None
+    near: bool = False
+    scanned: bool = False
+
+    @property
+    def has_option(self) -> bool:
+        """Whether an option makes the features fit."""
+        return self.way_out is not None and self.way_out.startswith("set ")
+
+    @property
+    def finding(self) -> str:
+        """What is wrong, and the way out."""
+        if self.cause is not None:
+            return f"{self.cause}; {self.way_out}"
+        if self.near:
+            return (
+                "one token is clearly the nearest, so that the features were computed in another "
+                "precision, or noise was added; set --model.transformer.dtype as they were computed"
+            )
+        return (
+            "nor would one at another depth, with or without the final norm, centred, scaled, or "
+            "as a later position; a few tokens of each position are tried, and none is verified"
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"position 0 fits no token (the nearest has residual {self.residual:.2g}, and "
+            f"{self.threshold:.2g} would be plausible); {self.finding}"
+        )
+
+
+@torch.no_grad()
+def diagnose(
+    measurements: Measurements,
+    target: Tensor,
+    lengths: Sequence[int],
+    cuts: OtherCuts | None = None,
+    channel: Channel | None = None,
+    known: Tensor | None = None,
+) -> list[Diagnosis | None]:
+    """What is wrong with each prompt; None where a token fits position 0.
+
+    Args:
+        measurements: of a causal model.
+        target: ``[B, T, F]``.
+        lengths: tokens of each prompt.
+        cuts: the model at other depths; without it only this one is scanned.
+        channel: what has happened to the targets.
+        known: ``[N]`` tokens with which every prompt begins.
+    """
+    given = known if known is not None and len(known) else None
+    scans = _Scans(measurements, cuts, channel, given)
+    found = scans.unfit(target[:, 0])
+    failed = [row for row, diagnosis in enumerate(found) if diagnosis is not None]
+    for row in failed[:_SCANNED]:
+        diagnosis = found[row]
+        assert diagnosis is not None
+        found[row] = scans.explain(target[row, : lengths[row]], diagnosis)
+    scanned = Counter((one.cause, one.way_out) for one in found if one is not None and one.scanned)
+    for row in failed[_SCANNED:]:
+        diagnosis = found[row]
+        assert diagnosis is not None
+        cause, way_out = scanned.most_common(1)[0][0]
+        found[row] = replace(diagnosis, cause=cause, way_out=way_out)
+    return found
+
+
+class _Scans:
+    def __init__(
+        self,
+        measurements: Measurements,
+        cuts: OtherCuts | None,
+        channel: Channel | None,
+        known: Tensor | None,
+    ) -> None:
+        self.measurements, self.known = measurements, known
+        self.transformer, self.probe = measurements.transformer, measurements.probe
+        self.threshold = float(measurements.calibration.plausible[0])
+        self.tokens = FirstTokens(measurements)
+        self.variants = Variants(measurements, self.tokens, cuts, channel)
+
+    def unfit(self, rows: Tensor) -> list[Diagnosis | None]:
+        """What is wrong at position 0, not yet explained; None where a token fits rows [B, F]."""
+        if self.known is None:
+            ids = self.tokens.nearest(rows, _SAMPLE)
+        else:
+            ids = self.known[:1].expand(len(rows), 1)
+        residuals = self._residuals(ids, rows)
+        found: list[Diagnosis | None] = []
+        for own, tokens in zip(residuals, ids, strict=True):
+            residual, token = float(own.min()), int(tokens[own.argmin()])
+            if residual <= self.threshold:
+                found.append(None)
+                continue
+            others = own[self._differ(tokens, token)]
+            near = bool(len(others)) and residual <= CLEAR * float(others.min())
+            found.append(Diagnosis(residual, self.threshold, token, near=near))
+        return found
+
+    def explain(self, rows: Tensor, unfit: Diagnosis) -> Diagnosis:
+        """The diagnosis of the features ``[T, F]`` of one prompt, with its cause."""
+        first, residual = rows[0], unfit.residual
+        found = self.variants.explain(first, residual, self.known) or self._first_row_behind(rows)
+        if found is None and self.known is not None:
+            found = (
+                "the known prefix does not reproduce its own rows",
+                "correct --data.known_prefix, or set --data.first_position where its rows are "
+                "left out",
+            )
+        if found is None and not unfit.near:
+            found = self._later_position(first)
+        cause, way_out = found or (None, None)
+        near = unfit.near and found is None
+        return replace(unfit, cause=cause, way_out=way_out, near=near, scanned=True)
+
+    def _residuals(self, ids: Tensor, rows: Tensor) -> Tensor:
+        """``[B, K]`` of tokens ``[B, K]`` as the first of a prompt with rows ``[B, F]``."""
+        features = self.transformer.features_of(ids.reshape(-1, 1)).view(*ids.shape, -1)
+        calibration = self.measurements.calibration
+        return calibration.residual(features, rows[:, None], torch.zeros_like(ids))
+
+    def _differ(self, ids: Tensor, token: int) -> Tensor:
+        """Which of the tokens have another embedding than one of them."""
+        duplicates = self.transformer.embedding.first_duplicate.to(ids.device)
+        return duplicates[ids] != duplicates[token]
+
+    # -- rows that are no first position -----------------------------------------------------
+
+    def _first_row_behind(self, rows: Tensor) -> tuple[str, str] | None:
+        """A later row that fits as position 0: padding on the left, or another text before."""
+        some = rows[1:_ROWS]
+        if not len(some):
+            return None
+        row = int(self.tokens.distances(some).min(dim=1).values.argmin()) + 1
+        nearest = self.tokens.nearest(rows[row, None], _SAMPLE)
+        if float(self._residuals(nearest, rows[row, None]).min()) > self.threshold:
+            return None
+        before = "row 0 is" if row == 1 else f"rows 0 to {row - 1} are"
+        return (
+            f"row {row} fits as the first position, so that {before} padding or another text",
+            f"leave {'it' if row == 1 else 'them'} out, for one prompt by "
+            f"--data.layout.padding left --data.layout.lengths [{len(rows) - row}]",
+        )
+
+    def _later_position(self, row: Tensor) -> tuple[str, str] | None:
+        """Whether a row ``[F]`` reads as a token of a later position."""
+        mean, whitening, smallest, largest = self._later_rows
+        if not smallest <= float(_size((row - mean) @ whitening)) <= largest:
+            return None
+        return (
+            "row 0 is no first position, and looks like a later one",
+            "give the tokens before it as --data.known_prefix and their number as "
+            "--data.first_position",
+        )
+
+    @cached_property
+    def _later_rows(self) -> tuple[Tensor, Tensor, float, float]:
+        """How later rows lie: their mean, what makes them white, and the sizes that they have then.
+
+        The sizes are those of other rows than the covariance is of. Features that were combined of
+        several rows, or projected, leave the few directions in which rows vary.
+        """
+        vocabulary, device = self.transformer.embedding.vocabulary_size, self.transformer.device
+        generator = torch.Generator().manual_seed(3)
+        text, length = self.measurements.text, _LENGTH
+        kinds = [torch.randint(vocabulary, (_TEXTS, length), generator=generator).to(device)]
+        if text is not None:
+            kinds.append(text[:_TEXTS, :length].to(device))
+        fitted, held_out = [], []
+        for ids in kinds:
+            rows = self.transformer.features_of(ids)[:, 1:].double()
+            share = max(1, len(rows) // 5)
+            fitted.append(rows[share:].flatten(0, 1))
+            held_out.append(rows[:share].flatten(0, 1))
+        rows = torch.cat(fitted)
+        mean = rows.mean(0)
+        variances, axes = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
+        whitening = axes / variances.clamp_min(1e-6 * float(variances.mean())).sqrt()
+        sizes = _size((torch.cat(held_out) - mean) @ whitening)
+        smallest, largest = float(sizes.quantile(0.01)), float(sizes.quantile(0.99))
+        return mean, whitening, smallest / _MARGIN, largest * _MARGIN
+
+
+def _size(rows: Tensor) -> Tensor:
+    return rows.square().mean(-1).sqrt()

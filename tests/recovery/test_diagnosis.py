@@ -1,0 +1,160 @@
+"""Planted mistakes are named, each with its option; where there is none, none is named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_inversion.errors import InputError
+from lightning_inversion.recovery.captured import (
+    recover_captured,
+    report_breaks,
+    report_diagnoses,
+)
+from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
+from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.proposals import Exhaustive
+from lightning_inversion.recovery.token_recovery import TokenRecovery
+from lightning_inversion.recovery.variants import OtherCuts
+from lightning_inversion.transformer.truncated import TruncatedTransformer
+from tests.tiny import shared_tiny_model
+
+DEPTH = 3
+IDS = torch.tensor([[11, 42, 7, 8, 9, 5], [21, 22, 23, 24, 25, 26]])
+
+
+def at(depths: tuple[int, ...], final_norm: bool) -> TruncatedTransformer:
+    return TruncatedTransformer.from_model(
+        shared_tiny_model("llama"), layers=depths, final_norm=final_norm
+    )
+
+
+CUTS = OtherCuts(at, 4)
+
+
+def features(depth: int = DEPTH, final_norm: bool = False) -> Tensor:
+    return at((depth,), final_norm).features_of(IDS)
+
+
+def diagnosed(measurements: Measurements, target: Tensor) -> list[Diagnosis | None]:
+    return diagnose(measurements, target, [target.shape[1]] * len(target), CUTS)
+
+
+def test_features_that_fit_are_not_diagnosed(measurements: Measurements) -> None:
+    assert diagnosed(measurements, features()) == [None, None]
+    known = IDS[0, :1]
+    assert diagnose(measurements, features()[:1], [6], CUTS, known=known) == [None]
+
+
+MISTAKES: dict[str, tuple[Callable[[], Tensor], str]] = {
+    "one block less": (lambda: features(2), "fit depth 2, not 3; set --model.transformer.depth 2"),
+    "one block more": (lambda: features(4), "fit depth 4, not 3; set --model.transformer.depth 4"),
+    "after the norm": (
+        lambda: features(3, True),
+        "fit depth 3 after the final norm; set --model.transformer.final_norm true",
+    ),
+    "the last of a tuple": (
+        lambda: features(4, True),
+        "fit depth 4, not 3 after the final norm; "
+        "set --model.transformer.depth 4 --model.transformer.final_norm true",
+    ),
+    "centred": (
+        lambda: features() - features().mean(-1, keepdim=True), "centred; set --data.centred true"
+    ),
+    "halved": (lambda: features() / 2, "scaled by 0.5; set --data.scale 0.5"),
+    "a hundredfold": (lambda: features() * 100, "scaled by 100; set --data.scale 100"),
+    "embeddings": (lambda: features(1) * 0 + embedded(), "are the embeddings of tokens"),
+    "padding on the left": (
+        lambda: torch.cat([features()[:, 2:4], features()], dim=1),
+        r"row 2 fits as the first position, so that rows 0 to 1 are padding .*lengths \[6\]",
+    ),
+}  # fmt: skip
+
+
+def embedded() -> Tensor:
+    vectors: Tensor = shared_tiny_model("llama").get_input_embeddings()(IDS).detach()
+    return vectors
+
+
+@pytest.mark.parametrize(("planted", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_planted_mistake_is_named(
+    measurements: Measurements, planted: Callable[[], Tensor], message: str
+) -> None:
+    for found in diagnosed(measurements, planted()):
+        assert found is not None
+        assert re.search(message, str(found))
+
+
+def test_a_mistake_of_every_prompt_that_an_option_corrects_ends_the_run(
+    measurements: Measurements, messages: list[str]
+) -> None:
+    found = diagnosed(measurements, features(2))
+    with pytest.raises(InputError, match=r"x, prompts 1, 2: position 0 fits no .*depth 2\."):
+        report_diagnoses(found, "x")
+    report_diagnoses([None, *found], "x", index=(7, 8, 9))
+    assert messages == [f"x, prompts 9, 10: {found[0]}."]
+
+
+def no_text() -> Tensor:
+    return 3 * torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_features_of_no_text_have_no_mistake(measurements: Measurements) -> None:
+    for found in diagnosed(measurements, no_text()):
+        assert found is not None
+        assert found.cause is None
+        assert not found.has_option
+        assert f"nearest has residual {found.residual:.2g}" in str(found)
+
+
+def test_noise_on_features_leaves_the_nearest_token_clear(measurements: Measurements) -> None:
+    noisy = features() + 0.05 * measurements.probe.std[0] * torch.randn(
+        (2, 6, 32), generator=torch.Generator().manual_seed(0)
+    )
+    for found, ids in zip(diagnosed(measurements, noisy), IDS, strict=True):
+        assert found is not None
+        assert found.near
+        assert found.token == int(ids[0])
+
+
+def test_a_wrong_known_prefix_is_named(measurements: Measurements) -> None:
+    (found,) = diagnose(measurements, features()[:1], [6], CUTS, known=torch.tensor([12]))
+    assert found is not None
+    assert "does not reproduce its own rows" in str(found)
+
+
+def test_prompts_without_an_option_are_reported_and_searched_in_bounded_time(
+    measurements: Measurements, messages: list[str]
+) -> None:
+    target = torch.cat([features()[:1], no_text()[:1]])
+    found = diagnosed(measurements, target)
+    report_diagnoses(found, "x")
+    assert messages == [f"x, prompt 2: {found[1]}."]
+    rounds = []
+    prompts = recover_captured(
+        TokenRecovery(Exhaustive(), candidates=64), measurements, target, [6, 6], diagnoses=found,
+        after_round=lambda some: rounds.append(len(some)),
+    )  # fmt: skip
+    assert prompts[0].ids == IDS[0].tolist()
+    assert prompts[0].verified
+    assert not any(token.verified for token in prompts[1].tokens)
+    assert len(prompts[1].tokens) == 6
+    assert set(rounds) == {2}
+
+
+def test_where_rows_stop_fitting_is_reported(
+    measurements: Measurements, messages: list[str]
+) -> None:
+    mixed = torch.cat([features()[:1, :3], features()[1:, 3:]], dim=1)
+    policy = TokenRecovery(Exhaustive(), candidates=64)
+    prompts = recover_captured(policy, measurements, mixed, [6])
+    report_breaks(prompts, measurements, "x")
+    assert [token.verified for token in prompts[0].tokens] == [True] * 3 + [False] * 3
+    assert "x, prompt 1: no token fits position 3 or one behind it" in messages[-1]
+    whole = recover_captured(policy, measurements, features()[:1], [6])
+    report_breaks(whole, measurements, "x")
+    assert len([line for line in messages if "no token fits" in line]) == 1
