@@ -199,6 +199,20 @@ def test_the_trainers_precision_is_what_the_model_computes_in(
     assert values.dtype == torch.float32
 
 
+def test_an_interrupted_run_says_how_to_go_on(
+    tiny_folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # Lightning would ignore the next Ctrl-C
+    monkeypatch.setattr(InputInversion, "begin", interrupted)
+    assert run(fit(tiny_folder, tmp_path)) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "lightning-inversion: interrupted; the same command with --ckpt_path last resumes the run."
+    )
+
+
 def test_hparams_hold_real_values(tiny_folder: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
