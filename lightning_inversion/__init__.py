@@ -6,18 +6,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_inversion.api import recover
+    from lightning_inversion.api import recover, verify
     from lightning_inversion.attribution.attribute import attribute
     from lightning_inversion.data.layout import Layout
     from lightning_inversion.data.prompts import PromptDataModule
     from lightning_inversion.inversion import Inversion
     from lightning_inversion.module import InputInversion
+    from lightning_inversion.recovery.certificate import Certificate
     from lightning_inversion.results import ResultRow, read_rows
     from lightning_inversion.transformer.loading import TransformerSpec
     from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 __version__ = "0.1.0"
 __all__ = [
+    "Certificate",
     "InputInversion",
     "Inversion",
     "Layout",
@@ -28,8 +30,10 @@ __all__ = [
     "attribute",
     "read_rows",
     "recover",
+    "verify",
 ]
 _HOMES = {
+    "Certificate": "recovery.certificate",
     "InputInversion": "module",
     "Inversion": "inversion",
     "Layout": "data.layout",
@@ -40,6 +44,7 @@ _HOMES = {
     "attribute": "attribution.attribute",
     "read_rows": "results",
     "recover": "api",
+    "verify": "api",
 }
 
 

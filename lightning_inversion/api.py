@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_inversion.data.layout import Layout, ModelShape
-from lightning_inversion.data.targets import Captured, Reading
+from lightning_inversion.data.targets import Captured, Reading, Storage
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.captured import (
     recover_captured,
     report_breaks,
     report_diagnoses,
 )
+from lightning_inversion.recovery.certificate import Certificate, CertificateCheck
 from lightning_inversion.recovery.diagnosis import diagnose
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy
@@ -43,6 +46,7 @@ def recover(
     first_position: int = 0,
     centred: bool = False,
     scale: float = 1.0,
+    noise: float = 0.0,
     layout: Layout = Layout(),  # noqa: B008 - frozen
     diagnose_first: bool = True,
     policy: RecoveryPolicy | None = None,
@@ -66,6 +70,8 @@ def recover(
             out.
         centred: whether their mean over the features was subtracted.
         scale: the factor that they were multiplied by.
+        noise: the std of the Gaussian noise in them, in the model's units. Tokens are then verified
+            where the chance of any other is below one in a million.
         layout: what names and shapes leave open.
         diagnose_first: where position 0 fits no token, find out why before the search.
         policy: how tokens are searched; default ``TokenRecovery``.
@@ -101,7 +107,8 @@ def recover(
     language_model = (
         LanguageModel(model, transformer.caches) if policy.needs_language_model else None
     )
-    measurements = Measurements.measure(transformer, language_model, captured.storage)
+    channel = replace(captured.storage, noise=noise)
+    measurements = Measurements.measure(transformer, language_model, channel)
     targets = [captured.target(number) for number in range(len(captured.targets))]
     target = pad_sequence(targets, batch_first=True).to(transformer.device)
     known = torch.tensor(list(known_prefix), dtype=torch.long, device=transformer.device)
@@ -121,10 +128,37 @@ def recover(
     prompts = recover_captured(
         policy, measurements, target, captured.lengths, known, diagnoses=found
     )
+    storage = asdict(channel)
     report_breaks(prompts, measurements, "hidden_states")
     for prompt in prompts:
+        prompt.certificate = Certificate.of(prompt.known, prompt.tokens, measurements, storage)
         prompt.text = None if tokenizer is None else decoded(tokenizer, prompt.ids)
     return prompts
+
+
+def verify(
+    certificate: Certificate,
+    model: PreTrainedModel,
+    hidden_states: Tensor,
+) -> CertificateCheck:
+    """Check a certificate of ``recover`` again, in one forward and without a search.
+
+    Args:
+        certificate: of one prompt, with or without its file.
+        model: the same model; its weights are compared by their hash.
+        hidden_states: the prompt's, ``[T, D]`` or ``[1, T, D]``.
+
+    Raises:
+        InputError: the model or the hidden states are not those of the certificate.
+    """
+    description, storage = certificate.transformer, Storage(**certificate.storage)
+    transformer = TruncatedTransformer.from_model(
+        model, layers=description["layers"], final_norm=description["final_norm"]
+    )
+    if storage.centred:
+        transformer = transformer.centred()
+    rows = hidden_states[0] if hidden_states.dim() == 3 else hidden_states
+    return certificate.check(transformer, storage.read_back(rows.float()))
 
 
 def _as_arguments(sentence: str) -> str:

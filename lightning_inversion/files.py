@@ -8,11 +8,12 @@ import logging
 import os
 import shutil
 import tempfile
+import types
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, Union, get_args, get_origin
 
 import platformdirs
 from filelock import FileLock, Timeout
@@ -276,3 +277,25 @@ def _end_of_whole_lines(file: BinaryIO) -> int:
         if found >= 0:
             return start + found + 1
     return 0
+
+
+def check_of(wanted: Any) -> Callable[[Any], bool]:
+    """A test of whether a JSON value has a type; JSON's whole numbers serve as floats."""
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if wanted is Any:
+        return lambda value: True
+    if origin is dict:
+        of_entry = check_of(arguments[1])
+        return lambda value: type(value) is dict and all(map(of_entry, value.values()))
+    if origin is Literal:
+        return lambda value: value in arguments
+    options = arguments if origin in (Union, types.UnionType) else (wanted,)
+    scalars = {one for one in options if get_origin(one) is None}
+    if float in scalars:
+        scalars.add(int)
+    entries = [check_of(get_args(one)[0]) for one in options if get_origin(one) is list]
+    if not entries:
+        return lambda value: type(value) in scalars
+    return lambda value: (
+        type(value) in scalars or (type(value) is list and all(map(entries[0], value)))
+    )

@@ -28,9 +28,9 @@ from lightning_inversion.inputs import (
 from lightning_inversion.objectives import Objective, Standardized, Window
 from lightning_inversion.recovery.calibration import Channel
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import RecoveryPolicy
+from lightning_inversion.recovery.policy import RecoveryPolicy, check_known_prefix
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.recovery.verification import Verdict, verify
+from lightning_inversion.recovery.verification import Verdict, Verifier
 from lightning_inversion.schedules import Schedule, VerifiedPrefix
 from lightning_inversion.state import BatchState
 from lightning_inversion.transformer.embedding import TokenEmbedding
@@ -269,6 +269,8 @@ class Inversion(nn.Module):
         if not batch.known_prefix or not isinstance(self.learnable, EmbeddingInput):
             return
         known = torch.tensor(batch.known_prefix, dtype=torch.long, device=self.frozen.device)
+        if batch.target is not None and self.state.target is not None:
+            check_known_prefix(self.measurements, self.state.target, known)
         values = self.learnable.encode(known, self.embedding)
         rows = torch.arange(len(batch.index), device=self.frozen.device)
         for position, value in enumerate(values):
@@ -322,8 +324,8 @@ class Inversion(nn.Module):
             tokens = self.learnable.encode(best, self.embedding)
             if not torch.equal(state.values[state.batch.mask], tokens[state.batch.mask]):
                 features = None
-        return verify(
-            best, state.target, state.batch.mask, self.measurements,
+        return self.measurements.derived(Verifier).verify(
+            best, state.target, state.batch.mask,
             lambda ids, mask: self.features_of_ids(ids, state.batch, mask), features,
         )  # fmt: skip
 

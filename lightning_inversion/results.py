@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import Record, append_records, read_records, sort_records
+from lightning_inversion.files import Record, append_records, check_of, read_records, sort_records
 
 SCHEMA = 4
 """Version of a row's keys."""
@@ -205,28 +204,6 @@ def names(kind: Literal["setting", "outcome", "version"]) -> tuple[str, ...]:
 def _checks() -> dict[str, Callable[[Any], bool]]:
     """For each field the test of a value's type; built once, because rows hold many values."""
     return {name: check_of(wanted) for name, wanted in get_type_hints(ResultRow).items()}
-
-
-def check_of(wanted: Any) -> Callable[[Any], bool]:
-    """A test of whether a JSON value has a type; JSON's whole numbers serve as floats."""
-    origin, arguments = get_origin(wanted), get_args(wanted)
-    if wanted is Any:
-        return lambda value: True
-    if origin is dict:
-        of_entry = check_of(arguments[1])
-        return lambda value: type(value) is dict and all(map(of_entry, value.values()))
-    if origin is Literal:
-        return lambda value: value in arguments
-    options = arguments if origin in (Union, types.UnionType) else (wanted,)
-    scalars = {one for one in options if get_origin(one) is None}
-    if float in scalars:
-        scalars.add(int)
-    entries = [check_of(get_args(one)[0]) for one in options if get_origin(one) is list]
-    if not entries:
-        return lambda value: type(value) in scalars
-    return lambda value: (
-        type(value) in scalars or (type(value) is list and all(map(entries[0], value)))
-    )
 
 
 def read_rows(path: Path) -> list[ResultRow]:

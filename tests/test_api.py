@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
-from lightning_inversion.api import recover
+from lightning_inversion.api import recover, verify
 from lightning_inversion.errors import InputError
+from lightning_inversion.recovery.certificate import Certificate
 from lightning_inversion.recovery.proposals import Exhaustive
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from tests.tiny import shared_tiny_model, tiny_tokenizer
@@ -99,3 +103,58 @@ def test_a_prefix_outside_the_vocabulary_is_refused(token: int) -> None:
             shared_tiny_model("llama"), None, torch.ones(3, 32), depth=2,
             known_prefix=[token], policy=POLICY,
         )  # fmt: skip
+
+
+def test_a_certificate_is_checked_again_elsewhere(tmp_path: Path) -> None:
+    model, tokenizer = shared_tiny_model("llama"), tiny_tokenizer()
+    rows = hidden_states(2)[0]
+    (found,) = recover(model, tokenizer, rows, depth=2, policy=POLICY)
+    assert found.certificate is not None
+    found.certificate.write(tmp_path / "certificate.json")
+    certificate = Certificate.read(tmp_path / "certificate.json")
+    check = verify(certificate, model, rows)
+    assert check.holds
+    assert all(check.reproduced)
+    assert max(check.residuals) < 1e-4
+    # A certificate of another token, rows of another prompt, another model.
+    forged = replace(certificate.tokens[2], id=(certificate.tokens[2].id + 1) % 300)
+    tokens = (*certificate.tokens[:2], forged, *certificate.tokens[3:])
+    assert not verify(replace(certificate, tokens=tokens), model, rows).holds
+    assert not verify(certificate, model, rows + 0.5).holds
+    with pytest.raises(InputError, match="for a model of other weights"):
+        verify(certificate, shared_tiny_model("gpt2"), rows)
+    with pytest.raises(InputError, match=r"is for hidden states of shape \[\d+, 32\]"):
+        verify(certificate, model, rows[:, 1:])
+    for damaged in (
+        "",
+        "[]",
+        "{}",
+        '{"format": 2}',
+        certificate.to_json().replace('"id": ', '"x": '),
+    ):
+        with pytest.raises(InputError, match="This is no certificate"):
+            Certificate.from_json(damaged)
+
+
+def test_a_known_prefix_that_does_not_fit_is_refused() -> None:
+    model = shared_tiny_model("llama")
+    rows = model(torch.tensor([[5, 17, 9, 8]]), output_hidden_states=True).hidden_states[2]
+    with pytest.raises(InputError, match="does not fit the hidden states of prompt 1"):
+        recover(model, None, rows, depth=2, known_prefix=[299, 298], policy=POLICY)
+    (found,) = recover(model, None, rows, depth=2, known_prefix=[5, 17], policy=POLICY)
+    assert found.ids == [5, 17, 9, 8]
+    assert len(found.tokens) == 2
+
+
+@pytest.mark.integration  # measures for itself
+def test_told_noise() -> None:
+    model, ids = shared_tiny_model("llama"), torch.tensor([[5, 17, 9, 8, 250, 3]])
+    rows = model(ids, output_hidden_states=True).hidden_states[2].detach()
+    noise = 0.05 * float(rows.std())
+    rows = rows + noise * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+    (found,) = recover(model, None, rows, depth=2, noise=noise, policy=POLICY)
+    assert found.ids == ids[0].tolist()
+    assert found.verified
+    assert all(token.risk is not None and token.risk <= 1e-6 for token in found.tokens)
+    (found,) = recover(model, None, rows, depth=2, policy=POLICY)
+    assert not any(token.verified for token in found.tokens)

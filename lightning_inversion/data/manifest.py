@@ -21,7 +21,7 @@ from typing import Any, Literal, get_type_hints
 import torch
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.results import check_of
+from lightning_inversion.files import check_of
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.untrusted import read_file, read_json
 

@@ -57,6 +57,7 @@ class Calibration:
     Each value has two entries: for position 0, which sees no other token, and for later ones.
 
     Attributes:
+        mean: ``[2, F]`` mean of each feature over random tokens.
         std: ``[2, F]`` the unit of each feature's difference.
         rounding: ``[2]`` the residual that another rounding gives a right token at most.
         threshold: ``[2]`` the residual up to which a token is verified where no rival is near; 0
@@ -72,6 +73,7 @@ class Calibration:
         noisy: ``[2]`` how many features' worth of told noise there is; 0 without noise.
     """
 
+    mean: Tensor
     std: Tensor
     rounding: Tensor
     threshold: Tensor
@@ -148,6 +150,18 @@ class Calibration:
         noisy = self.noisy[positions.clamp(max=1)]
         return noisy / 2 * (rivals.square() - residuals.square())
 
+    def no_token(self, target: Tensor, positions: Tensor) -> Tensor:
+        """The residual ``[R]`` that a rival would have which explains the target by its size alone.
+
+        Under told noise a token with small features may pass for a target that is not of this
+        model. So the token must also be likelier than a Gaussian about the mean feature with the
+        variance that the target ``[R, F]`` has. Infinite without noise.
+        """
+        kind = positions.clamp(max=1)
+        power = ((target - self.mean[kind]) / self.std[kind]).square().mean(-1)
+        residual = (1 + power.clamp_min(1e-30).log()).clamp_min(0).sqrt()
+        return torch.where(self.noisy[kind] > 0, residual, torch.inf)
+
     def unseen(self, residuals: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
         """How many of the tokens that were not run have residuals as small as ``[R]``, expected.
 
@@ -216,9 +230,8 @@ class Calibration:
             for kind in (0, 1)
         ]  # fmt: skip
         measured = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-        return _with_noise(
-            cls(std=probe.std, **measured), 0.0 if channel is None else channel.noise
-        )
+        noise = 0.0 if channel is None else channel.noise
+        return _with_noise(cls(mean=probe.mean, std=probe.std, **measured), noise)
 
 
 def _thresholds(right: Tensor, wrong: Tensor, drawn: Tensor, gains: Tensor) -> dict[str, Tensor]:
@@ -277,6 +290,7 @@ def _with_noise(calibration: Calibration, noise: float) -> Calibration:
     std = (noise**2 + rounding.square()).sqrt()
     F = std.shape[1]
     return Calibration(
+        mean=calibration.mean,
         std=std,
         rounding=torch.zeros_like(calibration.rounding),
         threshold=torch.zeros_like(calibration.threshold),
@@ -291,12 +305,12 @@ def _with_noise(calibration: Calibration, noise: float) -> Calibration:
 
 
 def _largest_residual_of_noise(features: int) -> float:
-    """What the root mean square of so many standard normal numbers exceeds once in a million.
+    """What the root mean square of so many standard normal numbers exceeds once in ten thousand.
 
     Wilson and Hilferty's approximation of the chi-squared distribution.
     """
     error = 2 / (9 * features)
-    return float((1 - error + 4.75 * error**0.5) ** 1.5)
+    return float((1 - error + 3.72 * error**0.5) ** 1.5)
 
 
 def _targets(

@@ -69,7 +69,8 @@ class Measurements:
         """
         _log.info("fitting the linear probe from hidden states to embeddings ...")
         text = None if language_model is None else own_text(language_model)
-        probe = LinearProbe.fit(transformer, text=text)
+        noise = 0.0 if channel is None else channel.noise
+        probe = LinearProbe.fit(transformer, text=text, noise=noise)
         _log.info("calibrating verification thresholds ...")
         calibration = Calibration.measure(transformer, probe, channel, text)
         return cls(transformer, probe, calibration, language_model, text)

@@ -4,78 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lightning_inversion.errors import InputError
+from lightning_inversion.recovery.certificate import Certificate, TokenCertificate
 from lightning_inversion.recovery.measurements import Measurements
 
 ALTERNATIVES = 5
 """Candidates that are kept beside a token that is not verified."""
-
-
-State = Literal["verified", "conditional", "group", "unresolved"]
-"""What is shown of a token: see ``TokenCertificate``."""
-
-
-@dataclass(frozen=True)
-class TokenCertificate:
-    """One recovered token, and what running it has shown.
-
-    Attributes:
-        id: the token.
-        state: ``verified``: it reproduces the target behind the tokens before it, and no token that
-            was compared comes near. ``conditional``: the same, but a token before it is not
-            verified. ``group``: others reproduce the target too. ``unresolved``: nothing is shown.
-        residual: its distance to the target in std of each feature, see ``Calibration``.
-        threshold: the residual up to which a token passes here.
-        rival: the nearest other token that was compared; None without one.
-        rival_residual: its residual.
-        risk: a bound for the chance that another token is right, where the channel adds noise; None
-            without noise, where residuals decide.
-        compared: how many tokens were run at this position.
-        proposer: which proposer named it.
-        seconds: wall time spent at this position; prompts of one batch share their rounds.
-        alternatives: the best candidates of a token that is not verified, itself first; of a group
-            its members.
-    """
-
-    id: int
-    state: State
-    residual: float
-    threshold: float
-    rival: int | None
-    rival_residual: float | None
-    compared: int
-    proposer: str
-    seconds: float
-    risk: float | None = None
-    alternatives: tuple[int, ...] = ()
-
-    @property
-    def verified(self) -> bool:
-        """Whether the token and all before it are verified."""
-        return self.state == "verified"
-
-    @property
-    def margin(self) -> float | None:
-        """How many times as far as the token its nearest rival is; None without a rival."""
-        if self.rival_residual is None:
-            return None
-        return self.rival_residual / max(self.residual, 1e-9)
-
-    def behind(self, verified: bool) -> TokenCertificate:
-        """The certificate behind tokens that are all verified, or not."""
-        if self.state not in ("verified", "conditional"):
-            return self
-        return replace(self, state="verified" if verified else "conditional")
-
-    def replaced_by(self, other: int, residual: float) -> TokenCertificate:
-        """The certificate of another alternative, which the rest of the prompt supports."""
-        others = tuple(token for token in self.alternatives if token != other)
-        return replace(self, id=other, residual=residual, alternatives=(other, *others))
 
 
 @dataclass
@@ -89,6 +28,7 @@ class RecoveredPrompt:
         seconds: wall time until its last token.
         text: all tokens decoded, where a tokenizer was given; see ``api.recover``.
         finite: whether the target holds numbers; nothing is recovered where it does not.
+        certificate: what the tokens' certificates rest on; see ``api.recover``.
     """
 
     tokens: list[TokenCertificate] = field(default_factory=list)
@@ -97,6 +37,7 @@ class RecoveredPrompt:
     seconds: float = 0.0
     text: str | None = None
     finite: bool = True
+    certificate: Certificate | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -165,10 +106,17 @@ def recover_prompts(
         known: ``[N]`` tokens with which every prompt begins.
         fitted: ``[B, T, D]`` vectors that a fit has optimised.
         after_round: called with the prompts as they stand.
+
+    Raises:
+        InputError: the known tokens do not reproduce the target.
     """
     prompts: list[RecoveredPrompt] = []
     given = 0 if known is None else len(known)
-    finite = [bool(target[row, :length].isfinite().all()) for row, length in enumerate(lengths)]
+    if known is not None and given:
+        check_known_prefix(measurements, target, known)
+    finite = [
+        bool(target[row, given:length].isfinite().all()) for row, length in enumerate(lengths)
+    ]
     lengths = [length if whole else given for length, whole in zip(lengths, finite, strict=True)]
     with torch.no_grad():
         for prompts in policy.recover(measurements, target, lengths, known, fitted):
@@ -177,3 +125,30 @@ def recover_prompts(
     for prompt, whole in zip(prompts, finite, strict=True):
         prompt.finite = whole
     return prompts
+
+
+@torch.no_grad()
+def check_known_prefix(measurements: Measurements, target: Tensor, known: Tensor) -> None:
+    """Refuse known tokens ``[N]`` whose features are not those of the target ``[B, T, F]``.
+
+    Without a causal mask features depend on what follows, and are not compared.
+
+    Raises:
+        InputError: names the prompt and the position.
+    """
+    transformer, calibration = measurements.transformer, measurements.calibration
+    if not transformer.causal:
+        return
+    own, stored = transformer.features_of(known[None]), target[:, : len(known)]
+    positions = torch.arange(len(known), device=target.device).expand(stored.shape[:2])
+    residuals = calibration.residual(own, stored, positions)
+    allowed = calibration.plausible[positions.clamp(max=1)]
+    wrong = ((residuals > allowed) & stored.isfinite().all(-1)).nonzero()
+    if len(wrong):
+        row, position = wrong[0].tolist()
+        raise InputError(
+            f"The known prefix does not fit the hidden states of prompt {row + 1} of the batch: at "
+            f"position {position} they are {float(residuals[row, position]):.2g} std from its "
+            f"token's, and {float(allowed[row, position]):.2g} is allowed; correct known_prefix, "
+            "or leave it out."
+        )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_inversion.recovery.calibration import Calibration
 from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.transformer.embedding import best_tokens
+from lightning_inversion.transformer.embedding import TokenEmbedding, best_tokens
 
 _DIRECTIONS = 64
 _STRETCH = 1.5
@@ -52,14 +53,19 @@ class NearTokens:
     def of(cls, measurements: Measurements) -> NearTokens:
         """The near tokens of a model at the precision that its calibration measured."""
         calibration, embedding = measurements.calibration, measurements.transformer.embedding
-        if calibration.has_noise:
-            return cls(embedding.matrix, 0.0, min(_UNDER_NOISE, embedding.vocabulary_size - 1))
-        if measurements.transformer.keeps_embeddings:
-            return cls(embedding.matrix, float(calibration.radius.clamp(max=1e9).amax()))
+        if calibration.has_noise or measurements.transformer.keeps_embeddings:
+            return cls.at(calibration, embedding)
         scan = measurements.derived(FirstTokenFeatures)
         residuals = scan.projected / scan.directions.shape[1] ** 0.5
         near = 2 * calibration.threshold + calibration.right
         return cls(residuals.to(embedding.matrix.device), float(near.amax()))
+
+    @classmethod
+    def at(cls, calibration: Calibration, embedding: TokenEmbedding) -> NearTokens:
+        """The tokens with near embeddings, at the precision of a calibration."""
+        if calibration.has_noise:
+            return cls(embedding.matrix, 0.0, min(_UNDER_NOISE, embedding.vocabulary_size - 1))
+        return cls(embedding.matrix, float(calibration.radius.clamp(max=1e9).amax()))
 
     @torch.no_grad()
     def prepare(self, ids: Tensor) -> None:

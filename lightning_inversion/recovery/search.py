@@ -14,18 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_inversion.recovery.evidence import Evidence
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.rivals import NearTokens
-from lightning_inversion.recovery.verification import Judgement, judge
+from lightning_inversion.recovery.verification import Judgement, Verifier
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.prefix import KnownPrefix
 
-_KEPT = 16
-"""How many of the wrong candidates that came closest are kept at a position."""
-_STORED = (
-    "tried", "count", "rounds", "reach", "_errors", "_closest", "_corrected", "_rivals",
-    "_rival_residuals",
-)  # fmt: skip
+_STORED = ("tried", "count", "rounds", "reach", "_rivals", "_rival_residuals")
 _FARTHEST = 64
 """The most positions that are run together, and the number for a new prompt."""
 CANDIDATES_OF_A_FORWARD = 4096
@@ -158,26 +154,27 @@ class PrefixSearch:
     ) -> None:
         self.measurements, self.target, self.exhaustive = measurements, target, exhaustive
         self.transformer, self.probe = measurements.transformer, measurements.probe
+        self.verifier = measurements.derived(Verifier)
         B, device, embedding = len(target), target.device, self.transformer.embedding
         self.prefix = prefix or KnownPrefix(self.transformer, B)
         self.tried = torch.zeros(B, embedding.vocabulary_size, dtype=torch.bool, device=device)
         self.count = torch.zeros(B, dtype=torch.long, device=device)
         self.rounds = torch.zeros(B, dtype=torch.long, device=device)
         self.reach = torch.full((B,), _FARTHEST, device=device)
-        self._errors = torch.full((B, _KEPT), torch.inf, device=device)
-        self._closest = torch.zeros(B, _KEPT, embedding.width, device=device)
-        self._corrected = torch.zeros_like(self._closest)
+        self.evidence = Evidence(self.probe, embedding, B, device)
         self._rivals = torch.full((B,), -1, device=device)
         self._rival_residuals = torch.full((B,), torch.inf, device=device)
 
     def to_checkpoint(self) -> dict[str, Tensor]:
         """What a checkpoint holds, beside the tokens found, to continue from here."""
-        return {name: getattr(self, name) for name in _STORED}
+        stored = {name: getattr(self, name) for name in _STORED}
+        return {**stored, **self.evidence.to_checkpoint()}
 
     def restore(self, stored: dict[str, Tensor]) -> None:
         """Continue from what a checkpoint holds."""
         for name in _STORED:
             setattr(self, name, stored[name].to(self.target.device))
+        self.evidence.restore(stored)
 
     # -- where a row stands ------------------------------------------------------------------
 
@@ -194,30 +191,16 @@ class PrefixSearch:
         return self.probe(self.target_at(rows), self.positions(rows))
 
     def guess(self, rows: Tensor) -> Tensor:
-        """The linear guess ``[R, D]``, corrected by the wrong candidates that came closest.
-
-        Each wrong candidate shows by how much the probe misses in this context: the probe's mean
-        guess for such a token, plus its difference between target and candidate, is a guess
-        without that miss (a secant step). Closer candidates weigh more. A first token has no
-        context, so its guess is not corrected.
-        """
-        errors = self._errors[rows]
-        known = torch.isfinite(errors)
-        squares = errors.square()
-        middle = squares.masked_fill(~known, torch.nan).nanmedian(dim=1, keepdim=True).values
-        weights = torch.softmax(-squares / (0.3 * middle).clamp_min(1e-12), dim=1)
-        weights = weights.masked_fill(~known, 0.0)
-        corrected = (weights[..., None] * self._corrected[rows]).sum(1)
-        in_context = known.any(1) & (self.positions(rows) > 0)
-        return torch.where(in_context[:, None], corrected, self.linear_guess(rows))
+        """The linear guess ``[R, D]``, corrected by the wrong candidates that came closest."""
+        guess, positions = self.linear_guess(rows), self.positions(rows)
+        return self.evidence.corrected(rows, positions, guess)
 
     def closest(self, rows: Tensor, count: int) -> Tensor:
         """Embeddings ``[R, K, D]`` of the wrong candidates that came closest, nearest first.
 
         The corrected guess fills the entries that do not exist yet. K is ``count``, or 16.
         """
-        known = torch.isfinite(self._errors[rows, :count])[..., None]
-        return torch.where(known, self._closest[rows, :count], self.guess(rows)[:, None])
+        return self.evidence.closest(rows, count, self.guess(rows))
 
     # -- one round ---------------------------------------------------------------------------
 
@@ -310,7 +293,7 @@ class PrefixSearch:
         W, K = ids.shape[1:]
         features = self.prefix.ahead(rows, self.transformer.embedding(ids))
         if not self.exhaustive:
-            self.measurements.derived(NearTokens).prepare(ids[:, :, 0])
+            self.verifier.near.prepare(ids[:, :, 0])
         each = torch.arange(len(rows), device=rows.device)
         on_course = torch.ones_like(each, dtype=torch.bool)
         came = torch.zeros_like(each)
@@ -349,30 +332,37 @@ class PrefixSearch:
                 # Rows that came as far as they were run may be run farther, others less far.
                 farther = torch.where(came == W, 2 * W, came.clamp(min=W // 2))
                 self.reach[rows] = farther.clamp(1, _FARTHEST)
-        for row, rest, tokens, residuals in challenged:
-            yield self._challenge(rows.new_tensor([row]), rest[None], tokens[None], residuals[None])
+        for alike in _of_equal_size(challenged):
+            yield from self._challenge(*alike)
 
-    def _challenge(self, row: Tensor, rest: Tensor, ids: Tensor, residuals: Tensor) -> Trial:
-        """Run the tokens ``[1, N]`` near the best of candidates ``[1, K]`` too; then judge.
+    def _challenge(
+        self, rows: Tensor, rest: Tensor, ids: Tensor, residuals: Tensor
+    ) -> Iterator[Trial]:
+        """Run the tokens ``[R, N]`` near the best of candidates ``[R, K]`` too; then judge.
 
         The nearest of them may have near tokens of its own, which are run in turn.
         """
-        at, target = self.positions(row), self.target_at(row)
-        while True:
-            for some in torch.split(rest, CANDIDATES_OF_A_FORWARD, dim=1):
-                features = self.prefix.candidates(row, self.transformer.embedding(some))
-                residuals = torch.cat([residuals, self._residuals(features, target, at)], dim=1)
-                ids = torch.cat([ids, some], dim=1)
-            judged = self._judge(row, ids, residuals, at)
-            if judged.missing[0] is None:
-                break
-            rest = judged.missing[0][None]
-        self.rounds[row] += 1
-        best = ids[:, judged.best]
-        self.prefix.candidates(row, self.transformer.embedding(best))
-        settled = judged.verified | judged.group
-        self.prefix.keep(row, torch.where(settled, 0, -1))
-        return self._trial(row, ids, residuals, judged, None)
+        at, target = self.positions(rows), self.target_at(rows)
+        for some in torch.split(rest, max(1, CANDIDATES_OF_A_FORWARD // len(rows)), dim=1):
+            features = self.prefix.candidates(rows, self.transformer.embedding(some))
+            residuals = torch.cat([residuals, self._residuals(features, target, at)], dim=1)
+            ids = torch.cat([ids, some], dim=1)
+        judged = self._judge(rows, ids, residuals, at)
+        waits = torch.tensor([more is not None for more in judged.missing], device=rows.device)
+        now = ~waits
+        if now.any():
+            here, decided = rows[now], _of(judged, now)
+            self.rounds[here] += 1
+            best = ids[now].gather(1, decided.best[:, None])
+            self.prefix.candidates(here, self.transformer.embedding(best))
+            settled = decided.verified | decided.group
+            self.prefix.keep(here, torch.where(settled, 0, -1))
+            yield self._trial(here, ids[now], residuals[now], decided, None)
+        for number in waits.nonzero()[:, 0].tolist():
+            more = judged.missing[number]
+            assert more is not None
+            one = slice(number, number + 1)
+            yield from self._challenge(rows[one], more[None], ids[one], residuals[one])
 
     def _residuals(self, features: Tensor, target: Tensor, positions: Tensor) -> Tensor:
         """Residuals ``[R, K]`` of features ``[R, K, F]`` to targets ``[R, F]``."""
@@ -384,8 +374,9 @@ class PrefixSearch:
         compared = None
         if self.exhaustive:
             compared = self.count[rows] + self._new(rows, ids)
-        judged = judge(
-            self.measurements, ids, residuals, positions,
+        judged = self.verifier.judge(
+            ids, residuals, positions,
+            self.verifier.calibration.no_token(self.target_at(rows), positions),
             (self._rivals[rows], self._rival_residuals[rows]), compared,
         )  # fmt: skip
         if compared is None:
@@ -433,43 +424,22 @@ class PrefixSearch:
         self._rivals[rows[nearer]] = best[nearer]
         self._rival_residuals[rows[nearer]] = smallest[nearer]
         if features is not None:
-            self._keep_evidence(rows[wrong], ids[wrong], features[wrong])
+            here = rows[wrong]
+            self.evidence.keep(
+                here, positions[wrong], self.target_at(here), ids[wrong], features[wrong]
+            )
         self._leave(rows[settled])
         return Trial(
             rows, ids, residuals, threshold, best, judged.verified, judged.group,
             judged.rivals, judged.rival_residuals, count,
         )  # fmt: skip
 
-    def _keep_evidence(self, rows: Tensor, ids: Tensor, features: Tensor) -> None:
-        """Keep what wrong tokens ``[R, K]`` with features ``[R, K, F]`` show of the right one."""
-        if not len(rows):
-            return
-        positions = self.positions(rows)[:, None].expand(ids.shape)
-        target = self.target_at(rows)[:, None]
-        distance = self.probe.standardize(features, positions) - self.probe.standardize(
-            target, positions[:, :1]
-        )
-        errors = torch.linalg.vector_norm(distance, dim=-1)
-        closest = errors.topk(min(_KEPT, ids.shape[1]), dim=1, largest=False).indices
-        pick = torch.arange(len(rows), device=rows.device)[:, None]
-        vectors = self.transformer.embedding(ids[pick, closest])
-        corrected = (
-            self.probe.expected(vectors, positions[pick, closest])
-            + self.linear_guess(rows)[:, None]
-            - self.probe(features[pick, closest], positions[pick, closest])
-        )
-        errors = torch.cat([self._errors[rows], errors[pick, closest]], dim=1)
-        order = errors.argsort(dim=1, stable=True)[:, :_KEPT]
-        self._errors[rows] = errors.gather(1, order)
-        self._closest[rows] = torch.cat([self._closest[rows], vectors], dim=1)[pick, order]
-        self._corrected[rows] = torch.cat([self._corrected[rows], corrected], dim=1)[pick, order]
-
     def _leave(self, rows: Tensor) -> None:
         """A new position begins in ``rows``."""
         self.tried[rows[self.count[rows] > 0]] = False
         self.count[rows] = 0
         self.rounds[rows] = 0
-        self._errors[rows] = torch.inf
+        self.evidence.forget(rows)
         self._rivals[rows] = -1
         self._rival_residuals[rows] = torch.inf
 
@@ -484,3 +454,15 @@ def _of(judged: Judgement, some: Tensor) -> Judgement:
         judged.group[some],
         [],
     )
+
+
+def _of_equal_size(
+    challenged: list[tuple[int, Tensor, Tensor, Tensor]],
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Rows with as many tokens to run are run together: rows ``[R]``, and what each has stacked."""
+    sizes = sorted({len(rest) for _, rest, *_ in challenged})
+    for size in sizes:
+        rows, *parts = zip(*(one for one in challenged if len(one[1]) == size), strict=True)
+        first, *others = (torch.stack(part) for part in parts)
+        tokens, residuals = others
+        yield torch.tensor(rows, device=first.device), first, tokens, residuals

@@ -10,16 +10,10 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.recovery.certificate import State, TokenCertificate
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import (
-    ALTERNATIVES,
-    RecoveredPrompt,
-    RecoveryPolicy,
-    State,
-    TokenCertificate,
-)
-from lightning_inversion.recovery.rivals import NearTokens
-from lightning_inversion.recovery.verification import judge
+from lightning_inversion.recovery.policy import ALTERNATIVES, RecoveredPrompt, RecoveryPolicy
+from lightning_inversion.recovery.verification import Verifier
 
 _RESET_EVERY = 50
 _FIRST_RATE, _LAST_RATE = 1.0, 0.01
@@ -107,7 +101,7 @@ class _Position:
         prompt: RecoveredPrompt,
         generator: torch.Generator,
     ) -> None:
-        self.measurements = measurements
+        self.verifier = measurements.derived(Verifier)
         self.transformer, self.calibration = measurements.transformer, measurements.calibration
         self.tolerance, self.target, self.prompt = tolerance, target, prompt
         embedding = self.transformer.embedding
@@ -149,11 +143,11 @@ class _Position:
         if self.accepted:
             compared.update(self._near(token))
         ids, residuals = list(compared), list(compared.values())
-        judged = judge(
-            self.measurements,
+        judged = self.verifier.judge(
             self.prefix.new_tensor([ids]),
             self.target.new_tensor([residuals]),
             self.position[None],
+            self.calibration.no_token(self.target[None], self.position[None]),
         )
         state: State = "unresolved"
         if self.accepted and bool(judged.group[0]):
@@ -177,7 +171,7 @@ class _Position:
     @torch.no_grad()
     def _near(self, token: int) -> dict[int, float]:
         """Residuals of the tokens near a token."""
-        near = self.measurements.derived(NearTokens).of_token(token).tolist()
+        near = self.verifier.near.of_token(token).tolist()
         return {other: self._residual(self._features(self._vector(other))) for other in near}
 
     def _residual(self, features: Tensor) -> float:

@@ -15,15 +15,10 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.recovery.certificate import State, TokenCertificate
 from lightning_inversion.recovery.gradient_proxy import GradientProxy
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import (
-    ALTERNATIVES,
-    RecoveredPrompt,
-    RecoveryPolicy,
-    State,
-    TokenCertificate,
-)
+from lightning_inversion.recovery.policy import ALTERNATIVES, RecoveredPrompt, RecoveryPolicy
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.proposals import (
     FirstTokenScan,

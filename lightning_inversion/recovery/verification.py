@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.calibration import RISK
+from lightning_inversion.recovery.calibration import RISK, Calibration
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.rivals import NearTokens
+
+_AT_A_TIME = 512
+"""Prompts of one forward in which a token is replaced by one that is near it."""
 
 
 @dataclass(frozen=True)
@@ -35,66 +38,6 @@ class Judgement:
     missing: list[Tensor | None]
 
 
-def judge(
-    measurements: Measurements,
-    ids: Tensor,
-    residuals: Tensor,
-    positions: Tensor,
-    earlier: tuple[Tensor, Tensor] | None = None,
-    compared: Tensor | None = None,
-) -> Judgement:
-    """Judge candidates by their residuals.
-
-    Args:
-        measurements: of the model.
-        ids: ``[R, K]`` the candidates; an id may repeat.
-        residuals: ``[R, K]`` of each; infinite where features overflow.
-        positions: ``[R]``.
-        earlier: the nearest token ``[R]`` of those that were run before, and its residual.
-        compared: ``[R]`` how many tokens have been compared at each position, where the whole
-            vocabulary is to be; None compares with the near tokens alone.
-    """
-    calibration = measurements.calibration
-    vocabulary = measurements.transformer.embedding.vocabulary_size
-    smallest, best = residuals.min(dim=1)
-    tokens = ids.gather(1, best[:, None])
-    others = residuals.masked_fill(ids == tokens, torch.inf)
-    rival_residuals, columns = others.min(dim=1)
-    rivals = ids.gather(1, columns[:, None])[:, 0]
-    if earlier is not None:
-        before = earlier[1] < rival_residuals
-        rivals = torch.where(before, earlier[0], rivals)
-        rival_residuals = torch.where(before, earlier[1], rival_residuals)
-    rivals = torch.where(rival_residuals.isinf(), -1, rivals)
-
-    passes = calibration.passes(smallest, positions)
-    apart = calibration.apart(smallest, rival_residuals, positions, vocabulary)
-    missing: list[Tensor | None] = [None] * len(ids)
-    crowded = torch.zeros_like(passes)
-    if compared is None:
-        near = measurements.derived(NearTokens)
-        for row in passes.nonzero()[:, 0].tolist():
-            token = int(tokens[row])
-            rest = near.of_token(token)
-            if len(rest):
-                rest = rest[torch.isin(rest, ids[row], invert=True)]
-            crowded[row] = token in near.crowded
-            missing[row] = rest if len(rest) else None
-        rare = calibration.unseen(smallest, positions, vocabulary) <= RISK
-    else:
-        rare = compared >= vocabulary
-    waiting = torch.tensor([some is not None for some in missing], device=ids.device)
-    judged = passes & ~waiting
-    return Judgement(
-        best,
-        rivals,
-        rival_residuals,
-        judged & apart & rare & ~crowded,
-        judged & ~apart & (not calibration.has_noise),
-        missing,
-    )
-
-
 @dataclass(frozen=True)
 class Verdict:
     """What running decoded tokens has shown.
@@ -116,51 +59,161 @@ class Verdict:
     thresholds: Tensor
 
 
-def verify(
-    ids: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    measurements: Measurements,
-    features_of: Callable[[Tensor, Tensor], Tensor],
-    features: Tensor | None = None,
-) -> Verdict:
-    """Compare decoded tokens, and the tokens near them, with the target.
+class Verifier:
+    """Judges candidates, and decoded tokens, at the thresholds of a calibration.
 
     Args:
-        ids: ``[B, T]`` the decoded tokens.
-        target: ``[B, T, F]``.
-        mask: ``[B, T]`` True at a token.
-        measurements: of the transformer that made the target.
-        features_of: the features of ids under a mask.
-        features: ``[B, T, F]`` of ``ids``, where they are known.
+        calibration: of the model, the depth and the channel.
+        near: the tokens that each token must be compared with.
+        vocabulary: how many tokens there are.
+        causal: whether a position sees only what is before it.
     """
-    calibration, near = measurements.calibration, measurements.derived(NearTokens)
-    positions = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-    if features is None:
-        features = features_of(ids, mask)
-    residuals = calibration.residual(features, target, positions).nan_to_num(nan=torch.inf)
-    passes = calibration.passes(residuals, positions) & mask
-    alone, group = torch.zeros_like(mask), torch.zeros_like(mask)
-    near.prepare(ids[passes])
-    for row, position in passes.nonzero().tolist():
-        candidates = torch.cat([ids[row, position, None], near.of_token(int(ids[row, position]))])
-        prompts = ids[row].repeat(len(candidates), 1)
-        prompts[:, position] = candidates
-        own = residuals[row, position, None]
-        at = positions[row, position]
-        if len(candidates) > 1:
-            others = features_of(prompts[1:], mask[row].expand(len(candidates) - 1, -1))[
-                :, position
-            ]
-            far = calibration.residual(others, target[row, position], at)
-            own = torch.cat([own, far.nan_to_num(nan=torch.inf)])
-        judged = judge(measurements, candidates[None], own[None], at[None])
-        alone[row, position] = judged.verified[0] & (judged.best[0] == 0)
-        group[row, position] = judged.group[0]
-    thresholds = calibration.limit(positions)
-    if measurements.transformer.causal:
-        verified = (alone | ~mask).cummin(dim=1).values
-    else:
-        verified = (alone | ~mask).all(dim=1, keepdim=True).expand_as(mask)
-    verified = verified & mask
-    return Verdict(verified, alone & ~verified, group, residuals, thresholds)
+
+    def __init__(
+        self, calibration: Calibration, near: NearTokens, vocabulary: int, causal: bool
+    ) -> None:
+        self.calibration, self.near = calibration, near
+        self.vocabulary, self.causal = vocabulary, causal
+
+    @classmethod
+    def of(cls, measurements: Measurements) -> Verifier:
+        """The verifier of a model at its measured thresholds."""
+        transformer = measurements.transformer
+        return cls(
+            measurements.calibration,
+            measurements.derived(NearTokens),
+            transformer.embedding.vocabulary_size,
+            transformer.causal,
+        )
+
+    def judge(
+        self,
+        ids: Tensor,
+        residuals: Tensor,
+        positions: Tensor,
+        no_token: Tensor,
+        earlier: tuple[Tensor, Tensor] | None = None,
+        compared: Tensor | None = None,
+    ) -> Judgement:
+        """Judge candidates by their residuals.
+
+        Args:
+            ids: ``[R, K]`` the candidates; an id may repeat.
+            residuals: ``[R, K]`` of each; infinite where features overflow.
+            positions: ``[R]``.
+            no_token: ``[R]`` see ``Calibration``.
+            earlier: the nearest token ``[R]`` of those that were run before, and its residual.
+            compared: ``[R]`` how many tokens have been compared at each position, where the whole
+                vocabulary is to be; None compares with the near tokens alone.
+        """
+        calibration, vocabulary = self.calibration, self.vocabulary
+        smallest, best = residuals.min(dim=1)
+        tokens = ids.gather(1, best[:, None])
+        others = residuals.masked_fill(ids == tokens, torch.inf)
+        rival_residuals, columns = others.min(dim=1)
+        rivals = ids.gather(1, columns[:, None])[:, 0]
+        if earlier is not None:
+            before = earlier[1] < rival_residuals
+            rivals = torch.where(before, earlier[0], rivals)
+            rival_residuals = torch.where(before, earlier[1], rival_residuals)
+        rivals = torch.where(rival_residuals.isinf(), -1, rivals)
+
+        passes = calibration.passes(smallest, positions)
+        nearest = torch.minimum(rival_residuals, no_token)
+        apart = calibration.apart(smallest, nearest, positions, vocabulary)
+        missing: list[Tensor | None] = [None] * len(ids)
+        crowded = torch.zeros_like(passes)
+        if compared is None:
+            for row in passes.nonzero()[:, 0].tolist():
+                token = int(tokens[row])
+                rest = self.near.of_token(token)
+                if len(rest):
+                    rest = rest[torch.isin(rest, ids[row], invert=True)]
+                crowded[row] = token in self.near.crowded
+                missing[row] = rest if len(rest) else None
+            rare = calibration.unseen(smallest, positions, vocabulary) <= RISK
+        else:
+            rare = compared >= vocabulary
+        waiting = torch.tensor([some is not None for some in missing], device=ids.device)
+        judged = passes & ~waiting
+        return Judgement(
+            best,
+            rivals,
+            rival_residuals,
+            judged & apart & rare & ~crowded,
+            judged & ~apart & (not calibration.has_noise),
+            missing,
+        )
+
+    def verify(
+        self,
+        ids: Tensor,
+        target: Tensor,
+        mask: Tensor,
+        features_of: Callable[[Tensor, Tensor], Tensor],
+        features: Tensor | None = None,
+    ) -> Verdict:
+        """Compare decoded tokens, and the tokens near them, with the target.
+
+        Args:
+            ids: ``[B, T]`` the decoded tokens.
+            target: ``[B, T, F]``.
+            mask: ``[B, T]`` True at a token.
+            features_of: the features of ids under a mask.
+            features: ``[B, T, F]`` of ``ids``, where they are known.
+        """
+        calibration = self.calibration
+        positions = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+        if features is None:
+            features = features_of(ids, mask)
+        residuals = calibration.residual(features, target, positions).nan_to_num(nan=torch.inf)
+        passes = calibration.passes(residuals, positions) & mask
+        alone, group = torch.zeros_like(mask), torch.zeros_like(mask)
+        self.near.prepare(ids[passes])
+        at = [(row, position) for row, position in passes.nonzero().tolist()]
+        rivals = [self.near.of_token(int(ids[one])) for one in at]
+        far = self._in_place(ids, target, mask, at, rivals, features_of)
+        for one, near, residual in zip(at, rivals, far, strict=True):
+            judged = self.judge(
+                torch.cat([ids[one][None], near])[None],
+                torch.cat([residuals[one][None], residual])[None],
+                positions[one][None],
+                calibration.no_token(target[one][None], positions[one][None]),
+            )
+            alone[one] = judged.verified[0] & (judged.best[0] == 0)
+            group[one] = judged.group[0]
+        thresholds = calibration.limit(positions)
+        if self.causal:
+            verified = (alone | ~mask).cummin(dim=1).values
+        else:
+            verified = (alone | ~mask).all(dim=1, keepdim=True).expand_as(mask)
+        verified = verified & mask
+        return Verdict(verified, alone & ~verified, group, residuals, thresholds)
+
+    def _in_place(
+        self,
+        ids: Tensor,
+        target: Tensor,
+        mask: Tensor,
+        at: list[tuple[int, int]],
+        others: list[Tensor],
+        features_of: Callable[[Tensor, Tensor], Tensor],
+    ) -> Iterable[Tensor]:
+        """Residuals of other tokens ``[N]`` in place of those at rows and positions, together."""
+        sizes = [len(some) for some in others]
+        if not any(sizes):
+            return [target.new_zeros(0)] * len(at)
+        where = torch.tensor(at, device=ids.device).repeat_interleave(
+            torch.tensor(sizes, device=ids.device), dim=0
+        )
+        tokens, found = torch.cat(others), []
+        for some, own in zip(
+            torch.split(where, _AT_A_TIME), torch.split(tokens, _AT_A_TIME), strict=True
+        ):
+            rows, positions = some.unbind(1)
+            prompts = ids[rows]
+            each = torch.arange(len(rows), device=ids.device)
+            prompts[each, positions] = own
+            features = features_of(prompts, mask[rows])[each, positions]
+            found.append(self.calibration.residual(features, target[rows, positions], positions))
+        return torch.split(torch.cat(found).nan_to_num(nan=torch.inf), sizes)

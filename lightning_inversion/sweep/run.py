@@ -30,9 +30,9 @@ from lightning_inversion.cli.lightning import InversionCLI
 from lightning_inversion.cli.resume import differences, read_settings
 from lightning_inversion.cli.trainer import quiet_lightning
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import claimed, readable_time
+from lightning_inversion.files import check_of, claimed, readable_time
 from lightning_inversion.module import InputInversion
-from lightning_inversion.results import FILE, FITTED, PREDICTED, ResultRow, check_of, read_rows
+from lightning_inversion.results import FILE, FITTED, PREDICTED, ResultRow, read_rows
 from lightning_inversion.sweep.grid import Cell, check_count
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.shared import SharedModels

@@ -84,7 +84,11 @@ class LinearProbe:
     @classmethod
     @torch.no_grad()
     def fit(
-        cls, transformer: TruncatedTransformer, seed: int = 0, text: Tensor | None = None
+        cls,
+        transformer: TruncatedTransformer,
+        seed: int = 0,
+        text: Tensor | None = None,
+        noise: float = 0.0,
     ) -> LinearProbe:
         """Fit on random tokens: 16,384 later ones and 4,096 first ones, more for wide features.
 
@@ -96,16 +100,18 @@ class LinearProbe:
             transformer: whose features are read.
             seed: of the random tokens.
             text: ``[N, T]`` ids of text to fit on in place of the tokens drawn as in text.
+            noise: std of the Gaussian noise in the features that the probe is for. The probe then
+                reads the features in which a token stands out from it (a Wiener filter).
         """
         generator = torch.Generator().manual_seed(seed)
         enough = max(4096, 2 * transformer.feature_size)
         vocabulary = transformer.embedding.vocabulary_size
         singles = torch.randint(vocabulary, (enough, 1), generator=generator)
         sequences = torch.randint(vocabulary, (2 * enough // _LENGTH, _LENGTH), generator=generator)
-        first = _regression(transformer, [singles], slice(0, None))
+        first = _regression(transformer, [singles], slice(0, None), noise)
         if text is None:
             text = _as_frequent_as_in_text(vocabulary, 2 * enough, generator)
-        later = _regression(transformer, [sequences, text], slice(1, None))
+        later = _regression(transformer, [sequences, text], slice(1, None), noise)
         return cls(*(torch.stack(pair) for pair in zip(first, later, strict=True)))
 
 
@@ -119,7 +125,7 @@ def _as_frequent_as_in_text(vocabulary: int, tokens: int, generator: torch.Gener
 
 
 def _regression(
-    transformer: TruncatedTransformer, sequences: list[Tensor], positions: slice
+    transformer: TruncatedTransformer, sequences: list[Tensor], positions: slice, noise: float
 ) -> tuple[Tensor, ...]:
     """A probe's parts for one kind of position, from sums over chunks of tokens."""
     device = transformer.device
@@ -152,7 +158,7 @@ def _regression(
     covariance = squares.div_(count).sub_(torch.outer(mean, mean))
     std = covariance.diagonal().clamp_min(0).sqrt() + _SMALLEST_STD
     correlation = covariance.div_(torch.outer(std, std))
-    correlation.diagonal().add_(_RIDGE)
+    correlation.diagonal().add_(_RIDGE + (noise / std).square())
     shared = products.div_(count).sub_(torch.outer(mean, bias)).div_(std[:, None])
     matrix = torch.linalg.solve(correlation, shared)
     variation.div_(count).sub_(torch.outer(bias, bias))

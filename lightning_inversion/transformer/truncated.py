@@ -42,7 +42,7 @@ class TruncatedTransformer(nn.Module):
 
     The features are the output of block `depth`: Hugging Face's `hidden_states[depth]`, but for
     the last block, whose `hidden_states` are taken after the final norm (`final_norm=True` does),
-    and for Mamba, whose `hidden_states` lack the embeddings: `hidden_states[depth - 1]`.
+    and for Mamba and RWKV, whose `hidden_states` lack the embeddings: `hidden_states[depth - 1]`.
     They are float32 whatever the model computes in.
 
     Built by `TransformerSpec.load` or `from_model`; the constructor takes the model over and

@@ -8,13 +8,9 @@ from itertools import zip_longest
 import pytest
 import torch
 
+from lightning_inversion.recovery.certificate import TokenCertificate
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import (
-    RecoveredPrompt,
-    RecoveryPolicy,
-    TokenCertificate,
-    recover_prompts,
-)
+from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy, recover_prompts
 from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_inversion.recovery.policy import RecoveredPrompt, State, TokenCertificate
+from lightning_inversion.recovery.certificate import State, TokenCertificate
+from lightning_inversion.recovery.policy import RecoveredPrompt
 from lightning_inversion.replication.policies import (
     NamedPolicy,
     main,

@@ -1,0 +1,261 @@
+"""``Certificate``: what was shown of one prompt, on which hypothesis, to be checked elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from lightning_inversion.errors import InputError
+from lightning_inversion.files import check_of
+from lightning_inversion.recovery.calibration import Calibration
+from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.rivals import NearTokens
+from lightning_inversion.recovery.verification import Verifier
+from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+FORMAT = 1
+"""Version of the certificate's file."""
+
+State = Literal["verified", "conditional", "group", "unresolved"]
+"""What is shown of a token: see ``TokenCertificate``."""
+
+
+@dataclass(frozen=True)
+class TokenCertificate:
+    """One recovered token, and what running it has shown.
+
+    Attributes:
+        id: the token.
+        state: ``verified``: it reproduces the target behind the tokens before it, and no token that
+            was compared comes near. ``conditional``: the same, but a token before it is not
+            verified. ``group``: others reproduce the target too. ``unresolved``: nothing is shown.
+        residual: its distance to the target in std of each feature, see ``Calibration``.
+        threshold: the residual up to which a token passes here.
+        rival: the nearest other token that was compared; None without one.
+        rival_residual: its residual.
+        risk: a bound for the chance that another token is right, where the channel adds noise; None
+            without noise, where residuals decide.
+        compared: how many tokens were run at this position.
+        proposer: which proposer named it.
+        seconds: wall time spent at this position; prompts of one batch share their rounds.
+        alternatives: the best candidates of a token that is not verified, itself first; of a group
+            its members.
+    """
+
+    id: int
+    state: State
+    residual: float
+    threshold: float
+    rival: int | None
+    rival_residual: float | None
+    compared: int
+    proposer: str
+    seconds: float
+    risk: float | None = None
+    alternatives: tuple[int, ...] = ()
+
+    @property
+    def verified(self) -> bool:
+        """Whether the token and all before it are verified."""
+        return self.state == "verified"
+
+    @property
+    def margin(self) -> float | None:
+        """How many times as far as the token its nearest rival is; None without a rival."""
+        if self.rival_residual is None:
+            return None
+        return self.rival_residual / max(self.residual, 1e-9)
+
+    def behind(self, verified: bool) -> TokenCertificate:
+        """The certificate behind tokens that are all verified, or not."""
+        if self.state not in ("verified", "conditional"):
+            return self
+        return replace(self, state="verified" if verified else "conditional")
+
+    def replaced_by(self, other: int, residual: float) -> TokenCertificate:
+        """The certificate of another alternative, which the rest of the prompt supports."""
+        others = tuple(token for token in self.alternatives if token != other)
+        return replace(self, id=other, residual=residual, alternatives=(other, *others))
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was shown of the tokens of one prompt, and what that rests on.
+
+    The hypothesis: these weights, this depth, this channel, and the tokens that were given. Each
+    token's own hypothesis is the tokens before it.
+
+    Attributes:
+        transformer: ``TruncatedTransformer.description``, with the hash of the weights.
+        storage: what has happened to the hidden states since.
+        known: tokens that were given.
+        tokens: a certificate for each other token.
+        calibration: the thresholds, measured for this hypothesis; see ``Calibration``.
+    """
+
+    transformer: dict[str, Any]
+    storage: dict[str, Any]
+    known: tuple[int, ...]
+    tokens: tuple[TokenCertificate, ...]
+    calibration: Calibration
+
+    @classmethod
+    def of(
+        cls,
+        known: tuple[int, ...],
+        tokens: Sequence[TokenCertificate],
+        measurements: Measurements,
+        storage: Mapping[str, Any],
+    ) -> Certificate:
+        """The certificate of a prompt of known and recovered tokens."""
+        description = dict(measurements.transformer.description)
+        return cls(description, dict(storage), known, tuple(tokens), measurements.calibration)
+
+    @property
+    def ids(self) -> list[int]:
+        """All tokens of the prompt."""
+        return [*self.known, *(token.id for token in self.tokens)]
+
+    def check(self, transformer: TruncatedTransformer, hidden_states: Tensor) -> CertificateCheck:
+        """Run the tokens again, beside those that are near to them, in one forward.
+
+        Nothing is searched, and nothing is measured again. The thresholds are the certificate's.
+
+        Args:
+            transformer: the same model, at the same depth, on any machine.
+            hidden_states: ``[T, F]`` of the prompt, in float32.
+
+        Raises:
+            InputError: it is another model, or another number of rows or features.
+        """
+        for key, value in self.transformer.items():
+            own = transformer.description.get(key)
+            if key == "weights_sha256" and own != value:
+                raise InputError("The certificate was written for a model of other weights.")
+            if key in ("layers", "features", "final_norm") and own != value:
+                raise InputError(
+                    f"The certificate was written for {key} {value}, and the model has {own}."
+                )
+        shape = [len(self.ids), transformer.feature_size]
+        if list(hidden_states.shape) != shape:
+            raise InputError(
+                f"The certificate is for hidden states of shape {shape}, and these have "
+                f"{list(hidden_states.shape)}."
+            )
+        near = NearTokens.at(self.calibration, transformer.embedding)
+        vocabulary = transformer.embedding.vocabulary_size
+        verifier = Verifier(self.calibration, near, vocabulary, transformer.causal)
+        ids = torch.tensor([self.ids], device=transformer.device)
+        verdict = verifier.verify(
+            ids,
+            hidden_states[None].to(transformer.device),
+            torch.ones_like(ids, dtype=torch.bool),
+            transformer.features_of,
+        )
+        begin = len(self.known)
+        reproduced = (verdict.verified | verdict.conditional)[0, begin:].tolist()
+        return CertificateCheck(
+            tuple(token.state for token in self.tokens),
+            tuple(reproduced),
+            tuple(verdict.residuals[0, begin:].tolist()),
+        )
+
+    # -- files -------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """The certificate as JSON, with every number of its thresholds."""
+        calibration = {
+            f.name: getattr(self.calibration, f.name).tolist() for f in fields(Calibration)
+        }
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "transformer": self.transformer,
+                "storage": self.storage,
+                "known": self.known,
+                "tokens": [asdict(token) for token in self.tokens],
+                "calibration": calibration,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Certificate:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            InputError: it is no certificate.
+        """
+        try:
+            found = json.loads(text)
+            if found["format"] != FORMAT:
+                raise ValueError(f"it has format {found['format']!r}, and {FORMAT} is read")
+            stored = found["calibration"]
+            calibration = Calibration(
+                **{f.name: torch.tensor(stored[f.name]) for f in fields(Calibration)}
+            )
+            tokens = tuple(_token(one) for one in found["tokens"])
+            known = tuple(int(id) for id in found["known"])
+            return cls(
+                dict(found["transformer"]), dict(found["storage"]), known, tokens, calibration
+            )
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"This is no certificate: {error}.") from error
+
+    def write(self, path: Path) -> None:
+        """Write the certificate's JSON."""
+        path.write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Certificate:
+        """Read a certificate's file.
+
+        Raises:
+            InputError: the file cannot be read, or is no certificate.
+        """
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{str(path)!r} cannot be read: {error}.") from error
+
+
+@dataclass(frozen=True)
+class CertificateCheck:
+    """What running the tokens of a certificate again has shown.
+
+    Attributes:
+        states: what the certificate claims of each token.
+        reproduced: whether each token reproduces its row now, and no token near to it does.
+        residuals: of each token now.
+    """
+
+    states: tuple[State, ...]
+    reproduced: tuple[bool, ...]
+    residuals: tuple[float, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether each token that the certificate calls verified or conditional is reproduced."""
+        return all(
+            again or state not in ("verified", "conditional")
+            for state, again in zip(self.states, self.reproduced, strict=True)
+        )
+
+
+def _token(stored: Any) -> TokenCertificate:
+    types = get_type_hints(TokenCertificate)
+    for key, value in stored.items():
+        if key == "alternatives":
+            if not all(type(id) is int for id in value):
+                raise ValueError("a token's alternatives are no ids")
+        elif key == "state":
+            if value not in get_args(State):
+                raise ValueError(f"a token has the unknown state {value!r}")
+        elif not check_of(types[key])(value):
+            raise ValueError(f"a token has a {key} of the wrong type")
+    return TokenCertificate(**{**stored, "alternatives": tuple(stored["alternatives"])})

@@ -1,0 +1,212 @@
+"""``python -m tests.benchmarks.adversary``: inputs made to get a false certificate.
+
+Each case is a small random model with an embedding that holds nearly equal, equal or parallel
+tokens, a choice of features (all, a slice of 1 to 8, attention alone), a type or told noise, and
+targets that are honest or hostile: of another depth, of changed weights, scaled, permuted, shifted
+at the first position, with noise that was not told. A token is falsely certified if it is
+``verified`` and is not the prompt's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import transformers as hf
+from torch import Tensor
+
+from lightning_inversion.data.targets import Storage
+from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.policy import recover_prompts
+from lightning_inversion.recovery.probe_proposer import ProbeProposer
+from lightning_inversion.recovery.token_recovery import TokenRecovery
+from lightning_inversion.transformer.surgery import Surgery
+from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+EMBEDDINGS = ("trained-like", "near", "very near", "equal", "parallel", "untrained cluster")
+FEATURES = ("all", "slice", "attention alone", "final norm")
+CHANNELS = ("float32", "bfloat16", "float16", "noise")
+TARGETS = (
+    "honest", "other depth", "changed weights", "scaled", "permuted", "shifted", "untold noise",
+)  # fmt: skip
+_WIDTH, _LENGTH, _PROMPTS = 32, 8, 24
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and channel, against which every kind of target is tried."""
+
+    seed: int
+    embedding: str
+    features: str
+    channel: str
+
+    @classmethod
+    def drawn(cls, seed: int) -> Case:
+        """A case for each seed."""
+        generator = torch.Generator().manual_seed(seed)
+        kinds = (EMBEDDINGS, FEATURES, CHANNELS)
+        drawn = [kind[int(torch.randint(len(kind), (), generator=generator))] for kind in kinds]
+        return cls(seed, *drawn)
+
+
+def attacked(case: Case, kinds: tuple[str, ...] = TARGETS) -> Counter[str]:
+    """Counts of tokens, verified ones, right ones and false certificates, also by target."""
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    model, odd = _model(case, generator)
+    transformer = _cut(model, case)
+    storage = _storage(case, transformer)
+    measurements = Measurements.measure(transformer, None, storage)
+    counts: Counter[str] = Counter()
+    for kind in kinds:
+        ids = _prompts(odd, transformer.embedding.vocabulary_size, generator)
+        target = _target(kind, case, model, transformer, ids, storage, generator)
+        policy = TokenRecovery(ProbeProposer(), candidates=32, max_candidates=128, budget=256)
+        found = recover_prompts(policy, measurements, target, [_LENGTH] * len(ids))
+        for prompt, truth in zip(found, ids.tolist(), strict=True):
+            for token, right in zip(prompt.tokens, truth, strict=True):
+                counts["tokens"] += 1
+                counts["right"] += token.id == right
+                counts["verified"] += token.verified
+                counts["false"] += token.verified and token.id != right
+                counts[f"{kind}: tokens"] += 1
+                counts[f"{kind}: verified"] += token.verified
+                counts[f"{kind}: false"] += token.verified and token.id != right
+                counts[f"honest and {token.state}"] += kind == "honest"
+    return counts
+
+
+def _model(case: Case, generator: torch.Generator) -> tuple[hf.PreTrainedModel, Tensor]:
+    """A random model with attention that matters, and the tokens that were made alike."""
+    torch.manual_seed(case.seed)
+    V = 300 if case.seed % 2 else 1200
+    shape = {"vocab_size": V, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if case.seed % 3 and case.features != "attention alone":
+        model: hf.PreTrainedModel = hf.GPT2LMHeadModel(
+            hf.GPT2Config(**shape, n_embd=_WIDTH, n_layer=3, n_head=4, n_positions=64)
+        )
+    else:
+        model = hf.LlamaForCausalLM(
+            hf.LlamaConfig(
+                **shape, hidden_size=_WIDTH, num_hidden_layers=3, num_attention_heads=4,
+                intermediate_size=64, max_position_embeddings=64,
+            )
+        )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+        matrix = _embedding(model)
+        odd = torch.randperm(V, generator=generator)[:30]
+        std = matrix.std()
+        away = torch.randn(30, _WIDTH, generator=generator) * std
+        far = 10 ** -(2 + 5 * torch.rand(1, generator=generator))
+        if case.embedding == "near":
+            matrix[odd] = matrix[odd[0]] + 10 * far * away
+        elif case.embedding == "very near":
+            matrix[odd] = matrix[odd[0]] + far * away
+        elif case.embedding == "equal":
+            matrix[odd] = matrix[odd[0]].clone()
+        elif case.embedding == "parallel":
+            matrix[odd] = matrix[odd[0]] * torch.linspace(0.5, 2.0, 30)[:, None]
+        elif case.embedding == "untrained cluster":
+            matrix[odd] = 0.01 * (matrix.mean(0) + 0.01 * away)
+    return model.eval(), odd
+
+
+def _embedding(model: hf.PreTrainedModel) -> Tensor:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.data
+
+
+def _cut(model: hf.PreTrainedModel, case: Case, depth: int = 2) -> TruncatedTransformer:
+    alone = Surgery(mlp=False, residuals=False)
+    width = 1 + case.seed % 8
+    start = case.seed % (_WIDTH - 8)
+    return TruncatedTransformer.from_model(
+        model,
+        depth=1 if case.features == "attention alone" else depth,
+        features=f"{start}:{start + width}" if case.features == "slice" else None,
+        final_norm=case.features == "final norm",
+        surgery=alone if case.features == "attention alone" else None,
+    )
+
+
+def _storage(case: Case, transformer: TruncatedTransformer) -> Storage:
+    if case.channel != "noise":
+        return Storage(case.channel)
+    ids = torch.arange(64).view(8, 8)
+    std = float(transformer.features_of(ids).std())
+    return Storage(noise=std * 10 ** -(1 + (case.seed % 5) / 2))
+
+
+def _prompts(odd: Tensor, vocabulary: int, generator: torch.Generator) -> Tensor:
+    """Half of the tokens are among those that are alike."""
+    ids = torch.randint(vocabulary, (_PROMPTS, _LENGTH), generator=generator)
+    drawn = odd[torch.randint(len(odd), ids.shape, generator=generator)]
+    return torch.where(torch.rand(ids.shape, generator=generator) < 0.5, drawn, ids)
+
+
+def _target(
+    kind: str,
+    case: Case,
+    model: hf.PreTrainedModel,
+    transformer: TruncatedTransformer,
+    ids: Tensor,
+    storage: Storage,
+    generator: torch.Generator,
+) -> Tensor:
+    features = transformer.features_of(ids)
+    std = features.std()
+    if kind == "other depth":
+        features = _cut(model, case, depth=3).features_of(ids)
+    elif kind == "changed weights":
+        with torch.no_grad():
+            moved = {
+                name: 1e-3 * value.std() * torch.randn(value.shape, generator=generator)
+                for name, value in model.named_parameters() if value.dim() > 1
+            }  # fmt: skip
+            for sign in (1, -1):
+                for name, value in model.named_parameters():
+                    if name in moved:
+                        value.add_(sign * moved[name])
+                if sign == 1:
+                    features = _cut(model, case).features_of(ids)
+    elif kind == "scaled":
+        features = 0.97 * features
+    elif kind == "permuted":
+        features = features[..., torch.randperm(features.shape[-1], generator=generator)]
+    elif kind == "shifted":
+        features[:, 0] += 0.5 * std
+    elif kind == "untold noise":
+        features = features + 1e-3 * std * torch.randn(features.shape, generator=generator)
+    return storage(features, generator)
+
+
+def main() -> None:
+    """Run cases until there are enough tokens, and print the counts."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first case")
+    options = parser.parse_args()
+    total: Counter[str] = Counter()
+    seed = options.first
+    while total["tokens"] < options.tokens:
+        case = Case.drawn(seed)
+        counts = attacked(case)
+        total += counts
+        if counts["false"]:
+            print(case, dict(counts), flush=True)
+        seed += 1
+        print(f"{seed - options.first} cases, {total['tokens']} tokens", file=sys.stderr)
+    for name, count in sorted(total.items()):
+        print(f"{name:32} {count:8}")
+    print(f"{seed - options.first} cases, {total['tokens']} tokens, {total['false']} false")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""A standing adversary: no token is verified that is not the prompt's."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.benchmarks.adversary import CHANNELS, EMBEDDINGS, FEATURES, Case, attacked
+
+pytestmark = pytest.mark.integration
+
+CASES = [
+    *(Case(seed, embedding, "all", "float32") for seed, embedding in enumerate(EMBEDDINGS)),
+    *(Case(seed, "near", kind, "float32") for seed, kind in enumerate(FEATURES[1:], start=10)),
+    *(Case(seed, "very near", "all", kind) for seed, kind in enumerate(CHANNELS[1:], start=20)),
+    Case(5, "untrained cluster", "attention alone", "noise"),
+    Case(7, "equal", "slice", "noise"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_certificate_is_false(case: Case) -> None:
+    counts = attacked(case, ("honest", "changed weights", "permuted", "untold noise"))
+    print(dict(counts))
+    assert counts["tokens"] > 500
+    assert counts["false"] == 0
+
+
+def test_the_adversary_leaves_something_to_verify() -> None:
+    """Else it would test nothing."""
+    counts = attacked(Case(1, "near", "all", "float32"), ("honest",))
+    assert counts["right"] == counts["tokens"]
+    assert counts["verified"] > 0
