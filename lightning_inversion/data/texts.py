@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.transformer.blocks import text_config
+from lightning_inversion.transformer.blocks import most_positions, text_config
 from lightning_inversion.untrusted import RepeatedKeyError, read_file, read_json
 
 if TYPE_CHECKING:
@@ -96,11 +96,9 @@ class ModelLimits:
     def of(cls, config: PretrainedConfig) -> ModelLimits:
         """The limits in a model's configuration."""
         language = text_config(config)
-        longest = getattr(language, "max_position_embeddings", None)
-        longest = None if longest == -1 else longest  # XLNet has no limit
         named = (getattr(config, name, None) for name in _PLACEHOLDERS)
         placeholders = frozenset(token for token in named if isinstance(token, int))
-        return cls(longest, language.vocab_size, placeholders)
+        return cls(most_positions(config), language.vocab_size, placeholders)
 
     def check(self, ids: list[int]) -> None:
         """Raise InputError, "has ...; ...", if the model cannot run tokens ``ids``."""

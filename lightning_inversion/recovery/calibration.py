@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_inversion.transformer.blocks import most_positions
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.linear_probe import LinearProbe
 from lightning_inversion.transformer.prefix import KnownPrefix
@@ -104,10 +105,10 @@ class Calibration:
         """Whether residuals ``[...]`` at positions ``[...]`` are those of a right token.
 
         Rivals decide whether such a token is verified: see ``apart``. A threshold of 0 passes
-        nothing.
+        nothing, and neither does an infinite one.
         """
         limit = self.limit(positions)
-        return (residuals <= limit) & (limit > 0)
+        return (residuals <= limit) & (limit > 0) & limit.isfinite()
 
     def limit(self, positions: Tensor) -> Tensor:
         """The residual ``[...]`` up to which a token at positions ``[...]`` passes."""
@@ -346,10 +347,11 @@ def _runs(
 def _held_out(transformer: TruncatedTransformer, text: Tensor | None, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     vocabulary = transformer.embedding.vocabulary_size
-    ids = torch.randint(vocabulary, (_PROMPTS, _LENGTH), generator=generator)
-    if text is not None and text.shape[1] >= _LENGTH:
+    length = min(_LENGTH, most_positions(transformer.model.config) or _LENGTH)
+    ids = torch.randint(vocabulary, (_PROMPTS, length), generator=generator)
+    if text is not None and text.shape[1] >= length:
         half = min(_PROMPTS // 2, len(text))
-        ids[:half] = text[-half:, -_LENGTH:].cpu()
+        ids[:half] = text[-half:, -length:].cpu()
     return ids.to(transformer.device)
 
 

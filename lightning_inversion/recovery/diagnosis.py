@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_inversion.recovery.calibration import Channel
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.variants import CLEAR, FirstTokens, OtherCuts, Variants
+from lightning_inversion.transformer.blocks import most_positions
 
 _SAMPLE = 4
 """Tokens that are run for position 0 before the scans."""
@@ -258,7 +259,8 @@ class _Scans:
         """
         vocabulary, device = self.transformer.embedding.vocabulary_size, self.transformer.device
         generator = torch.Generator().manual_seed(3)
-        text, length = self.measurements.text, _LENGTH
+        text = self.measurements.text
+        length = min(_LENGTH, most_positions(self.transformer.model.config) or _LENGTH)
         kinds = [torch.randint(vocabulary, (_TEXTS, length), generator=generator).to(device)]
         if text is not None:
             kinds.append(text[:_TEXTS, :length].to(device))

@@ -104,6 +104,12 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
     return decoder
 
 
+def most_positions(config: PretrainedConfig) -> int | None:
+    """The most tokens that the model reads; None where its configuration names no limit."""
+    most = getattr(text_config(config), "max_position_embeddings", None)
+    return None if most == -1 else most  # XLNet has no limit
+
+
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The language model's part of a configuration: nested in models that also read images."""
     nested: PretrainedConfig = config.get_text_config(decoder=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from lightning_inversion.transformer.blocks import block_count, text_config
+from lightning_inversion.transformer.blocks import block_count, most_positions, text_config
 from lightning_inversion.transformer.cached import cached_tensor
 from lightning_inversion.transformer.kv_cache import (
     RaggedCache,
@@ -110,6 +110,7 @@ class LanguageModel:
 def own_text(language_model: LanguageModel, rows: int = 64, length: int = 96) -> Tensor:
     """Text ``[rows, length]`` of the model's own, sampled once and kept in the cache folder."""
     model = language_model.model
+    length = min(length, most_positions(model.config) or length)
     settings = f"{model.config.to_json_string()} {rows} {length} {weights_checksum(model)}"
     key = f"own-text-{hashlib.sha256(settings.encode()).hexdigest()[:24]}"
     return cached_tensor(

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_inversion.transformer.blocks import most_positions
+
 if TYPE_CHECKING:
     from lightning_inversion.transformer.truncated import TruncatedTransformer
 
@@ -111,7 +113,9 @@ class LinearProbe:
         first = _regression(transformer, [singles], slice(0, None), noise)
         if text is None:
             text = _as_frequent_as_in_text(vocabulary, 2 * enough, generator)
-        later = _regression(transformer, [sequences, text], slice(1, None), noise)
+        most = most_positions(transformer.model.config)
+        read = [ids[:, :most] for ids in (sequences, text)]
+        later = _regression(transformer, read, slice(1, None), noise)
         return cls(*(torch.stack(pair) for pair in zip(first, later, strict=True)))
 
 

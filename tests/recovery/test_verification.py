@@ -100,6 +100,8 @@ def test_a_threshold_of_0_and_an_infinite_one_pass_nothing(headless: Measurement
     residuals = torch.tensor([0.0, 0.1, 0.5, 0.6, torch.nan])
     first, later = torch.zeros(5, dtype=torch.long), torch.full((5,), 7)
     assert calibration.passes(residuals, first).tolist() == [False] * 5
+    infinite = dataclasses.replace(own, threshold=torch.tensor([torch.inf, 0.5]))
+    assert not infinite.passes(residuals, first).any()
     assert calibration.passes(residuals, later).tolist() == [True, True, True, False, False]
     assert not calibration.verifies
 
