@@ -9,7 +9,8 @@ import difflib
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -158,10 +159,23 @@ def _imported(name: str) -> ModuleType:
         return sys.modules[name]
     gc.disable()
     try:
-        return import_module(name)
+        with _starting():
+            return import_module(name)
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """Something that moves on a terminal from the first second: imports take several."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting"):
+        yield
 
 
 if __name__ == "__main__":

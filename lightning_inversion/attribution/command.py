@@ -15,6 +15,7 @@ from rich.console import Console
 from lightning_inversion.attribution.attribute import Replacement, encode
 from lightning_inversion.attribution.config import Choices, Display, with_preset
 from lightning_inversion.attribution.many_texts import Request, RowFile, run_texts
+from lightning_inversion.attribution.render import score_lines
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.errors import InputError
@@ -200,6 +201,8 @@ def _write_result(result: AttributionResult, options: Namespace) -> None:
             result.log(writer)
     stdout_taken = _STDIO in (options.out, options.json)
     Console(stderr=stdout_taken).print(result)
+    if not stdout_taken and not sys.stdout.isatty():  # without colours the scores are not seen
+        print(*score_lines(result), sep="\n")
 
 
 def _write_text(path: Path | None, content: Callable[[], str]) -> None:

@@ -170,6 +170,8 @@ class Display:
         scale: linear; sqrt lifts small scores; rank shows only their order.
         leave_out_last: do not colour the last token, which usually dominates, and do not let it set
             the scale.
+        leave_out_first: the same of the first token, on which models often rest attention that is
+            needed nowhere.
         palette: heat: from the page's own colour to red, and to blue below 0; original: the
             source's colours.
     """
@@ -177,6 +179,7 @@ class Display:
     normalise: Normalise = "max"
     scale: Scale = "linear"
     leave_out_last: bool = False
+    leave_out_first: bool = False
     palette: Palette = "heat"
 
 

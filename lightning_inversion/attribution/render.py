@@ -30,6 +30,8 @@ from lightning_inversion.files import one_line, visible
 MOST_MAP_TOKENS = 160
 """A map of more tokens has more cells than a browser scrolls smoothly."""
 _NOT_COLOURED = (200, 200, 200)
+_SINK = 0.5
+"""The share of the first token from which it is called an attention sink."""
 _BAR = 10
 """Characters of the longest bar of a table."""
 
@@ -65,8 +67,31 @@ def terminal_lines(scores: Scores, display: Display) -> Iterator[Text]:
         legend.append("  ", style=Style(bgcolor=hexadecimal(colour)))
     yield legend.append(f" {highest}")
     yield Text(f"{scores.target}: {scores.quantity}", style="dim")
-    for note in scores.notes:
+    for note in notes_of(scores, display):
         yield Text(note, style="dim")
+
+
+def score_lines(scores: Scores) -> Iterator[str]:
+    """A line for each token, for a program: its position, raw score and text, between tabs."""
+    for position, (text, score) in enumerate(
+        zip(scores.tokens, scores.token_scores.tolist(), strict=True)
+    ):
+        shown = one_line(text).replace("\t", "␉")
+        yield f"{position}\t{score:.6g}\t{shown}"
+
+
+def notes_of(scores: Scores, display: Display) -> tuple[str, ...]:
+    """The notes of the scores, and one on a first token that holds more than half of them."""
+    sizes = scores.token_scores.double().nan_to_num(0.0).abs()
+    share = float(sizes[0] / sizes.sum().clamp_min(torch.finfo(torch.float64).tiny))
+    if len(sizes) < 3 or share <= _SINK or display.leave_out_first:
+        return scores.notes
+    sink = (
+        f"The first token holds {share:.0%} of the attribution: models often rest attention on it "
+        "that is needed nowhere (attention sink). --leave_out_first true gives the scale without "
+        "it."
+    )
+    return (*scores.notes, sink)
 
 
 def markdown_table(scores: Scores, display: Display) -> str:
@@ -175,6 +200,7 @@ def _content(scores: Scores, display: Display) -> dict[str, Any]:
         "legend_dark": _legend_gradient(scores, display, DARK_PAGE),
         "text_file": TEXT_FILE if scores.command.endswith(f" - < {TEXT_FILE}") else "",
         "facts": _facts(scores, display),
+        "notes": notes_of(scores, display),
     }
 
 
@@ -261,13 +287,14 @@ def _legend_gradient(scores: Scores, display: Display, page_colour: Colour) -> s
 def _facts(scores: Scores, display: Display) -> list[tuple[str, str]]:
     """What the footer lists: all that is needed to compute the scores again."""
     model, choices = scores.model, scores.choices
-    last = ", the last token left out" if display.leave_out_last else ""
+    ends = (("first", display.leave_out_first), ("last", display.leave_out_last))
+    left_out = "".join(f", the {end} token left out" for end, is_out in ends if is_out)
     options = differing(choices, Choices())
     facts = [
         ("scores", scores.quantity),
         ("target", scores.target),
         ("replacement", scores.replacement or "none"),
-        ("shown", f"{display.scale}, by {display.normalise}{last}"),
+        ("shown", f"{display.scale}, by {display.normalise}{left_out}"),
         ("model", f"{model['model']} ({model['class']})"),
         ("computed in", f"{model['quantization'] or model['dtype']} on {model['device']}"),
         ("tokens", f"{len(scores.ids)}, {scores.forwards} forwards"),

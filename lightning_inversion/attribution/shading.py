@@ -23,13 +23,14 @@ def strengths(scores: Tensor, display: Display) -> Tensor:
 
     Args:
         scores: raw; NaN stays.
-        display: the normalisation, the scale, and whether the last token is left out.
+        display: the normalisation, the scale, and whether the first or last token is left out.
     """
     shown = scores.double().clone()
     finite = shown.isfinite()
-    if display.leave_out_last and int(finite.sum()) > 1:
-        shown[int(finite.nonzero()[-1])] = torch.nan
-        finite = shown.isfinite()
+    for left_out, end in ((display.leave_out_first, 0), (display.leave_out_last, -1)):
+        if left_out and int(finite.sum()) > 1:
+            shown[int(finite.nonzero()[end])] = torch.nan
+            finite = shown.isfinite()
     if not finite.any():
         return shown
     values = shown[finite]

@@ -4,7 +4,6 @@ import logging
 import re
 import sys
 import traceback
-from argparse import SUPPRESS, HelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +22,13 @@ from lightning_inversion.callbacks.learning_rate import LinearLearningRate
 from lightning_inversion.callbacks.result_writer import ResultWriter
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
-from lightning_inversion.cli.options import SECTIONS, SHORT
-from lightning_inversion.cli.parser import OneSentenceParser, check_values, input_error_behind
+from lightning_inversion.cli.lightning_parser import LightningParser, hide_unused
+from lightning_inversion.cli.parser import check_values, input_error_behind
 from lightning_inversion.cli.resume import (
+    HOW_IT_RUNS,
     check_continues,
     deciding,
+    differences,
     last_run,
     read_stored_input,
     unfinished_checkpoint,
@@ -71,29 +72,6 @@ RECOMMENDED: dict[str, Any] = {
     "learning_rate.in_embedding_std": True,
     "stopping.stop": False,  # a row ends when its tokens are verified
 }
-
-
-_OF_ANOTHER_COMMAND = {
-    "fit": ("display", "model.recovery"),
-    "predict": (
-        *("learning_rate", "decoding", "stopping", "checkpoint", "model.objective"),
-        *("model.optimizer", "model.schedule", "model.decoder", "model.allowed_tokens"),
-        *("model.own_tokens", "model.masked_score", "model.isolated", "model.iterations"),
-    ),
-    "validate": ("learning_rate", "display", "checkpoint", "model.recovery"),
-}
-"""Keys that a command accepts, so that one config serves all, and does not use."""
-
-
-class LightningParser(OneSentenceParser, LightningArgumentParser):
-    """The parser of all commands, with what Lightning's needs; its help shows our options first."""
-
-    def format_help(self, formatter: HelpFormatter | None = None) -> str:
-        """Put Lightning's four hundred lines on the Trainer last."""
-        self._action_groups = sorted(
-            self._action_groups, key=lambda group: "every aspect of training" in str(group.title)
-        )
-        return super().format_help(formatter)
 
 
 class InversionCLI(LightningCLI):
@@ -162,13 +140,7 @@ class InversionCLI(LightningCLI):
         for name in ("revision", "depth", "layers", "final_norm"):
             parser.link_arguments(f"model.transformer.{name}", f"data.{name}")
         parser.set_defaults(RECOMMENDED)
-        for action in parser._actions:
-            key = action.dest.removesuffix(".help")
-            unused = any(
-                f"{key}.".startswith(f"{name}.") for name in _OF_ANOTHER_COMMAND[self._args[0]]
-            )
-            if unused or f"--{key}" in (*SHORT, *(f"--{section}" for section in SECTIONS)):
-                action.help = SUPPRESS
+        hide_unused(parser, self._args[0])
 
     def before_instantiate_classes(self) -> None:
         """Turn ``--ckpt_path last`` into the newest run, which ``fit`` and ``predict`` continue."""
@@ -195,10 +167,10 @@ class InversionCLI(LightningCLI):
             self._read_stored_input(Path(config.ckpt_path))
 
     def _find_last(self, root: Path) -> None:
-        """Name the checkpoint of the newest run, or continue the run."""
+        """Name the checkpoint of the newest run with these settings, or continue the run."""
         config = self.config[self.subcommand]
         settings = PREDICTED if self.subcommand == "predict" else FITTED
-        run = last_run(root, settings)
+        run = last_run(root, settings, self._differences)
         checkpoint = run / "checkpoints" / "last.ckpt"
         if self.subcommand == "validate" and not checkpoint.exists():
             raise InputError(f"--ckpt_path last finds no checkpoint in {str(run)!r}; name one.")
@@ -207,6 +179,21 @@ class InversionCLI(LightningCLI):
         if self.subcommand != "validate":
             check_continues(run, settings, self.settings())
             self._write_into(run)
+
+    def _differences(self, theirs: dict[str, Any]) -> list[str]:
+        """In what a run differs from this command; what validates a fit shares its prompts, too."""
+        ours = self.settings()
+        if self.subcommand != "validate":
+            return differences(theirs, ours)
+        keys = [("model", part) for part in _COMPARED["validate"]]
+        keys += [("data", source) for source in ("prompts", "file", "targets")]
+        return [
+            name
+            for section, key in keys
+            for name in differences(
+                _part(theirs, section, key), _part(ours, section, key), key, HOW_IT_RUNS
+            )
+        ]
 
     def settings(self) -> dict[str, Any]:
         """This command's settings, as a run's folder keeps them."""
@@ -289,10 +276,20 @@ class InversionCLI(LightningCLI):
         check_rows(folder / FILE, self.writer.fingerprints(self.model, questions, predicts))
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run the command; what Lightning or an optimizer cannot work with is wrong input."""
+        """Run the command; what Lightning or an optimizer cannot work with is wrong input.
+
+        Raises:
+            KeyboardInterrupt: says how to go on.
+        """
         try:
             super()._run_subcommand(subcommand)
         except (InputError, OSError, MemoryError):
+            raise
+        except SystemExit as stop:  # how Lightning ends on Ctrl-C
+            is_kept = subcommand != "validate" and self.trainer.log_dir is not None
+            if isinstance(stop.__context__, KeyboardInterrupt) and is_kept:
+                way_on = "the same command with --ckpt_path last resumes the run."
+                raise KeyboardInterrupt(way_on) from stop
             raise
         except Exception as error:
             files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
@@ -323,6 +320,12 @@ class InversionCLI(LightningCLI):
             self.writer.show()
 
     after_predict = after_fit
+
+
+def _part(settings: dict[str, Any], section: str, key: str) -> Any:
+    """A value of a config; None where it has no such section."""
+    found = settings.get(section)
+    return found.get(key) if isinstance(found, dict) else None
 
 
 def run_lightning(args: list[str]) -> None:

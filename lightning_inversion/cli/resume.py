@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,26 +149,35 @@ def unfinished_checkpoint(path: Path, trainer: Trainer, questions: Sequence[str]
     return None if running <= rows or checkpoint.get(ENDED, False) else mine
 
 
-def newest_run(root: Path, settings: str = FITTED) -> Path | None:
-    """The ``version_N`` folder under ``root`` with the highest N that holds such settings."""
+def last_run(root: Path, settings: str, differ: Callable[[dict[str, Any]], Sequence[str]]) -> Path:
+    """The run of ``--ckpt_path last``: the newest with the settings of the command.
+
+    Args:
+        root: the folder that holds the runs, each a ``version_N``.
+        settings: the file of a run that holds its settings.
+        differ: in what a run's settings differ from the command's.
+
+    Returns:
+        The newest run of all where none has these settings.
+
+    Raises:
+        InputError: there is no run.
+    """
     runs = {
         int(found[1]): run
         for run in root.glob("version_*")
         if (found := re.fullmatch(r"version_(\d+)", run.name)) and (run / settings).exists()
     }
-    return runs[max(runs)] if runs else None
-
-
-def last_run(root: Path, settings: str) -> Path:
-    """As `newest_run`, for ``--ckpt_path last``.
-
-    Raises:
-        InputError: there is none.
-    """
-    run = newest_run(root, settings)
-    if run is None:
+    newest_first = [runs[number] for number in sorted(runs, reverse=True)]
+    if not newest_first:
         raise InputError(f"--ckpt_path last finds no run under {str(root)!r}; leave it out.")
-    return run
+    for run in newest_first:
+        try:
+            if not differ(read_settings(run / settings)):
+                return run
+        except InputError:  # of another run, perhaps; the newest is read again
+            continue
+    return newest_first[0]
 
 
 def check_continues(run: Path, settings: str, asked: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.report.labels import model_name
 from lightning_inversion.report.load import Loaded, load_results
 from lightning_inversion.report.page import render_page
 from lightning_inversion.report.tables import in_percent, summarize
@@ -105,14 +106,16 @@ def write_audit(runs: Sequence[AuditRun], out: Path, max_prompts: int = 20) -> P
         loaded,
         table,
         [],
-        f"What an observer recovers from {model.rpartition('/')[2]}",
+        f"What an observer recovers from {model_name(model)}",
         max_prompts,
         "audit.html",
+        "audit.csv",
         sentences=summary(runs, shares),
         heads=[f"depth {depth}, {ATTACKS[command]}" for command, depth in heads],
         matrix=_matrix(runs, shares, heads),
     )
     out.write_text(content, encoding="utf-8")
+    table.to_csv(out.with_name("audit.csv"), index=False)
     return out
 
 

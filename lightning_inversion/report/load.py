@@ -7,9 +7,9 @@ memory because the table keeps one letter a token instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,19 @@ import pandas as pd
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import visible
+from lightning_inversion.report.labels import LABEL
+from lightning_inversion.report.unfinished import config_of, unfinished_runs
 from lightning_inversion.results import FITTED, PREDICTED, ResultRow, names
-from lightning_inversion.untrusted import check_regular, read_file, read_json, read_yaml
+from lightning_inversion.untrusted import check_regular, read_json
 
-VERIFIED, DUPLICATE, RIGHT, IN_TOP_K, WRONG, UNKNOWN, GIVEN, FALSE = "vdrkwugx"
+VERIFIED, DUPLICATE, RIGHT, IN_TOP_K, WRONG, GIVEN, FALSE = "vdrkwgx"
 """Marks of a token: verified; verified, and another token has the same embedding; right, not
-verified; wrong, the right one among the best k; wrong; not verified, prompt not known; given;
-verified and yet wrong, which must never be."""
+verified; wrong, the right one among the best k; wrong; given; verified and yet wrong, which must
+never be."""
+CONDITIONAL, GROUP, UNKNOWN = "cou"
+"""Marks of a token that is not verified, where the prompt is not known: it reproduces the target
+behind tokens that are not all verified; others reproduce it too; neither."""
+_UNSCORED = {"conditional": CONDITIONAL, "group": GROUP}
 CURVES = {"match/distance": "distance", "match/distance_ratio": "distance ratio"}
 """Tags of a run's event files that are read, and what a report calls them."""
 
@@ -57,19 +63,22 @@ class Loaded:
             command, the model and the depth; None where a setting does not apply.
         files: that results were read from.
         skipped: a file, and why it or a row of it was left out.
+        unfinished: the folder of a run that has not ended, and how far it is.
     """
 
     results: pd.DataFrame
     settings: pd.DataFrame
     files: list[Path]
     skipped: list[tuple[Path, str]]
+    unfinished: list[tuple[Path, str]] = field(default_factory=list)
 
 
-def load_results(paths: Iterable[Path]) -> Loaded:
+def load_results(paths: Iterable[Path], labels: Sequence[str] = ()) -> Loaded:
     """Every result in files and, at any depth, in folders.
 
     Args:
         paths: of result files and of folders; the same file counts once.
+        labels: a name for the results of each path, or none.
 
     Raises:
         InputError: a path does not exist, or no path has a result.
@@ -80,18 +89,22 @@ def load_results(paths: Iterable[Path]) -> Loaded:
     records: list[dict[str, Any]] = []
     numbers: dict[frozenset[tuple[str, Any]], int] = {}
     experiments: list[Settings] = []
-    for path in _result_files(given):
+    counts: dict[Path, int] = {}
+    for path, label in _result_files(given, labels).items():
         known: dict[str, int] = {}
+        before = len(records) + len(skipped)
         for row in _rows(path, skipped):
             own = row.settings()
             as_written = repr(own)
             if as_written not in known:
                 settings = _all_settings(own, path.parent)
+                settings.update({LABEL: visible(label)} if label else {})
                 number = numbers.setdefault(frozenset(settings.items()), len(numbers))
                 if number == len(experiments):
                     experiments.append(settings)
                 known[as_written] = number
             records.append(_record(row, str(path), known[as_written]))
+        counts[path] = len(records) + len(skipped) - before
         if known:
             files.append(path)
     if not records:
@@ -104,7 +117,8 @@ def load_results(paths: Iterable[Path]) -> Loaded:
     for name in _MEASURED:
         results[name] = results[name].astype(float).replace([math.inf, -math.inf], math.nan)
     results["experiment"] = results["experiment"].astype(int)
-    return Loaded(results, _what_differs(experiments), files, skipped)
+    unfinished = unfinished_runs(given, counts)
+    return Loaded(results, _what_differs(experiments), files, skipped, unfinished)
 
 
 def load_curves(results: pd.DataFrame) -> pd.DataFrame:
@@ -140,14 +154,16 @@ def _logged(path: Path) -> Iterator[tuple[str, int, float]]:
                 yield value.tag, int(event.step), float(value.simple_value)
 
 
-def _result_files(paths: Iterable[Path]) -> list[Path]:
-    found: dict[Path, Path] = {}
-    for path in paths:
+def _result_files(paths: Sequence[Path], labels: Sequence[str]) -> dict[Path, str]:
+    """Each file once, with the label of the path that it was found in."""
+    found: dict[Path, tuple[Path, str]] = {}
+    for path, label in zip_longest(paths, labels, fillvalue=""):
+        assert isinstance(path, Path)
         if not path.exists():
             raise InputError(f"{str(path)!r} does not exist; give a folder of runs, or a file.")
         for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-            found.setdefault(file.resolve(), file)
-    return list(found.values())
+            found.setdefault(file.resolve(), (file, str(label)))
+    return dict(found.values())
 
 
 def _rows(path: Path, skipped: list[tuple[Path, str]]) -> Iterator[ResultRow]:
@@ -234,7 +250,8 @@ def _mark(row: ResultRow, position: int) -> str:
             return DUPLICATE
         return VERIFIED if truth in (None, token) else FALSE
     if truth is None:
-        return UNKNOWN
+        state = row.token_states[position] if position < len(row.token_states) else ""
+        return _UNSCORED.get(state, UNKNOWN)
     if truth == token:
         return RIGHT
     best = row.top_k_ids[position] if position < len(row.top_k_ids) else ()
@@ -266,17 +283,7 @@ def _plain(value: Any) -> str | int | float:
 
 def _settings_of(path: Path) -> Settings:
     """The keys of a config that decide a result, flat; {} where none can be read."""
-    try:
-        return _parsed(read_file(path))
-    except (OSError, ValueError):
-        return {}
-
-
-@cache
-def _parsed(text: bytes) -> Settings:
-    config = read_yaml(text)
-    if not isinstance(config, dict):
-        return {}
+    config = config_of(path)
     parts = {part: config[part] for part in _PARTS_OF_A_CONFIG if part in config}
     flat = {key.removeprefix("model."): value for key, value in _flat(parts, "")}
     return {key: value for key, value in flat.items() if not key.startswith("transformer.")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
@@ -11,10 +10,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_inversion import __version__
 from lightning_inversion.files import visible
+from lightning_inversion.report.labels import LONGEST, labels_of, model_names, shortened
 from lightning_inversion.report.load import (
+    CONDITIONAL,
     DUPLICATE,
     FALSE,
     GIVEN,
+    GROUP,
     IN_TOP_K,
     RIGHT,
     UNKNOWN,
@@ -22,11 +24,18 @@ from lightning_inversion.report.load import (
     WRONG,
     Loaded,
 )
-from lightning_inversion.report.tables import MEASURES, as_text, in_percent, labels_of
+from lightning_inversion.report.tables import MEASURES, as_text, in_percent
 
 if TYPE_CHECKING:
-    from lightning_inversion.report.figures import RenderedFigure
+    from lightning_inversion.report.canvas import RenderedFigure
 
+_PAGE, _LETTER, _AROUND, _AROUND_MEAN = 1088.0, 7.6, 13, 25
+"""Widths in pixels: of the page, a letter of its table, and what is around a cell."""
+_IN_DETAIL = (
+    *("in top k", "seeds", "iterations (median)", "candidates (median)"),
+    *("seconds (median)", "seconds (batch, median)"),
+)
+"""Columns that give way to the settings where the page has no room."""
 MAX_PROMPTS = 400
 """Prompts on a page; more would be slow to scroll."""
 MEANING = {
@@ -34,6 +43,8 @@ MEANING = {
     VERIFIED: "verified: running it reproduces the target",
     DUPLICATE: "verified, but another token has the same embedding",
     RIGHT: "right, not verified",
+    CONDITIONAL: "reproduces the target, behind a token that is not verified",
+    GROUP: "reproduces the target, as other tokens do",
     UNKNOWN: "not verified, the prompt is not known",
     IN_TOP_K: "wrong, the right one among the best",
     WRONG: "wrong",
@@ -68,6 +79,7 @@ def render_page(
     title: str = "",
     max_prompts: int = 20,
     template: str = "report.html",
+    csv: str = "",
     **more: Any,
 ) -> str:
     """The whole page.
@@ -79,6 +91,7 @@ def render_page(
         title: '' for one that names the model.
         max_prompts: recovered prompts shown for each experiment.
         template: report.html, or one that extends it.
+        csv: the file beside the page that has every column; '' for none.
         more: variables of that template.
     """
     environment = Environment(
@@ -89,24 +102,44 @@ def render_page(
         lstrip_blocks=True,
     )
     text = as_text(table)
+    columns = fitting(text)
     bars = table[[*MEASURES]].astype(object).where(table[[*MEASURES]].notna(), None)
     used = set("".join(loaded.results["marks"]))
     return environment.get_template(template).render(
         title=visible(title) or _title(loaded.settings),
         findings=findings(loaded, table),
-        head=[*text],
         lines=[
-            [(cell, bars[name][line] if name in bars else None) for name, cell in row.items()]
-            for line, row in text.iterrows()
+            [
+                (name, shortened(cell), bars[name][line] if name in bars else None)
+                for name, cell in row.items()
+            ]
+            for line, row in text[columns].iterrows()
         ],
+        head=columns,
+        left_out=len([*text]) - len(columns),
+        csv=csv,
         figures=figures,
         sections=_sections(loaded, max_prompts),
         legend=[(mark, meaning) for mark, meaning in MEANING.items() if mark in used],
         files=[visible(str(path)) for path in loaded.files],
+        unfinished=[(visible(str(path)), state) for path, state in loaded.unfinished],
         skipped=[(visible(str(path)), visible(reason)) for path, reason in loaded.skipped],
         version=__version__,
         **more,
     )
+
+
+def fitting(text: pd.DataFrame) -> list[str]:
+    """The first columns of a table, as far as they fit the page; what is measured goes first."""
+    left, kept = _PAGE, []
+    for name in sorted(text, key=lambda name: _IN_DETAIL.count(name)):
+        cell = min(LONGEST, max(map(len, text[name]), default=0))
+        words = max(map(len, name.split()))
+        left -= _LETTER * max(cell, words) + (_AROUND_MEAN if name in MEASURES else _AROUND)
+        if left < 0:
+            break
+        kept.append(name)
+    return [name for name in text if name in kept]
 
 
 def findings(loaded: Loaded, table: pd.DataFrame) -> list[str]:
@@ -128,6 +161,12 @@ def findings(loaded: Loaded, table: pd.DataFrame) -> list[str]:
         )
         exact = results["exact"].dropna()
         sentences.append(f"{share}; {exact.sum():.0f} of {len(exact)} prompts are exact.")
+    unknown = int(results["token_accuracy"].isna().sum())
+    if unknown:
+        sentences.append(
+            f"The prompt is not known in {unknown} of {len(results)} results; these count only in "
+            "the tokens verified."
+        )
     marks = "".join(results["marks"])
     verified = sum(marks.count(mark) for mark in (VERIFIED, DUPLICATE, FALSE))
     if verified:
@@ -149,9 +188,8 @@ def _where(measured: int, settings: int) -> str:
 
 
 def _title(settings: pd.DataFrame) -> str:
-    models = settings["model"].astype(str).unique()
-    name = PurePath(models[0]).name if PurePath(models[0]).is_absolute() else models[0]
-    return f"What is recovered from {name if len(models) == 1 else f'{len(models)} models'}"
+    names = [*model_names(settings["model"].astype(str)).values()]
+    return f"What is recovered from {names[0] if len(names) == 1 else f'{len(names)} models'}"
 
 
 def _sections(loaded: Loaded, max_prompts: int) -> list[Section]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lightning_inversion.report.labels import LABEL, in_few_words, varying
 from lightning_inversion.report.load import FALSE, Loaded
 
 MEASURES = {
@@ -19,11 +20,10 @@ MEASURES = {
     "verified": "verified_share",
 }
 """A column of the table, and the column of the results whose mean it is."""
-_FIRST = ("command", "model", "depth", "features", "channel")
+_FIRST = (LABEL, "command", "model", "depth", "features", "channel")
 """Settings that a reader looks for first; the others stand behind what was measured."""
 _BOUNDS = [f"{name} {bound}" for name in MEASURES for bound in ("low", "high")]
 _DRAWS, _TOGETHER = 500, 50
-_NAMED_BY_VALUE = {"command", "model", "objective", "channel"}
 
 
 def interval(values: Any) -> tuple[float, float]:
@@ -66,35 +66,12 @@ def means_of_prompts(results: pd.DataFrame, by: Iterable[str]) -> pd.DataFrame:
     return results.groupby([*by, "key"], sort=False)[[*MEASURES.values()]].mean()
 
 
-def varying(settings: pd.DataFrame) -> list[str]:
-    """The settings in which experiments differ."""
-    return [name for name in settings if settings[name].nunique(dropna=False) > 1]
-
-
-def labels_of(settings: pd.DataFrame) -> pd.Series:
-    """For each experiment what sets it apart, in a line; '' for a single one."""
-    apart = varying(settings)
-    return pd.Series(
-        [_label(dict(zip(apart, values, strict=True))) for values in settings[apart].to_numpy()],
-        settings.index,
-        dtype=object,
-    )
-
-
-def _label(settings: dict[str, Any]) -> str:
-    parts = []
-    for name, value in settings.items():
-        if value is None:
-            continue
-        number = isinstance(value, int | float)
-        text = str(value) if number or "." not in name else str(value).rpartition("/")[2]
-        by_value = name in _NAMED_BY_VALUE and not number
-        parts.append(text if by_value else f"{name.rpartition('.')[2]} {text}")
-    return ", ".join(parts)
-
-
 def summarize(loaded: Loaded) -> pd.DataFrame:
-    """A line for each experiment: means over prompts with their 95% interval, medians, settings."""
+    """A line for each experiment: means over prompts with their 95% interval, medians, settings.
+
+    Results whose prompt is not known have a count of their own; they are in no mean but that of
+    verified tokens.
+    """
     settings, results = loaded.settings, loaded.results
     apart = varying(settings) or ["model", "depth"]
     groups = results.groupby("experiment")
@@ -103,6 +80,9 @@ def summarize(loaded: Loaded) -> pd.DataFrame:
     is_fit = settings["command"] == "fit"
     table = settings[[name for name in apart if name in _FIRST]].copy()
     table["prompts"] = groups["key"].nunique()
+    unknown = results["token_accuracy"].isna().groupby(results["experiment"]).sum()
+    if unknown.any():
+        table["truth unknown"] = unknown
     for name, measure in MEASURES.items():
         table[name] = prompts[measure].mean()
         bounds = prompts[measure].apply(interval)
@@ -123,6 +103,9 @@ def summarize(loaded: Loaded) -> pd.DataFrame:
 def as_text(table: pd.DataFrame) -> pd.DataFrame:
     """The table as it is shown: means with their interval in one cell, no empty columns."""
     text = pd.DataFrame(index=table.index)
+    table = table.assign(
+        **{name: in_few_words(table[name]) for name in table if table[name].dtype == object}
+    )
     for name in table.columns.difference(_BOUNDS, sort=False):
         if table[name].isna().all():
             continue

@@ -49,7 +49,11 @@ def test_page_and_json(
     assert result["model"]["model"] == str(tiny_folder)
     assert "forwards" in caplog.text
     assert f"written to {page}" in caplog.messages
-    assert "predicted next token" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "predicted next token" in printed
+    position, score, _ = printed.splitlines()[-1].split("\t")  # no terminal
+    assert int(position) == len(result["ids"]) - 1
+    assert float(score) == pytest.approx(result["scores"][0][-1], rel=1e-5)
 
 
 def test_the_command_in_the_output_gives_the_same_result(tiny_folder: Path, tmp_path: Path) -> None:

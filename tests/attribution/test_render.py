@@ -13,7 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_inversion.attribution.attribute import attribute
 from lightning_inversion.attribution.config import Choices, Display
-from lightning_inversion.attribution.render import image_strip, markdown_table
+from lightning_inversion.attribution.render import (
+    image_strip,
+    markdown_table,
+    notes_of,
+    score_lines,
+)
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.attribution.shading import (
     DARK_PAGE,
@@ -160,7 +165,31 @@ def test_scales_and_leaving_out_the_last() -> None:
     left = strengths(scores, Display(leave_out_last=True))
     assert left[:2].tolist() == [0.25, -1.0]
     assert left[2].isnan()
+    left = strengths(scores, Display(leave_out_first=True))
+    assert left[0].isnan()
+    assert left[1:].tolist() == [-0.25, 1.0]
     assert strengths(torch.zeros(2), Display()).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("first", "noted", "left_out"), [(3.1, True, False), (2.9, False, False), (3.1, False, True)]
+)
+def test_a_first_token_with_most_of_the_attribution_is_noted(
+    first: float, noted: bool, left_out: bool, hard: AttributionResult
+) -> None:
+    scores = torch.zeros(1, len(hard.ids))
+    scores[0, :4] = torch.tensor([first, -1.0, 1.0, 1.0])
+    sink = replace(hard, scores=scores, display=Display(leave_out_first=left_out))
+    assert ("attention sink" in sink.to_html()) is noted
+    assert any("attention sink" in note for note in notes_of(sink, sink.display)) is noted
+
+
+def test_scores_for_a_program_have_a_line_a_token(hard: AttributionResult) -> None:
+    lines = [line.split("\t") for line in score_lines(hard)]
+    assert [int(position) for position, _, _ in lines] == [*range(len(hard.ids))]
+    assert [float(score) for _, score, _ in lines] == pytest.approx(
+        hard.token_scores.tolist(), rel=1e-5
+    )
 
 
 def test_a_notebook_gets_an_element_that_leaves_the_rest_alone(hard: AttributionResult) -> None:

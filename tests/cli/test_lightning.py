@@ -199,6 +199,20 @@ def test_the_trainers_precision_is_what_the_model_computes_in(
     assert values.dtype == torch.float32
 
 
+def test_an_interrupted_run_says_how_to_go_on(
+    tiny_folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # Lightning would ignore the next Ctrl-C
+    monkeypatch.setattr(InputInversion, "begin", interrupted)
+    assert run(fit(tiny_folder, tmp_path)) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "lightning-inversion: interrupted; the same command with --ckpt_path last resumes the run."
+    )
+
+
 def test_hparams_hold_real_values(tiny_folder: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -247,6 +261,26 @@ def test_resuming_with_other_settings_is_refused(tiny_folder: Path, fitted: Path
     options = ["--model.iterations=4", "--data.batch_size=1", "--ckpt_path=last"]
     assert run(fit(tiny_folder, fitted, *options)) == 2
     assert "made with another model.iterations" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_last_is_the_newest_run_with_these_settings(
+    command: str, tiny_folder: Path, fitted: Path, tmp_path: Path, capsys
+) -> None:
+    root = shutil.copytree(fitted, tmp_path / "moved")
+    mine = root / "lightning_logs" / "version_0"
+    settings = (mine / "config.yaml").read_text()
+    for name, text in (
+        ("version_1", settings.replace("depth: 2", "depth: 1")),
+        ("version_10", "a: b: c"),
+    ):
+        shutil.copytree(mine, mine.with_name(name))
+        (mine.with_name(name) / "config.yaml").write_text(text)
+    before = rows_of(root)
+    options = ["--model.iterations=3", "--data.batch_size=1", "--ckpt_path=last"]
+    assert run([command, *fit(tiny_folder, root, *options)[1:]]) == 0
+    assert accuracy_of(before)[:10] in capsys.readouterr().out
+    assert rows_of(root) == before
 
 
 def test_the_defaults_of_fit_are_those_of_the_constructor(tiny_folder: Path) -> None:

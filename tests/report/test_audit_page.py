@@ -42,7 +42,7 @@ def test_each_run_has_its_cell_and_its_sentence(tmp_path: Path) -> None:
     cells = [line for line in page.splitlines() if '<th scope="row">' in line]
     assert [cell.count("</td>") for cell in cells] == [4, 4]
     for word in ("failed", "not run yet", "no results"):
-        assert f'<td class="note">{word}</td>' in page
+        assert f'class="note">{word}</td>' in page
 
 
 def test_an_audit_without_results_has_no_page(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from lightning_inversion.report import figures
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "draw", lambda loaded: [])
+    monkeypatch.setattr(figures, "draw", lambda loaded, style: [])
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -26,6 +26,36 @@ def test_a_report_is_written_among_the_runs_given_first(
         runs / "1-0" / "report" / "report.html",
         runs / "1-1" / "report" / "report.html",
     ]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_what_the_user_called_the_runs_heads_their_results(
+    runs: Path, tmp_path: Path, capsys
+) -> None:
+    folders = [str(runs / "1-0"), str(runs / "1-1")]
+    assert main(["report", *folders, "--out", str(tmp_path), "--label", "<old>", "new"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "<summary>&lt;old&gt; <span" in page
+    assert "<summary>new <span" in page
+    assert "| <old> |" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_unfinished_runs_are_named(runs: Path, tmp_path: Path, capsys) -> None:
+    settings = "model: {}\ndata: {prompts: [a, b, c], repeat: 3}\n"
+    (runs / "1-0" / "config.yaml").write_text(settings)
+    (runs / "4-0" / "config.yaml").write_text("model: {}\ndata: {prompts: [a]}\n")
+    (runs / "begun").mkdir()
+    (runs / "begun" / "predict.yaml").write_text("model: {}\ndata: {targets: x}\n")
+    (runs / "config.yaml").write_text("of: something else\n")
+    assert main(["report", str(runs), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"Not finished: {runs / '1-0'}, 8 of 9 prompts",
+        f"Not finished: {runs / 'begun'}, 0 of its prompts",
+    ]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "2 runs have not finished" in page
+    assert '<a href="table.csv">' in page
 
 
 @pytest.mark.integration  # a process
@@ -65,6 +95,8 @@ def test_a_report_is_written_whole_and_needs_neither_torch_nor_lightning(
         (["{runs}", "--out={runs}/p/results.jsonl"], "is a file; give a folder"),
         (["{runs}", "--out=/proc/x"], "--out '/proc/x' cannot be written"),
         (["{runs}", "--texts=3"], "--texts"),
+        (["{runs}", "--label", "a", "b"], "--label has 2 names for 1 RUNS"),
+        (["{runs}", "--font_size=0"], "--font_size must be above 0"),
     ],
 )
 def test_wrong_use(arguments: list[str], sentence: str, runs: Path, capsys) -> None:

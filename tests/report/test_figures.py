@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from lightning_inversion.report import figures
+from lightning_inversion.report import canvas, figures, layers
 from lightning_inversion.report.figures import (
     draw,
     numeric_settings,
@@ -22,11 +22,14 @@ def canvases(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The figures that a test draws, as matplotlib has them, by name; no file is made of them."""
     seen: dict[str, Any] = {}
 
-    def kept(name: str, title: str, canvas: Any) -> figures.RenderedFigure:
-        seen[name] = canvas
-        return figures.RenderedFigure(name, title, b"", b"")
+    def kept(name: str, title: str, drawn: Any, style: Any = None, labels: Any = None) -> Any:
+        if labels is not None:
+            canvas.draw_legend(drawn, labels)
+        seen[name] = drawn
+        return canvas.RenderedFigure(name, title, b"", b"")
 
-    monkeypatch.setattr(figures, "_rendered", kept)
+    monkeypatch.setattr(figures, "rendered", kept)
+    monkeypatch.setattr(layers, "rendered", kept)
     return seen
 
 
@@ -73,13 +76,12 @@ def test_a_key_of_a_config_cannot_lead_out_of_the_folder(tmp_path: Path) -> None
 
 
 def test_lines_that_differ_in_other_settings_are_not_averaged(tmp_path: Path) -> None:
-    """Even where their labels are the same."""
     for number, folder in enumerate(("x/a", "y/a")):
         for depth in (1, 2):
             run = write_run(tmp_path / folder / str(depth), [row(0, depth=depth, right=number)])
             (run / "config.yaml").write_text(f"model: {{objective: {{file: {folder}}}}}")
     points, labels = points_along(load_results([tmp_path]), "depth")
-    assert [*labels] == ["file a", "file a"]
+    assert [*labels] == ["file a (1)", "file a (2)"]
     assert [*points["token_accuracy"]] == [0, 0, 1, 1]
 
 
@@ -91,15 +93,15 @@ def test_a_legend_stays_within_its_figure(tmp_path: Path, canvases: dict[str, An
             write_run(tmp_path / f"{number}-{depth}", rows)
     draw(load_results([tmp_path]))
     assert set(canvases) == {"depth", "candidates"}
-    for canvas in canvases.values():
-        canvas.draw_without_rendering()
-        (legend,) = canvas.legends
-        box, page = legend.get_window_extent(), canvas.bbox
+    for drawn in canvases.values():
+        drawn.draw_without_rendering()
+        (legend,) = drawn.legends
+        box, page = legend.get_window_extent(), drawn.bbox
         assert page.x0 <= box.x0
         assert box.x1 <= page.x1
         assert page.y0 <= box.y0
         assert "many" not in legend.get_texts()[0].get_text()  # the same in all lines
-        height = canvas.axes[0].get_window_extent().height / canvas.dpi
+        height = drawn.axes[0].get_window_extent().height / drawn.dpi
         assert height > 1, "the legend has taken the room of the axes"
 
 
@@ -120,6 +122,7 @@ def test_more_lines_than_can_be_told_apart_are_counted(
     tmp_path: Path, canvases: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(figures, "MAX_LINES", 2)
+    monkeypatch.setattr(canvas, "MAX_LINES", 2)
     for number in range(4):
         for width in (8, 16):
             run = tmp_path / f"{number}-{width}"
@@ -127,6 +130,58 @@ def test_more_lines_than_can_be_told_apart_are_counted(
     draw(load_results([tmp_path]))
     texts = [text.get_text() for text in canvases["bandwidth"].legends[0].get_texts()]
     assert texts == ["L0", "L1 (and 2 more in the table)"]
+
+
+def points(rows: str) -> pd.DataFrame:
+    """A line of each word, a point of each digit of it, over the prompts in brackets' letters."""
+    made = [
+        (line, x, key)
+        for line, word in enumerate(rows.split())
+        for x, keys in enumerate(word.split("/"))
+        for key in keys
+    ]
+    return pd.DataFrame(made, columns=["line", "x", "key"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "left", "text"),
+    [
+        ("abc/ab abc/abc", 4 + 6, "n = 2 to 3 prompts"),
+        ("ab/ab", 4, "n = 2 prompts"),
+        ("a/ab", 2, "n = 1 prompt"),
+        ("a/b", 2, "n = 1 prompt, others at each point"),
+    ],
+)
+def test_a_line_is_of_the_prompts_that_its_points_share(rows: str, left: int, text: str) -> None:
+    panel, said = figures.of_shared_prompts(points(rows))
+    assert (len(panel), said) == (left, text)
+
+
+def test_a_prompt_at_several_depths_has_a_picture(tmp_path: Path, canvases: dict[str, Any]) -> None:
+    for depth, right in ((1, 1.0), (4, 0.5), (8, 0.0)):
+        for objective, factor in (("L1", 0.0), ("Standardized", 1.0)):
+            rows = [row(i, depth=depth, right=right * factor, objective=objective, prompt=f"p{i}")
+                    for i in range(2)]  # fmt: skip
+            write_run(tmp_path / f"{objective}-{depth}", rows)
+    shown = layers.rows_by_depth(load_results([tmp_path]))
+    assert [*shown] == [1, 4, 8]
+    assert {made.key for made in shown.values()} == {"p0"}
+    assert [set(shown[1].marks), set(shown[8].marks)] == [{"v"}, {"w"}]  # of the better objective
+    draw(load_results([tmp_path]))
+    drawn = canvases["layers"]
+    assert [label.get_text() for label in drawn.axes[0].get_xticklabels()] == ["1", "4", "8"]
+    assert drawn.legends[0].get_texts()[0].get_text() == "verified"
+
+
+def test_panels_have_the_size_asked_for_and_lie_one_below_the_other_on_a_narrow_screen() -> None:
+    style = canvas.FigureStyle(5, 2, 12)
+    drawn = style.canvas(3)
+    for number in (1, 2, 3):
+        drawn.add_subplot(1, 3, number)
+    figure = canvas.rendered("x", "X", drawn, style, pd.Series(dtype=object))
+    assert b'width="1108.8pt" height="144pt"' in figure.svg
+    assert b'width="388.8pt" height="432pt"' in figure.narrow
+    assert figure.narrow_source.startswith("data:image/svg+xml")
 
 
 def test_axes_can_be_read(runs: Path, canvases: dict[str, Any]) -> None:

@@ -4,9 +4,11 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from lightning_inversion.report.figures import RenderedFigure
+import pandas as pd
+
+from lightning_inversion.report.canvas import RenderedFigure
 from lightning_inversion.report.load import load_results
-from lightning_inversion.report.page import findings, render_page
+from lightning_inversion.report.page import findings, fitting, render_page
 from lightning_inversion.report.tables import summarize
 from tests.report.rows import WORDS, predicted, row, write_run
 
@@ -57,7 +59,7 @@ def test_the_page_fetches_nothing_and_escapes_everything(tmp_path: Path) -> None
 
 def test_a_figure_is_part_of_the_page_and_scrolls_at_its_own_size(runs: Path) -> None:
     text = page_of(runs, RenderedFigure("depth", "By depth", b"", b"<svg/>"))
-    assert len(re.findall(r'<div class="scroll"[^>]*><img src="data:', text)) == 1
+    assert len(re.findall(r'<div class="scroll"[^>]*><picture><img src="data:', text)) == 1
     assert "figure img { display: block; max-width: none;" in text
 
 
@@ -113,3 +115,21 @@ def test_the_summary_has_the_range_of_the_settings(tmp_path: Path) -> None:
     recovered = findings_of(tmp_path)[1]
     assert recovered.startswith("Between 0% (fit, depth 5) and 100% (fit, depth 1) of the tokens")
     assert recovered.endswith("6 of 7 prompts are exact.")
+
+
+def test_results_of_unknown_prompts_are_counted_apart(tmp_path: Path) -> None:
+    unknown = dict.fromkeys(("prompt", "ids", "token_accuracy", "exact"))
+    states = ["verified", "conditional", "group", "unresolved", "verified", "verified"]
+    verified = [state == "verified" for state in states]
+    made = predicted(0, **unknown, token_states=states, token_verified=verified)
+    write_run(tmp_path, [made, predicted(1)])
+    assert "The prompt is not known in 1 of 2 results" in findings_of(tmp_path)[2]
+    loaded = load_results([tmp_path])
+    assert [*summarize(loaded)["truth unknown"]] == [1]
+    assert loaded.results["marks"][0] == "vcouvv"
+    assert 'class="tok c"' in page_of(tmp_path)
+
+
+def test_the_table_of_a_page_has_the_columns_that_fit() -> None:
+    text = pd.DataFrame({name: ["x" * 30] for name in ("depth", "seeds", "a", "b", "c", "d", "e")})
+    assert fitting(text) == ["depth", "a", "b", "c"]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from lightning_inversion.report.labels import labels_of
 from lightning_inversion.report.load import load_results
 from lightning_inversion.report.tables import (
     as_json,
     interval,
-    labels_of,
     markdown,
     summarize,
 )
