@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,7 +87,7 @@ def recover(
     shape = ModelShape.of(model.config)
     reading = Reading(
         (depth,), final_norm, lambda: shape, layout, first_position,
-        tuple(known_prefix), centred, scale,
+        tuple(known_prefix), centred, scale, noise,
     )  # fmt: skip
     try:
         captured = Captured.of_objects(hidden_states, reading)
@@ -107,8 +107,7 @@ def recover(
     language_model = (
         LanguageModel(model, transformer.caches) if policy.needs_language_model else None
     )
-    channel = replace(captured.storage, noise=noise)
-    measurements = Measurements.measure(transformer, language_model, channel)
+    measurements = Measurements.measure(transformer, language_model, captured.storage)
     targets = [captured.target(number) for number in range(len(captured.targets))]
     target = pad_sequence(targets, batch_first=True).to(transformer.device)
     known = torch.tensor(list(known_prefix), dtype=torch.long, device=transformer.device)
@@ -128,7 +127,7 @@ def recover(
     prompts = recover_captured(
         policy, measurements, target, captured.lengths, known, diagnoses=found
     )
-    storage = asdict(channel)
+    storage = asdict(captured.storage)
     report_breaks(prompts, measurements, "hidden_states")
     for prompt in prompts:
         prompt.certificate = Certificate.of(prompt.known, prompt.tokens, measurements, storage)

@@ -71,7 +71,7 @@ def test_a_command_of_the_table(shown: str, folder: Path, tiny_folder: Path, ent
 @pytest.mark.integration  # two runs each
 def test_capture_and_what_is_made_of_it(folder: Path, tiny_folder: Path, enter) -> None:
     (capture,) = [s for s in SHOWN if words(s)[0] == "capture"]
-    (predict,) = [s for s in SHOWN if "--targets" in words(s)]
+    (predict,) = [s for s in SHOWN if "--targets" in s]
     assert enter(*words(capture), *smaller("capture", tiny_folder, folder)) == 0
     assert enter(*words(predict), *smaller("predict", tiny_folder, folder)) == 0
 

@@ -184,7 +184,8 @@ class ResultWriter(Callback):
         rows = len(read_rows(self._path))
         if isinstance(exception, SIGTERMException):
             exception.code = 1  # Lightning would end as if all were done
-        if trainer.is_global_zero and (rows or isinstance(exception, SIGTERMException)):
+        stopped = isinstance(exception, SIGTERMException | KeyboardInterrupt)
+        if trainer.is_global_zero and (rows or stopped):
             _log.warning(
                 "%d of %d prompts are finished, in %s; resume with the same command and "
                 "--ckpt_path last.",

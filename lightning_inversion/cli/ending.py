@@ -55,7 +55,7 @@ def exit_of(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, ProcessLostError):
         return 1, f"{error}; the run has ended."
     if isinstance(error, KeyboardInterrupt):
-        return 1, f"interrupted; {error}" if str(error) else "interrupted."
+        return 1, "interrupted."
     if isinstance(error, OSError) and (sentence := ended_by(error)) is not None:
         return 1, sentence
     if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):

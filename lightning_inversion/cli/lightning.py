@@ -276,20 +276,10 @@ class InversionCLI(LightningCLI):
         check_rows(folder / FILE, self.writer.fingerprints(self.model, questions, predicts))
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run the command; what Lightning or an optimizer cannot work with is wrong input.
-
-        Raises:
-            KeyboardInterrupt: says how to go on.
-        """
+        """Run the command; what Lightning or an optimizer cannot work with is wrong input."""
         try:
             super()._run_subcommand(subcommand)
         except (InputError, OSError, MemoryError):
-            raise
-        except SystemExit as stop:  # how Lightning ends on Ctrl-C
-            is_kept = subcommand != "validate" and self.trainer.log_dir is not None
-            if isinstance(stop.__context__, KeyboardInterrupt) and is_kept:
-                way_on = "the same command with --ckpt_path last resumes the run."
-                raise KeyboardInterrupt(way_on) from stop
             raise
         except Exception as error:
             files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]

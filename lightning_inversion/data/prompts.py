@@ -87,6 +87,8 @@ class PromptDataModule(LightningDataModule):
         first_position: the position of its first row; the tokens before it are known_prefix.
         centred: its features lost their mean over the features, as TransformerLens does.
         scale: the factor that its features were multiplied by.
+        noise: std of the Gaussian noise in its features, in the model's units; a token is then
+            verified where the chance that another one is right is below one in a million.
         diagnose: where position 0 fits no token, find out why before the search.
         tokenizer: the model whose tokenizer is used; the command line takes model.transformer's.
         revision: revision of that model on the hub.
@@ -121,6 +123,7 @@ class PromptDataModule(LightningDataModule):
         first_position: int | None = None,
         centred: bool = False,
         scale: float = 1.0,
+        noise: float = 0.0,
         diagnose: bool = True,
         tokenizer: str = TransformerSpec.model,
         revision: str | None = None,
@@ -154,7 +157,7 @@ class PromptDataModule(LightningDataModule):
         reading = Reading(
             tuple(layers) if layers else None if depth is None else (depth,),
             final_norm, lambda: self._model_shape, layout, first_position,
-            self._known(known_prefix), centred, scale,
+            self._known(known_prefix), centred, scale, noise,
         )  # fmt: skip
         self.captured = None if targets is None else Captured.read(Path(targets), reading)
         given_prompts: Sequence[str | None]

@@ -81,6 +81,7 @@ class Reading:
         known_prefix: the tokens with which every prompt begins; None for the manifest's.
         centred: whether the mean over the features was subtracted.
         scale: the factor that the features were multiplied by.
+        noise: std of the Gaussian noise in them, in the model's units.
     """
 
     depths: tuple[int, ...] | None = None
@@ -91,10 +92,13 @@ class Reading:
     known_prefix: Sequence[int] | None = None
     centred: bool = False
     scale: float = 1.0
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < abs(self.scale) < float("inf"):
             raise InputError(f"--data.scale is a factor other than 0, and is {self.scale}.")
+        if not 0 <= self.noise < float("inf"):
+            raise InputError(f"--data.noise must be 0 or more, and is {self.noise}.")
         if self.first_position is not None and self.first_position < 0:
             raise InputError(
                 f"--data.first_position must be 0 or more, and is {self.first_position}."
@@ -251,6 +255,7 @@ class Captured:
             stored,
             centred=stored.centred or reading.centred,
             scale=stored.scale * reading.scale,
+            noise=stored.noise or reading.noise,
         )
         captured = cls(
             states.prompts, transformer, stored, first, tuple(known), manifest.prompts,

@@ -8,6 +8,7 @@ A first row that is no first position looks like a later one.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ _ROWS = 256
 """Rows of a prompt that may be its first position."""
 _TEXTS, _LENGTH = 80, 24
 """Sequences of text, and of random tokens, whose later rows show how such rows lie."""
+_ENOUGH_FEATURES = 32
+"""Features that show whether a difference looks like noise."""
 _MARGIN = 1.2
 """How much beyond the sizes of known later rows that of a later row may be."""
 
@@ -44,6 +47,7 @@ class Diagnosis:
         way_out: the option to set, or what to do.
         near: whether one token is clearly the nearest: something was added to its features, or they
             were computed otherwise, and the search may find the others.
+        noise: std of what was added, where it looks like Gaussian noise; else None.
         scanned: whether the prompt was looked at by itself.
     """
 
@@ -53,6 +57,7 @@ class Diagnosis:
     cause: str | None = None
     way_out: str | None = None
     near: bool = False
+    noise: float | None = None
     scanned: bool = False
 
     @property
@@ -115,7 +120,23 @@ def diagnose(
         assert diagnosis is not None
         cause, way_out = scanned.most_common(1)[0][0]
         found[row] = replace(diagnosis, cause=cause, way_out=way_out)
-    return found
+    return _with_common_noise(found)
+
+
+def _with_common_noise(found: list[Diagnosis | None]) -> list[Diagnosis | None]:
+    """The same noise in all prompts that seem to have some: they came the same way."""
+    squares = [one.noise**2 for one in found if one is not None and one.noise is not None]
+    if not squares:
+        return found
+    noise = (sum(squares) / len(squares)) ** 0.5
+    cause = f"that token is clearly the nearest, and Gaussian noise of std {noise:.2g} was added"
+    way_out = f"set --data.noise {noise:.2g}"
+    return [
+        one
+        if one is None or not one.near or (one.scanned and one.noise is None)
+        else replace(one, cause=cause, way_out=way_out)
+        for one in found
+    ]
 
 
 class _Scans:
@@ -164,7 +185,29 @@ class _Scans:
             found = self._later_position(first)
         cause, way_out = found or (None, None)
         near = unfit.near and found is None
-        return replace(unfit, cause=cause, way_out=way_out, near=near, scanned=True)
+        noise = self._noise(first, unfit.token) if near else None
+        return replace(unfit, cause=cause, way_out=way_out, near=near, noise=noise, scanned=True)
+
+    def _noise(self, row: Tensor, token: int) -> float | None:
+        """The std of what a row ``[F]`` has beside a token's features, if it looks like noise.
+
+        Gaussian noise is as large in features that vary much as in those that vary little, and has
+        a kurtosis of 3. Another precision, or another model, changes large features more.
+        """
+        ids = torch.tensor([[token]], device=row.device)
+        added = (row - self.transformer.features_of(ids)[0, 0]).double()
+        if len(added) < _ENOUGH_FEATURES:
+            return None
+        std = added.square().mean().sqrt()
+        kurtosis = float((added / std).pow(4).mean())
+        order = self.measurements.calibration.std[0].argsort()
+        calm, lively = (half.square().mean().sqrt() for half in added[order].chunk(2))
+        # Both vary by chance: three standard errors, and a little more.
+        ratio = abs(math.log(float(calm / lively)))
+        chance = 3 / len(added) ** 0.5
+        if ratio > 0.1 + chance * 2**0.5 or abs(kurtosis - 3) > 0.3 + chance * 24**0.5:
+            return None
+        return float(std)
 
     def _residuals(self, ids: Tensor, rows: Tensor) -> Tensor:
         """``[B, K]`` of tokens ``[B, K]`` as the first of a prompt with rows ``[B, F]``."""

@@ -44,9 +44,14 @@ class NearTokens:
         D = vectors.shape[1]
         drawn = torch.randn(D, min(_DIRECTIONS, D), generator=generator)
         directions = torch.linalg.qr(drawn).Q if D <= _DIRECTIONS else drawn / _DIRECTIONS**0.5
-        self._directions = directions.to(vectors.device)
-        self._projected = _in_parts(vectors, self._directions)
-        self._squares = self._projected.square().sum(1)
+        projected = _in_parts(vectors, directions.to(vectors.device))
+        # One product gives (limit - distance^2) / 2. The small factor allows for its rounding: the
+        # difference of large squares is not exact.
+        halves = projected.square().sum(1, keepdim=True) * (0.5 - 1e-6)
+        limit = (_STRETCH * radius) ** 2 / 2
+        ones = torch.ones_like(halves)
+        self._left = torch.cat([projected, ones, limit - halves], dim=1)
+        self._right = torch.cat([projected, -halves, ones], dim=1)
         self._found: dict[int, Tensor] = {}
 
     @classmethod
@@ -82,25 +87,22 @@ class NearTokens:
         return self._found[token]
 
     def _search(self, ids: Tensor) -> list[Tensor]:
-        projected = self._projected[ids]
-        squares = self._squares[ids, None] - 2 * (projected @ self._projected.T) + self._squares
-        squares.scatter_(1, ids[:, None], torch.inf)
+        nearness = self._left[ids] @ self._right.T
+        nearness.scatter_(1, ids[:, None], -torch.inf)
         if self.count is not None:
-            shortlist = best_tokens(-squares, min(4 * self.count, squares.shape[1] - 1)).indices
+            shortlist = best_tokens(nearness, min(4 * self.count, nearness.shape[1] - 1)).indices
             return [
                 self._nearest(one, some)[: self.count]
                 for one, some in zip(ids, shortlist, strict=True)
             ]
-        # The difference of large squares is not exact.
-        error = 1e-6 * (self._squares[ids, None] + self._squares)
-        near = squares <= (_STRETCH * self.radius) ** 2 + error
+        rows, others = (nearness >= 0).nonzero().unbind(1)
+        sizes = torch.bincount(rows, minlength=len(ids)).tolist()
         found = []
-        for one, own, some in zip(ids, squares, near, strict=True):
-            others = some.nonzero()[:, 0]
-            if len(others) > 4 * _MOST:
-                others = best_tokens(-own, 4 * _MOST).indices
-                self.crowded.add(int(one))
-            found.append(self._nearest(one, others))
+        for row, some in enumerate(torch.split(others, sizes)):
+            if len(some) > 4 * _MOST:
+                some = best_tokens(nearness[row], 4 * _MOST).indices
+                self.crowded.add(int(ids[row]))
+            found.append(self._nearest(ids[row], some) if len(some) else some)
         return found
 
     def _nearest(self, token: Tensor, others: Tensor) -> Tensor:

@@ -208,9 +208,9 @@ def test_an_interrupted_run_says_how_to_go_on(
     monkeypatch.setattr("signal.signal", lambda *_: None)  # Lightning would ignore the next Ctrl-C
     monkeypatch.setattr(InputInversion, "begin", interrupted)
     assert run(fit(tiny_folder, tmp_path)) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "lightning-inversion: interrupted; the same command with --ckpt_path last resumes the run."
-    )
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("0 of 2 prompts are finished, in ")
+    assert message.endswith("resume with the same command and --ckpt_path last.")
 
 
 def test_hparams_hold_real_values(tiny_folder: Path, tmp_path: Path) -> None:

@@ -121,6 +121,27 @@ def test_noise_on_features_leaves_the_nearest_token_clear(measurements: Measurem
         assert found.token == int(ids[0])
 
 
+def test_noise_that_was_not_told_is_estimated(measurements: Measurements) -> None:
+    generator = torch.Generator().manual_seed(0)
+    std = 0.02 * float(features().std())
+    noisy = features() + std * torch.randn((2, 6, 32), generator=generator)
+    found = diagnosed(measurements, noisy)
+    for one in found:
+        assert one is not None
+        assert one.noise == pytest.approx(std, rel=0.4)
+        assert one.has_option
+    assert found[0] is not None
+    assert found[1] is not None
+    assert found[0].finding == found[1].finding
+    assert "Gaussian noise of std" in found[0].finding
+    # One feature that is off is no noise.
+    off = features()
+    off[..., 3] += 10 * std
+    for one in diagnosed(measurements, off):
+        assert one is not None
+        assert one.noise is None
+
+
 def test_a_wrong_known_prefix_is_named(measurements: Measurements) -> None:
     (found,) = diagnose(measurements, features()[:1], [6], CUTS, known=torch.tensor([12]))
     assert found is not None
