@@ -121,8 +121,10 @@ class Calibration:
         """Whether tokens that pass are apart from the nearest of their rivals.
 
         Without noise, a rival's residual must be beyond what may be a right token's, and at least
-        1.5 times the token's own. With Gaussian noise, the chance that any other token is right is
-        bounded by 1e-6; see ``risk``.
+        1.5 times the token's own. A residual that rounding does not explain may come from noise of
+        unknown std, under which the token is ``(rival / residual) ** F`` times as likely as the
+        rival, at the best std for each: with few features the rival must be farther. With told
+        Gaussian noise, the chance that any other token is right is bounded by 1e-6; see ``risk``.
 
         Args:
             residuals: ``[R]`` of the tokens.
@@ -131,10 +133,11 @@ class Calibration:
             vocabulary: how many tokens there are.
         """
         kind = positions.clamp(max=1)
-        bar = torch.where(
-            residuals <= self.rounding[kind], self.rounding[kind], self.threshold[kind]
-        )
-        clear = (rivals > bar) & (rivals >= CLEARANCE * residuals)
+        explained = residuals <= self.rounding[kind]
+        bar = torch.where(explained, self.rounding[kind], self.threshold[kind])
+        farther = max(CLEARANCE, (vocabulary / RISK) ** (1 / self.std.shape[1]))
+        times = torch.where(explained, CLEARANCE, farther)
+        clear = (rivals > bar) & (rivals >= times * residuals)
         likelier = self._likelier(residuals, rivals, positions) >= math.log(vocabulary / RISK)
         return torch.where(self.noisy[kind] > 0, likelier, clear)
 

@@ -230,9 +230,10 @@ def test_a_fit_verifies_what_a_coarse_capture_lets_it(
         path = capture(tiny_folder, tmp_path, "--store=float16", f"--noise={noise}")
         more = ("--model.schedule.candidates=64", "--model.schedule.max_candidates=64")
         assert run(fit(tiny_folder, tmp_path, f"--data.targets={path}", *more)) == 0
-        assert ("Nothing is verified" in capsys.readouterr().err) is not verified
+        assert ("then verified 0.000" in capsys.readouterr().err) is not verified
         for row in rows_of(tmp_path, version=number):
             assert row["verified"] is verified
+            assert row["token_verified"] == [verified] * len(row["recovered_ids"])
         path.unlink()
 
 

@@ -27,6 +27,6 @@ def test_no_certificate_is_false(case: Case) -> None:
 
 def test_the_adversary_leaves_something_to_verify() -> None:
     """Else it would test nothing."""
-    counts = attacked(Case(1, "near", "all", "float32"), ("honest",))
+    counts = attacked(Case(2, "near", "all", "float32"), ("honest",))
     assert counts["right"] == counts["tokens"]
-    assert counts["verified"] > 0
+    assert counts["verified"] > counts["tokens"] / 2

@@ -112,7 +112,7 @@ FAULTS = (
     Fault(
         "the final norm is dropped",
         "transformer/selection.py",
-        "parts[-1] = normed",
+        "parts[-1] = output.last_hidden_state",
         "pass",
         "tests/transformer/test_parity.py",
     ),

@@ -10,7 +10,7 @@ import torch
 
 from lightning_inversion.data.targets import Storage
 from lightning_inversion.recovery import calibration as module
-from lightning_inversion.recovery.calibration import CLEARANCE, Calibration
+from lightning_inversion.recovery.calibration import CLEARANCE, RISK, Calibration
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.rivals import NearTokens
 from lightning_inversion.recovery.search import PrefixSearch
@@ -185,6 +185,20 @@ def test_a_rival_must_be_as_far_as_the_clearance(headless: Measurements) -> None
     judged = headless.derived(Verifier).judge(ids, torch.tensor([[0.0, 1.0]]), at, none, before)
     assert judged.group.all()
     assert judged.rivals.tolist() == [12]
+
+
+def test_few_features_leave_open_what_rounding_does_not_explain(headless: Measurements) -> None:
+    """Noise that was not told may bring a near token closer to the target than the right one."""
+    whole = headless.calibration
+    few = dataclasses.replace(whole, mean=whole.mean[:, :3], std=whole.std[:, :3])
+    at, factor = torch.ones(1, dtype=torch.long), (300 / RISK) ** (1 / 3)
+    unexplained, rounded = 1.1 * whole.rounding[at], 0.9 * whole.rounding[at]
+    far = 1.1 * whole.threshold[at]
+    assert CLEARANCE * unexplained < far < 0.9 * factor * unexplained
+    assert whole.apart(unexplained, far, at, 300).all()
+    assert few.apart(rounded, far, at, 300).all()
+    assert not few.apart(unexplained, far, at, 300).any()
+    assert few.apart(unexplained, far + 1.1 * factor * unexplained, at, 300).all()
 
 
 def test_one_feature_verifies_nothing_but_by_the_whole_vocabulary() -> None:

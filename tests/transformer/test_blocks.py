@@ -66,6 +66,7 @@ def test_checkpointing_behind_a_kept_prefix(tiny_folder: Path) -> None:
 
 @pytest.mark.integration  # half a minute of compiling
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of torch's own import
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile reads it
 def test_compiled_blocks_give_the_same(tiny_folder: Path) -> None:
     plain = TransformerSpec(model=str(tiny_folder), depth=2).load()
     compiled = TransformerSpec(model=str(tiny_folder), depth=2, compile=True).load()
