@@ -223,10 +223,11 @@ class Calibration:
             vectors = transformer.embedding(candidates)
             distances = (vectors[:, 1:] - vectors[:, :1]).norm(dim=-1)
             wrong[kind].append(others.masked_fill(~known, torch.inf).amin(1))
-            drawn[kind].append(others[:, -_RANDOM:][known[:, -_RANDOM:]])
-            # Rounding decides the residuals of tokens that are nearly alike.
+            # Tokens that are nearly alike are always compared; rounding decides their residuals.
             usual = transformer.embedding.std * transformer.embedding.width**0.5
-            gains[kind].append((others / distances)[known & (distances > 0.05 * usual)])
+            apart = known & (distances > 0.05 * usual)
+            drawn[kind].append(others[:, -_RANDOM:][apart[:, -_RANDOM:]])
+            gains[kind].append((others / distances)[apart])
         parts = [
             _thresholds(*(torch.cat([one.flatten() for one in kept[kind]]) for kept in (
                 right, wrong, drawn, gains
