@@ -71,7 +71,8 @@ class Calibration:
             the threshold.
         dimension: ``[2]`` the power by which random tokens get rare near the target.
         common: ``[2]`` the residual that the nearest 5% of random tokens have.
-        noisy: ``[2]`` how many features' worth of told noise there is; 0 without noise.
+        noisy: ``[2]`` how many features' worth of told noise there is; 0 without noise, and where
+            the noise is so strong that tokens which are not compared could pass for the target.
     """
 
     mean: Tensor
@@ -294,6 +295,9 @@ def _with_noise(calibration: Calibration, noise: float) -> Calibration:
     rounding = calibration.right[:, None] * calibration.std
     std = (noise**2 + rounding.square()).sqrt()
     F = std.shape[1]
+    # A token that was not compared, whose features are nearer than this, could be the right one.
+    apart = calibration.wrong * calibration.std.median(dim=1).values / noise
+    able = apart > _reach_of_noise(F)
     return Calibration(
         mean=calibration.mean,
         std=std,
@@ -305,7 +309,7 @@ def _with_noise(calibration: Calibration, noise: float) -> Calibration:
         radius=torch.zeros_like(calibration.radius),
         dimension=calibration.dimension,
         common=calibration.common,
-        noisy=(noise**2 / std.square()).sum(-1),
+        noisy=torch.where(able, (noise**2 / std.square()).sum(-1), 0.0),
     )
 
 
@@ -316,6 +320,17 @@ def _largest_residual_of_noise(features: int) -> float:
     """
     error = 2 / (9 * features)
     return float((1 - error + 3.72 * error**0.5) ** 1.5)
+
+
+def _reach_of_noise(features: int) -> float:
+    """How far a wrong token's features may be, in std of the noise, and still pass for the target.
+
+    The distance d adds d^2 to the mean square of the residual, give or take 2 d / sqrt(F), and the
+    noise's own mean square varies by sqrt(2 / F); each may be off as far as once in ten thousand.
+    """
+    varies = 3.72 / features**0.5
+    allowed = _largest_residual_of_noise(features) ** 2 - 1 + varies * 2**0.5
+    return varies + (varies**2 + allowed) ** 0.5
 
 
 def _targets(

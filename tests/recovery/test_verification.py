@@ -51,23 +51,31 @@ def test_position_0_allows_another_rounding(measurements: Measurements) -> None:
 
 
 def test_told_noise_is_the_unit_of_a_residual(measurements: Measurements) -> None:
-    noisy = calibrate(measurements, Storage(noise=0.1))
-    torch.testing.assert_close(noisy.std, torch.full_like(noisy.std, 0.1), rtol=1e-3, atol=0)
+    noisy = calibrate(measurements, Storage(noise=0.01))
+    torch.testing.assert_close(noisy.std, torch.full_like(noisy.std, 0.01), rtol=1e-3, atol=0)
     assert noisy.has_noise
     assert noisy.verifies
     F = noisy.std.shape[1]
-    drawn = 0.1 * torch.randn(4000, F, generator=torch.Generator().manual_seed(0))
+    drawn = 0.01 * torch.randn(4000, F, generator=torch.Generator().manual_seed(0))
     residuals = noisy.residual(drawn, torch.zeros(F), torch.ones(4000, dtype=torch.long))
     assert noisy.plausible[1] < 2.0
     assert (residuals > noisy.plausible[1]).float().mean() < 1e-3
     assert residuals.mean() == pytest.approx(1.0, abs=0.02)
     # Deterministic: the noise is described, not drawn.
     torch.randn(1)
-    assert torch.equal(noisy.noisy, calibrate(measurements, Storage(noise=0.1)).noisy)
+    assert torch.equal(noisy.noisy, calibrate(measurements, Storage(noise=0.01)).noisy)
+
+
+def test_noise_that_hides_tokens_verifies_nothing(measurements: Measurements) -> None:
+    """A token that was not compared could pass for the target."""
+    strong = calibrate(measurements, Storage(noise=1.0))
+    assert not strong.verifies
+    assert not strong.passes(torch.ones(3), torch.arange(3)).any()
+    assert (strong.plausible > 1).all()
 
 
 def test_under_noise_a_rival_must_be_unlikely(measurements: Measurements) -> None:
-    noisy = calibrate(measurements, Storage(noise=0.1))
+    noisy = calibrate(measurements, Storage(noise=0.01))
     at, own = torch.ones(1, dtype=torch.long), torch.ones(1)
     F = float(noisy.noisy[1])
     enough = torch.tensor([(1 + 2 * 20.0 / F) ** 0.5])  # log(300 / 1e-6) is 19.5
