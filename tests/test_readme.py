@@ -93,7 +93,7 @@ def test_the_readme_shows_every_command() -> None:
 
 def test_files_that_the_readme_names_are_there() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert len(links) >= 9
+    assert len(links) >= 8
     assert all((ROOT / link).exists() for link in links if "://" not in link)
 
 

@@ -330,7 +330,7 @@ def _reach_of_noise(features: int) -> float:
     """
     varies = 3.72 / features**0.5
     allowed = _largest_residual_of_noise(features) ** 2 - 1 + varies * 2**0.5
-    return varies + (varies**2 + allowed) ** 0.5
+    return varies + math.sqrt(varies**2 + allowed)
 
 
 def _targets(
