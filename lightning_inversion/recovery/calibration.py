@@ -328,8 +328,8 @@ def _reach_of_noise(features: int) -> float:
     The distance d adds d^2 to the mean square of the residual, give or take 2 d / sqrt(F), and the
     noise's own mean square varies by sqrt(2 / F); each may be off as far as once in ten thousand.
     """
-    varies = 3.72 / features**0.5
-    allowed = _largest_residual_of_noise(features) ** 2 - 1 + varies * 2**0.5
+    varies = 3.72 / math.sqrt(features)
+    allowed = _largest_residual_of_noise(features) ** 2 - 1 + varies * math.sqrt(2)
     return varies + math.sqrt(varies**2 + allowed)
 
 
