@@ -134,13 +134,17 @@ class Calibration:
             vocabulary: how many tokens there are.
         """
         kind = positions.clamp(max=1)
-        explained = residuals <= self.rounding[kind]
-        bar = torch.where(explained, self.rounding[kind], self.threshold[kind])
+        explained, bar = self._bar(residuals, kind)
         farther = max(CLEARANCE, (vocabulary / RISK) ** (1 / self.std.shape[1]))
         times = torch.where(explained, CLEARANCE, farther)
         clear = (rivals > bar) & (rivals >= times * residuals)
         likelier = self._likelier(residuals, rivals, positions) >= math.log(vocabulary / RISK)
         return torch.where(self.noisy[kind] > 0, likelier, clear)
+
+    def _bar(self, residuals: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether rounding explains residuals ``[R]``, and what a rival's must be beyond then."""
+        explained = residuals <= self.rounding[kind]
+        return explained, torch.where(explained, self.rounding[kind], self.threshold[kind])
 
     def risk(self, residual: Tensor, rival: Tensor, position: Tensor, vocabulary: int) -> float:
         """A bound for the chance that another token is right, under told noise.
@@ -174,10 +178,8 @@ class Calibration:
         dimension of their features, and low where few features are kept.
         """
         kind = positions.clamp(max=1)
-        limit = torch.where(
-            residuals <= self.rounding[kind], self.rounding[kind], self.threshold[kind]
-        )
-        share = (limit / self.common[kind]).clamp(max=1.0) ** self.dimension[kind]
+        _, bar = self._bar(residuals, kind)
+        share = (bar / self.common[kind]).clamp(max=1.0) ** self.dimension[kind]
         return vocabulary * _NEAREST_SHARE * torch.where(self.noisy[kind] > 0, 0.0, share)
 
     # -- measuring ---------------------------------------------------------------------------
