@@ -140,7 +140,9 @@ def verify(
     model: PreTrainedModel,
     hidden_states: Tensor,
 ) -> CertificateCheck:
-    """Check a certificate of ``recover`` again, in one forward and without a search.
+    """Check a certificate of ``recover`` again: run its tokens and those near to them.
+
+    Nothing is searched, and nothing is measured again.
 
     Args:
         certificate: of one prompt, with or without its file.

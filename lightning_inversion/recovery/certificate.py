@@ -18,6 +18,7 @@ from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.rivals import NearTokens
 from lightning_inversion.recovery.verification import Verifier
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.untrusted import read_file, read_json
 
 FORMAT = 1
 """Version of the certificate's file."""
@@ -123,7 +124,7 @@ class Certificate:
         return [*self.known, *(token.id for token in self.tokens)]
 
     def check(self, transformer: TruncatedTransformer, hidden_states: Tensor) -> CertificateCheck:
-        """Run the tokens again, beside those that are near to them, in one forward.
+        """Run the tokens again in one forward, and the tokens that are near to them in another.
 
         Nothing is searched, and nothing is measured again. The thresholds are the certificate's.
 
@@ -192,7 +193,7 @@ class Certificate:
             InputError: it is no certificate.
         """
         try:
-            found = json.loads(text)
+            found = read_json(text)
             if found["format"] != FORMAT:
                 raise ValueError(f"it has format {found['format']!r}, and {FORMAT} is read")
             stored = found["calibration"]
@@ -204,7 +205,7 @@ class Certificate:
             return cls(
                 dict(found["transformer"]), dict(found["storage"]), known, tokens, calibration
             )
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"This is no certificate: {error}.") from error
 
     def write(self, path: Path) -> None:
@@ -219,7 +220,7 @@ class Certificate:
             InputError: the file cannot be read, or is no certificate.
         """
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
+            return cls.from_json(read_file(path).decode())
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{str(path)!r} cannot be read: {error}.") from error
 
