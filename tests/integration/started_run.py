@@ -63,3 +63,20 @@ class StartedRun:
             assert process.poll() is None, self.messages.read_text()
             assert time.monotonic() < deadline, self.messages.read_text()
             time.sleep(0.02)
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    """Wait until processes that the run started have ended, as those that lose it do in time."""
+    deadline = time.monotonic() + 20
+    while alive := [pid for pid in pids if is_alive(pid)]:
+        assert time.monotonic() < deadline, f"{alive} did not end"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    """Neither gone nor dead and waiting for whoever adopted it to notice."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"

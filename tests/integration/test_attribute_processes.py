@@ -5,12 +5,11 @@ import os
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.integration.started_run import StartedRun
+from tests.integration.started_run import StartedRun, wait_until_gone
 
 pytestmark = pytest.mark.integration
 COUNT = re.compile(r"\d+ of \d+")
@@ -47,22 +46,6 @@ def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     pids = [int(child) for child in children.split()]
     return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-def wait_until_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 20
-    while alive := [pid for pid in pids if is_alive(pid)]:
-        assert time.monotonic() < deadline, f"{alive} did not end"
-        time.sleep(0.02)
-
-
-def is_alive(pid: int) -> bool:
-    """Neither gone nor dead and waiting for whoever adopted it to notice."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return status.rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +106,7 @@ def test_interrupted_by_the_keyboard(tiny_folder: Path, tmp_path: Path) -> None:
     workers = workers_of(process)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(30) == 1
-    assert not any(map(is_alive, workers))
+    wait_until_gone(workers)
     *reported, last = run.reported()
     assert last.endswith(f"texts are finished, in {run.rows}; repeat the command to resume")
     assert all("written to" in line for line in reported)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.started_run import StartedRun
+from tests.integration.started_run import StartedRun, wait_until_gone
 
 pytestmark = pytest.mark.integration
 WORDS = ("the", "sky", "is", "blue", "or", "red", "depending", "on", "time", "of", "day", "bus")
@@ -143,7 +143,7 @@ def test_interrupted_by_the_keyboard(tiny_folder: Path, tmp_path: Path) -> None:
     messages = run.messages.read_text()
     assert "resume with the same command and --ckpt_path last" in messages
     assert "Traceback" not in messages
-    assert not Path(f"/proc/{child}").exists()
+    wait_until_gone([child])
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -161,8 +161,7 @@ def test_asked_to_end(processes: int, predict: bool, tiny_folder: Path, tmp_path
     assert "resume with the same command and --ckpt_path last" in messages
     assert "Traceback" not in messages
     assert len(run.lines()) < len(run.prompts)
-    time.sleep(2)  # the other ends too
-    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    wait_until_gone(children)
 
 
 def test_a_full_disk(alone: list[dict], tiny_folder: Path, tmp_path: Path) -> None:
