@@ -31,6 +31,10 @@ def looked_up(vectors: Tensor, ids: Tensor | None) -> Tensor:
     return vectors.cumsum(1)
 
 
+def broken(vectors: Tensor, ids: Tensor | None) -> Tensor:
+    raise ValueError("of two\nlines")
+
+
 def in_place(vectors: Tensor, ids: Tensor | None) -> Tensor:
     return vectors.mul_(2).cumsum(1)
 
@@ -52,8 +56,10 @@ def test_a_model_without_finite_numbers_passes() -> None:
             lambda vectors, ids: vectors if ids is None else vectors + ids[..., None],
             "reads more of a token than its vector",
         ),
-        (looked_up, r"cannot be run on token vectors \(ValueError: not a token's\)"),
-        (lambda vectors, ids: ids.shape, "cannot be run on token vectors .AttributeError"),
+        (looked_up, "needs token ids beside their vectors"),
+        (lambda vectors, ids: vectors + ids[..., None], "needs token ids beside their vectors"),
+        (broken, r"cannot be run on tokens \(ValueError: of two\)"),
+        (lambda vectors, ids: vectors.detach(), "passes no gradient to its token vectors"),
         (lambda vectors, ids: vectors.transpose(0, 1), r"of shape \[3, 1, 8\] for 3 tokens"),
         (lambda vectors, ids: vectors[:, None].expand(-1, 4, -1, -1), r"of shape \[1, 4, 3, 8\]"),
     ],
