@@ -25,8 +25,7 @@ def check(outputs: Callable[[Tensor, Tensor | None], Tensor]) -> None:
 
 
 def looked_up(vectors: Tensor, ids: Tensor | None) -> Tensor:
-    distances = torch.cdist(vectors, EMBEDDING.weight[None])
-    if distances.amin(-1).max() > 1e-3:
+    if not (vectors[0, :, None] == EMBEDDING.weight).all(-1).any(-1).all():
         raise ValueError("not a token's\nvector")
     return vectors.cumsum(1)
 
