@@ -13,7 +13,8 @@ from typing import Any
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3.5, 1e308, float("nan"), float("inf"), 10**30, 2**63, -(2**63),
     "", " ", "null", "~", "12", "1e400", "# x", "../../escape", "/etc/passwd", "a\0b",
-    "\x1b[31mred", "\u202edcba", "\u2028", "\ud83d", "$\\bad{x}$", "<script>alert(1)</script>", "é👧", "x" * 2000,
+    "\x1b[31mred", "\u202edcba", "\u2028", "\ud83d", "$\\bad{x}$", "<script>alert(1)</script>",
+    "é👧", "x" * 2000,
     "!!python/object/apply:os.system ['true']", "__import__('os')", "%s%n{0}", [], {}, [[]], [None],
     [1, "a"], {"a": 1}, [[0] * 4] * 4, [10**30], list(range(300)), {"": ""}, ["../x"] * 3,
 ]  # fmt: skip

@@ -71,7 +71,7 @@ def _in_folder(folder: Path) -> Iterator[None]:
 
 
 def outcome(kind: Kind, number: int, root: Path) -> tuple[str, str]:
-    """How one case ends: one of `GOOD` or `BAD`; and its command line, with what is bad about it."""
+    """How one case ends: one of `GOOD` or `BAD`; and its command line, with what is bad."""
     place = Place(root / "base", root / "case")
     shutil.rmtree(place.folder, ignore_errors=True)
     place.folder.mkdir()
