@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_inversion import inversion
+from lightning_inversion import api, inversion
 from lightning_inversion.cli import lightning as cli
 from lightning_inversion.files import cache_root
 from lightning_inversion.recovery.measurements import Measurements
@@ -55,3 +55,26 @@ def share_measurements(patch: pytest.MonkeyPatch) -> None:
             )
 
     patch.setattr(inversion, "Measurements", Shared)
+
+
+def share_captured_measurements(patch: pytest.MonkeyPatch) -> None:
+    """``recover`` and ``predict`` measure the real model once for each kind of captured features.
+
+    What the measurements find follows from the model and the channel alone.
+    """
+
+    class Shared(Measurements):
+        @classmethod
+        def measure(
+            cls, transformer: Any, language_model: Any = None, channel: Any = None
+        ) -> Measurements:
+            kind = (transformer.selection, transformer.dtype, transformer.fingerprint)
+            key = (*kind, str(channel), language_model is None)
+            if key not in _MEASUREMENTS:
+                _MEASUREMENTS[key] = Measurements.measure(transformer, language_model, channel)
+            return replace(
+                _MEASUREMENTS[key], transformer=transformer, language_model=language_model
+            )
+
+    for user in (api, inversion):
+        patch.setattr(user, "Measurements", Shared)
