@@ -8,9 +8,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lightning_inversion.data.key_values import holds_caches
 from lightning_inversion.data.layout import Layout, ModelShape
 from lightning_inversion.data.targets import Captured, Reading, Storage
 from lightning_inversion.errors import InputError
@@ -26,6 +26,7 @@ from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.transformer.language_model import LanguageModel
+from lightning_inversion.transformer.selection import Output
 from lightning_inversion.transformer.tokens import decoded
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
@@ -42,6 +43,7 @@ def recover(
     *,
     depth: int,
     final_norm: bool = False,
+    output: Output | None = None,
     known_prefix: Sequence[int] = (),
     first_position: int = 0,
     centred: bool = False,
@@ -63,8 +65,11 @@ def recover(
             holds them: an output of the model or of ``generate``, its tuple ``hidden_states``, a
             dict of TransformerLens or nnsight names to tensors; or a list with one of these for
             each prompt. A dict with a key ``attention_mask`` may hold padded prompts ``[B, T, D]``.
-        depth: blocks that they have passed.
+            It may be a cache of keys and values instead (``past_key_values``, or the older tuple).
+        depth: blocks that they have passed; of keys and values the number of their block, from 0.
         final_norm: whether they were taken after the model's final norm.
+        output: what is read; default hidden_states, and keys_values of a cache. Keys or values
+            alone are ``[T, heads * size]`` or ``[B, heads, T, size]``.
         known_prefix: tokens with which every prompt begins; they are not verified.
         first_position: the position of the first row, where the rows of ``known_prefix`` are left
             out.
@@ -81,13 +86,15 @@ def recover(
             prefix does not fit them.
     """
     policy = policy or TokenRecovery()
+    if output is None:
+        output = "keys_values" if holds_caches(hidden_states) else "hidden_states"
     transformer = TruncatedTransformer.from_model(
-        model, tokenizer, depth=depth, final_norm=final_norm
+        model, tokenizer, depth=depth, final_norm=final_norm, output=output
     )
     shape = ModelShape.of(model.config)
     reading = Reading(
         (depth,), final_norm, lambda: shape, layout, first_position,
-        tuple(known_prefix), centred, scale, noise,
+        tuple(known_prefix), centred, scale, noise, output,
     )  # fmt: skip
     try:
         captured = Captured.of_objects(hidden_states, reading)
@@ -138,7 +145,7 @@ def recover(
 def verify(
     certificate: Certificate,
     model: PreTrainedModel,
-    hidden_states: Tensor,
+    hidden_states: Any,
 ) -> CertificateCheck:
     """Check a certificate of ``recover`` again: run its tokens and those near to them.
 
@@ -147,17 +154,23 @@ def verify(
     Args:
         certificate: of one prompt, with or without its file.
         model: the same model; its weights are compared by their hash.
-        hidden_states: the prompt's, ``[T, D]`` or ``[1, T, D]``.
+        hidden_states: the prompt's, ``[T, D]`` or ``[1, T, D]``; keys and values as ``recover``
+            takes them.
 
     Raises:
         InputError: the model or the hidden states are not those of the certificate.
     """
     description, storage = certificate.transformer, Storage(**certificate.storage)
+    output = description.get("output", "hidden_states")
     transformer = TruncatedTransformer.from_model(
-        model, layers=description["layers"], final_norm=description["final_norm"]
+        model, layers=description["layers"], final_norm=description["final_norm"], output=output
     )
     if storage.centred:
         transformer = transformer.centred()
+    if output != "hidden_states":
+        shape = ModelShape.of(model.config)
+        reading = Reading(tuple(description["layers"]), shape=lambda: shape, output=output)
+        (hidden_states,) = Captured.of_objects(hidden_states, reading).targets
     rows = hidden_states[0] if hidden_states.dim() == 3 else hidden_states
     return certificate.check(transformer, storage.read_back(rows.float()))
 

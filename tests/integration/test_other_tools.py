@@ -123,3 +123,14 @@ def test_rows_behind_a_known_prefix(loaded: Loaded) -> None:
         tokenizer(text).input_ids for text in PROMPTS
     ]
     assert all(prompt.verified for prompt in found)
+
+
+@pytest.mark.parametrize("depth", [0, DEPTH])
+def test_caches_of_keys_and_values(loaded: Loaded, depth: int) -> None:
+    model, tokenizer = loaded
+    caches = [
+        model(tokenizer(text, return_tensors="pt").input_ids).past_key_values for text in PROMPTS
+    ]
+    found = recover(model, tokenizer, caches, depth=depth)
+    assert [prompt.text for prompt in found] == PROMPTS
+    assert all(prompt.verified for prompt in found)
