@@ -116,6 +116,17 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return nested
 
 
+def settings_of(config: PretrainedConfig, name: str) -> list[Any]:
+    """The values of a setting: one, or one for each block where blocks differ; [] without it."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to name one for all
+        values = [getattr(block, name, None) for block in config.per_layer_config]
+    else:
+        values = [value]
+    return [value for value in values if value is not None]
+
+
 def block_count(config: PretrainedConfig) -> int:
     """How many blocks the language model of a configuration has."""
     # Beside the encoder's, of another number; LongCat counts two caches to a block.

@@ -120,7 +120,7 @@ class Steps:
 
     def fit(self) -> None:
         """A fit ends with the prompts verified."""
-        rows = self._rows("fit", "--model.transformer.depth=1", "--model.iterations=20")
+        rows = self._rows("fit", "--model.transformer.depth=1", "--model.iterations=100")
         self._check(rows)
 
     @torch.no_grad()
