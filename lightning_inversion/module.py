@@ -150,19 +150,9 @@ class InputInversion(Inversion, LightningModule):
             elif self.state.target is None:
                 self.resume(batch)
             self.state.iteration = batch_idx
-            self._reset_momentum(self.schedule.before_iteration(self.state, self))
+            restarted = self.schedule.before_iteration(self.state, self)
+            self.reset_momentum(self.trainer.optimizers[0], restarted)
         return -1 if bool(self.state.stopped.all()) else None
-
-    def _reset_momentum(self, restarted: Tensor | None) -> None:
-        """Clear the optimiser's moments at positions ``[B, T]`` that start again."""
-        if restarted is None:
-            return
-        optimizer, values = self.trainer.optimizers[0], self.state.values
-        if bool(restarted.all()):
-            optimizer.state.clear()
-        for moment in optimizer.state.get(values, {}).values():
-            if isinstance(moment, Tensor) and moment.shape == values.shape:
-                moment[restarted] = 0
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor | None:
         """One iteration: the summed distance of the rows that still move."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.transformer.blocks import block_count, text_config
+from lightning_inversion.transformer.blocks import block_count, settings_of, text_config
 from lightning_inversion.transformer.selection import Output
 
 if TYPE_CHECKING:
@@ -73,9 +73,13 @@ class ModelShape:
     def of(cls, config: PretrainedConfig) -> ModelShape:
         """The sizes in a model's configuration."""
         language = text_config(config)
-        heads = getattr(language, "num_attention_heads", None) or 1  # RWKV and Mamba have none
-        size = getattr(language, "head_dim", None) or language.hidden_size // heads
-        heads = getattr(language, "num_key_value_heads", None) or heads
+
+        def first(name: str, otherwise: int) -> int:
+            return next(iter(settings_of(language, name)), 0) or otherwise
+
+        heads = first("num_attention_heads", 1)  # RWKV and Mamba have none
+        size = first("head_dim", language.hidden_size // heads)
+        heads = first("num_key_value_heads", heads)
         return cls(block_count(config), language.hidden_size, heads, size)
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
+from lightning_inversion.transformer.blocks import settings_of
+
 
 class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
     """One layer's known keys and values; what a forward adds stands behind them, apart."""
@@ -204,8 +206,8 @@ def serves(config: PretrainedConfig, length: int, keys: int) -> bool:
 
 
 def _least(config: PretrainedConfig, names: tuple[str, ...]) -> float:
-    """The least of the limits that a configuration sets; -1, 0 and None are none."""
-    limits = [getattr(config, name, None) for name in names]
+    """The least of the limits that a configuration sets; -1 and 0 are none."""
+    limits = [limit for name in names for limit in settings_of(config, name)]
     return min(
         (limit for limit in limits if isinstance(limit, int) and limit > 0), default=math.inf
     )

@@ -14,19 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_inversion import recover
 from lightning_inversion.__main__ import main as run
-from lightning_inversion.recovery.policy import RecoveredPrompt
+from lightning_inversion.api.recovered import Recoveries
 from lightning_inversion.transformer.loading import TransformerSpec
-from tests.shared import share_captured_measurements
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("_measured_once")]
+pytestmark = pytest.mark.integration
 DEPTH = 8
 PROMPTS = (Path(__file__).parents[2] / "configs" / "prompts.txt").read_text().splitlines()
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-
-
-@pytest.fixture(scope="module")
-def _measured_once(module_patch: pytest.MonkeyPatch) -> None:
-    share_captured_measurements(module_patch)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +39,7 @@ def hidden_states(loaded: Loaded) -> list[tuple[Tensor, ...]]:
     ]  # fmt: skip
 
 
-def recovered(loaded: Loaded, states: Any, **told: Any) -> list[RecoveredPrompt]:
+def recovered(loaded: Loaded, states: Any, **told: Any) -> Recoveries:
     found = recover(*loaded, states, depth=DEPTH, **told)
     assert [prompt.text for prompt in found] == PROMPTS
     assert all(prompt.verified for prompt in found)
