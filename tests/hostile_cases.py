@@ -347,10 +347,8 @@ def cache_entries(draw: random.Random, place: Place) -> Case:
     cache = place.folder / "cache"
     shutil.copytree(place.base / "cache", cache)
     gguf = draw.random() < 0.4
-    kind = "tiny-*" if gguf else draw.choice(["first-tokens-*", "own-text-*", "*"])
-    entries = sorted(one for one in cache.rglob(f"{kind}/*") if one.is_file()) or sorted(
-        one for one in cache.rglob("*") if one.is_file()
-    )
+    kind = "tiny-*/*" if gguf else "*"
+    entries = sorted(one for one in cache.rglob(kind) if one.is_file())
     path = draw.choice(entries)
     how = draw.random()
     if how < 0.3:
@@ -523,6 +521,9 @@ def weights(draw: random.Random, place: Place) -> Case:
         path.write_bytes(hostile.safetensors(draw, path.read_bytes()))
     if draw.random() < 0.2:
         place.write("m/pytorch_model.bin", draw.choice(hostile.WHOLE_FILES))
+    if draw.random() < 0.4:
+        args = ["predict", "--prompts=prompts.txt", "--model=m", "--trainer.accelerator=cpu"]
+        return Case(args, check=lambda _: _recovered(place))
     return Case(_capture_with("m"), check=lambda _: _finite(place))
 
 

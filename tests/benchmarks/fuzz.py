@@ -12,6 +12,7 @@ outside of its folder, or with code run. What ends badly is printed with its com
 
 import argparse
 import io
+import json
 import logging
 import multiprocessing
 import os
@@ -31,7 +32,7 @@ from pathlib import Path
 import torch
 
 from lightning_inversion import __main__ as command_line
-from lightning_inversion.files import ENVIRONMENT
+from lightning_inversion.cache import ENVIRONMENT
 from tests.hostile_cases import KINDS, Case, Place, prepare
 
 # Imported before the processes are forked, so that no case waits for it.
@@ -193,21 +194,30 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the cases of each kind")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--only", type=int, help="number of one case")
+    parser.add_argument("--rows", type=Path, help="outcomes are kept here, and not run again")
     parser.add_argument("--limit", type=float, default=120, help="seconds of a case")
     parser.add_argument("--show", choices=[*GOOD, *BAD], nargs="+", default=BAD)
     chosen = parser.parse_args()
     known = {kind.__name__: kind for kind in KINDS}
     if unknown := set(chosen.names) - set(known):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
-    counts: dict[str, Counter[str]] = {}
+    counts = {name: Counter[str]() for name in chosen.names or known}
+    done: set[tuple[str, int]] = set()
+    if chosen.rows and chosen.rows.exists():
+        for name, number, ended, _ in map(json.loads, chosen.rows.read_text().splitlines()):
+            done.add((name, number))
+            counts.setdefault(name, Counter())[ended] += 1
     with prepared() as root:
         for name in chosen.names or known:
-            kind, row = known[name], counts.setdefault(name, Counter())
-            numbers = range(chosen.first, chosen.first + max(1, round(KINDS[kind] * chosen.share)))
-            if chosen.only is not None:
-                numbers = range(chosen.only, chosen.only + 1)
-            for number, ended, line in run_kind(kind, numbers, root, chosen.limit):
-                row[ended] += 1
+            kind = known[name]
+            first = chosen.first if chosen.only is None else chosen.only
+            count = max(1, round(KINDS[kind] * chosen.share)) if chosen.only is None else 1
+            left = [n for n in range(first, first + count) if (name, n) not in done]
+            for number, ended, line in run_kind(kind, left, root, chosen.limit):
+                counts[name][ended] += 1
+                if chosen.rows:
+                    with chosen.rows.open("a") as file:
+                        file.write(json.dumps([name, number, ended, line]) + "\n")
                 if ended in chosen.show:
                     print(f"{name} {number} {ended}: {line}"[:1500], flush=True)
     print(markdown(counts))
