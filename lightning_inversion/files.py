@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import types
@@ -144,6 +145,14 @@ def _visible(character: str) -> str:
 
 
 ENVIRONMENT = "LIGHTNING_INVERSION_CACHE"
+
+
+_LONGEST_NAME = 240
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a folder of this name lies in the folder it is made in."""
+    return bool(re.fullmatch(r"[\w+=,-][\w.+=,-]*", name)) and len(name) <= _LONGEST_NAME
 
 
 def cache_root() -> Path:
