@@ -95,7 +95,7 @@ def invert(
             learnable=learnable, objective=objective, schedule=schedule, decoder=decoder,
             optimizer=optimizer or (lambda values: torch.optim.Adam(values, lr=std)),
             iterations=iterations, seed=seed,
-        ).use(transformer, channel=captured.storage)  # fmt: skip
+        ).use(transformer, _with_head(model), captured.storage)  # fmt: skip
         experiment.schedule.check(experiment)
         experiment.schedule.check_length(max(captured.lengths), iterations)
     found: dict[int, Inverted] = {}
@@ -107,6 +107,11 @@ def invert(
         read = _read(experiment, distances, tokenizer, asdict(captured.storage), seconds)
         found.update(zip(group, read, strict=True))
     return Recoveries(found[row] for row in range(len(found)))
+
+
+def _with_head(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The model where it has a head: what is measured of it is then what ``recover`` measures."""
+    return None if model.get_output_embeddings() is None else model
 
 
 def _optimise(

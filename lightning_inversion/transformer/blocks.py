@@ -110,6 +110,12 @@ def most_positions(config: PretrainedConfig) -> int | None:
     return None if most == -1 else most  # XLNet has no limit
 
 
+def config_of(model: PreTrainedModel) -> dict[str, Any]:
+    """A model's configuration as plain values, without where its files were."""
+    values: dict[str, Any] = model.config.to_dict()
+    return {name: value for name, value in values.items() if name != "_name_or_path"}
+
+
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The language model's part of a configuration: nested in models that also read images."""
     nested: PretrainedConfig = config.get_text_config(decoder=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from lightning_inversion.errors import InputError, module_property
 from lightning_inversion.transformer.blocks import (
+    config_of,
     cut_blocks_,
     frozen_copy,
     repeat_first_block_,
@@ -23,6 +25,7 @@ from lightning_inversion.transformer.blocks import (
     takes_position_ids,
     without_head,
 )
+from lightning_inversion.transformer.cached import kept
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.kv_cache import (
     RaggedCache,
@@ -35,6 +38,13 @@ from lightning_inversion.transformer.surgery import Surgery, check_bidirectional
 
 _ROWS = 256
 """Rows of one forward of candidates, which bounds the memory."""
+
+
+@dataclass(frozen=True)
+class _Caching:
+    """Whether a model obeys masks behind kept keys and values."""
+
+    works: bool
 
 
 class TruncatedTransformer(nn.Module):
@@ -288,16 +298,20 @@ class TruncatedTransformer(nn.Module):
         return torch.cat(features).reshape(B, K, -1)
 
     @module_property
-    @torch.no_grad()
     def caches(self) -> bool:
-        """Whether `KnownPrefix` may keep keys and values: compared once with plain forwards.
+        """Whether `KnownPrefix` may keep keys and values: compared once with plain forwards."""
+        if not self.causal:
+            return False  # the prefix would see the candidates
+        return kept(_Caching, self.identity, self._caching).works
+
+    @torch.no_grad()
+    def _caching(self) -> _Caching:
+        """Compare candidates behind kept keys and values with plain forwards.
 
         Models that take positions from the order of the keys (the ALiBi of BLOOM and MPT) do not
         agree. The difference allowed is a hundredth of what the prefix does to the features, plus
         rounding.
         """
-        if not self.causal:
-            return False  # the prefix would see the candidates
         ids = torch.arange(10, device=self.device)
         ids = ids * max(1, self.embedding.vocabulary_size // 10) % self.embedding.vocabulary_size
         prefix = self.embedding(ids[:4].expand(2, 4))
@@ -311,14 +325,15 @@ class TruncatedTransformer(nn.Module):
         try:
             behind(prefix, one_after_another(4, self.device))
             cache.begin(lengths)
-            kept = behind(candidates, torch.eye(3, dtype=torch.bool, device=self.device))
+            behind_kept = behind(candidates, torch.eye(3, dtype=torch.bool, device=self.device))
         except FAILURES:
-            return False  # takes no such mask, or keeps something else than keys and values
+            # Takes no such mask, or keeps something else than keys and values.
+            return _Caching(False)
         plain = self.candidates(prefix, lengths, candidates)
         without_prefix = self.candidates(prefix, torch.zeros_like(lengths), candidates)
         rounding = (32 if self.dtype == torch.float32 else 4) * torch.finfo(self.dtype).eps
         allowed = 0.01 * (plain - without_prefix).norm() + rounding * plain.norm()
-        return bool((kept - plain).norm() <= allowed)
+        return _Caching(bool((behind_kept - plain).norm() <= allowed))
 
     @module_property
     def fingerprint(self) -> str:
@@ -342,4 +357,18 @@ class TruncatedTransformer(nn.Module):
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention": self.model.config._attn_implementation,
             "weights_sha256": self.fingerprint,
+        }
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the features depend on, as plain values: what was measured is found again by it."""
+        device = self.device
+        return {
+            "description": self.description,
+            "kind": f"{type(self.model).__module__}.{type(self.model).__qualname__}",
+            "modules": repr(self.model),
+            "config": config_of(self.model),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "versions": [torch.__version__, version("transformers")],
         }
