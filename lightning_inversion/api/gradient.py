@@ -111,7 +111,8 @@ def invert(
 
 def _with_head(model: PreTrainedModel) -> PreTrainedModel | None:
     """The model where it has a head: what is measured of it is then what ``recover`` measures."""
-    return None if model.get_output_embeddings() is None else model
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return None if head is None else model
 
 
 def _optimise(
