@@ -8,8 +8,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from lightning_inversion.api.in_memory import Given, errors_name_arguments, in_memory
@@ -20,6 +18,7 @@ from lightning_inversion.decoding import Decoder
 from lightning_inversion.inputs import LearnableInput
 from lightning_inversion.inversion import Inversion, MakeOptimizer, linear_rate
 from lightning_inversion.objectives import Objective
+from lightning_inversion.progress import counted
 from lightning_inversion.recovery.certificate import Certificate, TokenCertificate
 from lightning_inversion.recovery.policy import ALTERNATIVES
 from lightning_inversion.recovery.verification import Verifier
@@ -124,11 +123,7 @@ def _optimise(
     base = [group["lr"] for group in optimizer.param_groups]
     period = experiment.schedule.period(experiment.iterations)
     distances = []
-    console = Console(stderr=True)
-    for iteration in track(
-        range(experiment.iterations), "inverting", console=console, transient=True,
-        disable=not console.is_terminal,
-    ):  # fmt: skip
+    for iteration in counted(range(experiment.iterations), "inverting"):
         factor = linear_rate(*rates, iteration % period, period)
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * factor
