@@ -91,7 +91,7 @@ class Verifier:
         ids: Tensor,
         residuals: Tensor,
         positions: Tensor,
-        no_token: Tensor,
+        target: Tensor,
         earlier: tuple[Tensor, Tensor] | None = None,
         compared: Tensor | None = None,
     ) -> Judgement:
@@ -101,7 +101,7 @@ class Verifier:
             ids: ``[R, K]`` the candidates; an id may repeat.
             residuals: ``[R, K]`` of each; infinite where features overflow.
             positions: ``[R]``.
-            no_token: ``[R]`` see ``Calibration``.
+            target: ``[R, F]`` what they should reproduce.
             earlier: the nearest token ``[R]`` of those that were run before, and its residual.
             compared: ``[R]`` how many tokens have been compared at each position, where the whole
                 vocabulary is to be; None compares with the near tokens alone.
@@ -119,17 +119,16 @@ class Verifier:
         rivals = torch.where(rival_residuals.isinf(), -1, rivals)
 
         passes = calibration.passes(smallest, positions)
-        nearest = torch.minimum(rival_residuals, no_token)
+        nearest = torch.minimum(rival_residuals, calibration.no_token(target, positions))
         apart = calibration.apart(smallest, nearest, positions, vocabulary)
         missing: list[Tensor | None] = [None] * len(ids)
         crowded = torch.zeros_like(passes)
         if compared is None:
             for row in passes.nonzero()[:, 0].tolist():
-                token = int(tokens[row])
-                rest = self.near.of_token(token)
+                rest, whole = self.near_tokens(tokens[row, 0], smallest[row], positions[row])
                 if len(rest):
                     rest = rest[torch.isin(rest, ids[row], invert=True)]
-                crowded[row] = token in self.near.crowded
+                crowded[row] = not whole
                 missing[row] = rest if len(rest) else None
             rare = calibration.unseen(smallest, positions, vocabulary) <= RISK
         else:
@@ -144,6 +143,11 @@ class Verifier:
             judged & ~apart & (not calibration.has_noise),
             missing,
         )
+
+    def near_tokens(self, token: Tensor, residual: Tensor, position: Tensor) -> tuple[Tensor, bool]:
+        """The tokens that one with a residual must be compared with; see ``NearTokens``."""
+        within = self.calibration.within(residual, position, self.vocabulary)
+        return self.near.of_token(int(token), float(within))
 
     def verify(
         self,
@@ -171,14 +175,14 @@ class Verifier:
         alone, group = torch.zeros_like(mask), torch.zeros_like(mask)
         self.near.prepare(ids[passes])
         at = [(row, position) for row, position in passes.nonzero().tolist()]
-        rivals = [self.near.of_token(int(ids[one])) for one in at]
+        rivals = [self.near_tokens(ids[one], residuals[one], positions[one])[0] for one in at]
         far = self._in_place(ids, target, mask, at, rivals, features_of)
         for one, near, residual in zip(at, rivals, far, strict=True):
             judged = self.judge(
                 torch.cat([ids[one][None], near])[None],
                 torch.cat([residuals[one][None], residual])[None],
                 positions[one][None],
-                calibration.no_token(target[one][None], positions[one][None]),
+                target[one][None],
             )
             alone[one] = judged.verified[0] & (judged.best[0] == 0)
             group[one] = judged.group[0]

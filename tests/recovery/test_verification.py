@@ -156,7 +156,7 @@ def test_tokens_that_are_nearly_alike_are_a_group(nearly_alike: Measurements) ->
     mask = torch.ones_like(ids, dtype=torch.bool)
     target = transformer.features_of(ids)
     near = nearly_alike.derived(NearTokens)
-    assert [near.of_token(token).tolist() for token in (9, 3, 5)] == [[], [20], [21]]
+    assert [near.of_token(token)[0].tolist() for token in (9, 3, 5)] == [[], [20], [21]]
     for found in (ids, torch.tensor([[9, 20, 21, 22, 8]])):
         verdict = verdict_of(nearly_alike, found, target, mask)
         assert verdict.verified.tolist() == [[True, False, False, False, False]]
@@ -178,7 +178,7 @@ def test_tokens_that_are_nearly_alike_are_a_group(nearly_alike: Measurements) ->
 def test_a_rival_must_be_as_far_as_the_clearance(headless: Measurements) -> None:
     bar = float(headless.calibration.rounding[1])
     ids, at = torch.tensor([[3, 9]]), torch.ones(1, dtype=torch.long)
-    none = torch.tensor([torch.inf])
+    target = torch.zeros_like(headless.probe.mean[1:])
     for own, rival, verified, group in (
         (0.0, 0.9 * bar, False, True),
         (0.0, 1.1 * bar, True, False),
@@ -186,11 +186,11 @@ def test_a_rival_must_be_as_far_as_the_clearance(headless: Measurements) -> None
         (0.9 * bar, 1.01 * CLEARANCE * 0.9 * bar, True, False),
         (1.0, 2.0, False, False),
     ):
-        judged = headless.derived(Verifier).judge(ids, torch.tensor([[own, rival]]), at, none)
+        judged = headless.derived(Verifier).judge(ids, torch.tensor([[own, rival]]), at, target)
         assert judged.verified.tolist() == [verified], (own, rival)
         assert judged.group.tolist() == [group], (own, rival)
     before = (torch.tensor([12]), torch.tensor([0.5 * bar]))
-    judged = headless.derived(Verifier).judge(ids, torch.tensor([[0.0, 1.0]]), at, none, before)
+    judged = headless.derived(Verifier).judge(ids, torch.tensor([[0.0, 1.0]]), at, target, before)
     assert judged.group.all()
     assert judged.rivals.tolist() == [12]
 
