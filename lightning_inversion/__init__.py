@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_inversion.api import recover, verify
+    from lightning_inversion.api import capture, invert, recover, verify
     from lightning_inversion.attribution.attribute import attribute
     from lightning_inversion.data.layout import Layout
     from lightning_inversion.data.prompts import PromptDataModule
@@ -28,6 +28,8 @@ __all__ = [
     "TransformerSpec",
     "TruncatedTransformer",
     "attribute",
+    "capture",
+    "invert",
     "read_rows",
     "recover",
     "verify",
@@ -42,6 +44,8 @@ _HOMES = {
     "TransformerSpec": "transformer.loading",
     "TruncatedTransformer": "transformer.truncated",
     "attribute": "attribution.attribute",
+    "capture": "api",
+    "invert": "api",
     "read_rows": "results",
     "recover": "api",
     "verify": "api",

@@ -56,6 +56,7 @@ COMMANDS = {
     "sweep": Command("run a command over a grid of its options; resumable", "sweep.command"),
     "report": Command("turn result files into a table, figures and a page", "report.command"),
     "audit": Command("measure how much an observer of activations reads of prompts", "sweep.audit"),
+    "cache": Command("list or clear what is kept of models between runs", "cli.cached"),
 }  # fmt: skip
 
 HELP = f"""\
@@ -76,6 +77,7 @@ examples
   lightning-inversion sweep --prompts prompts.txt --over depth=1,2,4,8 --seeds 3
   lightning-inversion report lightning_logs
   lightning-inversion audit --prompts prompts.txt --depth 1 8
+  lightning-inversion cache
 
 options
   --model NAME, --depth N, --prompts FILE     understood by every command that runs a model

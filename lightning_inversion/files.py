@@ -1,12 +1,10 @@
-"""Files and folders: writable paths, claims, JSON lines, the cache; text that is safe to print."""
+"""Files and folders: writable paths, claims, JSON lines; text that is safe to print."""
 
 from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
-import shutil
 import tempfile
 import types
 import unicodedata
@@ -15,13 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Union, get_args, get_origin
 
-import platformdirs
 from filelock import FileLock, Timeout
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.untrusted import check_regular, read_json
-
-_log = logging.getLogger(__name__)
 
 MOST_PROCESSES = max(16, 4 * (os.cpu_count() or 1))
 """Processes that one command starts at most: each holds a model."""
@@ -141,48 +136,6 @@ def _visible(character: str) -> str:
     ):
         return f"⟨U+{ord(character):04X}⟩"
     return character
-
-
-ENVIRONMENT = "LIGHTNING_INVERSION_CACHE"
-
-
-def cache_root() -> Path:
-    """The user's cache folder, or the one that `LIGHTNING_INVERSION_CACHE` names."""
-    named = os.environ.get(ENVIRONMENT)
-    root = (
-        Path(named).expanduser() if named else platformdirs.user_cache_path("lightning_inversion")
-    )
-    root.mkdir(parents=True, exist_ok=True)
-    return root
-
-
-def cached_folder(
-    key: str, build: Callable[[Path], None], is_whole: Callable[[Path], bool]
-) -> Path:
-    """The cached folder `key`, made by `build(folder)` unless it lies there whole.
-
-    A file lock makes the other processes wait while one builds. The folder is built beside its
-    path and renamed to it, so that a killed build leaves nothing that looks finished.
-    """
-    root = cache_root()
-    folder = root / key
-    if is_whole(folder):
-        return folder
-    with FileLock(root / f"{key}.lock"):
-        if is_whole(folder):  # another process built it while this one waited
-            return folder
-        if os.path.lexists(folder):
-            _log.warning("%s in the cache is damaged and is made again", folder)
-            if folder.is_symlink() or not folder.is_dir():
-                folder.unlink()
-            else:
-                shutil.rmtree(folder)
-        with tempfile.TemporaryDirectory(dir=root, prefix=f"{key}.part-") as part:
-            built = Path(part) / "built"
-            built.mkdir()
-            build(built)
-            built.rename(folder)
-    return folder
 
 
 # -- JSON lines ------------------------------------------------------------------------------

@@ -90,9 +90,7 @@ class Inversion(nn.Module):
         >>> inversion.begin(PromptBatch.collate([(0, "a prompt", [11, 42, 7, 8])]))
         >>> optimizer = inversion.make_optimizer([inversion.state.values])
         >>> for _ in range(20):
-        ...     optimizer.zero_grad()
-        ...     inversion.compute_distances().sum().backward()
-        ...     _ = optimizer.step()
+        ...     distances = inversion.iterate(optimizer)
         >>> best = inversion.top_tokens().best
         >>> best.tolist(), inversion.verify(best).verified.tolist()
         ([[11, 42, 7, 8]], [[True, True, True, True]])
@@ -136,19 +134,26 @@ class Inversion(nn.Module):
         self.iterations, self.seed = iterations, seed
         self.state = BatchState.empty()
         self.distances = None
+        self._channel: Channel | None = None
         self._features: Tensor | None = None
         self._disallowed: Tensor | None = None
 
     # -- the frozen half ---------------------------------------------------------------------
 
-    def use(self, transformer: TruncatedTransformer, whole: PreTrainedModel | None = None) -> Self:
+    def use(
+        self,
+        transformer: TruncatedTransformer,
+        whole: PreTrainedModel | None = None,
+        channel: Channel | None = None,
+    ) -> Self:
         """Invert a model in memory instead of loading ``transformer``.
 
         Args:
             transformer: the frozen model.
             whole: the same with its head, for ``predict``; loaded when needed if left out.
+            channel: what has happened to the targets, where they were captured.
         """
-        self.transformer, self.whole = transformer, whole
+        self.transformer, self.whole, self._channel = transformer, whole, channel
         return self
 
     def load(self, needs_whole: bool = False) -> None:
@@ -184,7 +189,7 @@ class Inversion(nn.Module):
     @property
     def channel(self) -> Channel | None:
         """What has happened to the targets between the model and this experiment."""
-        return None
+        return self._channel
 
     @module_property
     def measurements(self) -> Measurements:
@@ -339,6 +344,36 @@ class Inversion(nn.Module):
 
     # -- one iteration -----------------------------------------------------------------------
 
+    def iterate(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """One iteration without a Trainer: the schedule, then a step; what is fixed does not move.
+
+        Returns:
+            ``[B]`` the distances before the step; None where every row had stopped.
+        """
+        self.reset_momentum(optimizer, self.schedule.before_iteration(self.state, self))
+        if bool(self.state.stopped.all()):
+            return None
+        before = self.state.values.detach().clone()
+        optimizer.zero_grad()
+        distances = self.compute_distances()
+        distances.sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        self.state.hold(before)
+        self._features = None
+        self.state.iteration += 1
+        return distances.detach()
+
+    def reset_momentum(self, optimizer: torch.optim.Optimizer, restarted: Tensor | None) -> None:
+        """Clear the optimiser's moments at positions ``[B, T]`` that start again; None for none."""
+        if restarted is None:
+            return
+        values = self.state.values
+        if bool(restarted.all()):
+            optimizer.state.clear()
+        for moment in optimizer.state.get(values, {}).values():
+            if isinstance(moment, Tensor) and moment.shape == values.shape:
+                moment[restarted] = 0
+
     def compute_distances(self) -> Tensor:
         """The distance ``[B]`` of each row that still moves, 0 for others; differentiable."""
         state = self.state
@@ -360,6 +395,11 @@ class Inversion(nn.Module):
             return None
         window = Window.of(self.state.compared, self.state.prefix_lengths)
         return window if window is not None and self.frozen.caches else None
+
+
+def linear_rate(start: float, end: float, iteration: int, iterations: int) -> float:
+    """The value at ``iteration`` (from 0) of ``iterations`` that leads from start to end."""
+    return start + (end - start) * iteration / max(1, iterations - 1)
 
 
 def _adam(parameters: Any) -> torch.optim.Optimizer:

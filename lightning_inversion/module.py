@@ -150,19 +150,9 @@ class InputInversion(Inversion, LightningModule):
             elif self.state.target is None:
                 self.resume(batch)
             self.state.iteration = batch_idx
-            self._reset_momentum(self.schedule.before_iteration(self.state, self))
+            restarted = self.schedule.before_iteration(self.state, self)
+            self.reset_momentum(self.trainer.optimizers[0], restarted)
         return -1 if bool(self.state.stopped.all()) else None
-
-    def _reset_momentum(self, restarted: Tensor | None) -> None:
-        """Clear the optimiser's moments at positions ``[B, T]`` that start again."""
-        if restarted is None:
-            return
-        optimizer, values = self.trainer.optimizers[0], self.state.values
-        if bool(restarted.all()):
-            optimizer.state.clear()
-        for moment in optimizer.state.get(values, {}).values():
-            if isinstance(moment, Tensor) and moment.shape == values.shape:
-                moment[restarted] = 0
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor | None:
         """One iteration: the summed distance of the rows that still move."""
@@ -272,15 +262,15 @@ class InputInversion(Inversion, LightningModule):
     def _other_cuts(self) -> OtherCuts:
         """The same model at other depths; it is loaded only where a scan asks for it."""
 
+        whole = replace(self.spec, depth=None, layers=None, output="hidden_states")
+
         def at(depths: tuple[int, ...], final_norm: bool) -> TruncatedTransformer:
-            spec = replace(
-                self.spec, depth=None, layers=list(depths), features=None, final_norm=final_norm
-            )
+            spec = replace(whole, layers=list(depths), features=None, final_norm=final_norm)
             if self.whole is None or self.frozen.tokenizer is None:
                 return spec.load().to(self.device)
             return spec.cut(frozen_copy(without_head(self.whole)), self.frozen.tokenizer)
 
-        return OtherCuts(at, replace(self.spec, depth=None, layers=None).blocks_needed())
+        return OtherCuts(at, whole.blocks_needed())
 
     def _after_round(self, prompts: list[RecoveredPrompt]) -> None:
         for listener in self._round_listeners:

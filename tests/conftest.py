@@ -78,14 +78,6 @@ def shared_parsers(module_patch: pytest.MonkeyPatch) -> None:
     share_parsers(module_patch)
 
 
-@pytest.fixture(scope="module")
-def shared_measurements(module_patch: pytest.MonkeyPatch) -> None:
-    """The runs of this process measure each tiny model once, for modules that start many."""
-    from tests.shared import share_measurements
-
-    share_measurements(module_patch)
-
-
 @pytest.fixture
 def messages() -> Iterator[list[str]]:
     """What the package reports through ``logging`` while the test runs, a line each."""

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from lightning_inversion import inversion
 from lightning_inversion.cli import lightning as cli
-from lightning_inversion.files import cache_root
-from lightning_inversion.recovery.measurements import Measurements
 
 _PARSERS: dict[tuple[str, ...], dict[str, Any]] = {}
-_MEASUREMENTS: dict[tuple[Any, ...], Measurements] = {}
 
 
 def share_parsers(patch: pytest.MonkeyPatch) -> None:
@@ -30,28 +24,3 @@ def share_parsers(patch: pytest.MonkeyPatch) -> None:
         vars(self).update(_PARSERS[commands])
 
     patch.setattr(cli.InversionCLI, "setup_parser", setup_parser)
-
-
-def share_measurements(patch: pytest.MonkeyPatch) -> None:
-    """Measuring a tiny model takes longer than most fits with it.
-
-    Those of captured targets are measured each time, as their channel draws noise; and so are
-    those behind a cache folder of its own.
-    """
-
-    class Shared(Measurements):
-        @classmethod
-        def measure(
-            cls, transformer: Any, language_model: Any = None, channel: Any = None
-        ) -> Measurements:
-            if channel is not None:
-                return Measurements.measure(transformer, language_model, channel)
-            described = json.dumps(transformer.description, sort_keys=True)
-            key = (cache_root(), described, str(transformer.device), language_model is None)
-            if key not in _MEASUREMENTS:
-                _MEASUREMENTS[key] = Measurements.measure(transformer, language_model)
-            return replace(
-                _MEASUREMENTS[key], transformer=transformer, language_model=language_model
-            )
-
-    patch.setattr(inversion, "Measurements", Shared)

@@ -13,7 +13,6 @@ from lightning_inversion.objectives import L1, L2, CosineDistance, Objective, St
 from lightning_inversion.schedules import AllPositions
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
-pytestmark = pytest.mark.usefixtures("shared_measurements")
 BATCH = PromptBatch.collate([(0, "a", [5, 6, 7]), (1, "b", [8, 9])])
 
 

@@ -18,7 +18,7 @@ def test_an_unknown_command_is_answered_by_the_known_ones(monkeypatch, capsys) -
     assert run(["fitt"]) == 2
     assert capsys.readouterr().err == (
         "lightning-inversion: unknown command 'fitt'; did you mean fit? choose from fit, validate, "
-        "predict, capture, attribute, sweep, report, audit.\n"
+        "predict, capture, attribute, sweep, report, audit, cache.\n"
     )
 
 
@@ -45,6 +45,7 @@ def test_help_and_version_need_no_torch() -> None:
         ("--help",): "usage: lightning-inversion COMMAND",
         ("sweep", "--help"): "--processes",
         ("audit", "--help"): "--processes",
+        ("cache", "--help"): "LIGHTNING_INVERSION_CACHE",
         ("report", "--help"): "--title",
         ("fit", "--help"): "--model.iterations",
         ("validate", "--depth=2", "-h"): "--ckpt_path",

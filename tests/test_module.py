@@ -13,8 +13,6 @@ from lightning_inversion.objectives import L1, L2, CosineDistance, Objective, St
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.fits import PROMPTS, fit
 
-pytestmark = pytest.mark.usefixtures("shared_measurements")
-
 
 @pytest.mark.parametrize(
     "objective",

@@ -16,7 +16,7 @@ from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.surgery import FAMILIES
 from tests.tiny import save_tiny, tiny_tokenizer
 
-pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
+pytestmark = pytest.mark.usefixtures("shared_parsers")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_inversion import __main__
-from lightning_inversion.files import ENVIRONMENT
+from lightning_inversion.cache import ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -25,8 +25,6 @@ from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.fits import PROMPTS, fit
 
-pytestmark = pytest.mark.usefixtures("shared_measurements")
-
 
 class Moves(Callback):
     """Which positions each optimiser step moves, and its learning rate."""

@@ -2,6 +2,6 @@
 
 from lightning_inversion.attribution.attribute import attribute
 from lightning_inversion.attribution.config import Choices, Display
-from lightning_inversion.attribution.result import AttributionResult
+from lightning_inversion.attribution.result import AttributionResult, AttributionResults
 
-__all__ = ["AttributionResult", "Choices", "Display", "attribute"]
+__all__ = ["AttributionResult", "AttributionResults", "Choices", "Display", "attribute"]

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from rich.console import Console
@@ -24,7 +24,7 @@ from lightning_inversion.attribution.model import (
     undisturbed,
     whole_model,
 )
-from lightning_inversion.attribution.result import AttributionResult
+from lightning_inversion.attribution.result import AttributionResult, AttributionResults
 from lightning_inversion.attribution.scores import Prediction, Query
 from lightning_inversion.data.texts import ModelLimits, tokenize
 from lightning_inversion.errors import InputError
@@ -44,6 +44,7 @@ _SMALLEST_RISE = 1e-4
 _SPECIAL = ("pad", "eos", "unk", "bos")
 
 
+@overload
 def attribute(
     model: PreTrainedModel | TruncatedTransformer,
     tokenizer: PreTrainedTokenizerBase,
@@ -54,8 +55,35 @@ def attribute(
     display: Display | None = None,
     name: str | None = None,
     model_options: Mapping[str, Any] | None = None,
-) -> AttributionResult:
-    """Which tokens of `text` the model's prediction, or its hidden state, depends on.
+) -> AttributionResult: ...
+
+
+@overload
+def attribute(
+    model: PreTrainedModel | TruncatedTransformer,
+    tokenizer: PreTrainedTokenizerBase,
+    text: list[str] | tuple[str, ...],
+    choices: Choices | None = None,
+    *,
+    preset: str | None = None,
+    display: Display | None = None,
+    name: str | None = None,
+    model_options: Mapping[str, Any] | None = None,
+) -> AttributionResults: ...
+
+
+def attribute(
+    model: PreTrainedModel | TruncatedTransformer,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | list[str] | tuple[str, ...],
+    choices: Choices | None = None,
+    *,
+    preset: str | None = None,
+    display: Display | None = None,
+    name: str | None = None,
+    model_options: Mapping[str, Any] | None = None,
+) -> AttributionResult | AttributionResults:
+    """Which tokens of a text the model's prediction, or its hidden state, depends on.
 
     The source's section 'Model Interpretability'. The model is not changed. Gradients are computed
     inside `torch.inference_mode()` too.
@@ -63,7 +91,7 @@ def attribute(
     Args:
         model: a causal language model of transformers; with `choices.depth`, also a truncated one.
         tokenizer: of the model.
-        text: of T tokens, at least one.
+        text: of T tokens, at least one; or several texts.
         choices: what is attributed, and how.
         preset: 'original' for the source's choices.
         display: how the result is shown.
@@ -71,7 +99,7 @@ def attribute(
         model_options: options of `TransformerSpec` that loaded it, for the command in the output.
 
     Raises:
-        InputError: the text is empty or too long, an option does not name a token, or options
+        InputError: a text is empty or too long, an option does not name a token, or options
             contradict.
 
     Example::
@@ -80,6 +108,14 @@ def attribute(
         result.print()
         Path("page.html").write_text(result.to_html(), encoding="utf-8")
     """
+    if not isinstance(text, str):
+        return AttributionResults(
+            attribute(
+                model, tokenizer, one, choices,
+                preset=preset, display=display, name=name, model_options=model_options,
+            )
+            for one in text
+        )  # fmt: skip
     choices, display = with_preset(preset, choices or Choices(), display or Display())
     ids = encode(tokenizer, text, whole_model(model).config)
     if choices.method_for(len(ids)) != "occlusion":

@@ -25,6 +25,8 @@ from lightning_inversion.transformer.tokens import named_token
 
 _log = logging.getLogger(__name__)
 _STDIO = Path("-")
+_ROWS = "rows.jsonl"
+"""The file of rows in a folder of pages."""
 _LITERAL = {
     "token": "The target token, as text or as id:NUMBER. The default is the predicted token.",
     "against": "A second token, as text or as id:NUMBER, whose scalar is subtracted from the "
@@ -42,14 +44,20 @@ def add_attribute_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         type=Path,
-        help="A file of texts, one a line (or .jsonl, key prompt), instead of one; needs --json.",
+        help="A file of texts, one a line (or .jsonl, key prompt), instead of one; needs --out or "
+        "--json.",
     )
-    parser.add_argument("--out", type=Path, help="Where to write the page of HTML; - for stdout.")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="Where to write the page of HTML; - for stdout. With --prompts, a folder for an index "
+        "and a page of each text.",
+    )
     parser.add_argument(
         "--json",
         type=Path,
-        help="Where to write JSON; - for stdout. With --prompts, JSON lines: the same command "
-        "resumes a stopped run, or shares a running one.",
+        help="Where to write JSON; - for stdout. With --prompts, JSON lines, in --out if left out: "
+        "the same command resumes a stopped run, or shares a running one.",
     )
     parser.add_argument(
         "--processes",
@@ -107,9 +115,11 @@ def _run(options: Namespace) -> int:
 
 
 def _run_file(request: Request, texts: Sequence[str], options: Namespace) -> int:
-    rows = RowFile(options.json, texts, request.settings)
+    rows = RowFile(options.json or options.out / _ROWS, texts, request.settings)
     try:
         run_texts(request, rows, options.processes)
+        if options.out is not None:
+            _log.info("written to %s", rows.results(request.display).write_pages(options.out))
     except KeyboardInterrupt:
         _log.warning(
             "%s texts are finished, in %s; repeat the command to resume", rows.standing, rows.path
@@ -140,20 +150,33 @@ def _texts(options: Namespace) -> list[str]:
 
 def _check_files(options: Namespace) -> None:
     if options.prompts is not None:
-        for option in ("out", "tensorboard"):
-            if options[option] is not None:
-                raise InputError(f"--{option} shows one text; with --prompts give --json alone.")
-        if options.json is None:
-            raise InputError("--prompts needs --json, the file of the rows (- for stdout).")
+        if options.tensorboard is not None:
+            raise InputError("--tensorboard shows one text; with --prompts give --out or --json.")
+        if options.json is None and options.out is None:
+            raise InputError(
+                "--prompts needs --out, a folder of pages, or --json, a file of rows (- for "
+                "stdout); give one of them."
+            )
+        if options.out is not None and options.out.suffix == ".html":
+            raise InputError(
+                f"--out {str(options.out)!r} is one page, and --prompts gives one for each text; "
+                "name a folder."
+            )
+        if options.out == _STDIO or (options.json == _STDIO and options.out is not None):
+            raise InputError(
+                "--out is a folder of pages with --prompts, and its rows are in a file; leave out "
+                "the -."
+            )
     if options.out == options.json == _STDIO:
         raise InputError("--out and --json cannot both be stdout; give one of them a file.")
     for option in ("out", "json"):
         path = options[option]
         if path is None or path == _STDIO:
             continue
-        if path.is_dir():
+        pages = option == "out" and options.prompts is not None
+        if path.is_dir() and not pages:
             raise InputError(f"--{option} {str(path)!r} is a folder; give a file in it.")
-        check_writable(path, f"--{option}")
+        check_writable(path, f"--{option}", folder=pages)
     if options.tensorboard is not None:
         check_writable(options.tensorboard, "--tensorboard", folder=True)
 

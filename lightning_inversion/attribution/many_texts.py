@@ -25,7 +25,7 @@ import torch
 
 from lightning_inversion.attribution.attribute import attribute
 from lightning_inversion.attribution.config import Choices, Display
-from lightning_inversion.attribution.result import AttributionResult
+from lightning_inversion.attribution.result import AttributionResult, AttributionResults
 from lightning_inversion.errors import InputError, ProcessLostError
 from lightning_inversion.files import Record, append_records, claimed, read_records, sort_records
 from lightning_inversion.transformer.loading import WHAT_IS_LOADED, TransformerSpec
@@ -147,6 +147,12 @@ class RowFile:
         """Append the row of text `index`; a torn last line is cut off first."""
         append_records(self.path, [{"index": index, "settings": self.settings, **row}])
         self.finished.add(index)
+
+    def results(self, display: Display) -> AttributionResults:
+        """The results of all texts, from their rows."""
+        return AttributionResults(
+            AttributionResult.from_dict(row, display=display) for row in read_records(self.path)
+        )
 
     def close(self) -> None:
         """Put the rows of a complete file in order and remove the claims."""

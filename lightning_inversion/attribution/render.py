@@ -46,6 +46,37 @@ def fragment(scores: Scores, display: Display) -> str:
     return _template("fragment.html").render(**_content(scores, display))
 
 
+def index(texts: Sequence[tuple[Scores, Display]], pages: Sequence[str] = ()) -> str:
+    """A page of several texts, with links to theirs where these have an address."""
+    return _template("index.html").render(_index_content(texts, pages))
+
+
+def index_fragment(texts: Sequence[tuple[Scores, Display]]) -> str:
+    """An element for a notebook: several texts in colours."""
+    return _template("index_fragment.html").render(_index_content(texts, ()))
+
+
+def _index_content(texts: Sequence[tuple[Scores, Display]], pages: Sequence[str]) -> dict[str, Any]:
+    scores, display = texts[0]
+    return {
+        "entries": [
+            {
+                "tiles": _tiles(*text),
+                "next": one_line(text[0].predictions[0].text) if text[0].predictions else "",
+                "page": page,
+            }
+            for text, page in zip(texts, pages or [""] * len(texts), strict=True)
+        ],
+        "quantity": scores.quantity,
+        "shown": _shown(display),
+        "model": f"{scores.model['model']} ({scores.model['class']})",
+        "version": scores.model["version"],
+        "signed": scores.signed,
+        "legend_light": _legend_gradient(scores, display, LIGHT_PAGE),
+        "legend_dark": _legend_gradient(scores, display, DARK_PAGE),
+    }
+
+
 def terminal_lines(scores: Scores, display: Display) -> Iterator[Text]:
     """The coloured text, its prediction, the legend, what the scores are, and the notes."""
     shown = strengths(scores.token_scores, display).tolist()
@@ -191,7 +222,7 @@ def _content(scores: Scores, display: Display) -> dict[str, Any]:
     rows = len(scores.queries) if mapped else 0
     return {
         "scores": scores,
-        "tiles": [_tile(scores, tokens, shown, display) for tokens in _tiles_of(scores.tokens)],
+        "tiles": _tiles(scores, display),
         "lines": [_line(scores, token, x, display) for token, x in enumerate(shown)],
         "map_rows": [_map_row(scores, row, display) for row in range(rows)],
         "most_map_tokens": MOST_MAP_TOKENS,
@@ -209,6 +240,11 @@ def _parts_of(scores: Scores, token: int) -> dict[str, float]:
     if len(scores.parts) == 1 or len(scores.queries) > 1:
         return {}
     return {name: float(part[0, token]) for name, part in scores.parts.items()}
+
+
+def _tiles(scores: Scores, display: Display) -> list[dict[str, str]]:
+    shown = strengths(scores.token_scores, display).tolist()
+    return [_tile(scores, tokens, shown, display) for tokens in _tiles_of(scores.tokens)]
 
 
 def _tile(
@@ -287,14 +323,12 @@ def _legend_gradient(scores: Scores, display: Display, page_colour: Colour) -> s
 def _facts(scores: Scores, display: Display) -> list[tuple[str, str]]:
     """What the footer lists: all that is needed to compute the scores again."""
     model, choices = scores.model, scores.choices
-    ends = (("first", display.leave_out_first), ("last", display.leave_out_last))
-    left_out = "".join(f", the {end} token left out" for end, is_out in ends if is_out)
     options = differing(choices, Choices())
     facts = [
         ("scores", scores.quantity),
         ("target", scores.target),
         ("replacement", scores.replacement or "none"),
-        ("shown", f"{display.scale}, by {display.normalise}{left_out}"),
+        ("shown", _shown(display)),
         ("model", f"{model['model']} ({model['class']})"),
         ("computed in", f"{model['quantization'] or model['dtype']} on {model['device']}"),
         ("tokens", f"{len(scores.ids)}, {scores.forwards} forwards"),
@@ -308,3 +342,10 @@ def _facts(scores: Scores, display: Display) -> list[tuple[str, str]]:
     if choices.depth is not None:
         facts.insert(-1, ("seed", str(choices.seed)))
     return facts
+
+
+def _shown(display: Display) -> str:
+    """How scores become colours, in words."""
+    ends = (("first", display.leave_out_first), ("last", display.leave_out_last))
+    left_out = "".join(f", the {end} token left out" for end, is_out in ends if is_out)
+    return f"{display.scale}, by {display.normalise}{left_out}"

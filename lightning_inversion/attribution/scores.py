@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from lightning_inversion.attribution.config import Choices, Method
+from lightning_inversion.errors import InputError
 
 SCHEMA = 2
 """Version of the keys of `to_dict` and `to_records`."""
@@ -159,6 +161,35 @@ class Scores:
             "notes": list(self.notes),
         }
 
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any], **more: Any) -> Self:
+        """Read what ``to_dict`` gives; a score that was not finite is NaN.
+
+        Args:
+            stored: the dict.
+            more: further fields of the class.
+
+        Raises:
+            InputError: it is something else.
+        """
+        try:
+            if stored["schema"] != SCHEMA:
+                raise ValueError(f"it has schema {stored['schema']!r}, and {SCHEMA} is read")
+            given: dict[str, Any] = {f.name: stored[f.name] for f in fields(Scores)}
+            given.update(
+                ids=tuple(given["ids"]),
+                tokens=tuple(given["tokens"]),
+                queries=tuple(Query(**query) for query in given["queries"]),
+                scores=_tensor(given["scores"]),
+                parts={name: _tensor(part) for name, part in given["parts"].items()},
+                predictions=tuple(Prediction(**one) for one in given["predictions"]),
+                choices=Choices(**given["choices"]),
+                notes=tuple(given["notes"]),
+            )
+            return cls(**given, **more)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"This is no result of an attribution: {error}.") from error
+
     def to_json(self, indent: int | None = 2) -> str:
         """`to_dict` as JSON; with indent None, one line."""
         return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False, indent=indent)
@@ -184,6 +215,10 @@ class Scores:
 def _plain_numbers(scores: Tensor) -> list[list[float | None]]:
     rows: list[list[float]] = scores.double().tolist()
     return [[x if math.isfinite(x) else None for x in row] for row in rows]
+
+
+def _tensor(rows: list[list[float | None]]) -> Tensor:
+    return torch.tensor([[math.nan if x is None else x for x in row] for row in rows])
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

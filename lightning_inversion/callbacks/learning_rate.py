@@ -8,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.inversion import linear_rate
 from lightning_inversion.module import InputInversion
 
 
@@ -33,8 +34,7 @@ class LinearLearningRate(Callback):
 
     def factor(self, iteration: int, iterations: int) -> float:
         """The multiple at ``iteration`` (from 0) of ``iterations``."""
-        share = iteration / max(1, iterations - 1)
-        return self.start + (self.end - self.start) * share
+        return linear_rate(self.start, self.end, iteration, iterations)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

@@ -102,7 +102,8 @@ def fitted_rows(
                 verified=all(verified[known:]),
                 verified_tokens=sum(verified),
                 token_verified=verified,
-                token_states=_states(verdict, row, known, length),
+                token_states=["given"] * known
+                + [verdict.state(row, position) for position in range(known, length)],
                 unresolved=[t for t in range(known, length) if not verified[t]],
                 token_residuals=residuals,
                 thresholds=[finite(t) for t in verdict.thresholds[row, :length].tolist()],
@@ -125,19 +126,6 @@ def fitted_rows(
 
 def _duplicated(embedding: TokenEmbedding) -> set[int]:
     return {token for group in embedding.duplicates() for token in group}
-
-
-def _states(verdict: Verdict, row: int, known: int, length: int) -> list[str]:
-    """What is shown of each token of a row; see ``TokenCertificate``."""
-    states = ["given"] * known
-    for position in range(known, length):
-        shown = (
-            name
-            for name in ("verified", "conditional", "group")
-            if bool(getattr(verdict, name)[row, position])
-        )
-        states.append(next(shown, "unresolved"))
-    return states
 
 
 def _scores(batch: PromptBatch, top: TopTokens, row: int) -> dict[str, Any]:

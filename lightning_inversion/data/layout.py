@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.transformer.blocks import block_count, text_config
+from lightning_inversion.transformer.blocks import block_count, settings_of, text_config
+from lightning_inversion.transformer.selection import Output
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -72,9 +73,13 @@ class ModelShape:
     def of(cls, config: PretrainedConfig) -> ModelShape:
         """The sizes in a model's configuration."""
         language = text_config(config)
-        heads = getattr(language, "num_attention_heads", None) or 1  # RWKV and Mamba have none
-        size = getattr(language, "head_dim", None) or language.hidden_size // heads
-        heads = getattr(language, "num_key_value_heads", None) or heads
+
+        def first(name: str, otherwise: int) -> int:
+            return next(iter(settings_of(language, name)), 0) or otherwise
+
+        heads = first("num_attention_heads", 1)  # RWKV and Mamba have none
+        size = first("head_dim", language.hidden_size // heads)
+        heads = first("num_key_value_heads", heads)
         return cls(block_count(config), language.hidden_size, heads, size)
 
 
@@ -89,6 +94,7 @@ class Wanted:
         layout: what the user told of the file.
         shape: reads the model's configuration, when first needed.
         checks_width: whether the states are as wide as the model.
+        output: hidden states, or keys, values or both of the block behind each depth.
     """
 
     where: str
@@ -97,6 +103,7 @@ class Wanted:
     layout: Layout = field(default_factory=Layout)
     shape: Callable[[], ModelShape] | None = None
     checks_width: bool = True
+    output: Output = "hidden_states"
 
     @property
     def sizes(self) -> ModelShape:
@@ -125,7 +132,7 @@ def arrange(wanted: Wanted, tensor: Tensor, name: str, beside: Beside) -> Tensor
     Raises:
         InputError: it is not as wide as the model, or its axes could mean several things.
     """
-    tensor = _floating(wanted, tensor, name)
+    tensor = floating(wanted, tensor, name)
     _refuse_caches(wanted, tensor, name)
     axes = _axes_of(wanted, tensor, name, beside)
     _check_width(wanted, tensor.shape[axes.index("features")], tensor, name)
@@ -136,7 +143,7 @@ def arrange(wanted: Wanted, tensor: Tensor, name: str, beside: Beside) -> Tensor
     return tensor
 
 
-def _floating(wanted: Wanted, tensor: Tensor, name: str) -> Tensor:
+def floating(wanted: Wanted, tensor: Tensor, name: str) -> Tensor:
     """The tensor as floating point; integers are taken as its bits where the layout has a type."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         raise wanted.error(f"{named(name)} is no dense tensor with values; save a plain one.")
@@ -220,7 +227,7 @@ def _refuse_caches(wanted: Wanted, tensor: Tensor, name: str) -> None:
     if sizes.width not in shape and shape[-1] == sizes.head_size and sizes.heads in shape:
         raise wanted.error(
             f"{named(name)} has shape {shape}: the keys or values of a cache, {sizes.heads} heads "
-            f"of {sizes.head_size}; save hidden states instead."
+            f"of {sizes.head_size}; set --model.transformer.output keys, or values."
         )
 
 

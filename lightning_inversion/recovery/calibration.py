@@ -39,6 +39,8 @@ _ODD = 0.01
 """Share of the held-out tokens that may be odd: they move no threshold."""
 _NEAREST_SHARE = 0.05
 """Share of the random tokens, the nearest ones, whose residuals show how fast they get rare."""
+_NEAREST = 4
+"""Of a target's own random tokens the nearest ones, which show how fast tokens get rare there."""
 
 
 class Channel(Protocol):
@@ -279,7 +281,7 @@ class Calibration:
             # Tokens that are nearly alike are always compared; rounding decides their residuals.
             usual = transformer.embedding.std * transformer.embedding.width**0.5
             apart = known & (distances > 0.05 * usual)
-            drawn[kind].append(others.masked_fill(~apart, torch.nan)[:, -_RANDOM:])
+            drawn[kind].append(others[:, -_RANDOM:].masked_fill(~apart[:, -_RANDOM:], torch.inf))
             gains[kind].append((others / distances)[apart])
         parts = [
             _thresholds(
@@ -336,7 +338,7 @@ def _thresholds(right: Tensor, wrong: Tensor, drawn: Tensor, gains: Tensor) -> d
     Args:
         right: residuals of right tokens.
         wrong: the smallest residual of a wrong token beside each right one.
-        drawn: ``[N, 16]`` residuals of random tokens at one position each; nan where left out.
+        drawn: residuals of random tokens, a row for each target; infinite for others.
         gains: residuals of wrong tokens divided by the distance of their embeddings.
     """
     right, zero = right[right.isfinite()], right.new_zeros(())
@@ -346,7 +348,10 @@ def _thresholds(right: Tensor, wrong: Tensor, drawn: Tensor, gains: Tensor) -> d
     able = (nearest > CLEARANCE * usual) & nearest.isfinite()
     threshold = torch.where(able, (usual * nearest).sqrt(), zero)
     gain = (_quantile(gains, _ODD) / 2 if len(gains) else zero).clamp_min(1e-30)
-    dimension, common = _rarity(drawn)
+    dimension, common = min(
+        (_rarity(drawn), _rarity_around_each(drawn)),
+        key=lambda pair: float(pair[0] * (threshold / pair[1]).log()),
+    )
     return {
         "rounding": torch.minimum(_SAFETY * largest.clamp_min(1e-9), threshold),
         "threshold": threshold,
@@ -370,22 +375,37 @@ def _quantile(values: Tensor, share: float) -> Tensor:
 def _rarity(residuals: Tensor) -> tuple[Tensor, Tensor]:
     """By which power random tokens get rare near the target, and from which residual on.
 
-    Hill's estimator of the lower tail (Hill 1975), the local intrinsic dimension. Residuals
-    ``[N, 16]`` are compared with the median at their position; the smallest medians count. The
-    oddest positions are left out.
+    Hill's estimator of the lower tail (Hill 1975), the local intrinsic dimension.
     """
-    medians = residuals.nanmedian(dim=1, keepdim=True).values
-    relative = (residuals / medians.clamp_min(1e-30)).nan_to_num(torch.inf)
-    if not relative.isfinite().any():
-        return residuals.new_zeros(()), residuals.new_tensor(1e-30)
-    smallest = relative.amin(1)
-    usual = relative[smallest >= _quantile(smallest, _ODD)]
-    values = usual[usual.isfinite()].double().sort().values
-    nearest = values[: max(2, round(_NEAREST_SHARE * len(values)))]
-    powers = (nearest[-1] / nearest.clamp_min(1e-30)).log().mean()
-    common = nearest[-1] * _quantile(medians[medians.isfinite()], _ODD)
-    dimension = 1 / powers.clamp_min(1e-3)
-    return dimension.to(residuals.dtype), common.clamp_min(1e-30).to(residuals.dtype)
+    finite = residuals[residuals.isfinite()]
+    if not len(finite):
+        return residuals.new_zeros(()), residuals.new_full((), 1e-30)
+    nearest = finite.sort().values[: max(2, round(_NEAREST_SHARE * len(finite)))].double()
+    common = nearest[-1].clamp_min(1e-30)
+    return _power(common, nearest).to(residuals), common.to(residuals)
+
+
+def _rarity_around_each(residuals: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from the nearest random tokens of each target ``[N, K]`` alone.
+
+    Where tokens of some targets lie closer together, as keys and values of positions that take
+    the attention do, all residuals together look like those of few dimensions. The estimates of
+    all targets are averaged (Levina and Bickel 2004, by MacKay and Ghahramani's mean), and the
+    closest target gives the residual.
+    """
+    nearest = residuals.sort(dim=1).values[:, :_NEAREST].double()
+    nearest = nearest[nearest[:, -1].isfinite()]
+    if not nearest.numel():
+        return residuals.new_zeros(()), residuals.new_full((), 1e-30)
+    farthest = nearest[:, -1:].clamp_min(1e-30)
+    power = _power(farthest, nearest[:, :-1])
+    share = (_NEAREST / residuals.shape[1] / _NEAREST_SHARE) ** (-1 / float(power))
+    return power.to(residuals), (farthest.min() * share).to(residuals)
+
+
+def _power(common: Tensor, nearest: Tensor) -> Tensor:
+    """The power by which residuals get rare below ``common``, by the mean of their logs."""
+    return 1 / (common / nearest.clamp_min(1e-30)).log().mean().clamp_min(1e-3)
 
 
 def _with_noise(calibration: Calibration, noise: float) -> Calibration:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -12,11 +11,14 @@ from rich.progress import track
 from torch import Tensor
 
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.transformer.cached import cached_tensor
 
 _log = logging.getLogger(__name__)
+_DIRECTIONS = 64
+"""Enough directions to distinguish tokens."""
+_AT_A_TIME = 1024
 
 
+@dataclass(frozen=True)
 class FirstTokenFeatures:
     """The standardised features of each token as a prompt of its own, projected to ``[V, 64]``.
 
@@ -25,51 +27,34 @@ class FirstTokenFeatures:
         projected: ``[V, 64]``.
     """
 
-    DIRECTIONS = 64
-    """Enough directions to distinguish tokens."""
-    AT_A_TIME = 1024
-
-    def __init__(self, directions: Tensor, projected: Tensor) -> None:
-        self.directions, self.projected = directions, projected
+    directions: Tensor
+    projected: Tensor
 
     @classmethod
     def of(cls, measurements: Measurements) -> FirstTokenFeatures:
         """Read them from the cache folder, or compute them once for a model and depth."""
-        transformer, probe = measurements.transformer, measurements.probe
-        features = transformer.feature_size
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.randn(features, min(cls.DIRECTIONS, features), generator=generator)
-        directions = drawn / features**0.5
-        described = json.dumps(transformer.description, sort_keys=True)
-        std = probe.std[0].cpu().numpy().tobytes()
-        key = hashlib.sha256(described.encode() + std).hexdigest()[:24]
-
-        scan = cached_tensor(
-            f"first-tokens-{key}",
-            lambda: cls._scan(measurements, directions),
-            (transformer.embedding.vocabulary_size, directions.shape[1]),
-            torch.float32,
-        )
-        return cls(directions, scan)
+        return measurements.kept(cls, lambda: cls._scan(measurements), measurements.probe.std[0])
 
     @classmethod
     @torch.no_grad()
-    def _scan(cls, measurements: Measurements, directions: Tensor) -> Tensor:
+    def _scan(cls, measurements: Measurements) -> FirstTokenFeatures:
         transformer, probe = measurements.transformer, measurements.probe
+        features, generator = transformer.feature_size, torch.Generator().manual_seed(0)
+        drawn = torch.randn(features, min(_DIRECTIONS, features), generator=generator)
+        directions = (drawn / features**0.5).to(transformer.device)
         ids = torch.arange(transformer.embedding.vocabulary_size, device=transformer.device)
-        directions = directions.to(transformer.device)
         parts = []
         console = Console(stderr=True)
         if not console.is_terminal:
             _log.info("scanning the vocabulary for first tokens, once for this model and depth ...")
         for chunk in track(
-            torch.split(ids, cls.AT_A_TIME),
+            torch.split(ids, _AT_A_TIME),
             "scanning first tokens",
             console=console,
             transient=True,
             disable=not console.is_terminal,  # it would leave an empty line in a file
         ):
-            features = transformer.features_of(chunk[:, None])
+            features_of_chunk = transformer.features_of(chunk[:, None])
             first = torch.zeros(len(chunk), 1, dtype=torch.long, device=chunk.device)
-            parts.append((probe.standardize(features, first)[:, 0] @ directions).cpu())
-        return torch.cat(parts)
+            parts.append(probe.standardize(features_of_chunk, first)[:, 0] @ directions)
+        return cls(directions, torch.cat(parts))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from lightning_inversion.recovery.calibration import Calibration, Channel
+from lightning_inversion.recovery.recognition import recognised
+from lightning_inversion.transformer.cached import kept
 from lightning_inversion.transformer.language_model import LanguageModel, own_text
 from lightning_inversion.transformer.linear_probe import LinearProbe
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Derived(Protocol):
@@ -37,6 +42,8 @@ class Measurements:
         calibration: when a target counts as reproduced.
         language_model: the whole model; None where no proposer uses it.
         text: ``[N, T]`` ids that it wrote; None without it.
+        identity: what they were measured of, by which the cache folder keeps them; None where it
+            does not.
     """
 
     transformer: TruncatedTransformer
@@ -44,6 +51,7 @@ class Measurements:
     calibration: Calibration
     language_model: LanguageModel | None = None
     text: Tensor | None = None
+    identity: dict[str, Any] | None = None
     _derived: dict[type, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def derived(self, kind: type[D]) -> D:
@@ -53,6 +61,10 @@ class Measurements:
         found: D = self._derived[kind]
         return found
 
+    def kept(self, kind: type[T], build: Callable[[], T], *tensors: Tensor | None) -> T:
+        """What ``build`` computes from the model and from tensors, kept in the cache folder."""
+        return _kept(self.identity, kind, build, self.transformer, tensors=_digest(*tensors))
+
     @classmethod
     def measure(
         cls,
@@ -60,17 +72,51 @@ class Measurements:
         language_model: LanguageModel | None = None,
         channel: Channel | None = None,
     ) -> Measurements:
-        """Measure everything for a model; the text it writes is kept in the cache folder.
+        """Measure everything for a model, or read what was measured from the cache folder.
 
         Args:
             transformer: the frozen model.
             language_model: the whole model, of the same weights.
-            channel: what has happened to the targets.
+            channel: what has happened to the targets; only where it is a dataclass, or None, is the
+                calibration kept.
         """
-        _log.info("fitting the linear probe from hidden states to embeddings ...")
         text = None if language_model is None else own_text(language_model)
         noise = 0.0 if channel is None else channel.noise
-        probe = LinearProbe.fit(transformer, text=text, noise=noise)
-        _log.info("calibrating verification thresholds ...")
-        calibration = Calibration.measure(transformer, probe, channel, text)
-        return cls(transformer, probe, calibration, language_model, text)
+        identity, digest = recognised(transformer), _digest(text)
+
+        def fit() -> LinearProbe:
+            _log.info("fitting the linear probe from hidden states to embeddings ...")
+            return LinearProbe.fit(transformer, text=text, noise=noise)
+
+        def calibrate() -> Calibration:
+            _log.info("calibrating verification thresholds ...")
+            return Calibration.measure(transformer, probe, channel, text)
+
+        probe = _kept(identity, LinearProbe, fit, transformer, text=digest, noise=noise)
+        plain = channel is None or is_dataclass(channel)
+        calibration = _kept(
+            identity if plain else None, Calibration, calibrate, transformer,
+            text=digest, channel=None if channel is None else repr(channel),
+        )  # fmt: skip
+        return cls(transformer, probe, calibration, language_model, text, identity)
+
+
+def _kept(
+    identity: dict[str, Any] | None,
+    kind: type[T],
+    build: Callable[[], T],
+    transformer: TruncatedTransformer,
+    **more: Any,
+) -> T:
+    if identity is None:
+        return build()
+    return kept(kind, {**identity, **more}, build, transformer.device)
+
+
+def _digest(*tensors: Tensor | None) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is not None:
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -26,7 +26,6 @@ class RecoveredPrompt:
         known: tokens that were given.
         forwards: forwards of the truncated model that this prompt took part in.
         seconds: wall time until its last token.
-        text: all tokens decoded, where a tokenizer was given; see ``api.recover``.
         finite: whether the target holds numbers; nothing is recovered where it does not.
         certificate: what the tokens' certificates rest on; see ``api.recover``.
     """
@@ -35,7 +34,6 @@ class RecoveredPrompt:
     known: tuple[int, ...] = ()
     forwards: int = 0
     seconds: float = 0.0
-    text: str | None = None
     finite: bool = True
     certificate: Certificate | None = None
 

@@ -113,7 +113,11 @@ class ProbeRanking:
     def temperature(self) -> float:
         """The factor that makes tokens of the model's own text likeliest beside its prior."""
         if self._temperature is None:
-            self._temperature = self._best_temperature()
+            probe, text = self._measurements.probe, self._measurements.text
+            found = self._measurements.kept(
+                _Temperature, self._best_temperature, probe.matrix, text
+            )
+            self._temperature = found.value
         return self._temperature
 
     def _at(self, kind: int) -> _ProjectedVocabulary:
@@ -125,11 +129,11 @@ class ProbeRanking:
             )
         return self._projected[kind]
 
-    def _best_temperature(self) -> float:
+    def _best_temperature(self) -> _Temperature:
         measurements = self._measurements
         text, language_model = measurements.text, measurements.language_model
         if text is None or language_model is None:
-            return 1.0
+            return _Temperature(1.0)
         text = text[: max(1, _HELD_OUT // text.shape[1])].to(measurements.transformer.device)
         chances = [0.0] * len(_TEMPERATURES)
         for one in text[:, None]:  # one at a time: each position has scores of all tokens
@@ -143,7 +147,14 @@ class ProbeRanking:
                 mixed = prior + mix_with_uniform(chance, UNIFORM_SHARE)
                 right_is = mixed.gather(1, right)[:, 0] - mixed.logsumexp(-1)
                 chances[number] += float(right_is.sum())
-        return _TEMPERATURES[chances.index(max(chances))]
+        return _Temperature(_TEMPERATURES[chances.index(max(chances))])
+
+
+@dataclass(frozen=True)
+class _Temperature:
+    """The factor of log-likelihoods that makes tokens of the model's own text likeliest."""
+
+    value: float
 
 
 @dataclass(frozen=True)

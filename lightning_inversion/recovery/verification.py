@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +58,16 @@ class Verdict:
     group: Tensor
     residuals: Tensor
     thresholds: Tensor
+
+    def state(
+        self, row: int, position: int
+    ) -> Literal["verified", "conditional", "group", "unresolved"]:
+        """What is shown of a token; see ``TokenCertificate``."""
+        if self.verified[row, position]:
+            return "verified"
+        if self.conditional[row, position]:
+            return "conditional"
+        return "group" if self.group[row, position] else "unresolved"
 
 
 class Verifier:

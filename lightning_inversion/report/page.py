@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
@@ -94,38 +95,47 @@ def render_page(
         csv: the file beside the page that has every column; '' for none.
         more: variables of that template.
     """
-    environment = Environment(
+    text = as_text(table)
+    columns = fitting(text)
+    bars = table[[*MEASURES]].astype(object).where(table[[*MEASURES]].notna(), None)
+    used = set("".join(loaded.results["marks"]))
+    return (
+        environment()
+        .get_template(template)
+        .render(
+            title=visible(title) or _title(loaded.settings),
+            findings=findings(loaded, table),
+            lines=[
+                [
+                    (name, shortened(cell), bars[name][line] if name in bars else None)
+                    for name, cell in row.items()
+                ]
+                for line, row in text[columns].iterrows()
+            ],
+            head=columns,
+            left_out=len([*text]) - len(columns),
+            csv=csv,
+            figures=figures,
+            sections=_sections(loaded, max_prompts),
+            legend=[(mark, meaning) for mark, meaning in MEANING.items() if mark in used],
+            files=[visible(str(path)) for path in loaded.files],
+            unfinished=[(visible(str(path)), state) for path, state in loaded.unfinished],
+            skipped=[(visible(str(path)), visible(reason)) for path, reason in loaded.skipped],
+            version=__version__,
+            **more,
+        )
+    )
+
+
+@cache
+def environment() -> Environment:
+    """The templates of this folder; what they are given is escaped."""
+    return Environment(
         loader=PackageLoader("lightning_inversion.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    text = as_text(table)
-    columns = fitting(text)
-    bars = table[[*MEASURES]].astype(object).where(table[[*MEASURES]].notna(), None)
-    used = set("".join(loaded.results["marks"]))
-    return environment.get_template(template).render(
-        title=visible(title) or _title(loaded.settings),
-        findings=findings(loaded, table),
-        lines=[
-            [
-                (name, shortened(cell), bars[name][line] if name in bars else None)
-                for name, cell in row.items()
-            ]
-            for line, row in text[columns].iterrows()
-        ],
-        head=columns,
-        left_out=len([*text]) - len(columns),
-        csv=csv,
-        figures=figures,
-        sections=_sections(loaded, max_prompts),
-        legend=[(mark, meaning) for mark, meaning in MEANING.items() if mark in used],
-        files=[visible(str(path)) for path in loaded.files],
-        unfinished=[(visible(str(path)), state) for path, state in loaded.unfinished],
-        skipped=[(visible(str(path)), visible(reason)) for path, reason in loaded.skipped],
-        version=__version__,
-        **more,
     )
 
 
@@ -227,9 +237,14 @@ def _pieces(row: Any) -> list[tuple[str, str]]:
     if len(row.tokens) != len(row.marks) or not row.marks:
         mark = VERIFIED if row.verified else RIGHT if row.exact == 1 else UNKNOWN
         return [(visible(row.recovered), mark)]
+    return characters_whole(zip(row.tokens, row.marks, strict=True))
+
+
+def characters_whole(tokens: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Texts and marks of tokens; a character of several has the mark of the least certain."""
     pieces: list[tuple[str, str]] = []
-    for text, mark in zip(row.tokens, row.marks, strict=True):
-        if not text and pieces:  # the rest of a character, whose least certain token counts
+    for text, mark in tokens:
+        if not text and pieces:
             before, last = pieces.pop()
             pieces.append((before, max(last, mark, key=[*MEANING].index)))
         else:

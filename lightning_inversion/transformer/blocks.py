@@ -110,10 +110,27 @@ def most_positions(config: PretrainedConfig) -> int | None:
     return None if most == -1 else most  # XLNet has no limit
 
 
+def config_of(model: PreTrainedModel) -> dict[str, Any]:
+    """A model's configuration as plain values, without where its files were."""
+    values: dict[str, Any] = model.config.to_dict()
+    return {name: value for name, value in values.items() if name != "_name_or_path"}
+
+
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The language model's part of a configuration: nested in models that also read images."""
     nested: PretrainedConfig = config.get_text_config(decoder=True)
     return nested
+
+
+def settings_of(config: PretrainedConfig, name: str) -> list[Any]:
+    """The values of a setting: one, or one for each block where blocks differ; [] without it."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to name one for all
+        values = [getattr(block, name, None) for block in config.per_layer_config]
+    else:
+        values = [value]
+    return [value for value in values if value is not None]
 
 
 def block_count(config: PretrainedConfig) -> int:

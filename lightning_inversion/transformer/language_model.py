@@ -5,14 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from lightning_inversion.transformer.blocks import block_count, most_positions, text_config
-from lightning_inversion.transformer.cached import cached_tensor
+from lightning_inversion.transformer.blocks import (
+    block_count,
+    config_of,
+    most_positions,
+    text_config,
+)
+from lightning_inversion.transformer.cached import kept
 from lightning_inversion.transformer.kv_cache import (
     RaggedCache,
     additive_mask,
@@ -107,15 +113,28 @@ class LanguageModel:
         return bool((found - expected).abs().max() <= allowed)
 
 
+@dataclass(frozen=True)
+class OwnText:
+    """Text that a model wrote.
+
+    Attributes:
+        ids: ``[N, T]``.
+    """
+
+    ids: Tensor
+
+
 def own_text(language_model: LanguageModel, rows: int = 64, length: int = 96) -> Tensor:
     """Text ``[rows, length]`` of the model's own, sampled once and kept in the cache folder."""
     model = language_model.model
     length = min(length, most_positions(model.config) or length)
-    settings = f"{model.config.to_json_string()} {rows} {length} {weights_checksum(model)}"
-    key = f"own-text-{hashlib.sha256(settings.encode()).hexdigest()[:24]}"
-    return cached_tensor(
-        key, lambda: language_model.sample_text(rows, length), (rows, length), torch.long
-    )
+    identity = {
+        "description": {"model": model.config.name_or_path or type(model).__name__},
+        "config": config_of(model),
+        "weights": weights_checksum(model),
+        "shape": [rows, length],
+    }
+    return kept(OwnText, identity, lambda: OwnText(language_model.sample_text(rows, length))).ids
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +37,8 @@ def check_reads_vectors(kind: str, run: Callable[..., Tensor], embedding: nn.Mod
         InputError: the model cannot be run or differentiated on vectors, reads more than vectors,
             is not causal, or its outputs are not one vector for each token.
     """
-    try:
-        with torch.inference_mode(False):
-            expected, found, other = _outputs(run, embedding)
-    except torch.OutOfMemoryError:
-        raise
-    except FAILURES as error:
-        reason = f"{type(error).__name__}: {first_line(error)}".rstrip(".")
-        raise _refused(kind, f"cannot be run on token vectors ({reason})") from error
+    with torch.inference_mode(False):
+        expected, found, other = _outputs(kind, run, embedding)
     if found.dim() != 3 or found.shape[:2] != (1, _LENGTH):
         shape = list(found.shape)
         raise _refused(
@@ -60,22 +55,41 @@ def check_reads_vectors(kind: str, run: Callable[..., Tensor], embedding: nn.Mod
         raise _refused(kind, "is not causal: a later token changes earlier hidden states")
 
 
-def _outputs(run: Callable[..., Tensor], embedding: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(
+    kind: str, run: Callable[..., Tensor], embedding: nn.Module
+) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs of ids, of their vectors, and of these with another vector at the end."""
     weight = embedding.weight
-    assert isinstance(weight, Tensor), "its embedding has no weight"
+    if not isinstance(weight, Tensor):
+        raise _refused(kind, "has an embedding without a weight")
     ids = torch.arange(1, _LENGTH + 2, device=weight.device)
     ids *= len(weight) // (_LENGTH + 2)
-    vectors = embedding(ids[None, :_LENGTH])
-    changed = vectors.clone()
-    # Between two tokens: a model that looks up the token of a vector does not find it.
-    changed[:, -1] = embedding(ids[None])[:, -2:].mean(1)
-    expected = run(input_ids=ids[None, :_LENGTH])
+    with _running(kind, "cannot be run on tokens ({reason})"):
+        vectors = embedding(ids[None, :_LENGTH])
+        changed = vectors.clone()
+        # Between two tokens: a model that looks up the token of a vector does not find it.
+        changed[:, -1] = embedding(ids[None])[:, -2:].mean(1)
+        expected = run(input_ids=ids[None, :_LENGTH])
     with torch.enable_grad():
         leaf = vectors.clone().requires_grad_()
-        found = run(inputs_embeds=leaf.clone())  # some models write in their input
-        torch.autograd.grad(found.float().sum(), leaf)
-    return expected, found.detach(), run(inputs_embeds=changed)
+        with _running(kind, "needs token ids beside their vectors"):
+            found = run(inputs_embeds=leaf.clone())  # some models write in their input
+        with _running(kind, "passes no gradient to its token vectors"):
+            torch.autograd.grad(found.float().sum(), leaf)
+    with _running(kind, "needs token ids beside their vectors"):
+        return expected, found.detach(), run(inputs_embeds=changed)
+
+
+@contextmanager
+def _running(kind: str, fault: str) -> Iterator[None]:
+    """Refuse a model that cannot do what the block does."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        reason = f"{type(error).__name__}: {first_line(error)}".rstrip(".")
+        raise _refused(kind, fault.format(reason=reason)) from error
 
 
 def _within(difference: Tensor, bound: float) -> bool:

@@ -31,8 +31,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
+from lightning_inversion.cache import cache_root, cached_folder
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import cache_root, cached_folder
 from lightning_inversion.untrusted import check_regular, read_file, read_json
 
 OPTION = "--model.transformer.model"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,6 +12,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.files import visible
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
@@ -20,17 +23,43 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     decoded in context, because some tokenizers write a word differently at the start of a text.
     """
     texts = [""] * len(ids)
-    start = 0
+    broken = _broken_bytes(tokenizer, ids)
+    starts = [0]  # of the tokens that have a text: a context begins there, with a whole character
     for end in range(1, len(ids) + 1):
-        context = max(0, start - 4)  # as much as decides how a token is written
+        start = starts[-1]
+        if start in broken:
+            texts[start] = _UNFINISHED
+            starts.append(end)
+            continue
+        context = starts[max(0, len(starts) - 5)]  # as much as decides how a token is written
         before = decoded(tokenizer, ids[context:start])
         text = decoded(tokenizer, ids[context:end])[len(before) :]
         # No character has more than four bytes: four unfinished tokens are not part of one.
-        if text.endswith(_UNFINISHED) and end - start < 4 and end < len(ids):
+        unfinished = text.endswith(_UNFINISHED) and end - start < 4
+        if unfinished and end < len(ids) and end not in broken:
             continue
         texts[start] = text
-        start = end
+        starts.append(end)
     return texts
+
+
+def _broken_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> set[int]:
+    """Positions of single bytes (`<0xE2>`) in a run of them that is no UTF-8.
+
+    Each of them is decoded to one replacement character, those of whole characters too.
+    """
+    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    broken: set[int] = set()
+    for is_byte, run in groupby(
+        enumerate(pieces), key=lambda piece: bool(_BYTE.fullmatch(str(piece[1])))
+    ):
+        if is_byte:
+            positions, names = zip(*run, strict=True)
+            try:
+                bytes(int(name[3:5], 16) for name in names).decode()
+            except UnicodeDecodeError:
+                broken.update(positions)
+    return broken
 
 
 def shown_tokens(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int]) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from lightning_inversion.errors import InputError, module_property
 from lightning_inversion.transformer.blocks import (
+    config_of,
     cut_blocks_,
     frozen_copy,
     repeat_first_block_,
@@ -23,18 +25,27 @@ from lightning_inversion.transformer.blocks import (
     takes_position_ids,
     without_head,
 )
+from lightning_inversion.transformer.cached import kept
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.kv_cache import (
     RaggedCache,
     additive_mask,
     one_after_another,
+    recording_cache,
 )
 from lightning_inversion.transformer.probe import FAILURES, check_reads_vectors
-from lightning_inversion.transformer.selection import Selection
+from lightning_inversion.transformer.selection import Output, Selection
 from lightning_inversion.transformer.surgery import Surgery, check_bidirectional, operate_
 
 _ROWS = 256
 """Rows of one forward of candidates, which bounds the memory."""
+
+
+@dataclass(frozen=True)
+class _Caching:
+    """Whether a model obeys masks behind kept keys and values."""
+
+    works: bool
 
 
 class TruncatedTransformer(nn.Module):
@@ -43,7 +54,8 @@ class TruncatedTransformer(nn.Module):
     The features are the output of block `depth`: Hugging Face's `hidden_states[depth]`, but for
     the last block, whose `hidden_states` are taken after the final norm (`final_norm=True` does),
     and for Mamba and RWKV, whose `hidden_states` lack the embeddings: `hidden_states[depth - 1]`.
-    They are float32 whatever the model computes in.
+    They are float32 whatever the model computes in. With another `output` they are the keys and
+    values that block `depth + 1` computes of these hidden states, as they lie in a model's cache.
 
     Built by `TransformerSpec.load` or `from_model`; the constructor takes the model over and
     cuts it in place.
@@ -69,7 +81,7 @@ class TruncatedTransformer(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.selection = selection
-        self.depth = selection.depth
+        self.depth = selection.blocks
         self.surgery = surgery or Surgery()
         self.causal = self.surgery.causal
         self._description = dict(description or {})
@@ -101,6 +113,7 @@ class TruncatedTransformer(nn.Module):
         layers: Sequence[int] | None = None,
         features: str | None = None,
         final_norm: bool = False,
+        output: Output = "hidden_states",
         surgery: Surgery | None = None,
         embedding: TokenEmbedding | None = None,
     ) -> TruncatedTransformer:
@@ -113,6 +126,7 @@ class TruncatedTransformer(nn.Module):
             layers: several depths, their features concatenated.
             features: a slice of the features, 'start:stop'.
             final_norm: apply the model's final norm to the (last) features.
+            output: hidden states, or keys and values of the block behind them.
             surgery: parts of the blocks to switch off.
             embedding: another token embedding instead of the model's own.
 
@@ -120,7 +134,7 @@ class TruncatedTransformer(nn.Module):
             InputError: the depths or the slice do not fit the model.
         """
         base = without_head(model)
-        selection = Selection.of(base.config, depth, layers, features, final_norm)
+        selection = Selection.of(base.config, depth, layers, features, final_norm, output)
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         return cls(
             frozen_copy(base),
@@ -154,7 +168,8 @@ class TruncatedTransformer(nn.Module):
     @property
     def keeps_embeddings(self) -> bool:
         """Whether the features hold a token's whole embedding, with what the blocks add to it."""
-        return self.surgery.residuals and self.selection.features is None
+        selection = self.selection
+        return self.surgery.residuals and selection.features is None and not selection.of_cache
 
     @module_property
     @torch.no_grad()
@@ -226,9 +241,11 @@ class TruncatedTransformer(nn.Module):
 
     def _features(self, **given: Any) -> Tensor:
         """The selected features of one forward of the model."""
+        if self.selection.of_cache and "past_key_values" not in given:
+            given |= {"past_key_values": recording_cache(self.depth), "use_cache": True}
         with self.selection.capturing(self.blocks) as outputs:
             output = self.model(**given)
-        return self.selection.features_in(outputs, output)
+        return self.selection.features_in(outputs, output, given.get("past_key_values"))
 
     def _check_reads_vectors(self, embedding: nn.Module) -> None:
         """Run the model on three ids and on their vectors.
@@ -288,16 +305,20 @@ class TruncatedTransformer(nn.Module):
         return torch.cat(features).reshape(B, K, -1)
 
     @module_property
-    @torch.no_grad()
     def caches(self) -> bool:
-        """Whether `KnownPrefix` may keep keys and values: compared once with plain forwards.
+        """Whether `KnownPrefix` may keep keys and values: compared once with plain forwards."""
+        if not self.causal:
+            return False  # the prefix would see the candidates
+        return kept(_Caching, self.identity, self._caching).works
+
+    @torch.no_grad()
+    def _caching(self) -> _Caching:
+        """Compare candidates behind kept keys and values with plain forwards.
 
         Models that take positions from the order of the keys (the ALiBi of BLOOM and MPT) do not
         agree. The difference allowed is a hundredth of what the prefix does to the features, plus
         rounding.
         """
-        if not self.causal:
-            return False  # the prefix would see the candidates
         ids = torch.arange(10, device=self.device)
         ids = ids * max(1, self.embedding.vocabulary_size // 10) % self.embedding.vocabulary_size
         prefix = self.embedding(ids[:4].expand(2, 4))
@@ -311,14 +332,15 @@ class TruncatedTransformer(nn.Module):
         try:
             behind(prefix, one_after_another(4, self.device))
             cache.begin(lengths)
-            kept = behind(candidates, torch.eye(3, dtype=torch.bool, device=self.device))
+            behind_kept = behind(candidates, torch.eye(3, dtype=torch.bool, device=self.device))
         except FAILURES:
-            return False  # takes no such mask, or keeps something else than keys and values
+            # Takes no such mask, or keeps something else than keys and values.
+            return _Caching(False)
         plain = self.candidates(prefix, lengths, candidates)
         without_prefix = self.candidates(prefix, torch.zeros_like(lengths), candidates)
         rounding = (32 if self.dtype == torch.float32 else 4) * torch.finfo(self.dtype).eps
         allowed = 0.01 * (plain - without_prefix).norm() + rounding * plain.norm()
-        return bool((kept - plain).norm() <= allowed)
+        return _Caching(bool((behind_kept - plain).norm() <= allowed))
 
     @module_property
     def fingerprint(self) -> str:
@@ -342,4 +364,18 @@ class TruncatedTransformer(nn.Module):
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention": self.model.config._attn_implementation,
             "weights_sha256": self.fingerprint,
+        }
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the features depend on, as plain values: what was measured is found again by it."""
+        device = self.device
+        return {
+            "description": self.description,
+            "kind": f"{type(self.model).__module__}.{type(self.model).__qualname__}",
+            "modules": repr(self.model),
+            "config": config_of(self.model),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "versions": [torch.__version__, version("transformers")],
         }

@@ -156,8 +156,13 @@ def test_texts_need_rows(tiny_folder: Path, tmp_path: Path) -> None:
     words = ["--prompts", texts, "--model", tiny_folder]
     with pytest.raises(InputError, match="--json"):
         run(*words)
-    with pytest.raises(InputError, match="--out"):
-        run(*words, "--json", tmp_path / "rows", "--out", tmp_path / "page.html")
+    for options, message in (
+        (["--json", tmp_path / "rows", "--out", tmp_path / "page.html"], "name a folder"),
+        (["--json", "-", "--out", tmp_path / "pages"], "leave out the -"),
+        (["--tensorboard", tmp_path / "events"], "--tensorboard shows one text"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(*words, *options)
     texts.write_text('{"text": "a"}\n')
     with pytest.raises(InputError, match="line 1"):
         run(*words, "--json", tmp_path / "rows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lightning_inversion.attribution import many_texts
+from lightning_inversion.attribution import AttributionResult, Choices, attribute, many_texts
 from lightning_inversion.attribution.many_texts import RowFile
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import claimed
@@ -64,6 +65,41 @@ def test_a_stopped_run_is_resumed(
     run(*command)
     assert attributed == []
     assert rows.read_bytes() == whole
+
+
+def test_pages_of_a_file_of_texts(tiny_folder: Path, tmp_path: Path, attributed: list[str]) -> None:
+    (tmp_path / "texts.txt").write_text("A <b>cat</b>\nThe sky\n")
+    words = (
+        "--prompts", tmp_path / "texts.txt", "--out", tmp_path / "pages", "--model", tiny_folder,
+    )  # fmt: skip
+    run(*words)
+    pages = tmp_path / "pages"
+    names = ["index.html", "rows.jsonl", "text-1.html", "text-2.html"]
+    assert sorted(path.name for path in pages.glob("[a-z]*")) == names
+    index = (pages / "index.html").read_text()
+    assert all(f'href="{name}"' in index for name in names[2:])
+    assert "<b>" not in index
+    first = (pages / "text-1.html").read_text()
+    row = json.loads((pages / "rows.jsonl").read_text().splitlines()[0])
+    assert row["command"] in html.unescape(first)
+    attributed.clear()
+    run(*words, "--scale", "rank")  # another look at the same rows
+    assert attributed == []
+    assert (pages / "text-1.html").read_text() != first
+
+
+def test_a_row_is_the_whole_result(llama, tokenizer) -> None:
+    results = attribute(llama, tokenizer, TEXTS[:2], Choices(every_token=True))
+    for result in results:
+        again = AttributionResult.from_dict(json.loads(result.to_json()), display=result.display)
+        assert again.to_html() == result.to_html()
+        assert again.to_dict() == result.to_dict()
+    assert results.to_html().count("<li>") == results._repr_html_().count("<li>") == 2
+    assert [one["text"] for one in json.loads(results.to_json())] == TEXTS[:2]
+    assert {record["text"] for record in results.to_records()} == {1, 2}
+    for damaged in ({}, {**results[0].to_dict(), "choices": {"x": 1}}, {"schema": 1}):
+        with pytest.raises(InputError, match="no result of an attribution"):
+            AttributionResult.from_dict(damaged, display=results[0].display)
 
 
 def test_two_runs_share_the_texts(tmp_path: Path) -> None:

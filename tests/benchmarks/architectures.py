@@ -34,8 +34,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from lightning_inversion import __main__ as command_line
 from lightning_inversion.api import recover
+from lightning_inversion.cache import ENVIRONMENT
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import ENVIRONMENT
 from lightning_inversion.transformer import TransformerSpec
 from tests.architectures import ARCHITECTURES, NOT_MADE, save_architecture
 from tests.tiny import tiny_tokenizer
@@ -120,7 +120,7 @@ class Steps:
 
     def fit(self) -> None:
         """A fit ends with the prompts verified."""
-        rows = self._rows("fit", "--model.transformer.depth=1", "--model.iterations=20")
+        rows = self._rows("fit", "--model.transformer.depth=1", "--model.iterations=100")
         self._check(rows)
 
     @torch.no_grad()

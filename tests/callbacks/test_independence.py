@@ -30,8 +30,6 @@ from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.fits import PROMPTS, fit
 from tests.tiny import tiny_model
 
-pytestmark = pytest.mark.usefixtures("shared_measurements")
-
 THRESHOLD = 2.0
 """So that rows meet the criterion in the middle of a short fit."""
 ORDERS = ((0, 1, 2, 3, 4), (4, 3, 2, 1, 0))

@@ -15,8 +15,6 @@ from lightning_inversion.results import names, read_rows
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.fits import PROMPTS, fit
 
-pytestmark = pytest.mark.usefixtures("shared_measurements")
-
 
 def test_lightnings_own_tools_see_the_metrics(
     tiny_folder: Path, tiny_transformer: TruncatedTransformer, tmp_path: Path

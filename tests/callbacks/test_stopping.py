@@ -18,8 +18,6 @@ from lightning_inversion.results import read_rows
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.fits import fit
 
-pytestmark = pytest.mark.usefixtures("shared_measurements")
-
 
 def test_an_epoch_ends_when_each_row_has_stopped(
     tiny_folder: Path, tiny_transformer: TruncatedTransformer, tmp_path: Path

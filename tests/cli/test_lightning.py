@@ -14,7 +14,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.transformer.loading import TransformerSpec
 
-pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
+pytestmark = pytest.mark.usefixtures("shared_parsers")
 
 
 def fit(folder: Path, root: Path, *more: str) -> list[str]:

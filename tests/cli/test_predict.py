@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_inversion.__main__ import main as run
-from lightning_inversion.files import ENVIRONMENT
+from lightning_inversion.cache import ENVIRONMENT
 
-pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
+pytestmark = pytest.mark.usefixtures("shared_parsers")
 
 
 def predict(folder: Path, root: Path, *more: str) -> list[str]:

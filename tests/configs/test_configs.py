@@ -17,7 +17,7 @@ from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.module import InputInversion
 from lightning_inversion.replication.claims import SourceExperiment, read_experiments
 
-pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
+pytestmark = pytest.mark.usefixtures("shared_parsers")
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ORIGINAL = CONFIGS / "original"

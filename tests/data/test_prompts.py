@@ -23,7 +23,6 @@ def test_prompts_come_from_one_source() -> None:
         PromptDataModule(prompts=["", ""])
 
 
-@pytest.mark.usefixtures("shared_measurements")
 def test_each_prompt_is_repeated(
     tiny_folder: Path, tiny_transformer: TruncatedTransformer, tmp_path: Path
 ) -> None:

@@ -17,8 +17,6 @@ from lightning_inversion.module import InputInversion
 from lightning_inversion.schedules import AllPositions
 from lightning_inversion.transformer.loading import TransformerSpec
 
-pytestmark = pytest.mark.usefixtures("shared_measurements")
-
 PROMPTS = ["The sky is blue.", "bus", "A quick brown fox jumps over the lazy dog.", "day " * 40]
 
 

@@ -14,7 +14,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
-pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
+pytestmark = pytest.mark.usefixtures("shared_parsers")
 
 PROMPTS = ["The sky is blue.", "A quick brown fox"]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers as hf
 
+from lightning_inversion.cache import ENVIRONMENT
 from lightning_inversion.data.targets import Storage
-from lightning_inversion.files import ENVIRONMENT
 from lightning_inversion.recovery.calibration import Calibration
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveredPrompt, recover_prompts

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_inversion.files import ENVIRONMENT
+from lightning_inversion.cache import ENVIRONMENT
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.truncated import TruncatedTransformer

@@ -16,7 +16,7 @@ from lightning_inversion.module import InputInversion
 from lightning_inversion.report.tables import in_percent
 from lightning_inversion.sweep.audit import CONFIG, AuditPlan, audit_cells
 
-pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
+pytestmark = pytest.mark.usefixtures("shared_parsers")
 
 PLAN: dict[str, Any] = {
     "channels": {

@@ -19,7 +19,7 @@ from lightning_inversion.module import InputInversion
 from lightning_inversion.sweep import command
 from lightning_inversion.transformer.loading import TransformerSpec
 
-pytestmark = pytest.mark.usefixtures("shared_measurements", "shared_parsers")
+pytestmark = pytest.mark.usefixtures("shared_parsers")
 
 OF_A_PLACE = {"seconds"}
 

@@ -22,7 +22,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def texts_in(cache: Path) -> list[Path]:
-    return sorted(cache.glob("own-text-*/tensor.safetensors"))
+    return sorted(cache.glob("measured/OwnText-*.safetensors"))
 
 
 def test_a_fine_tuned_model_has_a_text_of_its_own(cache: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from lightning_inversion.cache import cached_folder
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import cached_folder
 from lightning_inversion.transformer import check_source, resolve_source, sources
 from lightning_inversion.transformer.sources import is_converted
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.transformer.tokens import named_token, shown_tokens, token_texts
+from lightning_inversion.transformer.tokens import decoded, named_token, shown_tokens, token_texts
 from tests.tiny import tiny_tokenizer
 
 
@@ -32,6 +35,43 @@ def test_bytes_that_are_no_character_do_not_hold_back_what_follows(
     texts = token_texts(tokenizer, [byte] * 9)
     assert [position for position, text in enumerate(texts) if text] == [0, 4, 8]
     assert "".join(texts) == "\N{REPLACEMENT CHARACTER}" * 9
+
+
+@pytest.fixture(scope="module")
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """A tokenizer as Llama's and Gemma's: what is in no piece is written as bytes, `<0xE2>`."""
+    pieces = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abchTe.sky", "▁s"]
+    vocabulary = {piece: token for token, piece in enumerate(dict.fromkeys(pieces))}
+    model = models.BPE(vocabulary, [("▁", "s")], byte_fallback=True, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
+
+
+@pytest.mark.parametrize("text", ["The sky €a", "€€€€", "日本語の文", "👧👧日 b", "  a"])
+def test_characters_written_as_bytes_are_whole(
+    byte_fallback: PreTrainedTokenizerFast, text: str
+) -> None:
+    ids = byte_fallback(text, add_special_tokens=False)["input_ids"]
+    texts = token_texts(byte_fallback, ids)
+    assert "".join(texts) == text
+    characters = [character for character in text if ord(character) > 127]
+    assert [piece for piece in texts if piece and ord(piece[-1]) > 127] == characters
+
+
+def test_any_bytes_join_to_what_they_decode_to(byte_fallback: PreTrainedTokenizerFast) -> None:
+    draw = random.Random(0)
+    names = ["<0xE2>", "<0x82>", "<0xAC>", "<0xFF>", "<0xF0>", "<0x41>", "▁s", "a", "<s>"]
+    tokens = byte_fallback.convert_tokens_to_ids(names)
+    for _ in range(300):
+        ids = draw.choices(tokens, k=draw.randint(1, 12))
+        assert "".join(token_texts(byte_fallback, ids)) == decoded(byte_fallback, ids)
 
 
 def test_shown_tokens_are_of_one_line(tokenizer: PreTrainedTokenizerFast) -> None:

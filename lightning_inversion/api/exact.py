@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lightning_inversion.api.in_memory import Given, errors_name_arguments, in_memory
+from lightning_inversion.api.recovered import Recovered, Recoveries
+from lightning_inversion.data.capture import captured_features
 from lightning_inversion.data.layout import Layout, ModelShape
 from lightning_inversion.data.targets import Captured, Reading, Storage
+from lightning_inversion.data.texts import ModelLimits, tokenize
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.captured import (
     recover_captured,
@@ -22,26 +25,75 @@ from lightning_inversion.recovery.captured import (
 from lightning_inversion.recovery.certificate import Certificate, CertificateCheck
 from lightning_inversion.recovery.diagnosis import diagnose
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy
+from lightning_inversion.recovery.policy import RecoveryPolicy
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.transformer.language_model import LanguageModel
-from lightning_inversion.transformer.tokens import decoded
+from lightning_inversion.transformer.selection import Output
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_log = logging.getLogger(__name__)
+
+def capture(
+    model: PreTrainedModel | str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: str | Sequence[str],
+    *,
+    depth: int,
+    final_norm: bool = False,
+    special_tokens: bool = False,
+    store: Literal["float32", "bfloat16", "float16"] = "float32",
+    noise: float = 0.0,
+    seed: int = 0,
+    tokens_per_batch: int = 2048,
+) -> list[Tensor]:
+    """The hidden states ``[T, D]`` of each prompt, as ``recover`` and ``invert`` take them.
+
+    Args:
+        model: a causal language model, or its name.
+        tokenizer: of the model; None for that of a model given by its name.
+        prompts: one, or several.
+        depth: blocks that the prompts pass.
+        final_norm: apply the model's final norm.
+        special_tokens: let the tokenizer add its special tokens.
+        store: the type to which they are rounded, and in which they are returned.
+        noise: std of Gaussian noise that is added before, in the model's units.
+        seed: of the noise; each prompt draws its own.
+        tokens_per_batch: tokens of one forward, with their padding.
+
+    Raises:
+        InputError: a prompt does not fit the model, or there is no tokenizer.
+    """
+    model, tokenizer = in_memory(model, tokenizer)
+    if tokenizer is None:
+        raise InputError("capture needs the tokenizer of the model, and it is None.")
+    given = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not given:
+        raise InputError("prompts holds no prompt; give one or several.")
+    transformer = Given(None, depth, final_norm).cut(model, tokenizer)
+    limits = ModelLimits.of(model.config)
+    ids = []
+    for number, prompt in enumerate(given, start=1):
+        try:
+            ids.append(tokenize(prompt, tokenizer, limits, special_tokens))
+        except InputError as error:
+            raise InputError(f"Prompt {number} {error}") from error
+    storage = Storage(store, noise)
+    found = captured_features(transformer, ids, storage, seed, tokens_per_batch)
+    return [rows.to(getattr(torch, store)) for rows in found]
 
 
 def recover(
-    model: PreTrainedModel,
+    model: PreTrainedModel | str,
     tokenizer: PreTrainedTokenizerBase | None,
     hidden_states: Any,
     *,
     depth: int,
+    attention_mask: Tensor | None = None,
     final_norm: bool = False,
+    output: Output | None = None,
     known_prefix: Sequence[int] = (),
     first_position: int = 0,
     centred: bool = False,
@@ -50,21 +102,27 @@ def recover(
     layout: Layout = Layout(),  # noqa: B008 - frozen
     diagnose_first: bool = True,
     policy: RecoveryPolicy | None = None,
-) -> list[RecoveredPrompt]:
+) -> Recoveries:
     """Recover the prompts of hidden states, with a certificate for each token.
 
     Verification thresholds are calibrated for the model and depth in each call, and for the type
     of the tensors: hidden states in bfloat16 are compared with rounded ones.
 
     Args:
-        model: a causal language model with its head; it stays as it is.
-        tokenizer: decodes the tokens; without it the prompts have no ``text``.
+        model: a causal language model with its head, which stays as it is; or its name: a hub id,
+            a folder or a .gguf file.
+        tokenizer: decodes the tokens; None for that of a model given by its name, or for prompts
+            without text.
         hidden_states: Hugging Face's ``hidden_states[depth]``, ``[T, D]`` or ``[1, T, D]``; or what
             holds them: an output of the model or of ``generate``, its tuple ``hidden_states``, a
             dict of TransformerLens or nnsight names to tensors; or a list with one of these for
-            each prompt. A dict with a key ``attention_mask`` may hold padded prompts ``[B, T, D]``.
-        depth: blocks that they have passed.
+            each prompt. It may be a cache of keys and values instead (``past_key_values``, or the
+            older tuple).
+        depth: blocks that they have passed; of keys and values the number of their block, from 0.
+        attention_mask: ``[B, T]``, of padded prompts ``[B, T, D]``.
         final_norm: whether they were taken after the model's final norm.
+        output: what is read; default hidden_states, and keys_values of a cache. Keys or values
+            alone are ``[T, heads * size]`` or ``[B, heads, T, size]``.
         known_prefix: tokens with which every prompt begins; they are not verified.
         first_position: the position of the first row, where the rows of ``known_prefix`` are left
             out.
@@ -76,34 +134,21 @@ def recover(
         diagnose_first: where position 0 fits no token, find out why before the search.
         policy: how tokens are searched; default ``TokenRecovery``.
 
+    Returns:
+        A sequence with one entry a prompt, each with its ``text`` and its ``tokens``.
+
     Raises:
         InputError: the tensors do not fit the model, could be read in several ways, or the known
             prefix does not fit them.
     """
     policy = policy or TokenRecovery()
-    transformer = TruncatedTransformer.from_model(
-        model, tokenizer, depth=depth, final_norm=final_norm
-    )
-    shape = ModelShape.of(model.config)
-    reading = Reading(
-        (depth,), final_norm, lambda: shape, layout, first_position,
-        tuple(known_prefix), centred, scale, noise,
+    model, tokenizer = in_memory(model, tokenizer)
+    given = Given(
+        hidden_states, depth, final_norm, tuple(known_prefix), first_position, centred, scale,
+        noise, layout, attention_mask, output,
     )  # fmt: skip
-    try:
-        captured = Captured.of_objects(hidden_states, reading)
-    except InputError as error:
-        raise InputError(_as_arguments(str(error))) from error
-    _log.info("hidden_states: %s.", captured.understood)
-    for warning in captured.warnings:
-        _log.warning("%s", warning)
-    vocabulary = transformer.embedding.vocabulary_size
-    if any(not 0 <= token < vocabulary for token in known_prefix):
-        raise InputError(
-            f"known_prefix must hold token ids from 0 to {vocabulary - 1}; it is "
-            f"{list(known_prefix)[:10]}."
-        )
-    if centred:
-        transformer = transformer.centred()
+    transformer, shape = given.cut(model, tokenizer), ModelShape.of(model.config)
+    captured = given.read(transformer, shape)
     language_model = (
         LanguageModel(model, transformer.caches) if policy.needs_language_model else None
     )
@@ -120,25 +165,28 @@ def recover(
             shape.blocks,
         )
         found = diagnose(measurements, target, captured.lengths, cuts, captured.storage, known)
-        try:
+        with errors_name_arguments():
             report_diagnoses(found, "hidden_states")
-        except InputError as error:
-            raise InputError(_as_arguments(str(error))) from error
     prompts = recover_captured(
         policy, measurements, target, captured.lengths, known, diagnoses=found
     )
-    storage = asdict(captured.storage)
     report_breaks(prompts, measurements, "hidden_states")
-    for prompt in prompts:
-        prompt.certificate = Certificate.of(prompt.known, prompt.tokens, measurements, storage)
-        prompt.text = None if tokenizer is None else decoded(tokenizer, prompt.ids)
-    return prompts
+    storage = asdict(captured.storage)
+    return Recoveries(
+        Recovered.of(
+            prompt.tokens,
+            Certificate.of(prompt.known, prompt.tokens, measurements, storage),
+            tokenizer,
+            prompt.seconds,
+        )
+        for prompt in prompts
+    )
 
 
 def verify(
     certificate: Certificate,
-    model: PreTrainedModel,
-    hidden_states: Tensor,
+    model: PreTrainedModel | str,
+    hidden_states: Any,
 ) -> CertificateCheck:
     """Check a certificate of ``recover`` again: run its tokens and those near to them.
 
@@ -146,24 +194,24 @@ def verify(
 
     Args:
         certificate: of one prompt, with or without its file.
-        model: the same model; its weights are compared by their hash.
-        hidden_states: the prompt's, ``[T, D]`` or ``[1, T, D]``.
+        model: the same model, or its name; its weights are compared by their hash.
+        hidden_states: the prompt's, ``[T, D]`` or ``[1, T, D]``; keys and values as ``recover``
+            takes them.
 
     Raises:
         InputError: the model or the hidden states are not those of the certificate.
     """
+    model, _ = in_memory(model, None)
     description, storage = certificate.transformer, Storage(**certificate.storage)
+    output = description.get("output", "hidden_states")
     transformer = TruncatedTransformer.from_model(
-        model, layers=description["layers"], final_norm=description["final_norm"]
+        model, layers=description["layers"], final_norm=description["final_norm"], output=output
     )
     if storage.centred:
         transformer = transformer.centred()
+    if output != "hidden_states":
+        shape = ModelShape.of(model.config)
+        reading = Reading(tuple(description["layers"]), shape=lambda: shape, output=output)
+        (hidden_states,) = Captured.of_objects(hidden_states, reading).targets
     rows = hidden_states[0] if hidden_states.dim() == 3 else hidden_states
     return certificate.check(transformer, storage.read_back(rows.float()))
-
-
-def _as_arguments(sentence: str) -> str:
-    """A sentence that names options of the command line, with the names of arguments."""
-    for option in ("--model.transformer.", "--data."):
-        sentence = sentence.replace(option, "")
-    return sentence

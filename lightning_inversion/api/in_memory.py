@@ -1,0 +1,113 @@
+"""What a notebook holds, as the package reads it: a model or its name, and hidden states."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_inversion.data.key_values import holds_caches
+from lightning_inversion.data.layout import Layout, ModelShape
+from lightning_inversion.data.targets import Captured, Reading
+from lightning_inversion.errors import InputError
+from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.transformer.selection import Output
+from lightning_inversion.transformer.truncated import TruncatedTransformer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def errors_name_arguments() -> Iterator[None]:
+    """Sentences that name options of the command line name arguments instead."""
+    try:
+        yield
+    except InputError as error:
+        sentence = str(error)
+        for option in ("--model.transformer.", "--data.", "--model."):
+            sentence = sentence.replace(option, "")
+        raise InputError(sentence) from error
+
+
+def in_memory(
+    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A model and its tokenizer, loaded where only a name is given.
+
+    Raises:
+        InputError: the model cannot be had.
+    """
+    if not isinstance(model, str):
+        return model, tokenizer
+    with errors_name_arguments():
+        loaded, own = TransformerSpec(model=model).load_causal_lm()
+    return loaded, tokenizer or own
+
+
+@dataclass(frozen=True)
+class Given:
+    """Hidden states as a caller gives them, and what he tells of them; see ``recover``."""
+
+    hidden_states: Any
+    depth: int
+    final_norm: bool = False
+    known_prefix: tuple[int, ...] = ()
+    first_position: int = 0
+    centred: bool = False
+    scale: float = 1.0
+    noise: float = 0.0
+    layout: Layout = field(default_factory=Layout)
+    attention_mask: Tensor | None = None
+    output: Output | None = None
+
+    @property
+    def read_output(self) -> Output:
+        """What is read: where it is left open, the keys and values of a cache, or hidden states."""
+        if self.output is None and holds_caches(self.hidden_states):
+            return "keys_values"
+        return self.output or "hidden_states"
+
+    def cut(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    ) -> TruncatedTransformer:
+        """The model, truncated where the hidden states were taken."""
+        with errors_name_arguments():
+            transformer = TruncatedTransformer.from_model(
+                model, tokenizer,
+                depth=self.depth, final_norm=self.final_norm, output=self.read_output,
+            )  # fmt: skip
+        return transformer.centred() if self.centred else transformer
+
+    def read(self, transformer: TruncatedTransformer, shape: ModelShape) -> Captured:
+        """The hidden states of each prompt.
+
+        Raises:
+            InputError: they do not fit the model, or can be read in several ways.
+        """
+        reading = Reading(
+            (self.depth,), self.final_norm, lambda: shape, self.layout, self.first_position,
+            self.known_prefix, self.centred, self.scale, self.noise, self.read_output,
+        )  # fmt: skip
+        held = self.hidden_states
+        if self.attention_mask is not None:
+            name = "hidden_states" if self.read_output == "hidden_states" else "past_key_values"
+            held = {name: held, "attention_mask": self.attention_mask}
+        with errors_name_arguments():
+            captured = Captured.of_objects(held, reading)
+        _log.info("hidden_states: %s.", captured.understood)
+        for warning in captured.warnings:
+            _log.warning("%s", warning)
+        vocabulary = transformer.embedding.vocabulary_size
+        if any(not 0 <= token < vocabulary for token in self.known_prefix):
+            raise InputError(
+                f"known_prefix must hold token ids from 0 to {vocabulary - 1}; it is "
+                f"{list(self.known_prefix)[:10]}."
+            )
+        return captured

@@ -1,0 +1,73 @@
+"""``lightning-inversion cache``: what the cache folder holds, and clearing it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.table import Table
+
+from lightning_inversion.cache import (
+    Entry,
+    cache_root,
+    described,
+    limit,
+    measured_files,
+    measured_folder,
+    models,
+    remove,
+)
+from lightning_inversion.files import printable
+
+_ACTIONS = ("list", "clear")
+
+
+def add_cache_arguments(parser: ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument(
+        "action", nargs="?", choices=_ACTIONS, default="list", help="list, or clear"
+    )
+    parser.add_argument("--models", type=bool, default=False, help="clear converted models, too")
+
+
+def run_cache(options: Namespace) -> int:
+    """Run the command; returns the exit code."""
+    if options.action == "clear":
+        gone = [*measured_files(), *(models() if options.models else [])]
+        for entry in gone:
+            remove(entry.path)
+        for lock in measured_folder().glob("*.lock"):
+            remove(lock)
+        count = len(gone)
+        print(f"{count} removed, {_megabytes(sum(one.size for one in gone))} MB")
+        return 0
+    console = Console()
+    console.print(_table("measured", measured_files()))
+    console.print(_table("models and other folders", models()))
+    console.print(printable(f"{cache_root()}"), soft_wrap=True, markup=False, highlight=False)
+    return 0
+
+
+def _table(title: str, entries: list[Entry]) -> Table:
+    total = _megabytes(sum(entry.size for entry in entries))
+    of = f" of {_megabytes(limit())}" if title == "measured" else ""
+    table = Table(title=f"{title}: {total}{of} MB", title_justify="left")
+    for heading, justify in (("what", "left"), ("of", "left"), ("MB", "right"), ("used", "left")):
+        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for entry in sorted(entries, key=lambda one: -one.used):
+        used = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
+        table.add_row(*_named(entry.path, entry.about()), _megabytes(entry.size), used)
+    return table
+
+
+def _named(path: Path, about: dict[str, object]) -> tuple[str, str]:
+    if path.is_dir():
+        return "folder", printable(path.name)
+    kind = path.name.partition("-")[0].lstrip("_")
+    return kind, printable(described(about)) if about else "damaged"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f}" if size < 1e8 else f"{size / 1e6:.0f}"

@@ -1,0 +1,153 @@
+"""Measurements: kept or measured now, they are the same; another model's are never used."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_inversion.cache import ENVIRONMENT, measured_files
+from lightning_inversion.data.targets import Storage
+from lightning_inversion.recovery.calibration import Calibration
+from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
+from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.policy import recover_prompts
+from lightning_inversion.recovery.probe_proposer import ProbeRanking
+from lightning_inversion.recovery.recognition import recognised
+from lightning_inversion.recovery.token_recovery import TokenRecovery
+from lightning_inversion.transformer.language_model import LanguageModel
+from lightning_inversion.transformer.linear_probe import LinearProbe
+from lightning_inversion.transformer.truncated import TruncatedTransformer
+from tests.tiny import tiny_model
+
+IDS = torch.tensor([[17, 230, 5, 5, 101, 9], [3, 44, 280, 7, 3, 60]])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
+
+
+def measure(channel: Any = None, depth: int = 2) -> Measurements:
+    torch.manual_seed(0)
+    model = tiny_model("llama")
+    transformer = TruncatedTransformer.from_model(model, depth=depth)
+    return Measurements.measure(transformer, LanguageModel(model, transformer.caches), channel)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal in type and in every bit, whatever fields there are."""
+    if is_dataclass(one):
+        pairs = [(getattr(one, f.name), getattr(other, f.name)) for f in fields(one)]
+        return type(one) is type(other) and all(same(*pair) for pair in pairs)
+    if isinstance(one, Tensor):
+        bits = one.dtype == other.dtype and one.stride() == other.stride()
+        return bits and torch.equal(one.nan_to_num(-7.0), other.nan_to_num(-7.0))
+    return type(one) is type(other) and bool(one == other)
+
+
+def nothing_is_measured(patch: pytest.MonkeyPatch) -> None:
+    for kind, name in (
+        (LinearProbe, "fit"),
+        (Calibration, "measure"),
+        (FirstTokenFeatures, "_scan"),
+        (LanguageModel, "sample_text"),
+        (TruncatedTransformer, "_caching"),
+        (ProbeRanking, "_best_temperature"),
+    ):
+        patch.setattr(kind, name, lambda *_, **__: pytest.fail("measured again"))
+
+
+@pytest.mark.parametrize("channel", [None, Storage("bfloat16"), Storage(noise=0.5)])
+def test_what_is_kept_is_what_was_measured(
+    channel: Storage | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = measure(channel)
+    text = first.text
+    direct = LinearProbe.fit(first.transformer, text=text, noise=channel.noise if channel else 0.0)
+    target = first.transformer.features_of(IDS)
+    found = recover_prompts(TokenRecovery(), first, target, [6, 6])
+    nothing_is_measured(monkeypatch)
+    again = measure(channel)
+    assert same(again.probe, first.probe)
+    assert same(again.calibration, first.calibration)
+    assert all(torch.equal(getattr(direct, f.name), getattr(again.probe, f.name))
+               for f in fields(direct))  # fmt: skip
+    for one, two in zip(
+        found, recover_prompts(TokenRecovery(), again, target, [6, 6]), strict=True
+    ):
+        one.seconds = two.seconds = 0.0
+        assert [{**vars(token), "seconds": 0} for token in one.tokens] == [
+            {**vars(token), "seconds": 0} for token in two.tokens
+        ]
+
+
+def test_every_field_of_a_calibration_is_kept_in_its_type() -> None:
+    first = measure()
+    measured = Calibration.measure(first.transformer, first.probe, None, first.text)
+    for one in fields(Calibration):
+        kept, new = getattr(first.calibration, one.name), getattr(measured, one.name)
+        assert type(kept) is type(new), one.name
+        assert torch.equal(kept, new) if isinstance(new, Tensor) else kept == new, one.name
+
+
+def test_channels_and_depths_have_calibrations_of_their_own() -> None:
+    thresholds = [
+        float(measured.calibration.threshold[1])
+        for measured in (measure(), measure(Storage("bfloat16")), measure(depth=1))
+    ]
+    assert len(set(thresholds)) == 3
+    names = [entry.path.name.partition("-")[0] for entry in measured_files()]
+    assert names.count("Calibration") == 3
+    assert names.count("LinearProbe") == 2  # a storage without noise needs no other
+
+
+def test_equal_weights_that_compute_something_else_are_measured_for_themselves() -> None:
+    def steer(module: nn.Module, given: Any, output: Any) -> Any:
+        return (output[0] + 1.0, *output[1:]) if isinstance(output, tuple) else output + 1.0
+
+    plain = measure()
+    model = tiny_model("llama")
+    handle = model.base_model.layers[0].register_forward_hook(steer)
+    steered = TruncatedTransformer.from_model(model, depth=2)
+    handle.remove()
+    assert steered.fingerprint == plain.transformer.fingerprint
+    measured = Measurements.measure(steered)
+    assert not torch.equal(measured.probe.mean, Measurements.measure(plain.transformer).probe.mean)
+    again = recognised(steered)
+    assert again == measured.identity
+    assert again is not None
+    assert again["behaviour"] == 1
+    assert plain.identity is not None
+    assert plain.identity["behaviour"] == 0
+
+
+def test_too_many_ways_to_behave_are_not_kept() -> None:
+    for number in range(6):
+        model = tiny_model("llama")
+        model.base_model.layers[0].register_forward_pre_hook(
+            lambda _, given, number=number: (given[0] * (1 + number), *given[1:])
+        )
+        identity = recognised(TruncatedTransformer.from_model(model, depth=1))
+        assert (identity is None) == (number > 3)
+
+
+def test_a_channel_that_cannot_be_told_from_others_is_measured_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Halved:
+        noise = 0.0
+
+        def without_noise(self, features: Tensor) -> Tensor:
+            return features / 2 * 2
+
+    first = measure(Halved())
+    measured: list[Any] = []
+    whole = Calibration.measure
+    monkeypatch.setattr(Calibration, "measure", lambda *given: measured.append(1) or whole(*given))
+    assert same(measure(Halved()).calibration, first.calibration)
+    assert measured
