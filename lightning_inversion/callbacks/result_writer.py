@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_inversion.callbacks.rows import (
     bad_row,
     fitted_rows,
+    hypothesis,
     options_of_fit,
     options_of_predict,
     recovered_rows,
@@ -32,6 +33,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.files import printable, readable_time
 from lightning_inversion.module import InputInversion
 from lightning_inversion.results import (
+    CERTIFICATE,
     FILE,
     ResultRow,
     append_rows,
@@ -149,6 +151,9 @@ class ResultWriter(Callback):
             batch, outputs, tokenizer, pl_module.embedding, settings_of_predict(pl_module)
         )
         self._write(trainer, pl_module, rows)
+        path = self._path.with_name(CERTIFICATE)
+        if not path.exists() and trainer.is_global_zero:
+            hypothesis(pl_module).write(path)
         pl_module.report(_final(rows))
         self._report_progress(trainer, batch)
 

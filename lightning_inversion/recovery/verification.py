@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -160,6 +160,7 @@ class Verifier:
         within = self.calibration.within(residual, position, self.vocabulary)
         return self.near.of_token(int(token), float(within))
 
+    @torch.no_grad()
     def verify(
         self,
         ids: Tensor,
@@ -167,6 +168,7 @@ class Verifier:
         mask: Tensor,
         features_of: Callable[[Tensor, Tensor], Tensor],
         features: Tensor | None = None,
+        rivals: Mapping[tuple[int, int], int] | None = None,
     ) -> Verdict:
         """Compare decoded tokens, and the tokens near them, with the target.
 
@@ -176,6 +178,8 @@ class Verifier:
             mask: ``[B, T]`` True at a token.
             features_of: the features of ids under a mask.
             features: ``[B, T, F]`` of ``ids``, where they are known.
+            rivals: the nearest other token of the whole vocabulary, at rows and positions where it
+                is known.
         """
         calibration = self.calibration
         positions = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
@@ -186,14 +190,22 @@ class Verifier:
         alone, group = torch.zeros_like(mask), torch.zeros_like(mask)
         self.near.prepare(ids[passes])
         at = [(row, position) for row, position in passes.nonzero().tolist()]
-        rivals = [self.near_tokens(ids[one], residuals[one], positions[one])[0] for one in at]
-        far = self._in_place(ids, target, mask, at, rivals, features_of)
-        for one, near, residual in zip(at, rivals, far, strict=True):
+        known = rivals or {}
+        others = [
+            torch.cat([
+                self.near_tokens(ids[one], residuals[one], positions[one])[0],
+                ids.new_tensor([known[one]] if one in known else []),
+            ])
+            for one in at
+        ]  # fmt: skip
+        far = self._in_place(ids, target, mask, at, others, features_of)
+        for one, near, residual in zip(at, others, far, strict=True):
             judged = self.judge(
                 torch.cat([ids[one][None], near])[None],
                 torch.cat([residuals[one][None], residual])[None],
                 positions[one][None],
                 target[one][None],
+                compared=ids.new_tensor([self.vocabulary]) if one in known else None,
             )
             alone[one] = judged.verified[0] & (judged.best[0] == 0)
             group[one] = judged.group[0]
