@@ -19,6 +19,9 @@ FITTED = "config.yaml"
 """The settings of a fit, in its run's folder."""
 PREDICTED = "predict.yaml"
 """The settings of a predict, in its run's folder."""
+CERTIFICATE = "certificate.json"
+"""What the certificates of a predict's rows rest on, in its run's folder: a certificate without
+tokens, which each row adds."""
 RECOVERED = 0.9
 """The mean token accuracy from which a prompt counts as recovered."""
 

@@ -20,7 +20,7 @@ from lightning_inversion.recovery.verification import Verifier
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.untrusted import read_file, read_json
 
-FORMAT = 1
+FORMAT = 2
 """Version of the certificate's file."""
 
 State = Literal["verified", "conditional", "group", "unresolved", "read"]
@@ -129,7 +129,9 @@ class Certificate:
     def check(self, transformer: TruncatedTransformer, hidden_states: Tensor) -> CertificateCheck:
         """Run the tokens again in one forward, and the tokens that are near to them in another.
 
-        Nothing is searched, and nothing is measured again. The thresholds are the certificate's.
+        Nothing is searched, and nothing is measured again. The thresholds are the certificate's. Of
+        a token that was compared with the whole vocabulary, the tokens near to it and the nearest
+        rival are run again; that no other one is nearer rests on the certificate.
 
         Args:
             transformer: the same model, at the same depth, on any machine.
@@ -161,6 +163,11 @@ class Certificate:
             hidden_states[None].to(transformer.device),
             torch.ones_like(ids, dtype=torch.bool),
             transformer.features_of,
+            rivals={
+                (0, position): token.rival
+                for position, token in enumerate(self.tokens, start=len(self.known))
+                if token.rival is not None and token.compared >= vocabulary
+            },
         )
         begin = len(self.known)
         reproduced = (verdict.verified | verdict.conditional)[0, begin:].tolist()
@@ -234,7 +241,8 @@ class CertificateCheck:
 
     Attributes:
         states: what the certificate claims of each token.
-        reproduced: whether each token reproduces its row now, and no token near to it does.
+        reproduced: whether each token reproduces its row now, and no token that was run with it
+            does; see ``Certificate.check``.
         residuals: of each token now.
     """
 
