@@ -86,6 +86,11 @@ _DOTS3 = {
     }.items()
 }  # fmt: skip
 
+_INKLING = {
+    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8,
+    "sliding_window_size": 8, "rel_extent": 64, "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+}  # fmt: skip
+
 _DECODERS = """bert bert-generation camembert data2vec-text electra ernie megatron-bert rembert
     roberta roberta-prelayernorm roformer xlm-roberta xlm-roberta-xl"""
 _LATENT_ATTENTION = """axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa
@@ -132,6 +137,8 @@ _MORE: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {"layer_types": _HYBRID},
+    "inkling_text": _INKLING,
+    "inkling2_text": _INKLING,
     "jamba": {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
         "expert_layer_offset": 1,
