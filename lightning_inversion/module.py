@@ -262,15 +262,15 @@ class InputInversion(Inversion, LightningModule):
     def _other_cuts(self) -> OtherCuts:
         """The same model at other depths; it is loaded only where a scan asks for it."""
 
+        whole = replace(self.spec, depth=None, layers=None, output="hidden_states")
+
         def at(depths: tuple[int, ...], final_norm: bool) -> TruncatedTransformer:
-            spec = replace(
-                self.spec, depth=None, layers=list(depths), features=None, final_norm=final_norm
-            )
+            spec = replace(whole, layers=list(depths), features=None, final_norm=final_norm)
             if self.whole is None or self.frozen.tokenizer is None:
                 return spec.load().to(self.device)
             return spec.cut(frozen_copy(without_head(self.whole)), self.frozen.tokenizer)
 
-        return OtherCuts(at, replace(self.spec, depth=None, layers=None).blocks_needed())
+        return OtherCuts(at, whole.blocks_needed())
 
     def _after_round(self, prompts: list[RecoveredPrompt]) -> None:
         for listener in self._round_listeners:

@@ -135,6 +135,8 @@ class ResultRow:
     final_norm: bool | None = _setting()
     centred: bool | None = _setting()
     """True where the features lost their mean over the features."""
+    output: str | None = _setting()
+    """keys_values, keys or values where these are the features; None for hidden states."""
     mlp: bool | None = _setting()
     norms: bool | None = _setting()
     residuals: bool | None = _setting()

@@ -14,7 +14,6 @@ from lightning_inversion.objectives import L2
 from lightning_inversion.schedules import AllPositions
 from tests.tiny import shared_tiny_model, tiny_tokenizer
 
-pytestmark = pytest.mark.usefixtures("shared_measurements")
 PROMPTS = ["The sky is blue.", "A quick brown fox jumps"]
 
 

@@ -14,7 +14,7 @@ from lightning_inversion.api.in_memory import Given, errors_name_arguments, in_m
 from lightning_inversion.api.recovered import Recovered, Recoveries
 from lightning_inversion.data.capture import captured_features
 from lightning_inversion.data.layout import Layout, ModelShape
-from lightning_inversion.data.targets import Storage
+from lightning_inversion.data.targets import Captured, Reading, Storage
 from lightning_inversion.data.texts import ModelLimits, tokenize
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.captured import (
@@ -29,6 +29,7 @@ from lightning_inversion.recovery.policy import RecoveryPolicy
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.transformer.language_model import LanguageModel
+from lightning_inversion.transformer.selection import Output
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def recover(
     depth: int,
     attention_mask: Tensor | None = None,
     final_norm: bool = False,
+    output: Output | None = None,
     known_prefix: Sequence[int] = (),
     first_position: int = 0,
     centred: bool = False,
@@ -114,10 +116,13 @@ def recover(
         hidden_states: Hugging Face's ``hidden_states[depth]``, ``[T, D]`` or ``[1, T, D]``; or what
             holds them: an output of the model or of ``generate``, its tuple ``hidden_states``, a
             dict of TransformerLens or nnsight names to tensors; or a list with one of these for
-            each prompt.
-        depth: blocks that they have passed.
+            each prompt. It may be a cache of keys and values instead (``past_key_values``, or the
+            older tuple).
+        depth: blocks that they have passed; of keys and values the number of their block, from 0.
         attention_mask: ``[B, T]``, of padded prompts ``[B, T, D]``.
         final_norm: whether they were taken after the model's final norm.
+        output: what is read; default hidden_states, and keys_values of a cache. Keys or values
+            alone are ``[T, heads * size]`` or ``[B, heads, T, size]``.
         known_prefix: tokens with which every prompt begins; they are not verified.
         first_position: the position of the first row, where the rows of ``known_prefix`` are left
             out.
@@ -140,7 +145,7 @@ def recover(
     model, tokenizer = in_memory(model, tokenizer)
     given = Given(
         hidden_states, depth, final_norm, tuple(known_prefix), first_position, centred, scale,
-        noise, layout, attention_mask,
+        noise, layout, attention_mask, output,
     )  # fmt: skip
     transformer, shape = given.cut(model, tokenizer), ModelShape.of(model.config)
     captured = given.read(transformer, shape)
@@ -181,7 +186,7 @@ def recover(
 def verify(
     certificate: Certificate,
     model: PreTrainedModel | str,
-    hidden_states: Tensor,
+    hidden_states: Any,
 ) -> CertificateCheck:
     """Check a certificate of ``recover`` again: run its tokens and those near to them.
 
@@ -190,17 +195,23 @@ def verify(
     Args:
         certificate: of one prompt, with or without its file.
         model: the same model, or its name; its weights are compared by their hash.
-        hidden_states: the prompt's, ``[T, D]`` or ``[1, T, D]``.
+        hidden_states: the prompt's, ``[T, D]`` or ``[1, T, D]``; keys and values as ``recover``
+            takes them.
 
     Raises:
         InputError: the model or the hidden states are not those of the certificate.
     """
     model, _ = in_memory(model, None)
     description, storage = certificate.transformer, Storage(**certificate.storage)
+    output = description.get("output", "hidden_states")
     transformer = TruncatedTransformer.from_model(
-        model, layers=description["layers"], final_norm=description["final_norm"]
+        model, layers=description["layers"], final_norm=description["final_norm"], output=output
     )
     if storage.centred:
         transformer = transformer.centred()
+    if output != "hidden_states":
+        shape = ModelShape.of(model.config)
+        reading = Reading(tuple(description["layers"]), shape=lambda: shape, output=output)
+        (hidden_states,) = Captured.of_objects(hidden_states, reading).targets
     rows = hidden_states[0] if hidden_states.dim() == 3 else hidden_states
     return certificate.check(transformer, storage.read_back(rows.float()))

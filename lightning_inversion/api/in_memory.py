@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lightning_inversion.data.key_values import holds_caches
 from lightning_inversion.data.layout import Layout, ModelShape
 from lightning_inversion.data.targets import Captured, Reading
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.transformer.selection import Output
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 if TYPE_CHECKING:
@@ -63,6 +65,14 @@ class Given:
     noise: float = 0.0
     layout: Layout = field(default_factory=Layout)
     attention_mask: Tensor | None = None
+    output: Output | None = None
+
+    @property
+    def read_output(self) -> Output:
+        """What is read: where it is left open, the keys and values of a cache, or hidden states."""
+        if self.output is None and holds_caches(self.hidden_states):
+            return "keys_values"
+        return self.output or "hidden_states"
 
     def cut(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
@@ -70,8 +80,9 @@ class Given:
         """The model, truncated where the hidden states were taken."""
         with errors_name_arguments():
             transformer = TruncatedTransformer.from_model(
-                model, tokenizer, depth=self.depth, final_norm=self.final_norm
-            )
+                model, tokenizer,
+                depth=self.depth, final_norm=self.final_norm, output=self.read_output,
+            )  # fmt: skip
         return transformer.centred() if self.centred else transformer
 
     def read(self, transformer: TruncatedTransformer, shape: ModelShape) -> Captured:
@@ -82,11 +93,12 @@ class Given:
         """
         reading = Reading(
             (self.depth,), self.final_norm, lambda: shape, self.layout, self.first_position,
-            self.known_prefix, self.centred, self.scale, self.noise,
+            self.known_prefix, self.centred, self.scale, self.noise, self.read_output,
         )  # fmt: skip
         held = self.hidden_states
         if self.attention_mask is not None:
-            held = {"hidden_states": held, "attention_mask": self.attention_mask}
+            name = "hidden_states" if self.read_output == "hidden_states" else "past_key_values"
+            held = {name: held, "attention_mask": self.attention_mask}
         with errors_name_arguments():
             captured = Captured.of_objects(held, reading)
         _log.info("hidden_states: %s.", captured.understood)

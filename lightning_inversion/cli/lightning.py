@@ -137,7 +137,7 @@ class InversionCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("model.iterations", "data.iterations")
         parser.link_arguments("model.transformer.model", "data.tokenizer")
-        for name in ("revision", "depth", "layers", "final_norm"):
+        for name in ("revision", "depth", "layers", "final_norm", "output"):
             parser.link_arguments(f"model.transformer.{name}", f"data.{name}")
         parser.set_defaults(RECOMMENDED)
         hide_unused(parser, self._args[0])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_inversion.data.key_values import arrange_heads, caches_in, prompts_of
 from lightning_inversion.data.layout import (
     Beside,
     Wanted,
@@ -110,6 +111,8 @@ class _Reader:
     # -- what holds tensors ------------------------------------------------------------------
 
     def prompts(self, given: Any, name: str, beside: Beside) -> list[Tensor]:
+        if self.wanted.output != "hidden_states":
+            return self._of_cache(given, name, beside)
         if isinstance(given, Tensor | np.ndarray):
             return self._of_tensor(self._tensor(given), name, beside)
         if hasattr(given, "items"):
@@ -118,8 +121,47 @@ class _Reader:
             return self._of_dict({"hidden_states": given.hidden_states}, beside)
         if isinstance(given, Sequence) and not isinstance(given, str | bytes):
             return self._of_sequence(given, name, beside)
+        self._refuse_caches(given)
         kind = type(given).__name__
         raise self.wanted.error(f" holds a {kind}; give tensors, in a list, a tuple or a dict.")
+
+    def _of_cache(self, given: Any, name: str, beside: Beside) -> list[Tensor]:
+        """Keys and values: a cache, tensors ``[T, F]`` as ``capture`` writes them, or several."""
+        if isinstance(given, Tensor | np.ndarray):
+            tensor = self._tensor(given)
+            if tensor.dim() == 2:
+                return [tensor]
+            if self.wanted.output == "keys_values":
+                raise self.wanted.error(
+                    f"{named(name)} has shape {list(tensor.shape)}, and may be keys or values; set "
+                    "--model.transformer.output to one of them."
+                )
+            return rows_of_prompts(self.wanted, arrange_heads(self.wanted, tensor, name), beside)
+        held = _flat(given) if isinstance(given, Mapping) else given
+        if isinstance(held, Mapping):
+            beside, _ = self._beside(held, beside)
+        if caches := caches_in(held):
+            return [one for cache in caches for one in prompts_of(cache, self.wanted, beside)]
+        if isinstance(held, Mapping):
+            parts = [value for _, value in sorted(held.items(), key=lambda one: natural(one[0]))
+                     if _holds_states(value) and not _holds_ids(value)]  # fmt: skip
+        else:
+            parts = list(given) if isinstance(given, list | tuple) else []
+        if not parts:
+            raise self.wanted.error(
+                " holds no keys and values; save past_key_values, or leave "
+                "--model.transformer.output out."
+            )
+        return [prompt for one in parts for prompt in self._of_cache(one, name, beside)]
+
+    def _refuse_caches(self, given: Any) -> None:
+        kinds = {kind for blocks in caches_in(given) for held in blocks.values() for kind in held}
+        if kinds:
+            output = "keys_values" if len(kinds) == 2 else kinds.pop()
+            raise self.wanted.error(
+                f" holds {output.replace('_', ' and ')} of a cache; set "
+                f"--model.transformer.output {output}."
+            )
 
     def _tensor(self, value: Tensor | np.ndarray) -> Tensor:
         if isinstance(value, Tensor):
@@ -128,7 +170,8 @@ class _Reader:
             raise self.wanted.error(f" holds NumPy values of type {value.dtype}; store numbers.")
         return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
 
-    def _of_dict(self, held: dict[str, Any], beside: Beside) -> list[Tensor]:
+    def _beside(self, held: Mapping[str, Any], beside: Beside) -> tuple[Beside, dict[str, Any]]:
+        """What lies beside the states in a dict, and what may be the states."""
         states: dict[str, Any] = {}
         for name, value in held.items():
             last = name.rsplit(".", 1)[-1].lower()
@@ -148,14 +191,21 @@ class _Reader:
                 beside = replace(beside, ids_shape=shape)
             elif last not in _OUTPUTS and _holds_states(value):
                 states[name] = value
+        return beside, states
+
+    def _of_dict(self, held: dict[str, Any], beside: Beside) -> list[Tensor]:
+        beside, states = self._beside(held, beside)
         if "hidden_states" in states:
             states = {"hidden_states": states["hidden_states"]}
         if not states:
             found = ", ".join(list(held)[:3]) or "nothing"
+            self._refuse_caches(held)
             raise self.wanted.error(f" holds {found}, and no hidden states; save them too.")
         told = {name: depth for name in states if (depth := depth_of_name(name)) is not None}
         if told and beside.depth is None:
             return self._of_hooks(states, told, beside)
+        if all(getattr(value, "ndim", 3) > 2 for value in states.values()):
+            self._refuse_caches(states)
         if counted := depths_of_counted(
             sorted(states, key=natural), self.layout.depths, lambda: self.wanted.sizes.blocks
         ):
@@ -200,6 +250,7 @@ class _Reader:
     def _of_sequence(self, given: Sequence[Any], name: str, beside: Beside) -> list[Tensor]:
         if not given:
             raise self.wanted.error(" holds no tensor; give one or more.")
+        self._refuse_caches(given)
         if all(isinstance(one, int | float) for one in _leaves(given)):
             return self._of_numbers(given, name, beside)
         if not all(isinstance(one, Tensor | np.ndarray) for one in given):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.blocks import block_count, settings_of, text_config
+from lightning_inversion.transformer.selection import Output
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -93,6 +94,7 @@ class Wanted:
         layout: what the user told of the file.
         shape: reads the model's configuration, when first needed.
         checks_width: whether the states are as wide as the model.
+        output: hidden states, or keys, values or both of the block behind each depth.
     """
 
     where: str
@@ -101,6 +103,7 @@ class Wanted:
     layout: Layout = field(default_factory=Layout)
     shape: Callable[[], ModelShape] | None = None
     checks_width: bool = True
+    output: Output = "hidden_states"
 
     @property
     def sizes(self) -> ModelShape:
@@ -129,7 +132,7 @@ def arrange(wanted: Wanted, tensor: Tensor, name: str, beside: Beside) -> Tensor
     Raises:
         InputError: it is not as wide as the model, or its axes could mean several things.
     """
-    tensor = _floating(wanted, tensor, name)
+    tensor = floating(wanted, tensor, name)
     _refuse_caches(wanted, tensor, name)
     axes = _axes_of(wanted, tensor, name, beside)
     _check_width(wanted, tensor.shape[axes.index("features")], tensor, name)
@@ -140,7 +143,7 @@ def arrange(wanted: Wanted, tensor: Tensor, name: str, beside: Beside) -> Tensor
     return tensor
 
 
-def _floating(wanted: Wanted, tensor: Tensor, name: str) -> Tensor:
+def floating(wanted: Wanted, tensor: Tensor, name: str) -> Tensor:
     """The tensor as floating point; integers are taken as its bits where the layout has a type."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         raise wanted.error(f"{named(name)} is no dense tensor with values; save a plain one.")
@@ -224,7 +227,7 @@ def _refuse_caches(wanted: Wanted, tensor: Tensor, name: str) -> None:
     if sizes.width not in shape and shape[-1] == sizes.head_size and sizes.heads in shape:
         raise wanted.error(
             f"{named(name)} has shape {shape}: the keys or values of a cache, {sizes.heads} heads "
-            f"of {sizes.head_size}; save hidden states instead."
+            f"of {sizes.head_size}; set --model.transformer.output keys, or values."
         )
 
 

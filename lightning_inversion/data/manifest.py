@@ -16,13 +16,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_of
 from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.transformer.selection import Output
 from lightning_inversion.untrusted import read_file, read_json
 
 LAYER = "output of block depth, Hugging Face hidden_states[depth] (the last after the final norm \
@@ -126,8 +127,12 @@ def _wrong_values(manifest: Manifest) -> str | None:
             return f"has a key transformer.{key}, which is no option of --model.transformer."
     depth = transformer.get("depth")
     layers = transformer.get("layers", [depth])
-    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
-        return f"has transformer.depth {depth}; write the number of blocks, 1 or more."
+    output = transformer.get("output", "hidden_states")
+    if output not in get_args(Output):
+        return f"has transformer.output {output!r}; write one of {', '.join(get_args(Output))}."
+    least = int(output == "hidden_states")
+    if not isinstance(depth, int) or isinstance(depth, bool) or depth < least:
+        return f"has transformer.depth {depth}; write the number of blocks, {least} or more."
     if not isinstance(layers, list) or not layers or layers[-1] != depth:
         return f"has transformer.layers {layers}, the last of which must be its depth, {depth}."
     if not isinstance(transformer.get("weights_sha256", ""), str):

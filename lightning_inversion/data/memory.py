@@ -149,7 +149,7 @@ def tokens_that_fit(spec: TransformerSpec, available: float, learnable: Any = No
         available: bytes of the device.
         learnable: of the experiment; None for an ``EmbeddingInput``.
     """
-    shape = Shape.of(spec.config(), max(spec.layers) if spec.layers else spec.depth)
+    shape = Shape.of(spec.config(), spec.blocks_needed())
     value_size = shape.vocabulary if isinstance(learnable, VocabularyInput) else shape.width
     for exponent in range(24, 0, -1):
         tokens = 1 << exponent

@@ -20,6 +20,7 @@ from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize
 from lightning_inversion.errors import InputError
 from lightning_inversion.strategy import take
 from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.transformer.selection import Output
 
 _log = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class PromptDataModule(LightningDataModule):
         layers: several depths instead; the command line takes model.transformer's.
         final_norm: whether they are after the final norm; the command line takes
             model.transformer's.
+        output: hidden states, or keys and values; the command line takes model.transformer's.
         special_tokens: let the tokenizer add its special tokens (a BOS, say); a file of captured
             targets lists its own.
         repeat: rows of each prompt, one after another; each row starts from noise of its own.
@@ -130,6 +132,7 @@ class PromptDataModule(LightningDataModule):
         depth: int | None = TransformerSpec.depth,
         layers: list[int] | None = None,
         final_norm: bool = False,
+        output: Output = "hidden_states",
         special_tokens: bool = False,
         tokens_per_batch: int | Literal["auto"] = "auto",
         batch_size: int | None = None,
@@ -157,7 +160,7 @@ class PromptDataModule(LightningDataModule):
         reading = Reading(
             tuple(layers) if layers else None if depth is None else (depth,),
             final_norm, lambda: self._model_shape, layout, first_position,
-            self._known(known_prefix), centred, scale, noise,
+            self._known(known_prefix), centred, scale, noise, output,
         )  # fmt: skip
         self.captured = None if targets is None else Captured.read(Path(targets), reading)
         given_prompts: Sequence[str | None]

@@ -24,6 +24,7 @@ from lightning_inversion.data.layout import Layout, ModelShape, Wanted
 from lightning_inversion.data.manifest import WAYS_OUT, Manifest
 from lightning_inversion.data.tensor_files import read_tensors
 from lightning_inversion.errors import InputError
+from lightning_inversion.transformer.selection import Output
 
 OPTION = "--data.targets"
 
@@ -75,6 +76,7 @@ class Reading:
     Args:
         depths: whose features are asked for; None for those of all blocks.
         final_norm: whether they are taken after the final norm.
+        output: hidden states, or keys, values or both of the block behind the depth.
         shape: reads the model's configuration, when it is needed.
         layout: what shapes and names leave open.
         first_position: the position of the first row; None for the manifest's, or 0.
@@ -93,6 +95,7 @@ class Reading:
     centred: bool = False
     scale: float = 1.0
     noise: float = 0.0
+    output: Output = "hidden_states"
 
     def __post_init__(self) -> None:
         if not 0 < abs(self.scale) < float("inf"):
@@ -106,7 +109,9 @@ class Reading:
 
     def wanted(self, where: str, checks_width: bool = True) -> Wanted:
         """What is asked for of a file or of objects that ``where`` names."""
-        return Wanted(where, self.depths, self.final_norm, self.layout, self.shape, checks_width)
+        return Wanted(
+            where, self.depths, self.final_norm, self.layout, self.shape, checks_width, self.output
+        )
 
 
 @dataclass(frozen=True)
@@ -241,10 +246,11 @@ class Captured:
         else:
             transformer = {
                 "layers": [manifest.transformer["depth"]], "features": None, "final_norm": False,
-                **manifest.transformer,
+                "output": "hidden_states", **manifest.transformer,
             }  # fmt: skip
             layers, final_norm = tuple(transformer["layers"]), transformer["final_norm"]
-            wanted = Wanted(where, layers, final_norm, reading.layout, reading.shape, False)
+            output = transformer["output"]
+            wanted = Wanted(where, layers, final_norm, reading.layout, reading.shape, False, output)
         states = read_hidden_states(held, wanted)
         first = reading.first_position
         if first is None:
@@ -282,7 +288,7 @@ class Captured:
         Raises:
             InputError: lists each difference, and the options that would remove it.
         """
-        theirs = self.transformer
+        theirs, description = self.transformer, {"output": "hidden_states", **description}
         left_out = {_ROUNDING_ONLY, "depth"}  # the layers imply the depth
         if "weights_sha256" in theirs and (
             theirs["weights_sha256"] == description.get("weights_sha256", theirs["weights_sha256"])
@@ -345,6 +351,7 @@ def _understood(states: HiddenStates, wanted: Wanted, manifest: Manifest, dtype:
         if shortest < longest
         else f"{longest} position{'s' * (longest > 1)}",
         f"depth{'s' * (len(depths) > 1)} {' and '.join(depths) or 'of all blocks'}",
+        *([wanted.output.replace("_", " and ")] if wanted.output != "hidden_states" else []),
         dtype,
         "from its manifest" if manifest.transformer else states.source,
     ]

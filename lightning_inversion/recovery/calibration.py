@@ -33,6 +33,8 @@ _ODD = 0.01
 """Share of the held-out tokens that may be odd: they move no threshold."""
 _NEAREST_SHARE = 0.05
 """Share of the random tokens, the nearest ones, whose residuals show how fast they get rare."""
+_NEAREST = 4
+"""Of a target's own random tokens the nearest ones, which show how fast tokens get rare there."""
 
 
 class Channel(Protocol):
@@ -229,12 +231,15 @@ class Calibration:
             # Tokens that are nearly alike are always compared; rounding decides their residuals.
             usual = transformer.embedding.std * transformer.embedding.width**0.5
             apart = known & (distances > 0.05 * usual)
-            drawn[kind].append(others[:, -_RANDOM:][apart[:, -_RANDOM:]])
+            drawn[kind].append(others[:, -_RANDOM:].masked_fill(~apart[:, -_RANDOM:], torch.inf))
             gains[kind].append((others / distances)[apart])
         parts = [
-            _thresholds(*(torch.cat([one.flatten() for one in kept[kind]]) for kept in (
-                right, wrong, drawn, gains
-            )))
+            _thresholds(
+                torch.cat([one.flatten() for one in right[kind]]),
+                torch.cat(wrong[kind]),
+                torch.cat(drawn[kind]),
+                torch.cat(gains[kind]),
+            )
             for kind in (0, 1)
         ]  # fmt: skip
         measured = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
@@ -248,7 +253,7 @@ def _thresholds(right: Tensor, wrong: Tensor, drawn: Tensor, gains: Tensor) -> d
     Args:
         right: residuals of right tokens.
         wrong: the smallest residual of a wrong token beside each right one.
-        drawn: residuals of random tokens.
+        drawn: residuals of random tokens, a row for each target; infinite for others.
         gains: residuals of wrong tokens divided by the distance of their embeddings.
     """
     right, zero = right[right.isfinite()], right.new_zeros(())
@@ -258,7 +263,10 @@ def _thresholds(right: Tensor, wrong: Tensor, drawn: Tensor, gains: Tensor) -> d
     able = (nearest > CLEARANCE * usual) & nearest.isfinite()
     threshold = torch.where(able, (usual * nearest).sqrt(), zero)
     gain = _quantile(gains, _ODD) / 2 if len(gains) else zero
-    dimension, common = _rarity(drawn) if len(drawn) else (zero, zero + 1e-30)
+    dimension, common = min(
+        (_rarity(drawn), _rarity_around_each(drawn)),
+        key=lambda pair: float(pair[0] * (threshold / pair[1]).log()),
+    )
     return {
         "rounding": torch.minimum(_SAFETY * largest.clamp_min(1e-9), threshold),
         "threshold": threshold,
@@ -283,11 +291,35 @@ def _rarity(residuals: Tensor) -> tuple[Tensor, Tensor]:
 
     Hill's estimator of the lower tail (Hill 1975), the local intrinsic dimension.
     """
-    count = max(2, round(_NEAREST_SHARE * len(residuals)))
-    nearest = residuals.sort().values[:count].double()
+    finite = residuals[residuals.isfinite()]
+    if not len(finite):
+        return residuals.new_zeros(()), residuals.new_full((), 1e-30)
+    nearest = finite.sort().values[: max(2, round(_NEAREST_SHARE * len(finite)))].double()
     common = nearest[-1].clamp_min(1e-30)
-    powers = (common / nearest.clamp_min(1e-30)).log().mean()
-    return (1 / powers.clamp_min(1e-3)).to(residuals.dtype), common.to(residuals.dtype)
+    return _power(common, nearest).to(residuals), common.to(residuals)
+
+
+def _rarity_around_each(residuals: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from the nearest random tokens of each target ``[N, K]`` alone.
+
+    Where tokens of some targets lie closer together, as keys and values of positions that take
+    the attention do, all residuals together look like those of few dimensions. The estimates of
+    all targets are averaged (Levina and Bickel 2004, by MacKay and Ghahramani's mean), and the
+    closest target gives the residual.
+    """
+    nearest = residuals.sort(dim=1).values[:, :_NEAREST].double()
+    nearest = nearest[nearest[:, -1].isfinite()]
+    if not nearest.numel():
+        return residuals.new_zeros(()), residuals.new_full((), 1e-30)
+    farthest = nearest[:, -1:].clamp_min(1e-30)
+    power = _power(farthest, nearest[:, :-1])
+    share = (_NEAREST / residuals.shape[1] / _NEAREST_SHARE) ** (-1 / float(power))
+    return power.to(residuals), (farthest.min() * share).to(residuals)
+
+
+def _power(common: Tensor, nearest: Tensor) -> Tensor:
+    """The power by which residuals get rare below ``common``, by the mean of their logs."""
+    return 1 / (common / nearest.clamp_min(1e-30)).log().mean().clamp_min(1e-3)
 
 
 def _with_noise(calibration: Calibration, noise: float) -> Calibration:

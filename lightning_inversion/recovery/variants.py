@@ -192,7 +192,8 @@ class Variants:
     def _models(self) -> dict[tuple[tuple[int, ...], bool], TruncatedTransformer]:
         """The model at other depths and norms; none where features are of depths side by side."""
         own = self.selection
-        if self.cuts is None or own.layers != (own.depth,) or own.features is not None:
+        plain = own.layers == (own.depth,) and own.features is None and not own.of_cache
+        if self.cuts is None or not plain:
             return {}
         around = (own.depth - 1, own.depth, own.depth + 1)
         depths = tuple(depth for depth in around if 1 <= depth <= self.cuts.blocks)
@@ -257,7 +258,7 @@ class Variants:
     def _embeddings(self, row: Tensor) -> tuple[str, str] | None:
         """Whether the row is a token's embedding itself."""
         embedding = self.transformer.embedding
-        if len(row) != embedding.width:
+        if len(row) != embedding.width or self.selection.of_cache:
             return None
         near = embedding.dot(row[None]) - embedding.norms.square() / 2
         closest = embedding(best_tokens(near, 1).indices[0])[0]

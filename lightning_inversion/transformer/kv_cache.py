@@ -29,7 +29,7 @@ class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """The known ones followed by the forward's own, which are kept as `fresh`."""
-        self.fresh = (key_states.detach(), value_states.detach())
+        self.fresh = (key_states, value_states)
         if not self.is_initialized:
             return key_states, value_states
         assert self.keys is not None
@@ -89,7 +89,7 @@ class RaggedCache:
         positions = lengths[:, None] + sees.sum(-1) - 1
         layers: list[Any] = [_Layer(self._known(n, rows, P)) for n in range(self._layers)]
         output = forward(mask, positions, Cache(layers=layers))
-        fresh = [layer.fresh for layer in layers]
+        fresh = [(keys.detach(), values.detach()) for keys, values in (one.fresh for one in layers)]
         if more:
             fresh = [
                 (torch.cat([old[0], new[0]], dim=-2), torch.cat([old[1], new[1]], dim=-2))
@@ -158,6 +158,11 @@ class RaggedCache:
             return new
 
         self._stored = [(grown(n, 0), grown(n, 1)) for n in range(self._layers)]
+
+
+def recording_cache(layers: int) -> Cache:
+    """A cache that keeps the keys and values of one forward, as `fresh` of each of its layers."""
+    return Cache(layers=[_Layer(None) for _ in range(layers)])
 
 
 def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -30,8 +30,10 @@ from lightning_inversion.transformer.quantization import (
 )
 from lightning_inversion.transformer.selection import (
     DEFAULT_DEPTH,
+    Output,
     Selection,
     check_depths,
+    check_output,
     check_slice,
 )
 from lightning_inversion.transformer.sources import (
@@ -57,6 +59,8 @@ class TransformerSpec:
         layers: several depths whose features are concatenated, as [1,2,3]; the depth follows.
         features: a slice of the features, as 'start:stop'; all of them if left out.
         final_norm: apply the model's final norm to the features (of the last depth).
+        output: hidden_states; or keys_values, keys or values that the block behind the depth keeps
+            for attention (of the first block: depth 0).
         weights: trained, or untrained as initialised by the model's own rules.
         weights_seed: seed of untrained weights; the same whatever the depth.
         dtype: what the model computes in.
@@ -83,6 +87,7 @@ class TransformerSpec:
     layers: list[int] | None = None
     features: str | None = None
     final_norm: bool = False
+    output: Output = "hidden_states"
     weights: Literal["trained", "untrained"] = "trained"
     weights_seed: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -103,8 +108,9 @@ class TransformerSpec:
     def __post_init__(self) -> None:
         _check_choices(self)
         check_source(self.model, self.revision)
-        check_depths(self.depth, self.layers)
+        check_depths(self.depth, self.layers, self.output)
         check_slice(self.features)
+        check_output(self.output, self.features, self.final_norm)
         check_quantization(self.quantization, self.dtype, self.weights)
         if self.device_map is not None and self.weights == "untrained":
             raise InputError(
@@ -130,7 +136,7 @@ class TransformerSpec:
         Raises:
             InputError: the options do not fit the model.
         """
-        return self._selection(self.config()).depth
+        return self._selection(self.config()).blocks
 
     def load_blocks(self, depth: int) -> PreTrainedModel:
         """The language model's first `depth` blocks as they are: no head, nothing switched off."""
@@ -270,7 +276,9 @@ class TransformerSpec:
         }
 
     def _selection(self, language: PretrainedConfig) -> Selection:
-        return Selection.of(language, self.depth, self.layers, self.features, self.final_norm)
+        return Selection.of(
+            language, self.depth, self.layers, self.features, self.final_norm, self.output
+        )
 
     def _other_embedding(self) -> TokenEmbedding | None:
         if self.embedding == "own":

@@ -31,9 +31,10 @@ from lightning_inversion.transformer.kv_cache import (
     RaggedCache,
     additive_mask,
     one_after_another,
+    recording_cache,
 )
 from lightning_inversion.transformer.probe import FAILURES, check_reads_vectors
-from lightning_inversion.transformer.selection import Selection
+from lightning_inversion.transformer.selection import Output, Selection
 from lightning_inversion.transformer.surgery import Surgery, check_bidirectional, operate_
 
 _ROWS = 256
@@ -53,7 +54,8 @@ class TruncatedTransformer(nn.Module):
     The features are the output of block `depth`: Hugging Face's `hidden_states[depth]`, but for
     the last block, whose `hidden_states` are taken after the final norm (`final_norm=True` does),
     and for Mamba and RWKV, whose `hidden_states` lack the embeddings: `hidden_states[depth - 1]`.
-    They are float32 whatever the model computes in.
+    They are float32 whatever the model computes in. With another `output` they are the keys and
+    values that block `depth + 1` computes of these hidden states, as they lie in a model's cache.
 
     Built by `TransformerSpec.load` or `from_model`; the constructor takes the model over and
     cuts it in place.
@@ -79,7 +81,7 @@ class TruncatedTransformer(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.selection = selection
-        self.depth = selection.depth
+        self.depth = selection.blocks
         self.surgery = surgery or Surgery()
         self.causal = self.surgery.causal
         self._description = dict(description or {})
@@ -111,6 +113,7 @@ class TruncatedTransformer(nn.Module):
         layers: Sequence[int] | None = None,
         features: str | None = None,
         final_norm: bool = False,
+        output: Output = "hidden_states",
         surgery: Surgery | None = None,
         embedding: TokenEmbedding | None = None,
     ) -> TruncatedTransformer:
@@ -123,6 +126,7 @@ class TruncatedTransformer(nn.Module):
             layers: several depths, their features concatenated.
             features: a slice of the features, 'start:stop'.
             final_norm: apply the model's final norm to the (last) features.
+            output: hidden states, or keys and values of the block behind them.
             surgery: parts of the blocks to switch off.
             embedding: another token embedding instead of the model's own.
 
@@ -130,7 +134,7 @@ class TruncatedTransformer(nn.Module):
             InputError: the depths or the slice do not fit the model.
         """
         base = without_head(model)
-        selection = Selection.of(base.config, depth, layers, features, final_norm)
+        selection = Selection.of(base.config, depth, layers, features, final_norm, output)
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         return cls(
             frozen_copy(base),
@@ -164,7 +168,8 @@ class TruncatedTransformer(nn.Module):
     @property
     def keeps_embeddings(self) -> bool:
         """Whether the features hold a token's whole embedding, with what the blocks add to it."""
-        return self.surgery.residuals and self.selection.features is None
+        selection = self.selection
+        return self.surgery.residuals and selection.features is None and not selection.of_cache
 
     @module_property
     @torch.no_grad()
@@ -236,9 +241,11 @@ class TruncatedTransformer(nn.Module):
 
     def _features(self, **given: Any) -> Tensor:
         """The selected features of one forward of the model."""
+        if self.selection.of_cache and "past_key_values" not in given:
+            given |= {"past_key_values": recording_cache(self.depth), "use_cache": True}
         with self.selection.capturing(self.blocks) as outputs:
             output = self.model(**given)
-        return self.selection.features_in(outputs, output)
+        return self.selection.features_in(outputs, output, given.get("past_key_values"))
 
     def _check_reads_vectors(self, embedding: nn.Module) -> None:
         """Run the model on three ids and on their vectors.

@@ -228,7 +228,17 @@ REFUSED: dict[str, tuple[Holds, str]] = {
     "a part of a block": (
         lambda hs: {"blocks.1.hook_mlp_out": hs[2][0]}, "which is no residual stream"
     ),
-    "keys": (lambda hs: {"keys": torch.ones(2, T, 8)}, "the keys or values of a cache"),
+    "keys": (
+        lambda hs: {"keys": torch.ones(2, T, 8)},
+        "holds keys of a cache; set --model.transformer.output keys",
+    ),
+    "keys without a name": (
+        lambda hs: torch.ones(2, T, 8), "keys or values of a cache, 2 heads of 8; set"
+    ),
+    "a cache": (
+        lambda hs: shared_tiny_model("llama")(IDS).past_key_values,
+        "holds keys and values of a cache; set --model.transformer.output keys_values",
+    ),
     "features first": (lambda hs: hs[2][0].T, "do not lie in its last axis"),
     "bits": (
         lambda hs: hs[2][0].bfloat16().view(torch.int16),

@@ -1,0 +1,174 @@
+"""Keys and values of attention as caches hold them -> ``[T, F]`` of each prompt.
+
+A cache is transformers' own (``DynamicCache`` and its kin), the older tuple of a pair for each
+block, or tensors whose names tell block and kind, such as ``key_cache.3``, ``layers.3.values`` or
+``past_key_values.3.key``. Block 3 is the block behind depth 3. As features its keys lie head by
+head, and its values behind them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_inversion.data.layout import Beside, Wanted, floating, named, rows_of_prompts
+
+Kind = Literal["keys", "values"]
+_KINDS: dict[str, Kind] = {"keys": "keys", "key": "keys", "k": "keys", "0": "keys",
+                           "values": "values", "value": "values", "v": "values",
+                           "1": "values"}  # fmt: skip
+_NAMES = (
+    r"(?P<kind>keys?|values?|k|v)_?cache[./_\[](?P<block>\d+)\]?",
+    r"cache_(?P<kind>k|v)_l(?P<block>\d+)",
+    r"(?:past_key_values?|past|present)[./_\[](?P<block>\d+)[\]./_\[]+"
+    r"(?:decoder[./_])?(?P<kind>keys?|values?|0|1)\]?",
+    r"(?:layers?|blocks?|h)[./_](?P<block>\d+)[./_](?:self_attn[./_]|attn[./_]|attention[./_])?"
+    r"(?:hook_(?:rot_)?)?(?P<kind>keys?|values?|k|v)(?:_cache)?",
+    r"(?P<kind>keys?|values?)[./_\[]?(?P<block>\d+)\]?",
+)
+"""Names that tell the block and whether it is keys or values."""
+_WHOLE = re.compile(r"(?:^|[./_-])(?P<kind>keys?|values?|k|v)(?:_cache|_states)?$", re.IGNORECASE)
+"""Names that tell only whether it is keys or values."""
+_POSITIONS_FIRST = re.compile(r"hook_(?:rot_)?[kv]$")
+"""Names of tensors ``[B, T, heads, size]``; others are ``[B, heads, T, size]``."""
+
+Blocks = dict[int | None, dict[Kind, tuple[str, Any]]]
+"""By block (None where nothing tells it) and kind: the name, and the tensor."""
+
+
+def caches_in(given: Any) -> list[Blocks]:
+    """The keys and values in what may hold caches, one of each prompt or batch."""
+    layers = getattr(given, "layers", None)
+    if isinstance(layers, Sequence) and all(hasattr(one, "keys") for one in layers):
+        return _of_pairs([(layer.keys, layer.values) for layer in layers])
+    if hasattr(given, "key_cache") and hasattr(given, "value_cache"):
+        return _of_pairs(list(zip(given.key_cache, given.value_cache, strict=True)))
+    for holder in (given, getattr(given, "__dict__", {})):
+        if isinstance(holder, Mapping) and holder.get("past_key_values") is not None:
+            return caches_in(holder["past_key_values"])
+    if isinstance(given, Mapping):
+        return _of_names(given)
+    if isinstance(given, Sequence) and not isinstance(given, str) and _are_pairs(given):
+        return _of_pairs(given)
+    return []
+
+
+def holds_caches(given: Any) -> bool:
+    """Whether this is a cache of keys and values, or a list of caches, and holds nothing else."""
+    if isinstance(given, Mapping):
+        plain = given.get("hidden_states") is None and given.get("past_key_values") is not None
+        return plain and bool(caches_in(given))
+    if getattr(given, "hidden_states", None) is not None:
+        return False
+    if caches_in(given):
+        return True
+    return isinstance(given, list) and bool(given) and all(map(holds_caches, given))
+
+
+def prompts_of(blocks: Blocks, wanted: Wanted, beside: Beside) -> list[Tensor]:
+    """The keys or values that are wanted of each prompt, ``[T_i, F]``.
+
+    Raises:
+        InputError: the cache lacks what is wanted.
+    """
+    depths = wanted.depths or (wanted.sizes.blocks - 1,)
+    kinds: tuple[Kind, ...] = ("keys", "values")
+    kinds = tuple(kind for kind in kinds if wanted.output in (kind, "keys_values"))
+    parts = []
+    for depth in depths:
+        held = blocks.get(depth, blocks.get(None) if len(depths) == 1 else None)
+        if held is None:
+            told = ", ".join(str(block) for block in sorted(b for b in blocks if b is not None))
+            raise wanted.error(
+                f" holds keys and values behind depths {told}, and depth {depth} is asked for; "
+                "set --model.transformer.depth to one (0 for those of the first block)."
+            )
+        for kind in kinds:
+            if kind not in held:
+                (other,) = held
+                raise wanted.error(
+                    f" holds no {kind} behind depth {depth}; set --model.transformer.output "
+                    f"{other}."
+                )
+            name, tensor = held[kind]
+            parts.append(arrange_heads(wanted, tensor, name))
+    if len({part.shape[:2] for part in parts}) > 1:
+        raise wanted.error(" holds keys and values of different lengths; save them together.")
+    return rows_of_prompts(wanted, torch.cat(parts, dim=-1), beside)
+
+
+def arrange_heads(wanted: Wanted, tensor: Any, name: str = "") -> Tensor:
+    """Keys or values ``[B, heads, T, size]``, or without B, as ``[B, T, heads * size]``.
+
+    Raises:
+        InputError: the tensor has another number of axes, or its heads cannot be told.
+    """
+    tensor = torch.as_tensor(tensor).detach().cpu()
+    states = floating(wanted, tensor, name)
+    shape = list(states.shape)
+    if states.dim() == 3:
+        states = states[None]
+    if states.dim() != 4 or not states.numel():
+        raise wanted.error(
+            f"{named(name)} has shape {shape}; store keys and values as [prompts, heads, "
+            "positions, size]."
+        )
+    heads_first = not _POSITIONS_FIRST.search(name)
+    if wanted.shape is not None:
+        heads = wanted.sizes.heads
+        at = [axis for axis in (1, 2) if states.shape[axis] == heads]
+        if len(at) == 1:
+            heads_first = at == [1]
+    if heads_first:
+        states = states.transpose(1, 2)
+    return states.flatten(2)
+
+
+def _of_pairs(pairs: Sequence[Any]) -> list[Blocks]:
+    """Some layers of a model may keep other things than keys and values."""
+    return [
+        {
+            block: {"keys": ("", pair[0]), "values": ("", pair[1])}
+            for block, pair in enumerate(pairs)
+            if isinstance(pair[0], Tensor) and isinstance(pair[1], Tensor)
+        }
+    ]
+
+
+def _are_pairs(given: Sequence[Any]) -> bool:
+    """Whether this is the older tuple: for each block a pair of tensors of four axes."""
+    return bool(given) and all(
+        isinstance(pair, Sequence)
+        and not isinstance(pair, str)
+        and len(pair) >= 2
+        and all(isinstance(part, Tensor) and part.dim() == 4 for part in pair[:2])
+        and pair[0].shape[:3] == pair[1].shape[:3]
+        for pair in given
+    )
+
+
+def _of_names(held: Mapping[str, Any]) -> list[Blocks]:
+    """Tensors whose names tell what they are; lists under ``key_cache`` have a block for each.
+
+    The beginnings of names tell caches apart.
+    """
+    caches: dict[str, Blocks] = {}
+    for name, value in held.items():
+        found = next(
+            (match for p in _NAMES if (match := re.search(rf"(?:^|[./_-]){p}$", name, re.I))), None
+        )
+        if found is not None:
+            blocks = caches.setdefault(name[: found.start()], {})
+            of_block = blocks.setdefault(int(found["block"]), {})
+            of_block[_KINDS[found["kind"].lower()]] = (name, value)
+        elif (whole := _WHOLE.search(name)) is not None:
+            blocks = caches.setdefault(name[: whole.start()], {})
+            kind = _KINDS[whole["kind"].lower()]
+            several = isinstance(value, Sequence)
+            for block, one in enumerate(value) if several else [(None, value)]:
+                blocks.setdefault(block, {})[kind] = (name, one)
+    return list(caches.values())
