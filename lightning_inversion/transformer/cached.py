@@ -92,6 +92,9 @@ def method() -> str:
     return digest.hexdigest()[:12]
 
 
+method()  # of the code as it is loaded: files may change while a process runs
+
+
 def _read(kind: type[T], path: Path, identity: str, device: torch.device | str) -> T | None:
     """What a file holds; None where there is none, or it is damaged."""
     try:
