@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import tempfile
 import types
 import unicodedata
@@ -136,6 +137,14 @@ def _visible(character: str) -> str:
     ):
         return f"⟨U+{ord(character):04X}⟩"
     return character
+
+
+_LONGEST_NAME = 240
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a folder of this name lies in the folder it is made in."""
+    return bool(re.fullmatch(r"[\w+=,-][\w.+=,-]*", name)) and len(name) <= _LONGEST_NAME
 
 
 # -- JSON lines ------------------------------------------------------------------------------

@@ -23,10 +23,10 @@ from lightning_inversion.cli.resume import read_checkpoint, read_settings
 from lightning_inversion.data.targets import Captured
 from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import one_line, printable, visible
+from lightning_inversion.files import is_plain_name, one_line, printable, visible
 from lightning_inversion.results import ResultRow, read_rows
 from lightning_inversion.sweep.audit import AuditPlan
-from lightning_inversion.sweep.grid import is_plain_name, read_axis
+from lightning_inversion.sweep.grid import read_axis
 from lightning_inversion.sweep.run import Sweep
 from lightning_inversion.untrusted import check_yaml, read_json, read_yaml
 

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_inversion"
 RULE = """
 __main__, api -> cli, sweep, replication -> callbacks -> module, inversion, schedules
 -> data, results, attribution, state, strategy -> recovery, objectives, inputs, decoding
--> transformer -> errors, cache, files, untrusted, metrics, __init__
+-> transformer -> errors, cache, files, progress, untrusted, metrics, __init__
 """
 """Rooms, from the top down. A module imports from its own line and from those behind an arrow."""
 LEVELS = [level.split(", ") for level in " ".join(RULE.split()).split(" -> ")]

@@ -1,5 +1,6 @@
 """The commands that the README shows, run as they stand there but for a tiny model."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -18,6 +19,8 @@ PROMPTS = "The sky is blue.\nA quick brown fox\n"
 
 def smaller(command: str, model: Path, root: Path) -> list[str]:
     """What makes a command quick, and keeps what it leaves in a folder of its own."""
+    if command == "cache":
+        return []
     if command in {"capture", "attribute"}:
         return [f"--model={model}", *(["--depth=2"] if command == "capture" else [])]
     run = [
@@ -55,7 +58,7 @@ def enter(monkeypatch: pytest.MonkeyPatch):
 RUN = [
     shown
     for shown in SHOWN
-    if words(shown)[0] in {"fit", "predict", "capture", "attribute"}
+    if words(shown)[0] in {"fit", "predict", "capture", "attribute", "cache"}
     and not {"--help", "--print_config", "--processes"} & set(words(shown))
     and "targets.safetensors" not in shown
 ]
@@ -87,7 +90,7 @@ def test_validate_after_a_fit(folder: Path, tiny_folder: Path, enter) -> None:
 
 def test_the_readme_shows_every_command() -> None:
     assert {words(shown)[0] for shown in SHOWN} == {
-        "fit", "validate", "predict", "attribute", "capture", "sweep", "report", "audit",
+        "fit", "validate", "predict", "attribute", "capture", "sweep", "report", "audit", "cache",
     }  # fmt: skip
 
 
@@ -98,11 +101,29 @@ def test_files_that_the_readme_names_are_there() -> None:
 
 
 @pytest.mark.integration  # loads the real model
-def test_the_python_block_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ENVIRONMENT)  # the real model is in the user's cache
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_python_blocks_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)  # the real model is in the user's cache
     names: dict[str, Any] = {}
-    exec(block, names)
-    assert names["found"].text == "The sky is blue."
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(block, names)
+    assert names["found"].texts == ["The sky is blue."]
     assert names["found"].verified
-    assert names["page"].startswith("<!doctype html>")
+
+
+@pytest.mark.integration  # loads the real model
+def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    cells = json.loads((ROOT / "configs" / "notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    names: dict[str, Any] = {}
+    shown = []
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            lines = cell["source"].splitlines()
+            exec(cell["source"], names)
+            if lines[-1].isidentifier():
+                shown.append(names[lines[-1]]._repr_html_())
+    assert len(shown) == 3
+    assert names["found"].texts == ["The sky is blue."]
+    assert names["found"].verified
+    assert names["inverted"][0].iterations == 20
+    assert [result.predictions[0].text for result in names["attributed"]][1] == " Paris"

@@ -8,8 +8,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from lightning_inversion.api.in_memory import Given, errors_name_arguments, in_memory
@@ -20,6 +18,7 @@ from lightning_inversion.decoding import Decoder
 from lightning_inversion.inputs import LearnableInput
 from lightning_inversion.inversion import Inversion, MakeOptimizer, linear_rate
 from lightning_inversion.objectives import Objective
+from lightning_inversion.progress import counted
 from lightning_inversion.recovery.certificate import Certificate, TokenCertificate
 from lightning_inversion.recovery.policy import ALTERNATIVES
 from lightning_inversion.recovery.verification import Verifier
@@ -95,7 +94,7 @@ def invert(
             learnable=learnable, objective=objective, schedule=schedule, decoder=decoder,
             optimizer=optimizer or (lambda values: torch.optim.Adam(values, lr=std)),
             iterations=iterations, seed=seed,
-        ).use(transformer, channel=captured.storage)  # fmt: skip
+        ).use(transformer, _with_head(model), captured.storage)  # fmt: skip
         experiment.schedule.check(experiment)
         experiment.schedule.check_length(max(captured.lengths), iterations)
     found: dict[int, Inverted] = {}
@@ -109,6 +108,12 @@ def invert(
     return Recoveries(found[row] for row in range(len(found)))
 
 
+def _with_head(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The model where it has a head: what is measured of it is then what ``recover`` measures."""
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return None if head is None else model
+
+
 def _optimise(
     experiment: Inversion, batch: PromptBatch, rates: tuple[float, float]
 ) -> list[Tensor]:
@@ -118,11 +123,7 @@ def _optimise(
     base = [group["lr"] for group in optimizer.param_groups]
     period = experiment.schedule.period(experiment.iterations)
     distances = []
-    console = Console(stderr=True)
-    for iteration in track(
-        range(experiment.iterations), "inverting", console=console, transient=True,
-        disable=not console.is_terminal,
-    ):  # fmt: skip
+    for iteration in counted(range(experiment.iterations), "inverting"):
         factor = linear_rate(*rates, iteration % period, period)
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * factor

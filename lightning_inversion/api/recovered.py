@@ -22,7 +22,7 @@ SCHEMA = 1
 """Version of the keys of ``to_dict``."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RecoveredToken(TokenCertificate):
     """A token's certificate, its place and its text.
 
@@ -38,6 +38,10 @@ class RecoveredToken(TokenCertificate):
     text: str | None
     rival_text: str | None
     alternative_texts: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        shown = f"id {self.id}" if self.text is None else repr(self.text)
+        return f"{type(self).__name__}({self.position}: {shown}, {self.state})"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values; None for a number that is not finite."""

@@ -89,7 +89,9 @@ class RecoveryDisplay(LiveDisplay):
         """Follow the rounds of the first process."""
         assert isinstance(pl_module, InputInversion)
         if self.show and trainer.is_global_zero:
-            pl_module.after_each_round(partial(self._show_round, pl_module.frozen.tokenizer))
+            pl_module.after_each_round(
+                partial(self._show_round, trainer, pl_module.frozen.tokenizer)
+            )
 
     def on_predict_batch_start(
         self,
@@ -104,16 +106,19 @@ class RecoveryDisplay(LiveDisplay):
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
         self._bar.add_task("recovered", total=sum(batch.lengths))
-        self._open(trainer)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the live display."""
         self._close()
 
     def _show_round(
-        self, tokenizer: PreTrainedTokenizerBase | None, prompts: list[RecoveredPrompt]
+        self,
+        trainer: Trainer,
+        tokenizer: PreTrainedTokenizerBase | None,
+        prompts: list[RecoveredPrompt],
     ) -> None:
         assert self._batch is not None
+        self._open(trainer)  # not before: measuring the model shows a bar of its own
         done = sum(len(prompt.ids) for prompt in prompts)
         self._bar.update(self._bar.task_ids[0], completed=done)
         if self._live is not None:

@@ -15,6 +15,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_inversion.callbacks.hparams import readable_settings
 from lightning_inversion.callbacks.rows import (
     bad_row,
     fitted_rows,
@@ -171,9 +172,8 @@ class ResultWriter(Callback):
             return
         metrics = _final(sort_rows(self._path))
         if metrics and isinstance(trainer.logger, TensorBoardLogger):
-            settings = self._settings(trainer, pl_module)
-            given = {key: value for key, value in settings.items() if value is not None}
-            trainer.logger.log_hyperparams(given, metrics)
+            asked = self.asked or self._settings(trainer, pl_module)
+            trainer.logger.log_hyperparams(readable_settings(asked), metrics)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from lightning_inversion.files import visible
 from lightning_inversion.metrics import ExactMatch, Hamming, TokenAccuracy, TopKAccuracy
@@ -29,14 +29,14 @@ def mean(rows: list[ResultRow]) -> dict[str, float]:
     if not rows:
         return {}
     averages = _accuracies(rows)
-    averages["Verified"] = sum(row.verified for row in rows) / len(rows)
-    for name, key in (("Iterations", "iterations"), ("DistanceRatio", "distance_ratio")):
-        numbers = [getattr(row, key) for row in rows if getattr(row, key) is not None]
+    averages["verified"] = sum(row.verified for row in rows) / len(rows)
+    for name in ("iterations", "distance_ratio"):
+        numbers = [getattr(row, name) for row in rows if getattr(row, name) is not None]
         if numbers:
             averages[name] = sum(numbers) / len(numbers)
     tried = [number for row in rows for number in row.candidates]
     if tried:
-        averages["Candidates"] = sum(tried) / len(tried)
+        averages["candidates"] = sum(tried) / len(tried)
     return averages
 
 
@@ -45,8 +45,12 @@ def _accuracies(rows: list[ResultRow]) -> dict[str, float]:
     if not rows:
         return {}
     # A collection's groups join metrics that agree on the first row, for good: none of these may.
-    top_1 = MetricCollection([TokenAccuracy(), ExactMatch()], compute_groups=False)
-    top_k = MetricCollection([TopKAccuracy(), Hamming()], compute_groups=False)
+    first: dict[str, Metric | MetricCollection]
+    first = {"token_accuracy": TokenAccuracy(), "exact_match": ExactMatch()}
+    best: dict[str, Metric | MetricCollection]
+    best = {"top_k_accuracy": TopKAccuracy(), "hamming": Hamming()}
+    top_1 = MetricCollection(first, compute_groups=False)
+    top_k = MetricCollection(best, compute_groups=False)
     for start in range(0, len(rows), _AT_A_TIME):
         some = rows[start : start + _AT_A_TIME]
         ids = _padded_column(some, "ids")
@@ -102,11 +106,11 @@ def print_rows(rows: list[ResultRow]) -> None:
     if not averages:
         return
     right = (
-        f"token accuracy {averages['TokenAccuracy']:.3f}, exact {averages['ExactMatch']:.3f}, "
-        if "TokenAccuracy" in averages
+        f"token accuracy {averages['token_accuracy']:.3f}, exact {averages['exact_match']:.3f}, "
+        if "token_accuracy" in averages
         else ""
     )
-    console.print(f"{right}verified {averages['Verified']:.3f} of {len(rows)} prompts")
+    console.print(f"{right}verified {averages['verified']:.3f} of {len(rows)} prompts")
 
 
 def _count_of(share: float | None, count: int) -> str:

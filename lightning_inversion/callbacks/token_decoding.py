@@ -68,10 +68,6 @@ class TokenDecoding(LiveDisplay):
         self.early = _EARLY if early else ()
         self._reported = -1
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the live display where there is a terminal."""
-        self._open(trainer)
-
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show a bar for the epoch."""
         for task in self._bar.task_ids:
@@ -87,6 +83,7 @@ class TokenDecoding(LiveDisplay):
     ) -> None:
         """Decode and show: a few early iterations, then every few."""
         assert isinstance(pl_module, InputInversion)
+        self._open(trainer)  # not before: measuring the model shows a bar of its own
         if self._live is not None and self._bar.task_ids:
             self._bar.update(self._bar.task_ids[0], completed=batch_idx + 1)
         if pl_module.state.is_empty:
@@ -98,6 +95,7 @@ class TokenDecoding(LiveDisplay):
         """Decode and show the batch's final tokens, if its last iteration was not shown."""
         assert isinstance(pl_module, InputInversion)
         if not pl_module.state.is_empty and self._reported != pl_module.step:
+            self._open(trainer)
             self._report(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -41,7 +41,7 @@ from lightning_inversion.cli.trainer import (
 )
 from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import check_writable
+from lightning_inversion.files import check_writable, is_plain_name
 from lightning_inversion.module import InputInversion
 from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.recovery.token_recovery import TokenRecovery
@@ -132,6 +132,9 @@ class InversionCLI(LightningCLI):
         parser.add_lightning_class_args(RecoveryDisplay, "display")
         parser.add_lightning_class_args(ResultWriter, "results")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_argument(
+            "--name", type=str | None, help="Name of the run: of its folder in lightning_logs."
+        )
         parser.usage = f"lightning-inversion {self._args[0]} [--config FILE] [--key value ...]"
         parser.description = None  # Lightning's is of training
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
@@ -160,17 +163,44 @@ class InversionCLI(LightningCLI):
         if self.subcommand == "predict":
             self.save_config_kwargs["config_filename"] = PREDICTED
             config.return_predictions = False  # they are in the rows
-        if config.ckpt_path == "last":
-            self._find_last(root)
+        named = None if config.name is None else self._name_run(root)
+        if self.config[self.subcommand].ckpt_path == "last":
+            self._find_last(root, named)
         config = self.config[self.subcommand]
         if self.subcommand in _COMPARED and config.ckpt_path is not None:
             self._read_stored_input(Path(config.ckpt_path))
 
-    def _find_last(self, root: Path) -> None:
+    def _name_run(self, root: Path) -> Path:
+        """Let this run go to a folder of the name that is asked for; returns it."""
+        config = self.config[self.subcommand]
+        name, config.name = str(config.name), None  # its config.yaml serves other runs
+        run = root / name
+        if not is_plain_name(name) or name.startswith("version_"):
+            raise InputError(
+                f"--name {name!r} is no name of a run; use letters, digits, and _ . + = , -, "
+                "and do not begin with version_."
+            )
+        if self.subcommand != "validate":
+            if config.trainer.logger not in (None, True):
+                raise InputError(
+                    "--name and --trainer.logger both say where the run goes; leave one of them "
+                    "out."
+                )
+            if (run / FILE).exists() and config.ckpt_path != "last":
+                raise InputError(
+                    f"--name {name!r} is a run that is there already; give another name, or "
+                    "resume it with --ckpt_path last."
+                )
+            self._write_into(run)
+        return run
+
+    def _find_last(self, root: Path, named: Path | None = None) -> None:
         """Name the checkpoint of the newest run with these settings, or continue the run."""
         config = self.config[self.subcommand]
         settings = PREDICTED if self.subcommand == "predict" else FITTED
-        run = last_run(root, settings, self._differences)
+        run = named or last_run(root, settings, self._differences)
+        if not (run / settings).exists():
+            raise InputError(f"--ckpt_path last finds no run in {str(run)!r}; leave it out.")
         checkpoint = run / "checkpoints" / "last.ckpt"
         if self.subcommand == "validate" and not checkpoint.exists():
             raise InputError(f"--ckpt_path last finds no checkpoint in {str(run)!r}; name one.")
@@ -217,7 +247,7 @@ class InversionCLI(LightningCLI):
             "init_args": {
                 "save_dir": str(run.parent.parent),
                 "name": run.parent.name,
-                "version": int(run.name.removeprefix("version_")),
+                "version": run.name,
             },
         }
         self.config = self.parser.parse_object(self.config)

@@ -26,7 +26,7 @@ SECTIONS = (
 """The first words of the keys of a config."""
 WHOLE_RUN = (
     *("--help", "--config", "--print_config", "--seed_everything", "--ckpt_path"),
-    *("--weights_only", "--return_predictions", "--verbose"),
+    *("--weights_only", "--return_predictions", "--verbose", "--name"),
 )
 """Options of fit, validate and predict that are in no section."""
 _FILES = ("--config", "--prompts", "--data.file", "--targets", "--data.targets", "--join")

@@ -17,7 +17,7 @@ from lightning_inversion.results import FILE, FITTED, read_rows
 from lightning_inversion.state import BatchState
 from lightning_inversion.untrusted import check_regular, read_file, read_yaml
 
-RESUMING = ("ckpt_path", "default_root_dir", "logger", "devices", "num_nodes", "strategy")
+RESUMING = ("name", "ckpt_path", "default_root_dir", "logger", "devices", "num_nodes", "strategy")
 """Keys in which a run may differ from the one that it continues: they change no row."""
 HOW_IT_RUNS = ("device_map", "checkpointing", "compile")
 """Keys of model.transformer in which a fit and what reads its input may differ."""

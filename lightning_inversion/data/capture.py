@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from lightning_inversion.data.batch import PromptBatch, pack
@@ -20,6 +18,7 @@ from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_writable, printable
 from lightning_inversion.inputs import row_generator
+from lightning_inversion.progress import counted
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
@@ -153,11 +152,8 @@ def captured_features(
         tokens_per_batch: tokens of one batch, with their padding.
     """
     features: dict[int, Tensor] = {}
-    console = Console(stderr=True)
     groups = pack([len(tokens) for tokens in ids], tokens_per_batch)
-    for group in track(
-        groups, "capturing", console=console, transient=True, disable=not console.is_terminal
-    ):
+    for group in counted(groups, "capturing"):
         batch = PromptBatch.collate([(row, None, ids[row]) for row in group])
         batch = batch.to(transformer.device)
         assert batch.ids is not None

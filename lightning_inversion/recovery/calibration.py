@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_inversion.progress import counted
 from lightning_inversion.transformer.blocks import most_positions
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.linear_probe import LinearProbe
@@ -387,7 +388,8 @@ def _runs(
     rows = torch.arange(len(ids), device=ids.device)
     prefix = KnownPrefix(transformer, len(ids))
     # Without a causal mask each candidate takes a forward of its own: fewer positions must do.
-    for position in range(0, ids.shape[1], 1 if transformer.causal else _LENGTH // 2):
+    positions = range(0, ids.shape[1], 1 if transformer.causal else _LENGTH // 2)
+    for position in counted(positions, "calibrating thresholds"):
         candidates = _right_and_wrong(transformer, ids[:, position], seed + position)
         if transformer.causal:
             features = prefix.candidates(rows, transformer.embedding(candidates))

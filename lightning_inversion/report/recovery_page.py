@@ -134,7 +134,7 @@ def _facts(prompt: Prompt) -> list[tuple[str, str]]:
     if storage["scale"] != 1:
         stored += f", times {storage['scale']:g}"
     facts = [
-        ("model", visible(str(model["model"]))),
+        ("model", visible(model_name(str(model["model"])))),
         ("hidden states", f"{_where(model)}; {stored}"),
     ]
     if "weights_sha256" in model:

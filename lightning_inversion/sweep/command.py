@@ -14,14 +14,13 @@ from jsonargparse import Namespace
 from lightning_inversion.cli.options import in_full, renamed
 from lightning_inversion.cli.parser import OneSentenceParser
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import check_processes, printable
+from lightning_inversion.files import check_processes, is_plain_name, printable
 from lightning_inversion.sweep.grid import (
     COMMANDS,
     MAX_CELLS,
     SEED,
     Axis,
     cells_of,
-    is_plain_name,
     key_of,
     read_axis,
 )

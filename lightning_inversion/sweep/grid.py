@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning_inversion.cli.options import SHORT
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import is_plain_name
 
 COMMANDS = ("fit", "predict")
 """What a sweep can run."""
@@ -175,11 +176,6 @@ def short(value: str) -> str:
     if re.fullmatch(r"[A-Za-z_][\w.]*\.[A-Z]\w*", last) and "/" not in value:
         last = last.rpartition(".")[2]
     return re.sub(r"[^\w.+-]+", "-", last).strip("-.") or _digest([value])
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether a folder of this name lies in the folder it is made in."""
-    return bool(re.fullmatch(r"[\w+=,-][\w.+=,-]*", name)) and len(name) <= 2 * _NAME_LENGTH
 
 
 def _digest(words: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_inversion.progress import counted
 from lightning_inversion.transformer.blocks import most_positions
 
 if TYPE_CHECKING:
@@ -141,12 +142,12 @@ def _regression(
     products = torch.zeros(F, D, dtype=torch.float64, device=device)
     embeds = torch.zeros(D, dtype=torch.float64, device=device)
     variation = torch.zeros(D, D, dtype=torch.float64, device=device)
-    chunks = (
+    chunks = [
         chunk
         for ids in sequences
         for chunk in torch.split(ids.to(device), max(1, TOKENS_AT_A_TIME // ids.shape[1]))
-    )
-    for chunk in chunks:
+    ]
+    for chunk in counted(chunks, "fitting the linear probe"):
         vectors = transformer.embedding(chunk)
         x = transformer(vectors)[:, positions].reshape(-1, F).double()
         y = vectors[:, positions].reshape(-1, D).double()

@@ -191,6 +191,7 @@ class TransformerSpec:
             model = self._untrained(config)
         else:
             model = self._trained(files, config)
+        model.config._name_or_path = self.model  # a converted model would be named by its folder
         model.requires_grad_(False)
         model.train(False)
         return model, self._tokenizer_of(files)

@@ -33,9 +33,10 @@ def test_a_line_is_printed_with_news_and_not_too_often(
     monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=lambda: clock.now))
     shown = RecoveryDisplay()
     batch = PromptBatch.collate([(0, "a", [1] * 5), (1, "b", [2] * 4)])
-    shown.on_predict_batch_start(SimpleNamespace(is_global_zero=True), None, batch, 0)
+    trainer = SimpleNamespace(is_global_zero=True)
+    shown.on_predict_batch_start(trainer, None, batch, 0)
     for clock.now, done in ((1.0, 1), (6.0, 2), (8.0, 3), (20.0, 2), (21.0, 4)):
-        shown._show_round(None, [RecoveredPrompt(known=(1,) * done), RecoveredPrompt()])
+        shown._show_round(trainer, None, [RecoveredPrompt(known=(1,) * done), RecoveredPrompt()])
     assert messages == ["2 of 9 tokens", "4 of 9 tokens"]
     assert shown._bar.tasks[0].completed == 4
 

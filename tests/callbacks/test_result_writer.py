@@ -20,7 +20,7 @@ def test_lightnings_own_tools_see_the_metrics(
     tiny_folder: Path, tiny_transformer: TruncatedTransformer, tmp_path: Path
 ) -> None:
     best = ModelCheckpoint(
-        tmp_path / "best", monitor="final/TokenAccuracy", mode="max",
+        tmp_path / "best", monitor="final/token_accuracy", mode="max",
         save_on_train_epoch_end=True,
     )  # fmt: skip
     _, trainer = fit(
@@ -33,7 +33,7 @@ def test_lightnings_own_tools_see_the_metrics(
     assert [row.prompt for row in rows] == PROMPTS
     accuracy = sum(row.token_accuracy or 0.0 for row in rows) / len(rows)
     seen = trainer.callback_metrics
-    assert float(seen["final/TokenAccuracy"]) == pytest.approx(accuracy)
+    assert float(seen["final/token_accuracy"]) == pytest.approx(accuracy)
     assert float(seen["match/distance"]) > 0
     assert float(seen["match/distance_ratio"]) > 0
     assert best.best_model_score is not None

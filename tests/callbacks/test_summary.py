@@ -20,10 +20,10 @@ def fitted(index: int, right: bool) -> ResultRow:
 
 def test_prompts_of_unequal_length_count_alike() -> None:
     averages = mean([fitted(index, right=index != 1) for index in range(300)])
-    assert averages["TokenAccuracy"] == pytest.approx((299 + 1 / 2) / 300)
-    assert averages["TopKAccuracy"] == pytest.approx((299 + 1 / 2) / 300)
-    assert averages["ExactMatch"] == pytest.approx(299 / 300)
-    assert averages["Iterations"] == 5
+    assert averages["token_accuracy"] == pytest.approx((299 + 1 / 2) / 300)
+    assert averages["top_k_accuracy"] == pytest.approx((299 + 1 / 2) / 300)
+    assert averages["exact_match"] == pytest.approx(299 / 300)
+    assert averages["iterations"] == 5
 
 
 def test_a_runs_mean_is_the_mean_of_its_rows() -> None:
@@ -36,11 +36,11 @@ def test_a_runs_mean_is_the_mean_of_its_rows() -> None:
     ]  # fmt: skip
     rows.append(ResultRow(index=3, error="is empty; give it a text."))
     means = mean(rows)
-    assert means["TokenAccuracy"] == pytest.approx(0.5)
-    assert means["ExactMatch"] == pytest.approx(1 / 3)
-    assert means["TopKAccuracy"] == pytest.approx(1)
-    assert means["Hamming"] == pytest.approx(0)
-    assert means["Verified"] == pytest.approx(1 / 3)
+    assert means["token_accuracy"] == pytest.approx(0.5)
+    assert means["exact_match"] == pytest.approx(1 / 3)
+    assert means["top_k_accuracy"] == pytest.approx(1)
+    assert means["hamming"] == pytest.approx(0)
+    assert means["verified"] == pytest.approx(1 / 3)
     assert mean(rows[3:]) == {}
 
 

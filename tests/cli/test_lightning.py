@@ -213,6 +213,25 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert message.endswith("resume with the same command and --ckpt_path last.")
 
 
+def test_a_run_has_the_name_that_it_is_given(tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    arguments = fit(tiny_folder, tmp_path, "--model.iterations=1", "--name=mine")
+    assert run(arguments) == 0
+    folder = tmp_path / "lightning_logs" / "mine"
+    rows = (folder / "results.jsonl").read_text()
+    assert "\nname: null\n" in (folder / "config.yaml").read_text()  # it serves other runs
+    assert list(folder.glob("events*"))
+    assert run(arguments) == 2
+    assert "resume it with --ckpt_path last" in capsys.readouterr().err
+    assert run([*arguments, "--ckpt_path=last"]) == 0
+    assert (folder / "results.jsonl").read_text() == rows
+    assert run(["validate", *arguments[1:], "--ckpt_path=last"]) == 0
+    for name, message in (("../x", "is no name of a run"), ("version_3", "is no name of a run")):
+        assert run([*arguments[:-1], f"--name={name}"]) == 2
+        assert message in capsys.readouterr().err
+    assert run([*arguments[:-1], "--name=new", "--ckpt_path=last"]) == 2
+    assert "finds no run" in capsys.readouterr().err
+
+
 def test_hparams_hold_real_values(tiny_folder: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -228,13 +247,13 @@ def test_hparams_hold_real_values(tiny_folder: Path, tmp_path: Path) -> None:
         "match/distance",
         "match/distance_ratio",
         "tokens/accuracy",
-        "final/TokenAccuracy",
+        "final/token_accuracy",
     } <= set(tags)
     assert "hp_metric" not in tags
     assert "optimizer/learning_rate" in tags
     assert events.Tags()["images"] == ["tokens/distance_to_nearest"]
     assert "tokens/top_k/text_summary" in events.Tags()["tensors"]
-    accuracy = events.Scalars("final/TokenAccuracy")[-1].value
+    accuracy = events.Scalars("final/token_accuracy")[-1].value
     rows = rows_of(tmp_path)
     assert accuracy == pytest.approx(sum(row["token_accuracy"] for row in rows) / len(rows))
 
