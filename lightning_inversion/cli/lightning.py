@@ -25,7 +25,7 @@ from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.cli.ending import ended_by_sigterm
 from lightning_inversion.cli.lightning_parser import LightningParser, hide_unused
-from lightning_inversion.cli.parser import check_values, input_error_behind
+from lightning_inversion.cli.parser import input_error_behind
 from lightning_inversion.cli.resume import (
     HOW_IT_RUNS,
     check_continues,
@@ -113,7 +113,6 @@ class InversionCLI(LightningCLI):
         The command's own parser does it: the parser of all commands validates everything twice.
         """
         name = self._args[0]
-        check_values(args)
         with wrong_values("--config", RecursionError):
             options = self._subcommand_parsers[name].parse_args(args[1:])
         self.config = Namespace(subcommand=name)  # type: ignore[no-untyped-call]
