@@ -24,6 +24,7 @@ from torch import Tensor
 from lightning_inversion.cache import (
     SUFFIX,
     as_json,
+    limit,
     measured_folder,
     measuring_alone,
     put,
@@ -52,6 +53,7 @@ def kept(
         build: computes the value; called by one process at a time.
         device: where the tensors are to be.
     """
+    limit()  # a wrong one is an error before anything is measured
     try:
         folder = measured_folder()
     except OSError as error:
