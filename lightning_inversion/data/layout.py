@@ -80,7 +80,8 @@ class ModelShape:
         heads = first("num_attention_heads", 1)  # RWKV and Mamba have none
         size = first("head_dim", language.hidden_size // heads)
         heads = first("num_key_value_heads", heads)
-        return cls(block_count(config), language.hidden_size, heads, size)
+        width = language.hidden_size * first("hc_count", 1)  # Qwen 4: streams side by side
+        return cls(block_count(config), width, heads, size)
 
 
 @dataclass(frozen=True)
