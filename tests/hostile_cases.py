@@ -332,8 +332,8 @@ def _changed_state(draw: random.Random, state: Any) -> Any:
     value = holder[key]
     if isinstance(value, torch.Tensor) and draw.random() < 0.7:
         holder[key] = draw.choice([
-            value.flatten()[:0], value.double(), value.unsqueeze(0), torch.zeros(3), value * float("nan"),
-            torch.full(value.shape, 10**9), value.to(torch.complex64),
+            value.flatten()[:0], value.double(), value.unsqueeze(0), torch.zeros(3),
+            value * float("nan"), torch.full(value.shape, 10**9), value.to(torch.complex64),
         ])  # fmt: skip
     elif draw.random() < 0.3:
         del holder[key]

@@ -261,8 +261,11 @@ def convert_gguf(file: Path, folder: Path) -> None:
             f"{OPTION}: {file} could not be converted "
             f"({first_line(error)}); give a .gguf file that transformers can read."
         ) from error
-    sizes = {part.name: part.stat().st_size for part in sorted(folder.iterdir())}
-    (folder / _MARK).write_text(json.dumps({"source": file.name, "sizes": sizes}, indent=1))
+    parts = sorted(folder.iterdir())
+    sizes = {part.name: part.stat().st_size for part in parts}
+    digests = {part.name: sha256_of(part) for part in parts if part.suffix == ".json"}
+    mark = {"source": file.name, "sizes": sizes, "sha256": digests}
+    (folder / _MARK).write_text(json.dumps(mark, indent=1))
 
 
 def _check_gguf(file: Path) -> None:
@@ -281,11 +284,18 @@ def _check_gguf(file: Path) -> None:
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether a converted model lies whole in `folder`: each file there, of its size, readable."""
+    """Whether a converted model lies whole in `folder`: each file there, of its size, readable.
+
+    Files other than the weights are compared by their sha256, too.
+    """
     try:
-        sizes = read_json(read_file(folder / _MARK))["sizes"]
-        if any((folder / name).stat().st_size != size for name, size in sizes.items()):
+        mark = read_json(read_file(folder / _MARK))
+        if any((folder / name).stat().st_size != size for name, size in mark["sizes"].items()):
             return False
+        digests = mark.get("sha256", {})
+        for name, digest in digests.items():
+            if hashlib.sha256(read_file(folder / name)).hexdigest() != digest:
+                return False
         read_json(read_file(folder / "config.json"))
         for weights in folder.glob("*.safetensors"):
             with safe_open(weights, framework="pt"):  # reads and checks the header

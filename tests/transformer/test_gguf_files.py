@@ -43,7 +43,13 @@ def test_a_conversion_is_kept_and_a_damaged_one_is_made_again(tiny_gguf: Path) -
     written = weights.stat().st_mtime_ns
     resolve_source(str(tiny_gguf))
     assert weights.stat().st_mtime_ns == written
-    weights.write_bytes(weights.read_bytes()[:1000])
-    assert not is_converted(folder)
-    resolve_source(str(tiny_gguf))
-    assert is_converted(folder)
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    for damaged, content in (
+        (weights, weights.read_bytes()[:1000]),
+        (folder / "tokenizer.json", b" " * len(tokenizer)),
+    ):
+        damaged.write_bytes(content)
+        assert not is_converted(folder)
+        resolve_source(str(tiny_gguf))
+        assert is_converted(folder)
+    assert (folder / "tokenizer.json").read_bytes() == tokenizer
