@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
 
@@ -245,7 +244,8 @@ class InputInversion(Inversion, LightningModule):
         """
         data = self._data
         wanted = data is not None and data.diagnose and batch.target is not None
-        if data is None or data.captured is None or not wanted or not self.frozen.causal:
+        wanted = wanted and self.frozen.causal and self._begins_at_first
+        if data is None or data.captured is None or not wanted:
             return []
         found = diagnose(
             self.measurements,
@@ -258,6 +258,10 @@ class InputInversion(Inversion, LightningModule):
         first, self._diagnosed = not self._diagnosed, True
         report_diagnoses(found, f"{OPTION} {data.captured.name!r}", first, batch.index)
         return found
+
+    @property
+    def _begins_at_first(self) -> bool:
+        return not self._predicting or self.recovery.needs_first_position
 
     def _other_cuts(self) -> OtherCuts:
         """The same model at other depths; it is loaded only where a scan asks for it."""
@@ -275,9 +279,6 @@ class InputInversion(Inversion, LightningModule):
     def _after_round(self, prompts: list[RecoveredPrompt]) -> None:
         for listener in self._round_listeners:
             listener(prompts)
-        # Lightning checks for a SIGTERM between the batches of a fit, and nowhere else.
-        if self._trainer is not None and self.trainer.received_sigterm:
-            raise SIGTERMException
 
     def _fitted(self, batch: PromptBatch) -> Tensor | None:
         """The input that a checkpoint holds of a batch's prompts, ``[B, T, D]``, nan for others."""

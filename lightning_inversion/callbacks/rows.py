@@ -192,6 +192,7 @@ def recovered_rows(
                 thresholds=given + [rounded(token.threshold) for token in tokens],
                 margins=given + [rounded(token.margin) for token in tokens],
                 risks=given + [token.risk for token in tokens],
+                probabilities=given + [rounded(token.probability) for token in tokens],
                 rivals=[*([None] * known), *(token.rival for token in tokens)],
                 candidates=[0] * known + [token.compared for token in tokens],
                 proposers=["given"] * known + [token.proposer for token in tokens],

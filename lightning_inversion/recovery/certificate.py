@@ -23,7 +23,7 @@ from lightning_inversion.untrusted import read_file, read_json
 FORMAT = 2
 """Version of the certificate's file."""
 
-State = Literal["verified", "conditional", "group", "unresolved"]
+State = Literal["verified", "conditional", "group", "unresolved", "read"]
 """What is shown of a token: see ``TokenCertificate``."""
 
 
@@ -36,6 +36,7 @@ class TokenCertificate:
         state: ``verified``: it reproduces the target behind the tokens before it, and no token that
             was compared comes near. ``conditional``: the same, but a token before it is not
             verified. ``group``: others reproduce the target too. ``unresolved``: nothing is shown.
+            ``read``: it was read off its row, and never run; see ``Reading``.
         residual: its distance to the target in std of each feature, see ``Calibration``.
         threshold: the residual up to which a token passes here.
         rival: the nearest other token that was compared; None without one.
@@ -45,6 +46,7 @@ class TokenCertificate:
         compared: how many tokens were run at this position.
         proposer: which proposer named it.
         seconds: wall time spent at this position; prompts of one batch share their rounds.
+        probability: of a token that was read, calibrated on other text; None of all others.
         alternatives: the best candidates of a token that is not verified, itself first; of a group
             its members.
     """
@@ -59,6 +61,7 @@ class TokenCertificate:
     proposer: str
     seconds: float
     risk: float | None = None
+    probability: float | None = None
     alternatives: tuple[int, ...] = ()
 
     @property
