@@ -86,6 +86,18 @@ def check_writable(path: Path, option: str, folder: bool = False) -> None:
         raise InputError(f"{where} may not be written; give another path.")
 
 
+@contextmanager
+def as_os_error() -> Iterator[None]:
+    """Raise a full disk as the OSError that it is: safetensors has an error of its own."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None or isinstance(error, OSError):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
 def ended_by(error: OSError) -> str | None:
     """A sentence that names the file that failed; None where no file is to blame."""
     if error.errno in FULL:

@@ -1,15 +1,18 @@
 """Claims, lines that are whole or absent, places that take a file, text that is safe to print."""
 
+import errno
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import (
     append_records,
+    as_os_error,
     check_writable,
     claimed,
     one_line,
@@ -25,6 +28,15 @@ with claimed(Path(sys.argv[1])) as ours:
     print(ours, flush=True)
     time.sleep(60)
 """
+
+
+def test_a_full_disk_is_an_os_error_to_safetensors_as_well() -> None:
+    reported = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with pytest.raises(OSError, match="No space left") as raised, as_os_error():
+        raise SafetensorError(reported)
+    assert raised.value.errno == errno.ENOSPC
+    with pytest.raises(ValueError, match="another"), as_os_error():
+        raise ValueError("another")
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ class CaptureOptions:
             )
         if self.out.is_dir():
             raise InputError(f"--out {str(self.out)!r} is a folder; give a file in it.")
+        if self.out.exists() and not self.out.is_file():
+            raise InputError(f"--out {str(self.out)!r} is no regular file; give another.")
         if self.out.exists() and not self.overwrite:
             raise InputError(
                 f"--out {str(self.out)!r} exists; give another file, or --overwrite true."

@@ -24,6 +24,7 @@ from lightning_inversion.data.layout import Layout, ModelShape, Wanted
 from lightning_inversion.data.manifest import WAYS_OUT, Manifest
 from lightning_inversion.data.tensor_files import read_tensors
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import as_os_error
 from lightning_inversion.transformer.selection import Output
 
 OPTION = "--data.targets"
@@ -204,7 +205,8 @@ class Captured:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            save_file(tensors, partial, {"manifest": json.dumps(asdict(self.manifest()))})
+            with as_os_error():
+                save_file(tensors, partial, {"manifest": json.dumps(asdict(self.manifest()))})
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from lightning_inversion.cache import (
     put,
     touch,
 )
+from lightning_inversion.files import as_os_error
 from lightning_inversion.untrusted import check_regular, read_json
 
 _log = logging.getLogger(__name__)
@@ -78,10 +79,15 @@ def kept(
             about = as_json(identity.get("description", {}))
             metadata = {"about": about, "plain": as_json(plain), "identity": text}
             metadata["sha256"] = _digest(tensors, metadata)
-            put(path, lambda part: save_file(tensors, part, metadata))
+            put(path, lambda part: _save(tensors, part, metadata))
     made = _whole(kind, tensors, plain, device)
     assert as_json(_parts(made)[1]) == as_json(plain), f"{kind.__name__} cannot be kept"
     return made
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    with as_os_error():
+        save_file(tensors, path, metadata)
 
 
 @cache
