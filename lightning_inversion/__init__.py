@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_inversion.api import capture, invert, recover, verify
+    from lightning_inversion.api import capture, invert, read_certificates, recover, verify
     from lightning_inversion.attribution.attribute import attribute
     from lightning_inversion.data.layout import Layout
     from lightning_inversion.data.prompts import PromptDataModule
@@ -30,6 +30,7 @@ __all__ = [
     "attribute",
     "capture",
     "invert",
+    "read_certificates",
     "read_rows",
     "recover",
     "verify",
@@ -46,6 +47,7 @@ _HOMES = {
     "attribute": "attribution.attribute",
     "capture": "api",
     "invert": "api",
+    "read_certificates": "api",
     "read_rows": "results",
     "recover": "api",
     "verify": "api",

@@ -245,7 +245,8 @@ class InputInversion(Inversion, LightningModule):
         """
         data = self._data
         wanted = data is not None and data.diagnose and batch.target is not None
-        if data is None or data.captured is None or not wanted or not self.frozen.causal:
+        wanted = wanted and self.frozen.causal and self._begins_at_first
+        if data is None or data.captured is None or not wanted:
             return []
         found = diagnose(
             self.measurements,
@@ -258,6 +259,10 @@ class InputInversion(Inversion, LightningModule):
         first, self._diagnosed = not self._diagnosed, True
         report_diagnoses(found, f"{OPTION} {data.captured.name!r}", first, batch.index)
         return found
+
+    @property
+    def _begins_at_first(self) -> bool:
+        return not self._predicting or self.recovery.needs_first_position
 
     def _other_cuts(self) -> OtherCuts:
         """The same model at other depths; it is loaded only where a scan asks for it."""

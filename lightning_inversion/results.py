@@ -19,6 +19,9 @@ FITTED = "config.yaml"
 """The settings of a fit, in its run's folder."""
 PREDICTED = "predict.yaml"
 """The settings of a predict, in its run's folder."""
+CERTIFICATE = "certificate.json"
+"""What the certificates of a predict's rows rest on, in its run's folder: a certificate without
+tokens, which each row adds."""
 RECOVERED = 0.9
 """The mean token accuracy from which a prompt counts as recovered."""
 
@@ -88,7 +91,8 @@ class ResultRow:
     """False for a token that was given."""
     token_states: list[str] = _per_token()
     """What is shown of each token: given, verified, conditional (it reproduces the target behind
-    tokens that are not all verified), group (others reproduce it too) or unresolved."""
+    tokens that are not all verified), group (others reproduce it too), read (off its row, behind
+    tokens that are not known) or unresolved."""
     unresolved: list[int] = _per_token()
     """Positions that are neither given nor verified."""
     duplicates: list[int] = _per_token()
@@ -103,6 +107,8 @@ class ResultRow:
     """How many times as far as the token its nearest rival is; None without one (``predict``)."""
     risks: list[float | None] = _per_token()
     """A bound for the chance that another token is right, under told noise (``predict``)."""
+    probabilities: list[float | None] = _per_token()
+    """Of each token that was read; None of others (``predict``)."""
     known_tokens: int = _outcome(0)
     """How many tokens were given at the beginning."""
 

@@ -157,7 +157,7 @@ def recover(
     target = pad_sequence(targets, batch_first=True).to(transformer.device)
     known = torch.tensor(list(known_prefix), dtype=torch.long, device=transformer.device)
     found = []
-    if diagnose_first and not first_position:
+    if diagnose_first and not first_position and policy.needs_first_position:
         cuts = OtherCuts(
             lambda depths, norm: TruncatedTransformer.from_model(
                 model, tokenizer, layers=depths, final_norm=norm

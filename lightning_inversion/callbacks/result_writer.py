@@ -19,6 +19,7 @@ from lightning_inversion.callbacks.hparams import readable_settings
 from lightning_inversion.callbacks.rows import (
     bad_row,
     fitted_rows,
+    hypothesis,
     options_of_fit,
     options_of_predict,
     recovered_rows,
@@ -33,6 +34,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.files import printable, readable_time
 from lightning_inversion.module import InputInversion
 from lightning_inversion.results import (
+    CERTIFICATE,
     FILE,
     ResultRow,
     append_rows,
@@ -150,6 +152,9 @@ class ResultWriter(Callback):
             batch, outputs, tokenizer, pl_module.embedding, settings_of_predict(pl_module)
         )
         self._write(trainer, pl_module, rows)
+        path = self._path.with_name(CERTIFICATE)
+        if not path.exists() and trainer.is_global_zero:
+            hypothesis(pl_module).write(path)
         pl_module.report(_final(rows))
         self._report_progress(trainer, batch)
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import lightning_inversion
 from lightning_inversion.data.batch import PromptBatch
+from lightning_inversion.data.targets import Storage
 from lightning_inversion.decoding import TopTokens
 from lightning_inversion.metrics import exact_match, token_accuracy, top_k_accuracy
 from lightning_inversion.module import InputInversion
+from lightning_inversion.recovery.certificate import Certificate
 from lightning_inversion.recovery.policy import RecoveredPrompt
 from lightning_inversion.recovery.verification import Verdict
 from lightning_inversion.results import ResultRow
@@ -189,6 +192,7 @@ def recovered_rows(
                 thresholds=given + [rounded(token.threshold) for token in tokens],
                 margins=given + [rounded(token.margin) for token in tokens],
                 risks=given + [token.risk for token in tokens],
+                probabilities=given + [rounded(token.probability) for token in tokens],
                 rivals=[*([None] * known), *(token.rival for token in tokens)],
                 candidates=[0] * known + [token.compared for token in tokens],
                 proposers=["given"] * known + [token.proposer for token in tokens],
@@ -204,6 +208,12 @@ def recovered_rows(
             )
         )
     return rows
+
+
+def hypothesis(module: InputInversion) -> Certificate:
+    """What the certificates of the rows of a ``predict`` rest on: one without tokens."""
+    storage = module.channel if isinstance(module.channel, Storage) else Storage()
+    return Certificate.of((), (), module.measurements, asdict(storage))
 
 
 def bad_row(index: int, prompt: str | None, reason: str, shared: dict[str, Any]) -> ResultRow:

@@ -23,7 +23,7 @@ from lightning_inversion.callbacks.result_writer import ResultWriter
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.cli.lightning_parser import LightningParser, hide_unused
-from lightning_inversion.cli.parser import check_values, input_error_behind
+from lightning_inversion.cli.parser import input_error_behind
 from lightning_inversion.cli.resume import (
     HOW_IT_RUNS,
     check_continues,
@@ -43,6 +43,7 @@ from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_writable, is_plain_name
 from lightning_inversion.module import InputInversion
+from lightning_inversion.recovery.reading import Reading
 from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.results import FILE, FITTED, PREDICTED, check_rows
@@ -56,7 +57,7 @@ _COMPARED = {"validate": ("transformer", "learnable", "objective"), "predict": (
 _SEEDS = 2**32
 _RUN_BY = {"/torch/optim/": "--model.optimizer", "/lightning/": "--trainer"}
 """Where a run's error is raised, and the option that is at fault."""
-POLICIES = (TokenRecovery, SIPIT)
+POLICIES = (TokenRecovery, SIPIT, Reading)
 """What --model.recovery can choose by name: a class must be imported to be found."""
 # Written out, so that --print_config shows the recommended recipe and config.yaml records it; a
 # test holds its parts equal to those that InputInversion() builds.
@@ -110,7 +111,6 @@ class InversionCLI(LightningCLI):
         The command's own parser does it: the parser of all commands validates everything twice.
         """
         name = self._args[0]
-        check_values(args)
         with wrong_values("--config", RecursionError):
             options = self._subcommand_parsers[name].parse_args(args[1:])
         self.config = Namespace(subcommand=name)  # type: ignore[no-untyped-call]

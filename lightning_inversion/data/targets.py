@@ -383,8 +383,9 @@ def _first_position(positions: int | str, where: str) -> int:
 def _refuse_unknown_prefix(what: str) -> NoReturn:
     raise InputError(
         f"{what}, whose features depend through attention on unknown tokens before it, none of "
-        "which can be verified on the way; capture all positions, or give every token before it "
-        "as --data.known_prefix and their number as --data.first_position."
+        "which can be verified on the way; capture all positions, give every token before it as "
+        "--data.known_prefix and their number as --data.first_position, or leave both out and read "
+        "each row by itself with --model.recovery Reading."
     )
 
 

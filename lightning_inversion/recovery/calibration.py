@@ -24,6 +24,12 @@ RISK = 1e-6
 """The largest chance that a verified token is another one, where a chance can be given."""
 _PROMPTS = 16
 _LENGTH = 12
+_FIRST = 128
+"""More first tokens, for the errors of rounding there."""
+_LEFT_OUT = 16
+"""Directions that residuals leave out at most, of those in which a low precision errs."""
+_COARSE = 1e-5
+"""Types whose epsilon is larger are of low precision."""
 _NEIGHBOURS = 15
 _RANDOM = 16
 _ROUNDINGS = 2
@@ -63,6 +69,8 @@ class Calibration:
     Attributes:
         mean: ``[2, F]`` mean of each feature over random tokens.
         std: ``[2, F]`` the unit of each feature's difference.
+        left_out: ``[2, F, K]`` orthonormal directions in which rounding errs most, in units of
+            ``std``; a residual leaves them out. K is 0 where a model computes in float32.
         rounding: ``[2]`` the residual that another rounding gives a right token at most.
         threshold: ``[2]`` the residual up to which a token is verified where no rival is near; 0
             where right and wrong tokens cannot be distinguished.
@@ -72,6 +80,9 @@ class Calibration:
             nearest embeddings included.
         radius: ``[2]`` the distance of embeddings beyond which no token has features as near as
             the threshold.
+        gain: ``[2]`` the smallest residual that a distance of 1 between embeddings gives.
+        freedom: ``[2]`` how many directions the errors of rounding have, as independent as these
+            are: half of what the share of each counts (the participation ratio).
         dimension: ``[2]`` the power by which random tokens get rare near the target.
         common: ``[2]`` the residual that the nearest 5% of random tokens have.
         noisy: ``[2]`` how many features' worth of told noise there is; 0 without noise, and where
@@ -80,12 +91,15 @@ class Calibration:
 
     mean: Tensor
     std: Tensor
+    left_out: Tensor
     rounding: Tensor
     threshold: Tensor
     plausible: Tensor
     right: Tensor
     wrong: Tensor
     radius: Tensor
+    gain: Tensor
+    freedom: Tensor
     dimension: Tensor
     common: Tensor
     noisy: Tensor
@@ -102,8 +116,11 @@ class Calibration:
 
     def residual(self, features: Tensor, target: Tensor, positions: Tensor) -> Tensor:
         """Residual ``[...]`` of features ``[..., F]`` to a target ``[..., F]`` at positions."""
-        std = self.std[positions.clamp(max=1)]
-        return ((features - target) / std).square().mean(-1).sqrt()
+        standard = (features - target) / self.std[positions.clamp(max=1)]
+        if not self.left_out.shape[2]:
+            return _size(standard)
+        first, later = (_size(standard, directions) for directions in self.left_out)
+        return torch.where(positions == 0, first, later)
 
     def passes(self, residuals: Tensor, positions: Tensor) -> Tensor:
         """Whether residuals ``[...]`` at positions ``[...]`` are those of a right token.
@@ -137,17 +154,31 @@ class Calibration:
             vocabulary: how many tokens there are.
         """
         kind = positions.clamp(max=1)
-        explained, bar = self._bar(residuals, kind)
+        explained, bar = self._bar(residuals, kind, vocabulary)
         farther = max(CLEARANCE, (vocabulary / RISK) ** (1 / self.std.shape[1]))
         times = torch.where(explained, CLEARANCE, farther)
         clear = (rivals > bar) & (rivals >= times * residuals)
         likelier = self._likelier(residuals, rivals, positions) >= math.log(vocabulary / RISK)
         return torch.where(self.noisy[kind] > 0, likelier, clear)
 
-    def _bar(self, residuals: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
+    def _bar(self, residuals: Tensor, kind: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
         """Whether rounding explains residuals ``[R]``, and what a rival's must be beyond then."""
         explained = residuals <= self.rounding[kind]
-        return explained, torch.where(explained, self.rounding[kind], self.threshold[kind])
+        right = self._right(residuals, kind, vocabulary)
+        return explained, torch.where(explained, right, self.threshold[kind])
+
+    def _right(self, residuals: Tensor, kind: Tensor, vocabulary: int) -> Tensor:
+        """The residual ``[R]`` of the right token at most, where another one has ``residuals``.
+
+        It is within what rounding gives. A low precision errs by much, and in many directions: if
+        the right token's residual was unusual and several times as large as the other's, its error
+        would have to point at the other token. For each token there is a chance of
+        ``times ** -freedom`` for that.
+        """
+        if not self.left_out.shape[2]:
+            return self.rounding[kind]
+        times = (vocabulary / RISK) ** (1 / self.freedom[kind])
+        return torch.maximum(times * residuals, self.right[kind]).minimum(self.rounding[kind])
 
     def risk(self, residual: Tensor, rival: Tensor, position: Tensor, vocabulary: int) -> float:
         """A bound for the chance that another token is right, under told noise.
@@ -161,6 +192,17 @@ class Calibration:
         """The log of how many times as likely a token is as its rival, under Gaussian noise."""
         noisy = self.noisy[positions.clamp(max=1)]
         return noisy / 2 * (rivals.square() - residuals.square())
+
+    def within(self, residuals: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
+        """The distance ``[R]`` of embeddings up to which another token may be the right one.
+
+        Where rounding explains the residuals ``[R]`` of tokens, it explains that of the right one
+        too: the features of the two are no farther apart than both residuals together.
+        """
+        kind = positions.clamp(max=1)
+        both = (residuals + self._right(residuals, kind, vocabulary)) / self.gain[kind]
+        explained = residuals <= self.rounding[kind]
+        return torch.where(explained, both.minimum(self.radius[kind]), self.radius[kind])
 
     def no_token(self, target: Tensor, positions: Tensor) -> Tensor:
         """The residual ``[R]`` that a rival would have which explains the target by its size alone.
@@ -178,11 +220,13 @@ class Calibration:
         """How many of the tokens that were not run have residuals as small as ``[R]``, expected.
 
         Random tokens get rare towards the target as a power of the residual; the power is the
-        dimension of their features, and low where few features are kept.
+        dimension of their features, and low where few features are kept. What rounding explains
+        counts as equally small, but for a low precision with many features, whose errors are large.
         """
         kind = positions.clamp(max=1)
-        _, bar = self._bar(residuals, kind)
-        share = (bar / self.common[kind]).clamp(max=1.0) ** self.dimension[kind]
+        _, bar = self._bar(residuals, kind, vocabulary)
+        small = residuals if self.left_out.shape[2] else bar
+        share = (small / self.common[kind]).clamp(max=1.0) ** self.dimension[kind]
         return vocabulary * _NEAREST_SHARE * torch.where(self.noisy[kind] > 0, 0.0, share)
 
     # -- measuring ---------------------------------------------------------------------------
@@ -209,18 +253,24 @@ class Calibration:
             seed: of the random tokens and roundings.
         """
         ids = _held_out(transformer, text, seed)
-        targets = _targets(transformer, ids, channel, seed)
+        runs = (_roundings(transformer, _first_tokens(transformer, seed), seed),
+                _roundings(transformer, ids, seed))  # fmt: skip
+        errors = [
+            ((run[1:] - run[:1])[:, :, kind:] / probe.std[kind]).flatten(0, 2).nan_to_num(0, 0, 0)
+            for kind, run in enumerate(runs)
+        ]
+        left_out = torch.stack([_most_erring(some, transformer.dtype) for some in errors])
+        first, targets = (run if channel is None else channel.without_noise(run) for run in runs)
         right: tuple[list[Tensor], list[Tensor]] = ([], [])
         wrong: tuple[list[Tensor], list[Tensor]] = ([], [])
         drawn: tuple[list[Tensor], list[Tensor]] = ([], [])
         gains: tuple[list[Tensor], list[Tensor]] = ([], [])
+        right[0].append(_size((runs[0][:1] - first) / probe.std[0], left_out[0]))
         first_duplicate = transformer.embedding.first_duplicate.to(ids.device)
         for position, candidates, features in _runs(transformer, ids, seed):
             kind = min(position, 1)
-            residuals = (
-                ((features - targets[:, :, position, None]) / probe.std[kind])
-                .square().mean(-1).sqrt()
-            )  # fmt: skip
+            difference = (features - targets[:, :, position, None]) / probe.std[kind]
+            residuals = _size(difference, left_out[kind])
             right[kind].append(residuals[:, :, 0])
             others = residuals[0, :, 1:]
             # A duplicate of the right token is not wrong: nothing distinguishes the two.
@@ -242,10 +292,45 @@ class Calibration:
                 torch.cat(gains[kind]),
             )
             for kind in (0, 1)
-        ]  # fmt: skip
+        ]
         measured = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-        noise = 0.0 if channel is None else channel.noise
-        return _with_noise(cls(mean=probe.mean, std=probe.std, **measured), noise)
+        freedom = torch.stack([_freedom(*some) for some in zip(errors, left_out, strict=True)])
+        calibration = cls(
+            mean=probe.mean, std=probe.std, left_out=left_out, freedom=freedom, **measured
+        )
+        return _with_noise(calibration, 0.0 if channel is None else channel.noise)
+
+
+def _size(standard: Tensor, left_out: Tensor | None = None) -> Tensor:
+    """Root mean square ``[...]`` of differences ``[..., F]``, without directions ``[F, K]``."""
+    squares = standard.square().mean(-1)
+    if left_out is not None and left_out.shape[1]:
+        along = (standard @ left_out).square().sum(-1) / standard.shape[-1]
+        squares = (squares - along).clamp_min(0)
+    size: Tensor = squares.sqrt()
+    return size
+
+
+def _most_erring(errors: Tensor, dtype: torch.dtype) -> Tensor:
+    """The directions ``[F, K]`` of most of the errors ``[N, F]`` of a low precision, else none.
+
+    A massive activation that is rounded errs far more in a few directions than in the others.
+    """
+    F = errors.shape[1]
+    count = min(_LEFT_OUT, F // 32) if torch.finfo(dtype).eps > _COARSE else 0
+    if not count:
+        return errors.new_zeros(F, 0)
+    axes: Tensor = torch.linalg.eigh((errors.T @ errors).double()).eigenvectors
+    return axes[:, -count:].to(errors.dtype)
+
+
+def _freedom(errors: Tensor, left_out: Tensor) -> Tensor:
+    """Half the participation ratio of the directions of errors ``[N, F]``, at least 1."""
+    errors = errors - (errors @ left_out) @ left_out.T
+    directions = errors / errors.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    products = directions @ directions.T
+    ratio: Tensor = products.trace().square() / products.square().sum().clamp_min(1e-30)
+    return (ratio / 2).clamp_min(1.0)
 
 
 def _thresholds(right: Tensor, wrong: Tensor, drawn: Tensor, gains: Tensor) -> dict[str, Tensor]:
@@ -263,7 +348,7 @@ def _thresholds(right: Tensor, wrong: Tensor, drawn: Tensor, gains: Tensor) -> d
     nearest = wrong.median() if len(wrong) else zero
     able = (nearest > CLEARANCE * usual) & nearest.isfinite()
     threshold = torch.where(able, (usual * nearest).sqrt(), zero)
-    gain = _quantile(gains, _ODD) / 2 if len(gains) else zero
+    gain = (_quantile(gains, _ODD) / 2 if len(gains) else zero).clamp_min(1e-30)
     dimension, common = min(
         (_rarity(drawn), _rarity_around_each(drawn)),
         key=lambda pair: float(pair[0] * (threshold / pair[1]).log()),
@@ -274,7 +359,8 @@ def _thresholds(right: Tensor, wrong: Tensor, drawn: Tensor, gains: Tensor) -> d
         "plausible": torch.maximum(threshold, 1.2 * largest),
         "right": usual,
         "wrong": nearest,
-        "radius": (threshold + largest) / gain.clamp_min(1e-30),
+        "radius": (threshold + largest) / gain,
+        "gain": gain,
         "dimension": dimension,
         "common": common,
         "noisy": zero,
@@ -336,12 +422,15 @@ def _with_noise(calibration: Calibration, noise: float) -> Calibration:
     return Calibration(
         mean=calibration.mean,
         std=std,
+        left_out=calibration.left_out[:, :, :0],
         rounding=torch.zeros_like(calibration.rounding),
         threshold=torch.zeros_like(calibration.threshold),
         plausible=torch.full_like(calibration.plausible, _largest_residual_of_noise(F)),
         right=torch.ones_like(calibration.right),
         wrong=calibration.wrong,
         radius=torch.zeros_like(calibration.radius),
+        gain=calibration.gain,
+        freedom=calibration.freedom,
         dimension=calibration.dimension,
         common=calibration.common,
         noisy=torch.where(able, (noise**2 / std.square()).sum(-1), 0.0),
@@ -368,17 +457,14 @@ def _reach_of_noise(features: int) -> float:
     return varies + math.sqrt(varies**2 + allowed)
 
 
-def _targets(
-    transformer: TruncatedTransformer, ids: Tensor, channel: Channel | None, seed: int
-) -> Tensor:
-    """Targets ``[1 + roundings, N, T, F]``: as the model rounds, then as others might."""
+def _roundings(transformer: TruncatedTransformer, ids: Tensor, seed: int) -> Tensor:
+    """Features ``[1 + roundings, N, T, F]``: as the model rounds, then as others might."""
     runs = [transformer.features_of(ids)]
     generator = torch.Generator().manual_seed(seed)
     for _ in range(_ROUNDINGS):
         with rounded_differently(transformer, generator):
             runs.append(transformer.features_of(ids))
-    targets = torch.stack(runs)
-    return targets if channel is None else channel.without_noise(targets)
+    return torch.stack(runs)
 
 
 def _runs(
@@ -407,6 +493,13 @@ def _held_out(transformer: TruncatedTransformer, text: Tensor | None, seed: int)
     if text is not None and text.shape[1] >= length:
         half = min(_PROMPTS // 2, len(text))
         ids[:half] = text[-half:, -length:].cpu()
+    return ids.to(transformer.device)
+
+
+def _first_tokens(transformer: TruncatedTransformer, seed: int) -> Tensor:
+    """Prompts ``[N, 1]`` of a random token each: position 0 has one token in each other prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(transformer.embedding.vocabulary_size, (_FIRST, 1), generator=generator)
     return ids.to(transformer.device)
 
 

@@ -20,10 +20,10 @@ from lightning_inversion.recovery.verification import Verifier
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.untrusted import read_file, read_json
 
-FORMAT = 1
+FORMAT = 2
 """Version of the certificate's file."""
 
-State = Literal["verified", "conditional", "group", "unresolved"]
+State = Literal["verified", "conditional", "group", "unresolved", "read"]
 """What is shown of a token: see ``TokenCertificate``."""
 
 
@@ -36,6 +36,7 @@ class TokenCertificate:
         state: ``verified``: it reproduces the target behind the tokens before it, and no token that
             was compared comes near. ``conditional``: the same, but a token before it is not
             verified. ``group``: others reproduce the target too. ``unresolved``: nothing is shown.
+            ``read``: it was read off its row, and never run; see ``Reading``.
         residual: its distance to the target in std of each feature, see ``Calibration``.
         threshold: the residual up to which a token passes here.
         rival: the nearest other token that was compared; None without one.
@@ -45,6 +46,7 @@ class TokenCertificate:
         compared: how many tokens were run at this position.
         proposer: which proposer named it.
         seconds: wall time spent at this position; prompts of one batch share their rounds.
+        probability: of a token that was read, calibrated on other text; None of all others.
         alternatives: the best candidates of a token that is not verified, itself first; of a group
             its members.
     """
@@ -59,6 +61,7 @@ class TokenCertificate:
     proposer: str
     seconds: float
     risk: float | None = None
+    probability: float | None = None
     alternatives: tuple[int, ...] = ()
 
     @property
@@ -126,7 +129,9 @@ class Certificate:
     def check(self, transformer: TruncatedTransformer, hidden_states: Tensor) -> CertificateCheck:
         """Run the tokens again in one forward, and the tokens that are near to them in another.
 
-        Nothing is searched, and nothing is measured again. The thresholds are the certificate's.
+        Nothing is searched, and nothing is measured again. The thresholds are the certificate's. Of
+        a token that was compared with the whole vocabulary, the tokens near to it and the nearest
+        rival are run again; that no other one is nearer rests on the certificate.
 
         Args:
             transformer: the same model, at the same depth, on any machine.
@@ -158,6 +163,11 @@ class Certificate:
             hidden_states[None].to(transformer.device),
             torch.ones_like(ids, dtype=torch.bool),
             transformer.features_of,
+            rivals={
+                (0, position): token.rival
+                for position, token in enumerate(self.tokens, start=len(self.known))
+                if token.rival is not None and token.compared >= vocabulary
+            },
         )
         begin = len(self.known)
         reproduced = (verdict.verified | verdict.conditional)[0, begin:].tolist()
@@ -231,7 +241,8 @@ class CertificateCheck:
 
     Attributes:
         states: what the certificate claims of each token.
-        reproduced: whether each token reproduces its row now, and no token near to it does.
+        reproduced: whether each token reproduces its row now, and no token that was run with it
+            does; see ``Certificate.check``.
         residuals: of each token now.
     """
 

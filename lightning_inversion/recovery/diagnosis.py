@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.recovery.calibration import Channel
+from lightning_inversion.recovery.later_rows import LaterRows
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.variants import CLEAR, FirstTokens, OtherCuts, Variants
-from lightning_inversion.transformer.blocks import most_positions
 
 _SAMPLE = 4
 """Tokens that are run for position 0 before the scans."""
@@ -28,12 +28,8 @@ _SCANNED = 8
 """Prompts of a batch that are scanned; what most of them have is taken for the others'."""
 _ROWS = 256
 """Rows of a prompt that may be its first position."""
-_TEXTS, _LENGTH = 80, 24
-"""Sequences of text, and of random tokens, whose later rows show how such rows lie."""
 _ENOUGH_FEATURES = 32
 """Features that show whether a difference looks like noise."""
-_MARGIN = 1.2
-"""How much beyond the sizes of known later rows that of a later row may be."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +73,10 @@ class Diagnosis:
                 "precision, or noise was added; set --model.transformer.dtype as they were computed"
             )
         return (
-            "nor would one at another depth, with or without the final norm, centred, scaled, or "
-            "as a later position; a few tokens of each position are tried, and none is verified"
+            "nor would one at another depth, with or without the final norm, centred or scaled; if "
+            "the rows are of later positions, give the tokens before them as --data.known_prefix "
+            "or set --model.recovery Reading; a few tokens of each position are tried, and none is "
+            "verified"
         )
 
     def __str__(self) -> str:
@@ -183,7 +181,7 @@ class _Scans:
                 "left out",
             )
         if found is None and not unfit.near:
-            found = self._later_position(first)
+            found = self._later_position(rows)
         cause, way_out = found or (None, None)
         near = unfit.near and found is None
         noise = self._noise(first, unfit.token) if near else None
@@ -193,7 +191,8 @@ class _Scans:
         """The std of what a row ``[F]`` has beside a token's features, if it looks like noise.
 
         Gaussian noise is as large in features that vary much as in those that vary little, and has
-        a kurtosis of 3. Another precision, or another model, changes large features more.
+        a kurtosis of 3. Another precision, or another model, changes large features more. It is as
+        large in the directions in which tokens differ most: a projection leaves those as they are.
         """
         ids = torch.tensor([[token]], device=row.device)
         added = (row - self.transformer.features_of(ids)[0, 0]).double()
@@ -208,7 +207,22 @@ class _Scans:
         chance = 3 / len(added) ** 0.5
         if ratio > 0.1 + chance * 2**0.5 or abs(kurtosis - 3) > 0.3 + chance * 24**0.5:
             return None
+        for share in (0.125, 0.25, 0.5):
+            most = self._directions[: round(share * len(added))]
+            power = (most @ added).square().sum()
+            inside, outside = len(most), len(added) - len(most)
+            rest = (added.square().sum() - power).clamp_min(1e-30) / outside
+            ratio = abs(math.log(float((power / inside).clamp_min(1e-30) / rest)))
+            if ratio > 0.2 + 3 * (2 / inside + 2 / outside) ** 0.5:
+                return None
         return float(std)
+
+    @cached_property
+    def _directions(self) -> Tensor:
+        """``[K, F]`` the directions in which first tokens differ, the most first."""
+        features = self.transformer.features_of(self.variants.reference[:, None])[:, 0].double()
+        directions: Tensor = torch.linalg.svd(features - features.mean(0), full_matrices=False).Vh
+        return directions
 
     def _residuals(self, ids: Tensor, rows: Tensor) -> Tensor:
         """``[B, K]`` of tokens ``[B, K]`` as the first of a prompt with rows ``[B, F]``."""
@@ -239,45 +253,12 @@ class _Scans:
             f"--data.layout.padding left --data.layout.lengths [{len(rows) - row}]",
         )
 
-    def _later_position(self, row: Tensor) -> tuple[str, str] | None:
-        """Whether a row ``[F]`` reads as a token of a later position."""
-        mean, whitening, smallest, largest = self._later_rows
-        if not smallest <= float(_size((row - mean) @ whitening)) <= largest:
+    def _later_position(self, rows: Tensor) -> tuple[str, str] | None:
+        """Whether rows ``[T, F]`` read as tokens of later positions."""
+        if not self.measurements.derived(LaterRows).include(rows):
             return None
         return (
             "row 0 is no first position, and looks like a later one",
             "give the tokens before it as --data.known_prefix and their number as "
-            "--data.first_position",
+            "--data.first_position, or read each row by itself with --model.recovery Reading",
         )
-
-    @cached_property
-    def _later_rows(self) -> tuple[Tensor, Tensor, float, float]:
-        """How later rows lie: their mean, what makes them white, and the sizes that they have then.
-
-        The sizes are those of other rows than the covariance is of. Features that were combined of
-        several rows, or projected, leave the few directions in which rows vary.
-        """
-        vocabulary, device = self.transformer.embedding.vocabulary_size, self.transformer.device
-        generator = torch.Generator().manual_seed(3)
-        text = self.measurements.text
-        length = min(_LENGTH, most_positions(self.transformer.model.config) or _LENGTH)
-        kinds = [torch.randint(vocabulary, (_TEXTS, length), generator=generator).to(device)]
-        if text is not None:
-            kinds.append(text[:_TEXTS, :length].to(device))
-        fitted, held_out = [], []
-        for ids in kinds:
-            rows = self.transformer.features_of(ids)[:, 1:].double()
-            share = max(1, len(rows) // 5)
-            fitted.append(rows[share:].flatten(0, 1))
-            held_out.append(rows[:share].flatten(0, 1))
-        rows = torch.cat(fitted)
-        mean = rows.mean(0)
-        variances, axes = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
-        whitening = axes / variances.clamp_min(1e-6 * float(variances.mean())).sqrt()
-        sizes = _size((torch.cat(held_out) - mean) @ whitening)
-        smallest, largest = float(sizes.quantile(0.01)), float(sizes.quantile(0.99))
-        return mean, whitening, smallest / _MARGIN, largest * _MARGIN
-
-
-def _size(rows: Tensor) -> Tensor:
-    return rows.square().mean(-1).sqrt()

@@ -54,10 +54,12 @@ class RecoveryPolicy(ABC):
     Attributes:
         needs_language_model: whether it uses the whole model with its head.
         uses_fit: whether the input that a fit has optimised helps it.
+        needs_first_position: whether it begins at position 0, or behind tokens that are known.
     """
 
     needs_language_model: bool = False
     uses_fit: bool = False
+    needs_first_position: bool = True
 
     @property
     def name(self) -> str:

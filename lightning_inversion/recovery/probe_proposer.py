@@ -109,6 +109,18 @@ class ProbeRanking:
         scores[first] = self._at(0).scores(guess[first])
         return scores
 
+    def misfit(self, guess: Tensor) -> Tensor:
+        """How far guesses ``[N, D]`` at later positions are from that of the nearest token.
+
+        ``[N]`` squares of differences, in variances of what is guessed for one token, averaged over
+        the directions: about 1 for a token.
+        """
+        projected, probe = self._at(1), self._measurements.probe
+        coordinates = (guess - projected.mean) @ projected.directions
+        kept = probe.kept_share[1, : coordinates.shape[1]].clamp_min(1e-6)
+        best = projected.scores(guess).amax(-1)
+        return ((coordinates.square() / kept).sum(-1) - 2 * best) / len(kept)
+
     @property
     def temperature(self) -> float:
         """The factor that makes tokens of the model's own text likeliest beside its prior."""

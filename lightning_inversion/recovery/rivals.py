@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ _STRETCH = 1.5
 """How far random directions may shorten a distance: 64 of them do by so much once in a million."""
 _MOST = 512
 """Tokens near one token at most; a token with more of them cannot be verified by comparing."""
+_FEW = 16
+"""Tokens near a token that are run where not all can be."""
 _UNDER_NOISE = 16
 """Nearest tokens that are compared where noise may have made any of them the nearest."""
 
@@ -32,14 +36,13 @@ class NearTokens:
         vectors: ``[V, D]`` what is compared.
         radius: the distance up to which tokens are near; 0 for duplicates alone.
         count: nearest tokens of each instead, whatever their distance; None for none.
-
-    Attributes:
-        crowded: tokens that were asked for and have more near tokens than are compared.
+        whole: all tokens up to the radius are needed, whatever the residual.
     """
 
-    def __init__(self, vectors: Tensor, radius: float, count: int | None = None) -> None:
-        self.vectors, self.radius, self.count = vectors, radius, count
-        self.crowded: set[int] = set()
+    def __init__(
+        self, vectors: Tensor, radius: float, count: int | None = None, whole: bool = True
+    ) -> None:
+        self.vectors, self.radius, self.count, self.whole = vectors, radius, count, whole
         generator = torch.Generator().manual_seed(0)
         D = vectors.shape[1]
         drawn = torch.randn(D, min(_DIRECTIONS, D), generator=generator)
@@ -52,7 +55,7 @@ class NearTokens:
         ones = torch.ones_like(halves)
         self._left = torch.cat([projected, ones, limit - halves], dim=1)
         self._right = torch.cat([projected, -halves, ones], dim=1)
-        self._found: dict[int, Tensor] = {}
+        self._found: dict[int, _Found] = {}
 
     @classmethod
     def of(cls, measurements: Measurements) -> NearTokens:
@@ -70,7 +73,7 @@ class NearTokens:
         """The tokens with near embeddings, at the precision of a calibration."""
         if calibration.has_noise:
             return cls(embedding.matrix, 0.0, min(_UNDER_NOISE, embedding.vocabulary_size - 1))
-        return cls(embedding.matrix, float(calibration.radius.clamp(max=1e9).amax()))
+        return cls(embedding.matrix, float(calibration.radius.clamp(max=1e9).amax()), whole=False)
 
     @torch.no_grad()
     def prepare(self, ids: Tensor) -> None:
@@ -80,43 +83,79 @@ class NearTokens:
             some = torch.tensor(missing[start : start + 64], device=self.vectors.device)
             self._found.update(zip(some.tolist(), self._search(some), strict=True))
 
-    def of_token(self, token: int) -> Tensor:
-        """``[N]`` ids near a token, the nearest first, without itself."""
+    def of_token(self, token: int, needed: float = torch.inf) -> tuple[Tensor, bool]:
+        """The tokens ``[N]`` near a token, the nearest first, without itself; and whether all are.
+
+        Of more near tokens than can be compared those up to ``needed`` are enough, see
+        ``Calibration.within``; of more of these the nearest few, which may form a group.
+        """
         if token not in self._found:
             self.prepare(torch.tensor([token]))
-        return self._found[token]
+        found = self._found[token]
+        if found.reach >= self.radius:
+            return found.ids, True
+        needed = self.radius if self.whole else min(needed, self.radius)
+        whole = found.reach >= needed
+        return found.ids[found.distances <= needed][: None if whole else _FEW], whole
 
-    def _search(self, ids: Tensor) -> list[Tensor]:
+    def _search(self, ids: Tensor) -> list[_Found]:
         nearness = self._left[ids] @ self._right.T
         nearness.scatter_(1, ids[:, None], -torch.inf)
         if self.count is not None:
             shortlist = best_tokens(nearness, min(4 * self.count, nearness.shape[1] - 1)).indices
-            return [
-                self._nearest(one, some)[: self.count]
-                for one, some in zip(ids, shortlist, strict=True)
-            ]
+            found = [self._nearest(one, some) for one, some in zip(ids, shortlist, strict=True)]
+            return [_Found(near[: self.count], far, torch.inf) for near, far in found]
         rows, others = (nearness >= 0).nonzero().unbind(1)
         sizes = torch.bincount(rows, minlength=len(ids)).tolist()
-        found = []
-        for row, some in enumerate(torch.split(others, sizes)):
-            if len(some) > 4 * _MOST:
-                some = best_tokens(nearness[row], 4 * _MOST).indices
-                self.crowded.add(int(ids[row]))
-            found.append(self._nearest(ids[row], some) if len(some) else some)
-        return found
+        return [
+            self._within(ids[row], some, nearness[row])
+            for row, some in enumerate(torch.split(others, sizes))
+        ]
 
-    def _nearest(self, token: Tensor, others: Tensor) -> Tensor:
+    def _within(self, token: Tensor, others: Tensor, nearness: Tensor) -> _Found:
+        """The tokens of ``others`` up to the radius, or the nearest of them where there are many.
+
+        Args:
+            token: the token.
+            others: all tokens that may be within the radius.
+            nearness: ``[V]`` by how much the square of each projected distance is below that of the
+                stretched radius, halved.
+        """
+        reach = self.radius
+        if len(others) > 4 * _MOST:
+            values, others = best_tokens(nearness, 4 * _MOST)
+            farthest = (_STRETCH * self.radius) ** 2 - 2 * float(values.amin())
+            reach = min(reach, max(farthest, 0.0) ** 0.5 / _STRETCH)
+        near, distances = self._nearest(token, others)
+        if len(near) > _MOST:
+            below = torch.nextafter(distances[_MOST], distances.new_zeros(()))
+            reach = min(reach, float(below))
+        kept = distances <= reach
+        return _Found(near[kept], distances[kept], reach)
+
+    def _nearest(self, token: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        """Others in the order of their distances, and these."""
         own = self.vectors[token].float()
         distances = torch.cat(
             [(self.vectors[some].float() - own).norm(dim=1) for some in torch.split(others, 8192)]
         )
         order = distances.argsort()
-        if self.count is None:
-            order = order[distances[order] <= self.radius]
-            if len(order) > _MOST:
-                self.crowded.add(int(token))
-                order = order[:_MOST]
-        return others[order]
+        return others[order], distances[order]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The tokens near a token.
+
+    Attributes:
+        ids: ``[N]`` the nearest first.
+        distances: ``[N]``.
+        reach: the distance up to which all are there.
+    """
+
+    ids: Tensor
+    distances: Tensor
+    reach: float
 
 
 def _in_parts(vectors: Tensor, directions: Tensor) -> Tensor:

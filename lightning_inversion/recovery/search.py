@@ -375,8 +375,7 @@ class PrefixSearch:
         if self.exhaustive:
             compared = self.count[rows] + self._new(rows, ids)
         judged = self.verifier.judge(
-            ids, residuals, positions,
-            self.verifier.calibration.no_token(self.target_at(rows), positions),
+            ids, residuals, positions, self.target_at(rows),
             (self._rivals[rows], self._rival_residuals[rows]), compared,
         )  # fmt: skip
         if compared is None:

@@ -147,7 +147,7 @@ class _Position:
             self.prefix.new_tensor([ids]),
             self.target.new_tensor([residuals]),
             self.position[None],
-            self.calibration.no_token(self.target[None], self.position[None]),
+            self.target[None],
         )
         state: State = "unresolved"
         if self.accepted and bool(judged.group[0]):
@@ -171,8 +171,11 @@ class _Position:
     @torch.no_grad()
     def _near(self, token: int) -> dict[int, float]:
         """Residuals of the tokens near a token."""
-        near = self.verifier.near.of_token(token).tolist()
-        return {other: self._residual(self._features(self._vector(other))) for other in near}
+        residual = self.target.new_tensor(self.residual)
+        near, _ = self.verifier.near_tokens(torch.tensor(token), residual, self.position)
+        return {
+            other: self._residual(self._features(self._vector(other))) for other in near.tolist()
+        }
 
     def _residual(self, features: Tensor) -> float:
         return float(self.calibration.residual(features, self.target, self.position))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,7 +102,7 @@ class Verifier:
         ids: Tensor,
         residuals: Tensor,
         positions: Tensor,
-        no_token: Tensor,
+        target: Tensor,
         earlier: tuple[Tensor, Tensor] | None = None,
         compared: Tensor | None = None,
     ) -> Judgement:
@@ -112,7 +112,7 @@ class Verifier:
             ids: ``[R, K]`` the candidates; an id may repeat.
             residuals: ``[R, K]`` of each; infinite where features overflow.
             positions: ``[R]``.
-            no_token: ``[R]`` see ``Calibration``.
+            target: ``[R, F]`` what they should reproduce.
             earlier: the nearest token ``[R]`` of those that were run before, and its residual.
             compared: ``[R]`` how many tokens have been compared at each position, where the whole
                 vocabulary is to be; None compares with the near tokens alone.
@@ -130,17 +130,16 @@ class Verifier:
         rivals = torch.where(rival_residuals.isinf(), -1, rivals)
 
         passes = calibration.passes(smallest, positions)
-        nearest = torch.minimum(rival_residuals, no_token)
+        nearest = torch.minimum(rival_residuals, calibration.no_token(target, positions))
         apart = calibration.apart(smallest, nearest, positions, vocabulary)
         missing: list[Tensor | None] = [None] * len(ids)
         crowded = torch.zeros_like(passes)
         if compared is None:
             for row in passes.nonzero()[:, 0].tolist():
-                token = int(tokens[row])
-                rest = self.near.of_token(token)
+                rest, whole = self.near_tokens(tokens[row, 0], smallest[row], positions[row])
                 if len(rest):
                     rest = rest[torch.isin(rest, ids[row], invert=True)]
-                crowded[row] = token in self.near.crowded
+                crowded[row] = not whole
                 missing[row] = rest if len(rest) else None
             rare = calibration.unseen(smallest, positions, vocabulary) <= RISK
         else:
@@ -156,6 +155,12 @@ class Verifier:
             missing,
         )
 
+    def near_tokens(self, token: Tensor, residual: Tensor, position: Tensor) -> tuple[Tensor, bool]:
+        """The tokens that one with a residual must be compared with; see ``NearTokens``."""
+        within = self.calibration.within(residual, position, self.vocabulary)
+        return self.near.of_token(int(token), float(within))
+
+    @torch.no_grad()
     def verify(
         self,
         ids: Tensor,
@@ -163,6 +168,7 @@ class Verifier:
         mask: Tensor,
         features_of: Callable[[Tensor, Tensor], Tensor],
         features: Tensor | None = None,
+        rivals: Mapping[tuple[int, int], int] | None = None,
     ) -> Verdict:
         """Compare decoded tokens, and the tokens near them, with the target.
 
@@ -172,6 +178,8 @@ class Verifier:
             mask: ``[B, T]`` True at a token.
             features_of: the features of ids under a mask.
             features: ``[B, T, F]`` of ``ids``, where they are known.
+            rivals: the nearest other token of the whole vocabulary, at rows and positions where it
+                is known.
         """
         calibration = self.calibration
         positions = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
@@ -182,14 +190,22 @@ class Verifier:
         alone, group = torch.zeros_like(mask), torch.zeros_like(mask)
         self.near.prepare(ids[passes])
         at = [(row, position) for row, position in passes.nonzero().tolist()]
-        rivals = [self.near.of_token(int(ids[one])) for one in at]
-        far = self._in_place(ids, target, mask, at, rivals, features_of)
-        for one, near, residual in zip(at, rivals, far, strict=True):
+        known = rivals or {}
+        others = [
+            torch.cat([
+                self.near_tokens(ids[one], residuals[one], positions[one])[0],
+                ids.new_tensor([known[one]] if one in known else []),
+            ])
+            for one in at
+        ]  # fmt: skip
+        far = self._in_place(ids, target, mask, at, others, features_of)
+        for one, near, residual in zip(at, others, far, strict=True):
             judged = self.judge(
                 torch.cat([ids[one][None], near])[None],
                 torch.cat([residuals[one][None], residual])[None],
                 positions[one][None],
-                calibration.no_token(target[one][None], positions[one][None]),
+                target[one][None],
+                compared=ids.new_tensor([self.vocabulary]) if one in known else None,
             )
             alone[one] = judged.verified[0] & (judged.best[0] == 0)
             group[one] = judged.group[0]

@@ -153,6 +153,27 @@ def weights_checksum(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+class Beams:
+    """log p of the next token of sequences that branch, run token by token.
+
+    Args:
+        language_model: the source of the probabilities.
+    """
+
+    def __init__(self, language_model: LanguageModel) -> None:
+        self.language_model = language_model
+        self._cache = language_model._own_cache() if language_model._continues() else None
+        self.ids = torch.zeros(1, 0, dtype=torch.long, device=language_model.device)
+
+    @torch.no_grad()
+    def extend(self, parents: Tensor, tokens: Tensor) -> Tensor:
+        """log p ``[W, V]`` behind W sequences, each a parent [W] of the latest with a token [W]."""
+        if self._cache is not None and self.ids.shape[1]:
+            self._cache.reorder_cache(parents)  # type: ignore[arg-type]
+        self.ids = torch.cat([self.ids[parents], tokens[:, None]], dim=1)
+        return self.language_model.scores(self.language_model._next_logits(self.ids, self._cache))
+
+
 class Continuations:
     """log p of the next token of B growing sequences, run token by token behind kept keys.
 

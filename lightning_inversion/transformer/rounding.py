@@ -20,6 +20,9 @@ _OF_EPSILON = 0.5
 """The largest error in units of the type's epsilon: after rounding, none or one unit in the last
 place."""
 
+_OF_MEDIAN = 1.5
+"""The root mean square of normal numbers, in units of the median of their sizes."""
+
 
 @contextmanager
 def rounded_differently(
@@ -58,13 +61,15 @@ def _noisy(size: float, generator: torch.Generator) -> Any:
 
 
 def _perturbed(values: Tensor, size: float, generator: torch.Generator) -> Tensor:
-    """Values ``[..., F]`` with errors in units of each value, at least of their root mean square.
+    """Values ``[..., F]`` with errors in units of each value, at least of the usual one.
 
-    A small sum of large terms has the terms' error.
+    A small sum of large terms has the terms' error. The median shows how large terms are: a few
+    massive activations do not reach the other features' sums.
     """
     if not values.is_floating_point():
         return values
     wide = values.float()
-    magnitude = torch.maximum(wide.abs(), wide.square().mean(-1, keepdim=True).sqrt())
+    sizes = wide.abs()
+    magnitude = torch.maximum(sizes, _OF_MEDIAN * sizes.median(-1, keepdim=True).values)
     drawn = torch.rand(values.shape, generator=generator).mul_(2).sub_(1).to(values.device)
     return (wide + size * magnitude * drawn).to(values.dtype)

@@ -1,15 +1,16 @@
 """``python -m tests.benchmarks.adversary``: inputs made to get a false certificate.
 
 Each case is a small random model with an embedding that holds nearly equal, equal or parallel
-tokens, a choice of features (all, a slice of 1 to 8, attention alone), a type or told noise, and
-targets that are honest or hostile: of another depth, of changed weights, scaled, permuted, shifted
-at the first position, with noise that was not told. A token is falsely certified if it is
-``verified`` and is not the prompt's.
+tokens, a choice of features (all, a slice of 1 to 8, attention alone), a type that features are
+stored in or that the model computes in, or told noise, and targets that are honest or hostile: of
+another depth, of changed weights, scaled, permuted, shifted at the first position, with noise that
+was not told. A token is falsely certified if it is ``verified`` and is not the prompt's.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -28,9 +29,12 @@ from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 EMBEDDINGS = ("trained-like", "near", "very near", "equal", "parallel", "untrained cluster")
 FEATURES = ("all", "slice", "attention alone", "final norm")
-CHANNELS = ("float32", "bfloat16", "float16", "noise")
+CHANNELS = (
+    "float32", "bfloat16", "float16", "noise", "computed in bfloat16", "computed in float16",
+)  # fmt: skip
 TARGETS = (
-    "honest", "other depth", "changed weights", "scaled", "permuted", "shifted", "untold noise",
+    "honest", "other rounding", "other depth", "changed weights", "scaled", "permuted", "shifted",
+    "untold noise",
 )  # fmt: skip
 _WIDTH, _LENGTH, _PROMPTS = 32, 8, 24
 
@@ -114,6 +118,8 @@ def _model(case: Case, generator: torch.Generator) -> tuple[hf.PreTrainedModel, 
             matrix[odd] = matrix[odd[0]] * torch.linspace(0.5, 2.0, 30)[:, None]
         elif case.embedding == "untrained cluster":
             matrix[odd] = 0.01 * (matrix.mean(0) + 0.01 * away)
+    if case.channel.startswith("computed"):
+        model.to(getattr(torch, case.channel.split()[-1]))
     return model.eval(), odd
 
 
@@ -138,7 +144,7 @@ def _cut(model: hf.PreTrainedModel, case: Case, depth: int = 2) -> TruncatedTran
 
 def _storage(case: Case, transformer: TruncatedTransformer) -> Storage:
     if case.channel != "noise":
-        return Storage(case.channel)
+        return Storage(case.channel.split()[-1])
     ids = torch.arange(64).view(8, 8)
     std = float(transformer.features_of(ids).std())
     return Storage(noise=std * 10 ** -(1 + (case.seed % 5) / 2))
@@ -164,18 +170,18 @@ def _target(
     std = features.std()
     if kind == "other depth":
         features = _cut(model, case, depth=3).features_of(ids)
+    elif kind == "other rounding":
+        wider = copy.deepcopy(model)
+        wider = wider.double() if model.dtype == torch.float32 else wider.float()
+        features = _cut(wider, case).features_of(ids)
     elif kind == "changed weights":
+        other = copy.deepcopy(model)
         with torch.no_grad():
-            moved = {
-                name: 1e-3 * value.std() * torch.randn(value.shape, generator=generator)
-                for name, value in model.named_parameters() if value.dim() > 1
-            }  # fmt: skip
-            for sign in (1, -1):
-                for name, value in model.named_parameters():
-                    if name in moved:
-                        value.add_(sign * moved[name])
-                if sign == 1:
-                    features = _cut(model, case).features_of(ids)
+            for value in other.parameters():
+                if value.dim() > 1:
+                    moved = 1e-3 * value.std() * torch.randn(value.shape, generator=generator)
+                    value.add_(moved)
+        features = _cut(other, case).features_of(ids)
     elif kind == "scaled":
         features = 0.97 * features
     elif kind == "permuted":

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_inversion.data.targets import Storage
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import recover_prompts
+from lightning_inversion.recovery.policy import RecoveredPrompt, recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.replication.policies import protocol_prompts
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
+from tests.benchmarks.ordinary import prompts as ordinary_prompts
 
+_AT_A_TIME = 64
+"""Prompts that are recovered together."""
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "float32": ({}, {}),
     "stored as bfloat16": ({}, {"dtype": "bfloat16"}),
@@ -47,6 +52,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=20)
     parser.add_argument("--budget", type=int, default=4096)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
+    parser.add_argument("--tokens", type=int, help="of ordinary text, in place of the protocol's")
     options = parser.parse_args()
     print("| setting | right | verified | false certificates | seconds | threshold |")
     print("|---|---|---|---|---|---|")
@@ -61,13 +67,20 @@ def main() -> None:
         vocabulary = transformer.embedding.vocabulary_size
         file = Path("configs/recovery/prompts.jsonl")
         texts = protocol_prompts(tokenizer, vocabulary, file, options.length)[: options.prompts]
-        ids = torch.tensor(texts)
+        if options.tokens is not None:
+            texts = ordinary_prompts(tokenizer, options.tokens)
         channel = Storage(**stored)
-        target = channel(transformer.features_of(ids))
         measurements = Measurements.measure(transformer, language_model, channel)
-        began = time.monotonic()
         policy = TokenRecovery(budget=options.budget)
-        found = recover_prompts(policy, measurements, target, [options.length] * len(texts))
+        generator = torch.Generator().manual_seed(0)
+        found: list[RecoveredPrompt] = []
+        began = time.monotonic()
+        for start in range(0, len(texts), _AT_A_TIME):
+            some = [torch.tensor(text) for text in texts[start : start + _AT_A_TIME]]
+            lengths = [len(text) for text in some]
+            target = channel(transformer.features_of(pad_sequence(some, True)), generator)
+            found += recover_prompts(policy, measurements, target, lengths)
+            print(f"{name}: {len(found)} of {len(texts)} prompts", file=sys.stderr)
         seconds = time.monotonic() - began
         pairs = [
             (token, right)

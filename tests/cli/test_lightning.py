@@ -111,11 +111,19 @@ def test_a_config_of_other_bytes_is_one_sentence(tmp_path: Path, capsys) -> None
     assert message.count("\n") == 1, message
 
 
+def test_a_list_longer_than_a_parser_can_take_is_one_sentence(capsys) -> None:
+    assert run(["fit", f"--data.prompts={['a'] * 2001}"]) == 2
+    message = capsys.readouterr().err
+    assert "--data.prompts: it has more than 2000 values in a list; put them in a file" in message
+    assert message.count("\n") == 1, message
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
         ("a: &a [*a]", "has an alias *a of nothing, or of itself; give a file of YAML"),
         ('trainer: {default_root_dir: "a\\0b"}', "has a NUL in it"),
+        (f"data: {{prompts: {['a'] * 2001}}}", "more than 2000 values in a list"),
     ],
 )
 def test_a_config_that_no_run_can_have_is_one_sentence(

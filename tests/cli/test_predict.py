@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lightning_inversion import read_certificates, verify
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.cache import ENVIRONMENT
+from lightning_inversion.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("shared_parsers")
 
@@ -63,6 +65,20 @@ def test_every_token_is_recovered_with_its_certificate(predicted: Path) -> None:
             assert len(row[key]) == count
         assert all(r <= t for r, t in zip(row["token_residuals"], row["thresholds"], strict=True))
         assert row["policy"].startswith("TokenRecovery(ProbeProposer+GradientProxy")
+
+
+def test_certificates_of_a_run_are_checked_again(predicted: Path, tiny_folder: Path) -> None:
+    certificates = read_certificates(predicted / "lightning_logs" / "version_0")
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    assert list(certificates) == [0, 1, 2]
+    for row, certificate in zip(rows_of(predicted), certificates.values(), strict=True):
+        assert certificate.ids == row["recovered_ids"]
+        assert [token.state for token in certificate.tokens] == row["token_states"]
+        states = model(torch.tensor([row["ids"]]), output_hidden_states=True).hidden_states[2]
+        assert verify(certificate, model, states).holds
+        assert not verify(certificate, model, states + 0.1).holds
+    with pytest.raises(InputError, match=r"has no certificate\.json; give the folder of a run"):
+        read_certificates(predicted)
 
 
 def test_a_stopped_run_is_resumed(predicted: Path, tiny_folder: Path, tmp_path: Path) -> None:
@@ -123,7 +139,7 @@ def test_a_wrong_policy_ends_in_a_sentence(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(predict(tiny_folder, tmp_path, "--model.recovery=Guess")) == 2
-    assert "unknown RecoveryPolicy 'Guess'; choose from SIPIT, TokenRecovery" in (
+    assert "unknown RecoveryPolicy 'Guess'; choose from Reading, SIPIT, TokenRecovery" in (
         capsys.readouterr().err
     )
 

@@ -16,6 +16,7 @@ from lightning_inversion.recovery.captured import (
     report_diagnoses,
 )
 from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
+from lightning_inversion.recovery.later_rows import LaterRows
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.proposals import Exhaustive
 from lightning_inversion.recovery.token_recovery import TokenRecovery
@@ -109,6 +110,35 @@ def test_features_of_no_text_have_no_mistake(measurements: Measurements) -> None
         assert found.cause is None
         assert not found.has_option
         assert f"nearest has residual {found.residual:.2g}" in str(found)
+
+
+def test_what_is_made_of_rows_is_not_called_rows(measurements: Measurements) -> None:
+    """Neither differences nor projections are rows of later positions."""
+    ids = torch.randint(300, (8, 12), generator=torch.Generator().manual_seed(5))[1:]
+    rows = measurements.transformer.features_of(ids)
+    axes = torch.linalg.svd(rows.flatten(0, 1), full_matrices=False).Vh
+    for target in (rows - rows.flip(1), rows - rows.roll(1, 0)):
+        for found in diagnosed(measurements, target):
+            assert found is not None
+            assert found.cause is None
+    for found in diagnosed(measurements, rows @ axes[:8].T @ axes[:8]):
+        assert "no first position" not in str(found)
+
+
+def test_later_rows_are_told_from_what_is_made_of_them() -> None:
+    """Where the probe reads tokens well; the rows are those of a linear model."""
+    generator = torch.Generator().manual_seed(0)
+    known = 1 + 0.1 * torch.randn(20, 16, 8, generator=generator, dtype=torch.float64)
+    misfit = torch.tensor([1.0, 3.0, *[1.0] * 6], dtype=torch.float64)
+    rows = LaterRows(torch.zeros(6), torch.eye(6), known, known * misfit, None, None)  # type: ignore[arg-type]
+    own = 1 + 0.1 * torch.randn(1, 16, 8, generator=generator, dtype=torch.float64)
+    for measures, included in ((own, True), (own * misfit, False), (0 * own + 1, False)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LaterRows, "_measures", lambda self, rows, found=measures: found)
+            assert rows.include(torch.zeros(16, 6)) is included
+            assert rows.include(torch.zeros(1, 6)) is None
+    alike = LaterRows(torch.zeros(6), torch.eye(6), known, known, None, None)  # type: ignore[arg-type]
+    assert alike.include(torch.zeros(16, 6)) is None
 
 
 def test_noise_on_features_leaves_the_nearest_token_clear(measurements: Measurements) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 
@@ -10,11 +11,13 @@ import torch
 
 from lightning_inversion.data.targets import Storage
 from lightning_inversion.recovery import calibration as module
+from lightning_inversion.recovery import rivals
 from lightning_inversion.recovery.calibration import CLEARANCE, RISK, Calibration
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.rivals import NearTokens
 from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.recovery.verification import Verdict, Verifier
+from lightning_inversion.transformer.rounding import _perturbed
 from lightning_inversion.transformer.surgery import Surgery
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.tiny import shared_tiny_model
@@ -156,7 +159,7 @@ def test_tokens_that_are_nearly_alike_are_a_group(nearly_alike: Measurements) ->
     mask = torch.ones_like(ids, dtype=torch.bool)
     target = transformer.features_of(ids)
     near = nearly_alike.derived(NearTokens)
-    assert [near.of_token(token).tolist() for token in (9, 3, 5)] == [[], [20], [21]]
+    assert [near.of_token(token)[0].tolist() for token in (9, 3, 5)] == [[], [20], [21]]
     for found in (ids, torch.tensor([[9, 20, 21, 22, 8]])):
         verdict = verdict_of(nearly_alike, found, target, mask)
         assert verdict.verified.tolist() == [[True, False, False, False, False]]
@@ -175,10 +178,81 @@ def test_tokens_that_are_nearly_alike_are_a_group(nearly_alike: Measurements) ->
         assert trial.verified.tolist() == [found[0, 3] == 4]
 
 
+def test_of_too_many_near_tokens_those_that_may_be_right_are_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rivals, "_MOST", 8)
+    monkeypatch.setattr(rivals, "_STRETCH", 1.0)  # directions of 16 dimensions are exact
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(400, 16, generator=generator)
+    distances = (vectors - vectors[7]).norm(dim=1)
+    order = distances.argsort()[1:]
+    near = NearTokens(vectors, float(distances[order[100]]), whole=False)
+    fifth, ninth = float(distances[order[4]]), float(distances[order[8]])
+    few, whole = near.of_token(7, fifth)
+    assert whole
+    assert torch.equal(few, order[:5])
+    many, whole = near.of_token(7, ninth)
+    assert not whole
+    assert torch.equal(many, order[:8])
+    # Where the distance does not tell what may be right, all up to the radius are needed.
+    assert not NearTokens(vectors, near.radius).of_token(7, fifth)[1]
+    # Where all can be compared, all are.
+    wide = NearTokens(vectors, fifth, whole=False).of_token(7, 0.0)
+    assert wide[1]
+    assert torch.equal(wide[0], order[:5])
+
+
+def test_a_token_with_more_near_tokens_than_can_be_compared_is_not_verified(
+    headless: Measurements,
+) -> None:
+    ids = torch.tensor([[9, 3, 5]])
+    target, mask = headless.transformer.features_of(ids), torch.ones_like(ids, dtype=torch.bool)
+    verifier = headless.derived(Verifier)
+    assert verdict_of(headless, ids, target, mask).verified.all()
+    some = torch.tensor([3]), torch.tensor([4.0]), 0.0
+    for reach in (0.0, 1e9):
+        near = NearTokens(headless.transformer.embedding.matrix, 1e9, whole=False)
+        for token in (9, 3, 5):
+            near._found[token] = rivals._Found(some[0][:0], some[1][:0], reach)
+        crowded = Verifier(verifier.calibration, near, verifier.vocabulary, verifier.causal)
+        found = crowded.verify(ids, target, mask, headless.transformer.features_of)
+        assert found.verified.tolist() == [[reach > 0] * 3]
+
+
+def test_a_low_precision_leaves_out_where_it_errs_most() -> None:
+    model = shared_tiny_model("llama")
+    ids = torch.randint(300, (4, 6), generator=torch.Generator().manual_seed(0))
+    for dtype, count in ((torch.float32, 0), (torch.bfloat16, 1)):
+        transformer = TruncatedTransformer.from_model(copy.deepcopy(model).to(dtype), depth=2)
+        calibration = Measurements.measure(transformer, None, Storage("bfloat16")).calibration
+        assert calibration.left_out.shape == (2, 32, count)
+        target = transformer.features_of(ids)
+        at = torch.arange(6).expand(4, 6)
+        moved = target + calibration.std[1] * 3
+        residuals = calibration.residual(moved, target, at)
+        for kind, where in ((0, slice(0, 1)), (1, slice(1, 6))):
+            along = (calibration.std[1] / calibration.std[kind] * 3) @ calibration.left_out[kind]
+            whole = (calibration.std[1] / calibration.std[kind] * 3).square().sum()
+            expected = ((whole - along.square().sum()) / 32).sqrt()
+            torch.testing.assert_close(residuals[:, where], expected.expand(4, len(at[0, where])))
+
+
+def test_a_massive_activation_does_not_round_the_other_features() -> None:
+    values = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    massive = values.clone()
+    massive[:, 0] = 1e5
+    errors = [
+        _perturbed(some, 1e-3, torch.Generator().manual_seed(1))[:, 1:] - some[:, 1:]
+        for some in (values, massive)
+    ]
+    assert errors[1].abs().max() < 2 * errors[0].abs().max()
+
+
 def test_a_rival_must_be_as_far_as_the_clearance(headless: Measurements) -> None:
     bar = float(headless.calibration.rounding[1])
     ids, at = torch.tensor([[3, 9]]), torch.ones(1, dtype=torch.long)
-    none = torch.tensor([torch.inf])
+    target = torch.zeros_like(headless.probe.mean[1:])
     for own, rival, verified, group in (
         (0.0, 0.9 * bar, False, True),
         (0.0, 1.1 * bar, True, False),
@@ -186,11 +260,11 @@ def test_a_rival_must_be_as_far_as_the_clearance(headless: Measurements) -> None
         (0.9 * bar, 1.01 * CLEARANCE * 0.9 * bar, True, False),
         (1.0, 2.0, False, False),
     ):
-        judged = headless.derived(Verifier).judge(ids, torch.tensor([[own, rival]]), at, none)
+        judged = headless.derived(Verifier).judge(ids, torch.tensor([[own, rival]]), at, target)
         assert judged.verified.tolist() == [verified], (own, rival)
         assert judged.group.tolist() == [group], (own, rival)
     before = (torch.tensor([12]), torch.tensor([0.5 * bar]))
-    judged = headless.derived(Verifier).judge(ids, torch.tensor([[0.0, 1.0]]), at, none, before)
+    judged = headless.derived(Verifier).judge(ids, torch.tensor([[0.0, 1.0]]), at, target, before)
     assert judged.group.all()
     assert judged.rivals.tolist() == [12]
 

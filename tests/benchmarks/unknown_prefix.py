@@ -1,0 +1,94 @@
+"""``python -m tests.benchmarks.unknown_prefix``: rows behind a prefix that is not known.
+
+The protocol's prompts stand behind prefixes of several lengths, of which nothing is told. Prints
+for each depth and length how many of the prompts' tokens are read right, by the linear probe alone
+and together with the language model; the mean probability; and of the tokens with a probability of
+0.9 or more those that are right. Each result is a line of JSON in --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.reading import Reading
+from lightning_inversion.replication.policies import protocol_prompts
+from lightning_inversion.transformer.language_model import LanguageModel
+from lightning_inversion.transformer.loading import TransformerSpec
+
+SYSTEM = (
+    "You are a careful assistant of a hospital in the north of the country. Answer in whole "
+    "sentences, never name a patient, and do not give advice on medicines. If a question is about "
+    "an emergency, tell the user to call the emergency number at once. Today is the third of May, "
+    "the wards on the second floor are closed, and visitors may come between ten and four only."
+)
+
+
+def main() -> None:
+    """Read every prompt behind every prefix."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 4, 8, 15, 24, 30])
+    parser.add_argument("--prefixes", type=int, nargs="+", default=[4, 16, 64])
+    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--length", type=int, default=20)
+    parser.add_argument("--beams", type=int, nargs="+", default=[0, 8])
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    print(
+        "| depth | prefix | beams | read right | mean probability "
+        "| right of those with 0.9 or more | CPU seconds |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for depth in options.depths:
+        transformer, whole = dataclasses.replace(TransformerSpec(), depth=depth).load_with_head()
+        tokenizer = transformer.tokenizer
+        assert tokenizer is not None
+        measurements = Measurements.measure(transformer, LanguageModel(whole, transformer.caches))
+        vocabulary, file = transformer.embedding.vocabulary_size, "configs/recovery/prompts.jsonl"
+        prompts = protocol_prompts(tokenizer, vocabulary, Path(file), options.length)
+        texts = torch.tensor(prompts[: options.prompts])
+        system = tokenizer(SYSTEM).input_ids
+        for length in options.prefixes:
+            prefix = torch.tensor(system[:length]).expand(len(texts), -1)
+            assert prefix.shape[1] == length
+            target = transformer.features_of(torch.cat([prefix, texts], dim=1))[:, length:]
+            for beams in options.beams:
+                began = time.process_time()
+                lengths = [texts.shape[1]] * len(texts)
+                *_, found = Reading(beams).recover(measurements, target, lengths)
+                pairs = [
+                    (token.id == right, token.probability or 0.0)
+                    for prompt, ids in zip(found, texts.tolist(), strict=True)
+                    for token, right in zip(prompt.tokens, ids, strict=True)
+                ]
+                sure = [right for right, chance in pairs if chance >= 0.9]
+                row = {
+                    "depth": depth,
+                    "prefix": length,
+                    "beams": beams,
+                    "tokens": len(pairs),
+                    "right": sum(right for right, _ in pairs),
+                    "mean_probability": sum(chance for _, chance in pairs) / len(pairs),
+                    "sure": len(sure),
+                    "sure_right": sum(sure),
+                    "cpu_seconds": time.process_time() - began,
+                }
+                print(
+                    f"| {depth} | {length} | {beams} | {row['right'] / len(pairs):.3f} "
+                    f"| {row['mean_probability']:.3f} | {sum(sure)}/{len(sure)} "
+                    f"| {row['cpu_seconds']:.1f} |",
+                    flush=True,
+                )
+                if options.out is not None:
+                    with options.out.open("a") as rows:
+                        rows.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Rows behind a prefix that is not known are read, with a probability, and never verified."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_inversion import recover
+from lightning_inversion.__main__ import main as run
+from lightning_inversion.data.targets import Captured, Storage
+from lightning_inversion.errors import InputError
+from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.policy import recover_prompts
+from lightning_inversion.recovery.reading import Reading, ReadingScale, beam_search
+from lightning_inversion.transformer.language_model import LanguageModel
+from lightning_inversion.transformer.loading import TransformerSpec
+from tests.tiny import shared_tiny_model
+
+PREFIX = 4
+
+
+def behind_prefix(measurements: Measurements) -> tuple[Tensor, Tensor]:
+    """Ids of the model's own text, and their rows behind a prefix that nobody is told."""
+    assert measurements.text is not None
+    ids = measurements.text[:6, : PREFIX + 10]
+    return ids[:, PREFIX:], measurements.transformer.features_of(ids)[:, PREFIX:]
+
+
+@pytest.mark.parametrize("beams", [0, 3])
+def test_rows_are_read_and_never_verified(measurements: Measurements, beams: int) -> None:
+    ids, rows = behind_prefix(measurements)
+    found = recover_prompts(Reading(beams), measurements, rows, [10, 10, 10, 10, 10, 7])
+    pairs = [
+        (token, right)
+        for prompt, own in zip(found, ids.tolist(), strict=True)
+        for token, right in zip(prompt.tokens, own, strict=False)
+    ]
+    assert [len(prompt.tokens) for prompt in found] == [10] * 5 + [7]
+    assert sum(token.id == right for token, right in pairs) > 0.2 * len(pairs)
+    chances = [token.probability for token, _ in pairs]
+    assert all(chance is not None and 0 < chance <= 1 for chance in chances)
+    for token, _ in pairs:
+        assert token.state == "read"
+        assert not token.verified
+        assert token.residual == float("inf")
+        assert token.alternatives[0] == token.id
+        assert len(set(token.alternatives)) == len(token.alternatives) == 6
+    assert not any(prompt.verified for prompt in found)
+
+
+def test_probabilities_are_calibrated_once(measurements: Measurements) -> None:
+    scale = measurements.kept(ReadingScale, lambda: ReadingScale.of(measurements))
+    assert 0 < scale.temperature <= 2
+    assert 0 < scale.share_beside_prior < 1
+
+    def never() -> ReadingScale:
+        raise AssertionError
+
+    assert measurements.kept(ReadingScale, never) == scale
+
+
+def test_without_a_language_model_rows_are_read_alone(headless: Measurements) -> None:
+    ids = torch.randint(300, (2, 8), generator=torch.Generator().manual_seed(0))
+    rows = headless.transformer.features_of(ids)[:, 3:]
+    found = recover_prompts(Reading(), headless, rows, [5, 5])
+    assert {token.state for prompt in found for token in prompt.tokens} == {"read"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_many_beams_find_the_likeliest_sequence(family: str) -> None:
+    model = shared_tiny_model(family)
+    language_model = LanguageModel(model, caches=True)
+    generator = torch.Generator().manual_seed(1)
+    chances = (3 * torch.randn(3, 300, generator=generator)).log_softmax(-1)
+    ids, conditional = beam_search(language_model, chances, beams=200)
+    few = chances.topk(12).indices.tolist()
+    best = max(
+        itertools.product(*few),
+        key=lambda one: joint(language_model, chances, torch.tensor([one])),
+    )
+    assert ids.tolist() == list(best)
+    assert conditional.shape == (3, 300)
+    torch.testing.assert_close(conditional.logsumexp(-1), torch.zeros(3))
+
+
+def joint(language_model: LanguageModel, chances: Tensor, ids: Tensor) -> float:
+    prior = (0.95 * language_model.log_probabilities(ids).exp() + 0.05 / 300).log()[0, :-1]
+    each = torch.arange(ids.shape[1])
+    return float(chances[each, ids[0]].sum() + prior[each[:-1], ids[0, 1:]].sum())
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(InputError, match="beams must be 0 or more, and is -1"):
+        Reading(beams=-1)
+
+
+def test_in_python_rows_need_no_first_position(measurements: Measurements) -> None:
+    _, rows = behind_prefix(measurements)
+    found = recover(shared_tiny_model("llama"), None, list(rows), depth=3, policy=Reading(0))
+    assert len(found) == 6
+    assert {token.state for prompt in found for token in prompt.tokens} == {"read"}
+
+
+@pytest.mark.usefixtures("shared_parsers")
+def test_the_command_writes_what_was_read(tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    transformer = TransformerSpec(model=str(tiny_folder), depth=2).load()
+    ids = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(0))
+    rows = transformer.features_of(ids)[:, 3:]
+    Captured(list(rows), transformer.description, Storage()).write(tmp_path / "x.safetensors")
+    arguments = [
+        "predict", "--targets", str(tmp_path / "x.safetensors"), "--model", str(tiny_folder),
+        "--depth", "2", "--model.recovery", "Reading", f"--trainer.default_root_dir={tmp_path}",
+    ]  # fmt: skip
+    assert run(arguments) == 0
+    (file,) = tmp_path.glob("lightning_logs/*/results.jsonl")
+    for row in map(json.loads, file.read_text().splitlines()):
+        assert row["token_states"] == ["read"] * 6
+        assert row["verified_tokens"] == 0
+        assert not row["verified"]
+        assert row["unresolved"] == list(range(6))
+        assert row["token_residuals"] == [None] * 6
+        assert all(0 < chance <= 1 for chance in row["probabilities"])
+        assert row["policy"] == "Reading"
