@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_inversion import strategy
 from lightning_inversion.callbacks.checkpoint import RunCheckpoint
@@ -22,6 +23,7 @@ from lightning_inversion.callbacks.learning_rate import LinearLearningRate
 from lightning_inversion.callbacks.result_writer import ResultWriter
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
+from lightning_inversion.cli.ending import ended_by_sigterm
 from lightning_inversion.cli.lightning_parser import LightningParser, hide_unused
 from lightning_inversion.cli.parser import input_error_behind
 from lightning_inversion.cli.resume import (
@@ -358,7 +360,9 @@ def run_lightning(args: list[str]) -> None:
         InputError: the options are wrong.
     """
     quiet_lightning()
-    InversionCLI(args)
+    # Lightning itself looks between the batches of a fit whether there was a SIGTERM.
+    with ended_by_sigterm(SIGTERMException):
+        InversionCLI(args)
 
 
 @contextmanager
