@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
 
@@ -280,9 +279,6 @@ class InputInversion(Inversion, LightningModule):
     def _after_round(self, prompts: list[RecoveredPrompt]) -> None:
         for listener in self._round_listeners:
             listener(prompts)
-        # Lightning checks for a SIGTERM between the batches of a fit, and nowhere else.
-        if self._trainer is not None and self.trainer.received_sigterm:
-            raise SIGTERMException
 
     def _fitted(self, batch: PromptBatch) -> Tensor | None:
         """The input that a checkpoint holds of a batch's prompts, ``[B, T, D]``, nan for others."""

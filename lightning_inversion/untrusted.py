@@ -66,8 +66,12 @@ def read_yaml(text: str | bytes) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def check_yaml(text: str | bytes) -> None:
+def check_yaml(text: str | bytes, most_entries: int | None = None) -> None:
     """Refuse a YAML text that would fill the memory or never end: by its aliases, or its depth.
+
+    Args:
+        text: of any origin.
+        most_entries: how many values a list or mapping may have; any number without.
 
     Raises:
         HostileError: why it is refused.
@@ -75,14 +79,20 @@ def check_yaml(text: str | bytes) -> None:
     """
     sizes: dict[str, int] = {}
     open_nodes: list[tuple[str | None, int]] = []
+    entries: list[int] = []
     nodes = 0
     try:
         for event in yaml.parse(text, Loader=_YAML):
             if isinstance(event, yaml.CollectionEndEvent):
                 anchor, before = open_nodes.pop()
+                entries.pop()
                 if anchor is not None:
                     sizes[anchor] = nodes - before
                 continue
+            if entries and isinstance(event, yaml.NodeEvent):
+                entries[-1] += 1
+                if most_entries is not None and entries[-1] > most_entries:
+                    raise HostileError(f"it has more than {most_entries} values in a list")
             if isinstance(event, yaml.AliasEvent):
                 if event.anchor not in sizes:
                     raise HostileError(f"it has an alias *{event.anchor} of nothing, or of itself")
@@ -91,6 +101,7 @@ def check_yaml(text: str | bytes) -> None:
                 nodes += 1
                 if isinstance(event, yaml.CollectionStartEvent):
                     open_nodes.append((event.anchor, nodes - 1))
+                    entries.append(0)
                 elif event.anchor is not None:
                     sizes[event.anchor] = 1
             if nodes > MOST_NODES or len(open_nodes) > MOST_LEVELS:

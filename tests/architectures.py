@@ -7,7 +7,10 @@ that hides its path, and windows are shorter than the texts that are run.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -219,6 +222,7 @@ def tiny_architecture(name: str, seed: int = 0) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         tiny_config(name), trust_remote_code=False
     )
+    _shorten_chunks(sys.modules[type(model).__module__])
     for path, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
@@ -229,6 +233,20 @@ def tiny_architecture(name: str, seed: int = 0) -> PreTrainedModel:
             parameter.mul_(5)
         parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.eval()
+
+
+def _shorten_chunks(code: ModuleType) -> None:
+    """Let an architecture's code pad to multiples of 8 positions, not of 64: same, and sooner.
+
+    Linear attention runs in chunks, which without a GPU's kernels cost a second each.
+    """
+    for function in map(inspect.unwrap, filter(callable, vars(code).values())):
+        if isinstance(function, FunctionType) and function.__defaults__:
+            arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
+            defaults = zip(reversed(arguments), reversed(function.__defaults__), strict=False)
+            function.__defaults__ = tuple(
+                8 if name == "chunk_size" else default for name, default in reversed([*defaults])
+            )
 
 
 def save_architecture(folder: Path, name: str, seed: int = 0) -> PreTrainedModel:

@@ -79,7 +79,7 @@ def test_one_tensor_behind_a_known_prefix() -> None:
         (torch.ones(3, 31), r"shape \[3, 31\]: the features are 31 in the file and 32"),
         (torch.ones(2, 3, 32), "set layout.axes prompts,positions,features or"),
         (torch.ones(3, 32, dtype=torch.long), "holds int64"),
-        (torch.tensor([[torch.nan, 1.0] * 16]), "nan or infinite"),
+        (torch.tensor([[torch.nan, 1.0] * 16]), "nan, infinite values or ones above"),
         ({"blocks.2.hook_resid_post": torch.ones(1, 3, 32)}, "asked for; set depth 3"),
     ],
 )

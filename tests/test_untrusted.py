@@ -40,6 +40,13 @@ def test_what_would_fill_the_memory_or_never_end(text: str) -> None:
         check_yaml(text)
 
 
+def test_a_list_longer_than_a_parser_can_take() -> None:
+    check_yaml("[[1, 2], {a: 1}, 3]", 3)
+    for text in ("[[1, 2], 3, 4, 5]", "[[1, 2, 3, 4], 3]", "{a: 1, b: 2}"):
+        with pytest.raises(HostileError, match="more than 3 values"):
+            check_yaml(text, 3)
+
+
 def test_depth_of_json() -> None:
     with pytest.raises(HostileError):
         read_json("[" * 100_000)

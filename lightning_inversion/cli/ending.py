@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from lightning_inversion.errors import InputError, ProcessLostError
 from lightning_inversion.files import ended_by, printable
@@ -83,3 +85,23 @@ def messages_on_stderr() -> Iterator[None]:
     finally:
         _log.removeHandler(handler)
         _log.setLevel(level)
+
+
+@contextmanager
+def ended_by_sigterm(ending: type[SystemExit] = SystemExit) -> Iterator[None]:
+    """Let a SIGTERM end the block at once, so that other processes, locks and bars end too.
+
+    A handler that is set inside the block, as Lightning's, must call this one.
+
+    Args:
+        ending: what is raised, with exit code 1.
+    """
+
+    def end(*_: Any) -> NoReturn:
+        raise ending(1)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

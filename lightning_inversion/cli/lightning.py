@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_inversion import strategy
 from lightning_inversion.callbacks.checkpoint import RunCheckpoint
@@ -22,8 +23,9 @@ from lightning_inversion.callbacks.learning_rate import LinearLearningRate
 from lightning_inversion.callbacks.result_writer import ResultWriter
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
+from lightning_inversion.cli.ending import ended_by_sigterm
 from lightning_inversion.cli.lightning_parser import LightningParser, hide_unused
-from lightning_inversion.cli.parser import check_values, input_error_behind
+from lightning_inversion.cli.parser import input_error_behind
 from lightning_inversion.cli.resume import (
     HOW_IT_RUNS,
     check_continues,
@@ -111,7 +113,6 @@ class InversionCLI(LightningCLI):
         The command's own parser does it: the parser of all commands validates everything twice.
         """
         name = self._args[0]
-        check_values(args)
         with wrong_values("--config", RecursionError):
             options = self._subcommand_parsers[name].parse_args(args[1:])
         self.config = Namespace(subcommand=name)  # type: ignore[no-untyped-call]
@@ -359,7 +360,9 @@ def run_lightning(args: list[str]) -> None:
         InputError: the options are wrong.
     """
     quiet_lightning()
-    InversionCLI(args)
+    # Lightning itself looks between the batches of a fit whether there was a SIGTERM.
+    with ended_by_sigterm(SIGTERMException):
+        InversionCLI(args)
 
 
 @contextmanager

@@ -14,6 +14,9 @@ from lightning_inversion.cli.options import SHORT, check_names, unknown
 from lightning_inversion.errors import InputError
 from lightning_inversion.untrusted import MOST_LEVELS, HostileError, check_yaml, read_file
 
+MOST_ENTRIES = 2000
+"""Values in one list: jsonargparse takes a quarter of a minute for so many, a minute for twice."""
+
 
 class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Keeps the line breaks of descriptions and examples."""
@@ -36,6 +39,7 @@ class OneSentenceParser(ArgumentParser):
         self, args: Any = None, *more: Any, **how: Any
     ) -> Namespace:
         self._typed = list(args or ())
+        _check_values(self._typed)
         options: Namespace = super().parse_args(args, *more, **how)
         return options
 
@@ -63,7 +67,7 @@ class OneSentenceParser(ArgumentParser):
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """Parse a file of options, once it is known that it ends and is not too large."""
         try:
-            check_yaml(read_file(Path(path)))
+            check_yaml(read_file(Path(path)), MOST_ENTRIES)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(
@@ -100,19 +104,23 @@ class OneSentenceParser(ArgumentParser):
         return " ".join(words[1:])
 
 
-def check_values(words: Sequence[str]) -> None:
-    """Refuse a value of a command line that would exhaust the stack, or never end.
+def _check_values(words: Sequence[str]) -> None:
+    """Refuse a value of a command line that would exhaust the stack, or take for ever.
 
     Raises:
         InputError: names its option.
     """
+    option = ""
     for word in words:
-        option, _, value = str(word).rpartition("=")
-        if value.count("[") + value.count("{") > MOST_LEVELS or {"&", "*"} <= set(value):
+        name, _, value = str(word).rpartition("=")
+        option = word if word.startswith("-") and not name else name or option
+        many = value.count(",") >= MOST_ENTRIES
+        if many or value.count("[") + value.count("{") > MOST_LEVELS or {"&", "*"} <= set(value):
             try:
-                check_yaml(value)
+                check_yaml(value, MOST_ENTRIES)
             except HostileError as error:
-                raise InputError(f"{option or 'A value'}: {error}; correct it.") from error
+                way_out = "put them in a file" if "prompts" in option else "correct it"
+                raise InputError(f"{option or 'A value'}: {error}; {way_out}.") from error
             except ValueError:  # a text that is no YAML
                 continue
 

@@ -72,6 +72,10 @@ class HiddenStates:
         return str(self.prompts[0].dtype).removeprefix("torch.")
 
 
+_LARGEST = 1e15
+"""Of a value: float32 holds the sum of their squares over any number of features."""
+
+
 def read_hidden_states(given: Any, wanted: Wanted) -> HiddenStates:
     """The prompts in a tensor, or in tensors in dicts, lists and outputs of models.
 
@@ -88,10 +92,10 @@ def read_hidden_states(given: Any, wanted: Wanted) -> HiddenStates:
                 f"{where} has {prompt.shape[1]} features and prompt 1 has {prompts[0].shape[1]}; "
                 "store the same of every prompt."
             )
-        if not bool(prompt.float().isfinite().all()):
+        if not bool((prompt.float().abs() <= _LARGEST).all()):  # false of nan too
             raise InputError(
-                f"{where} holds nan or infinite values, which float16 gives above 65504; store "
-                "bfloat16 or float32."
+                f"{where} holds nan, infinite values or ones above {_LARGEST:.0e}; float16 gives "
+                "infinite ones above 65504: store bfloat16 or float32."
             )
     return HiddenStates(
         prompts,

@@ -20,8 +20,12 @@ from torch import Tensor
 from lightning_inversion.recovery.calibration import Channel
 from lightning_inversion.recovery.later_rows import LaterRows
 from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.probe_proposer import ProbeRanking
 from lightning_inversion.recovery.variants import CLEAR, FirstTokens, OtherCuts, Variants
+from lightning_inversion.transformer.embedding import best_tokens
 
+_BY_PROBE = 16
+"""Tokens of the linear probe that are run before the vocabulary is scanned."""
 _SAMPLE = 4
 """Tokens that are run for position 0 before the scans."""
 _SCANNED = 8
@@ -149,12 +153,24 @@ class _Scans:
         self.measurements, self.known = measurements, known
         self.transformer, self.probe = measurements.transformer, measurements.probe
         self.threshold = float(measurements.calibration.plausible[0])
-        self.tokens = FirstTokens(measurements)
-        self.variants = Variants(measurements, self.tokens, cuts, channel)
+        self.cuts, self.channel = cuts, channel
+
+    @cached_property
+    def tokens(self) -> FirstTokens:
+        """The features of all first tokens; made where the linear probe names none that fits."""
+        return FirstTokens(self.measurements)
+
+    @cached_property
+    def variants(self) -> Variants:
+        """The model, cut otherwise."""
+        return Variants(self.measurements, self.tokens, self.cuts, self.channel)
 
     def unfit(self, rows: Tensor) -> list[Diagnosis | None]:
         """What is wrong at position 0, not yet explained; None where a token fits rows [B, F]."""
         if self.known is None:
+            ids = self._by_probe(rows)
+            if bool((self._residuals(ids, rows).amin(1) <= self.threshold).all()):
+                return [None] * len(rows)
             ids = self.tokens.nearest(rows, _SAMPLE)
         else:
             ids = self.known[:1].expand(len(rows), 1)
@@ -216,6 +232,16 @@ class _Scans:
             if ratio > 0.2 + 3 * (2 / inside + 2 / outside) ** 0.5:
                 return None
         return float(std)
+
+    def _by_probe(self, rows: Tensor) -> Tensor:
+        """Ids ``[B, K]`` of the tokens that explain rows ``[B, F]`` best as first ones."""
+        ranking = self.measurements.derived(ProbeRanking)
+        found = []
+        for some in torch.split(rows, self.transformer.embedding.at_a_time):
+            first = torch.zeros(len(some), dtype=torch.long, device=rows.device)
+            scores = ranking.likelihood(self.probe(some, first), first)
+            found.append(best_tokens(scores, min(_BY_PROBE, scores.shape[1])).indices)
+        return torch.cat(found)
 
     @cached_property
     def _directions(self) -> Tensor:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
 from lightning_inversion.recovery.search import Candidates, PrefixSearch, Proposals, best_untried
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.language_model import Continuations
@@ -163,35 +162,6 @@ class NearestToInput(Proposals):
         given = ~vectors.isnan().any(dim=1, keepdim=True)
         near = embedding.dot(vectors.nan_to_num()) - embedding.norms.square() / 2
         return torch.where(given, near * (2 * NEARNESS / embedding.std**2), 0.0)
-
-
-# -- position 0 ------------------------------------------------------------------------------
-
-
-class FirstTokenScan(Proposer):
-    """Tokens whose features as the first token of a prompt are close to the target's.
-
-    A first token sees no other, so its features follow from the token alone. All are computed once
-    for a model and a depth and kept in the cache folder, projected onto random directions. The
-    language model expects nothing at this position, and its activations are massive.
-    """
-
-    def begin(self, search: PrefixSearch) -> Proposals:
-        return _NearestFirst(search, self.name)
-
-
-class _NearestFirst(Proposals):
-    def __init__(self, search: PrefixSearch, name: str) -> None:
-        super().__init__(search, name)
-        scan = search.measurements.derived(FirstTokenFeatures)
-        self._directions = scan.directions.to(search.target.device)
-        self._projected = scan.projected.to(search.target.device)
-
-    def scores(self, rows: Tensor) -> Tensor:
-        search = self.search
-        target = search.probe.standardize(search.target_at(rows), search.positions(rows))
-        distances = torch.cdist(target @ self._directions, self._projected)
-        return -distances.nan_to_num(nan=torch.inf)  # of tokens whose features overflow
 
 
 # -- several together ------------------------------------------------------------------------

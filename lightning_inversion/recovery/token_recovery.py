@@ -16,12 +16,12 @@ from torch import Tensor
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.certificate import State, TokenCertificate
+from lightning_inversion.recovery.first_position import FirstTokenScan
 from lightning_inversion.recovery.gradient_proxy import GradientProxy
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import ALTERNATIVES, RecoveredPrompt, RecoveryPolicy
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.proposals import (
-    FirstTokenScan,
     LanguageModelPrior,
     MixedProposals,
     Mixture,
@@ -44,9 +44,10 @@ class TokenRecovery(RecoveryPolicy):
     Args:
         proposer: which tokens to run first; default the linear probe, the gradient and the language
             model's prior together.
-        first: the proposer at position 0; default a scan that is made once for a model and depth.
+        first: the proposer at position 0; default the linear probe, then a scan that is made once
+            for a model and depth.
         candidates: tokens run for a prompt in its first rounds at a position, a quarter of them in
-            the very first.
+            the very first, and half of them at position 0.
         max_candidates: the most tokens of a round; a position that stays open gets twice as many
             every four rounds.
         budget: tokens run for a position before it is left unresolved with its best candidate;
@@ -103,12 +104,17 @@ class TokenRecovery(RecoveryPolicy):
             yield batch.prompts
         yield batch.prompts
 
-    def sizes(self, rounds: Tensor) -> Tensor:
-        """Candidates of rows ``[R]`` after so many rounds at a position."""
+    def sizes(self, rounds: Tensor, share: int = 4) -> Tensor:
+        """Candidates of rows ``[R]`` after so many rounds at a position.
+
+        Args:
+            rounds: ``[R]``.
+            share: what part of them is run in the very first round.
+        """
         growth = 2 ** (rounds // self.GROWS_EVERY).clamp(max=16)
         sizes = (self.candidates * growth).clamp(max=self.max_candidates)
         # Most tokens are among the first few, and a round costs as many tokens as it runs.
-        return torch.where(rounds == 0, max(1, self.candidates // 4), sizes)
+        return torch.where(rounds == 0, max(1, self.candidates // share), sizes)
 
 
 class _Batch:
@@ -168,14 +174,14 @@ class _Batch:
         at_start = self.search.positions(rows) == 0
         if at_start.any():
             assert self.first is not None
-            self._round(rows[at_start], self.first)
+            self._round(rows[at_start], self.first, share=2)
         if not at_start.all():
-            self._round(rows[~at_start], self.proposals)
+            self._round(rows[~at_start], self.proposals, share=4)
 
-    def _round(self, rows: Tensor, proposals: Proposals) -> None:
+    def _round(self, rows: Tensor, proposals: Proposals, share: int) -> None:
         search = self.search
         left = self.limits[rows] - search.count[rows]
-        sizes = torch.minimum(self.policy.sizes(search.rounds[rows]), left).clamp(min=1)
+        sizes = torch.minimum(self.policy.sizes(search.rounds[rows], share), left).clamp(min=1)
         began = time.monotonic()
         remaining = self.totals[rows] - search.positions(rows)
         open_rows, tried = [], []

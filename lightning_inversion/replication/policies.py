@@ -31,7 +31,6 @@ from lightning_inversion.cli.ending import exit_code
 from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import Record, append_records, read_records
-from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy
 from lightning_inversion.replication.claims import fingerprint_of
@@ -201,12 +200,11 @@ def run_depth(
     """
     language_model = LanguageModel(model, transformer.caches)
     measurements, calibrating = _timed(lambda: Measurements.measure(transformer, language_model))
-    _, scanning = _timed(lambda: FirstTokenFeatures.of(measurements))
     # The least of three: the first also warms up, and the others may be disturbed.
     forward = min(_timed(lambda: transformer.features_of(ids))[1] for _ in range(3))
     _log.info(
-        "depth %d: calibration and linear probe %.1f s, scan %.1f s, one forward %.2f s",
-        transformer.depth, calibrating, scanning, forward,
+        "depth %d: calibration and linear probe %.1f s, one forward %.2f s",
+        transformer.depth, calibrating, forward,
     )  # fmt: skip
     for policy in policies:
         is_baseline = policy.name == BASELINE and len(policies) > 1
@@ -220,7 +218,6 @@ def run_depth(
             "policy": policy.name,
             "settings": policy.fingerprint,
             "calibration_seconds": round(calibrating, 3),
-            "scan_seconds": round(scanning, 3),
             "forward_seconds": round(forward, 4),
             "device": transformer.device.type,
             **row,

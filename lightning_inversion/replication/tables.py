@@ -155,7 +155,6 @@ def policy_tables(rows: list[Record]) -> str:
         model, length, prompts, depth = key
         members = list(group)
         calibrating = max(row["calibration_seconds"] for row in members)
-        scanning = max(row["scan_seconds"] for row in members)
         forward = min(row["forward_seconds"] for row in members)
         latest = {row["policy"]: row for row in members}.values()
         lines = [
@@ -164,9 +163,8 @@ def policy_tables(rows: list[Record]) -> str:
         ]
         parts += [
             f"## {Path(model).name}, {_blocks(depth)}, {prompts} x {length} tokens",
-            f"Once for the model and the depth: calibration and linear probe {calibrating:.1f} s, "
-            f"position 0's scan {scanning:.1f} s (made, or read from the cache). "
-            f"One forward over all prompts: {forward:.2f} s.",
+            f"Once for the model and the depth: calibration and linear probe {calibrating:.1f} s "
+            f"(made, or read from the cache). One forward over all prompts: {forward:.2f} s.",
             as_markdown(_POLICY_COLUMNS, lines),
         ]
     return "\n\n".join(parts)

@@ -11,7 +11,6 @@ import inspect
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -21,11 +20,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal, NoReturn, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lightning_inversion.cli.ending import ended_by_sigterm
 from lightning_inversion.cli.lightning import InversionCLI
 from lightning_inversion.cli.resume import differences, read_settings
 from lightning_inversion.cli.trainer import quiet_lightning
@@ -212,7 +212,7 @@ def run_cells(sweep: Sweep, specs: Sequence[TransformerSpec], processes: int = 1
             (sweep.folder(cell) / CELL_FILE).unlink(missing_ok=True)
     _log.info("%s: %d of %d cells to run", sweep.path, len(left), len(sweep.cells))
     try:
-        with _ended_by_sigterm(), _cells_bar(sweep, left) as report:
+        with ended_by_sigterm(), _cells_bar(sweep, left) as report:
             if processes == 1:
                 _take_up(sweep, specs, report)
             else:
@@ -328,17 +328,3 @@ def _summary(sweep: Sweep, cell: Cell) -> str:
         for name in ("token_accuracy", "exact", "verified")
     }
     return "".join(f", {name} {mean(values):.3f}" for name, values in means.items() if values)
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let a SIGTERM end the block at once, so that other processes, locks and bars end too."""
-
-    def end(*_: Any) -> NoReturn:
-        raise SystemExit(1)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

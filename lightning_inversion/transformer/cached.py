@@ -24,6 +24,7 @@ from torch import Tensor
 from lightning_inversion.cache import (
     SUFFIX,
     as_json,
+    limit,
     measured_folder,
     measuring_alone,
     put,
@@ -52,6 +53,7 @@ def kept(
         build: computes the value; called by one process at a time.
         device: where the tensors are to be.
     """
+    limit()  # a wrong one is an error before anything is measured
     try:
         folder = measured_folder()
     except OSError as error:
@@ -90,6 +92,9 @@ def method() -> str:
     for file in sorted(one for room in _ROOMS for one in (package / room).rglob("*.py")):
         digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+method()  # of the code as it is loaded: files may change while a process runs
 
 
 def _read(kind: type[T], path: Path, identity: str, device: torch.device | str) -> T | None:

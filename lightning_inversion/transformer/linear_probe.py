@@ -96,13 +96,14 @@ class LinearProbe:
         """Fit on random tokens: 16,384 later ones and 4,096 first ones, more for wide features.
 
         Half of the later ones are drawn evenly, half as frequent as in text, because frequent
-        tokens must be separated most often. At 8 blocks of SmolLM2 that ranks 0.7 of the tokens of
-        prompts first, against 0.46 without, and 0.85 with text of the model's own.
+        tokens must be separated most often. Of the protocol's later tokens that ranks 0.96 first at
+        8 blocks of SmolLM2 and 0.53 at 30, against 0.86 and 0.32 for even tokens alone; text of the
+        model's own, in place of half of the frequent ones, makes it 0.97 and 0.6.
 
         Args:
             transformer: whose features are read.
             seed: of the random tokens.
-            text: ``[N, T]`` ids of text to fit on in place of the tokens drawn as in text.
+            text: ``[N, T]`` ids of text to fit on in place of half of the tokens drawn as in text.
             noise: std of the Gaussian noise in the features that the probe is for. The probe then
                 reads the features in which a token stands out from it (a Wiener filter).
         """
@@ -112,10 +113,10 @@ class LinearProbe:
         singles = torch.randint(vocabulary, (enough, 1), generator=generator)
         sequences = torch.randint(vocabulary, (2 * enough // _LENGTH, _LENGTH), generator=generator)
         first = _regression(transformer, [singles], slice(0, None), noise)
-        if text is None:
-            text = _as_frequent_as_in_text(vocabulary, 2 * enough, generator)
+        count = 2 * enough if text is None else enough
+        frequent = _as_frequent_as_in_text(vocabulary, count, generator)
         most = most_positions(transformer.model.config)
-        read = [ids[:, :most] for ids in (sequences, text)]
+        read = [ids[:, :most] for ids in (sequences, frequent, text) if ids is not None]
         later = _regression(transformer, read, slice(1, None), noise)
         return cls(*(torch.stack(pair) for pair in zip(first, later, strict=True)))
 

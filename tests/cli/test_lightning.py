@@ -1,7 +1,10 @@
 """The real entry point in process: wrong use, configs, a run, a resumed run, a stored input."""
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.cli.lightning import RECOMMENDED
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
+from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.transformer.loading import TransformerSpec
 
 pytestmark = pytest.mark.usefixtures("shared_parsers")
@@ -111,11 +115,19 @@ def test_a_config_of_other_bytes_is_one_sentence(tmp_path: Path, capsys) -> None
     assert message.count("\n") == 1, message
 
 
+def test_a_list_longer_than_a_parser_can_take_is_one_sentence(capsys) -> None:
+    assert run(["fit", f"--data.prompts={['a'] * 2001}"]) == 2
+    message = capsys.readouterr().err
+    assert "--data.prompts: it has more than 2000 values in a list; put them in a file" in message
+    assert message.count("\n") == 1, message
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
         ("a: &a [*a]", "has an alias *a of nothing, or of itself; give a file of YAML"),
         ('trainer: {default_root_dir: "a\\0b"}', "has a NUL in it"),
+        (f"data: {{prompts: {['a'] * 2001}}}", "more than 2000 values in a list"),
     ],
 )
 def test_a_config_that_no_run_can_have_is_one_sentence(
@@ -481,3 +493,26 @@ def test_a_damaged_run_is_not_resumed(
     message = capsys.readouterr().err
     assert sentence in message
     assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_a_sigterm_ends_a_run_in_the_middle_of_long_work(
+    command: str,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def endless(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+        raise AssertionError("the signal came to nothing")
+
+    monkeypatch.setattr(PrefixSearch, "step", endless)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run([command, *fit(tiny_folder, tmp_path)[1:]]) == 1
+    assert signal.getsignal(signal.SIGTERM) == before
+    messages = capsys.readouterr().err
+    assert "0 of 2 prompts are finished" in messages
+    assert "resume with the same command and --ckpt_path last" in messages
+    assert "Traceback" not in messages

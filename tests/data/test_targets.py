@@ -128,6 +128,7 @@ MINIMAL = {"transformer": {"model": "m", "depth": 2}}
         (MINIMAL, {"0": torch.ones(3, 32), "1": torch.ones(3, 31)}, "has 31 features"),
         (MINIMAL, {"0": torch.full((3, 32), torch.nan)}, "all padding, nan or 0"),
         (MINIMAL, {"0": torch.full((3, 32), torch.inf).half()}, "infinite"),
+        (MINIMAL, {"0": torch.full((3, 32), -3e38)}, "or ones above 1e\\+15"),
     ],
 )
 def test_what_cannot_be_used_is_refused(manifest, tensors, sentence, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
-"""The readers of ``tests/test_fuzz.py`` on thousands of cases."""
+"""The readers of ``tests/test_fuzz.py`` on thousands of cases, and whole commands on a few."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from lightning_inversion.results import ResultRow
 from tests import test_fuzz as few
+from tests.hostile_cases import KINDS
 
 pytestmark = pytest.mark.integration
 MANY = 500
@@ -56,3 +59,16 @@ def test_a_name_of_anything(text: str) -> None:
 @given(text=st.text(max_size=60) | st.text("[]{}&*a:-,'\"!<>| \n#", max_size=60))
 def test_json_yaml_and_axes_of_anything(text: str) -> None:
     few.check_text_of_values(text)
+
+
+def test_whole_commands_on_damaged_input() -> None:
+    """A few cases of each kind of `tests/benchmarks/fuzz.py`, which runs thousands."""
+    command = [sys.executable, "-m", "tests.benchmarks.fuzz", "--share", "0.008"]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    everything = run.stdout.splitlines()[-1].strip("| ").split(" | ")
+    name, cases, right, refused, *bad = everything
+    assert name == "all"
+    assert not any(map(int, bad)), run.stdout
+    assert int(right) + int(refused) == int(cases) > 2 * len(KINDS)
+    assert int(right) > 5

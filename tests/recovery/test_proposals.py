@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.recovery.first_position import _ROUNDS_BY_PROBE, FirstTokenScan
+from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
 from lightning_inversion.recovery.gradient_proxy import GradientProxy
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.proposals import (
     Exhaustive,
-    FirstTokenFeatures,
-    FirstTokenScan,
     LanguageModelPrior,
     Mixture,
     NearestToInput,
@@ -151,13 +152,57 @@ def test_a_uniform_share_keeps_every_token_possible(measurements: Measurements) 
 def test_the_scan_ranks_the_first_token_first_and_is_read_again(
     measurements: Measurements, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, proposals = begun(FirstTokenScan(), measurements, 0)
+    search, proposals = begun(FirstTokenScan(), measurements, 0)
+    search.rounds[ROWS] = _ROUNDS_BY_PROBE
     assert proposals.scores(ROWS).argmax(1).tolist() == IDS[:, 0].tolist()
     first = measurements.derived(FirstTokenFeatures)
     monkeypatch.setattr(FirstTokenFeatures, "_scan", lambda *_: pytest.fail("scanned again"))
     again = FirstTokenFeatures.of(measurements)
     assert torch.equal(again.projected, first.projected)
     assert torch.equal(again.directions, first.directions)
+
+
+def test_first_candidates_need_no_scan_and_are_the_strongest_rivals(
+    measurements: Measurements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rivals that a certificate of position 0 names are about as near as those of a scan.
+
+    A random model carries a token's embedding along less well than a trained one.
+    """
+    scan = measurements.derived(FirstTokenFeatures)
+    monkeypatch.setattr(Measurements, "derived", without(Measurements.derived, FirstTokenFeatures))
+    ids = torch.arange(VOCABULARY)[:, None]
+    target = measurements.transformer.features_of(ids)
+    search = PrefixSearch(measurements, target)
+    rows = ids[:, 0]
+    proposed = FirstTokenScan().begin(search).propose(rows, 8).ids
+    assert proposed.shape == (VOCABULARY, 8)
+    assert all(len(set(some)) == 8 for some in proposed.tolist())
+    assert (proposed == ids).any(1).float().mean() > 0.95
+
+    first = torch.zeros_like(ids)
+    projected = search.probe.standardize(target, first)[:, 0] @ scan.directions
+    nearest = (-torch.cdist(projected, scan.projected)).topk(4).indices
+
+    def rival(candidates: Tensor) -> Tensor:
+        residuals = measurements.calibration.residual(
+            target[candidates, 0], target, torch.zeros_like(candidates)
+        )
+        return residuals.masked_fill(candidates == ids, torch.inf).amin(1)
+
+    ratio = rival(proposed) / rival(nearest)
+    assert ratio.mean() < 1.1
+    assert ratio.max() < 1.7
+
+
+def without(derived: Callable[..., Any], kind: type) -> Callable[..., Any]:
+    """``Measurements.derived`` that must not be asked for one kind."""
+
+    def checked(self: Measurements, asked: type) -> Any:
+        assert asked is not kind
+        return derived(self, asked)
+
+    return checked
 
 
 def test_a_fit_that_has_no_vector_of_a_token_prefers_none(headless: Measurements) -> None:

@@ -97,7 +97,7 @@ def row(**changed: object) -> dict[str, Any]:
     return {
         "index": 0, "run": "a", "policy": "recommended", "model": "m", "depth": 1, "prompts": 2,
         "length": 5, "cap": None, "capped": False, "calibration_seconds": 1.0,
-        "scan_seconds": 2.0, "forward_seconds": 0.5, "seconds": 5.0, "tokens": 10, "done": 10,
+        "forward_seconds": 0.5, "seconds": 5.0, "tokens": 10, "done": 10,
         "right": 10, "verified": 10, "falsely_verified": 0, "exact": 2, "candidates_median": 4,
         "candidates_p95": 9, "candidates_max": 11, "forwards": 30, **changed,
     }  # fmt: skip
