@@ -10,7 +10,10 @@ from lightning_inversion.report.labels import model_name
 from lightning_inversion.report.load import CONDITIONAL, GIVEN, GROUP, UNKNOWN, VERIFIED
 from lightning_inversion.report.page import MEANING, characters_whole, environment
 
-_MARKS = {"verified": VERIFIED, "conditional": CONDITIONAL, "group": GROUP, "unresolved": UNKNOWN}
+_MARKS = {
+    "verified": VERIFIED, "conditional": CONDITIONAL, "group": GROUP, "unresolved": UNKNOWN,
+    "read": UNKNOWN,
+}  # fmt: skip
 _MEANING = {**MEANING, UNKNOWN: "not verified"}
 _HASH = 12
 """Digits of a hash that are shown."""
