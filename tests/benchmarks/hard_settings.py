@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=20)
     parser.add_argument("--budget", type=int, default=4096)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
+    parser.add_argument("--certify", choices=("near", "exhaustive"), default="near")
     parser.add_argument("--tokens", type=int, help="of ordinary text, in place of the protocol's")
     options = parser.parse_args()
     print("| setting | right | verified | false certificates | seconds | threshold |")
@@ -73,7 +74,7 @@ def main() -> None:
             texts = ordinary_prompts(tokenizer, options.tokens)
         channel = Storage(**stored)
         measurements = Measurements.measure(transformer, language_model, channel)
-        policy = TokenRecovery(budget=options.budget)
+        policy = TokenRecovery(budget=options.budget, certify=options.certify)
         generator = torch.Generator().manual_seed(0)
         found: list[RecoveredPrompt] = []
         began = time.monotonic()
