@@ -97,6 +97,8 @@ def decode(
 ) -> TopTokens:
     """The k best tokens of each position of an optimised input.
 
+    Where fewer are allowed, the best one is repeated.
+
     Args:
         values: ``[B, T, C]`` of the learnable input.
         learnable: how values become vectors.
@@ -136,7 +138,9 @@ def decode(
             hidden = disallowed if disallowed.dim() == 1 else disallowed[some // length]
             all_scores.masked_fill_(hidden, masked_score)
         best = best_tokens(all_scores, k)
-        ids[some], scores[some] = best.indices, best.values
+        allowed = best.values > -torch.inf
+        ids[some] = torch.where(allowed, best.indices, best.indices[:, :1])
+        scores[some] = best.values
     ids[wanted], scores[wanted] = ids[wanted[which]], scores[wanted[which]]
     shape = (rows, length, k)
     return TopTokens(ids.view(shape), scores.view(shape))

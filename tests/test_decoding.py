@@ -12,6 +12,7 @@ from lightning_inversion.decoding import (
     natural_decoder,
 )
 from lightning_inversion.inputs import EmbeddingInput, VocabularyInput
+from lightning_inversion.metrics import top_k_accuracy
 from lightning_inversion.transformer.embedding import TokenEmbedding
 
 
@@ -67,6 +68,15 @@ def test_only_allowed_tokens_are_decoded(embedding: TokenEmbedding) -> None:
     # The source's mask multiplies by 0: a disallowed token then beats a negative score.
     by_zero = decode(values, learnable, embedding, None, disallowed=disallowed, masked_score=0.0)
     assert by_zero.best.item() not in (3, 4)
+
+
+def test_fewer_allowed_tokens_than_k_leave_no_other_in_the_top_k(embedding: TokenEmbedding) -> None:
+    values = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0))
+    disallowed = disallowed_tokens([3, 4], 50)
+    top = decode(values, VocabularyInput(), embedding, None, k=5, disallowed=disallowed)
+    assert set(top.ids.flatten().tolist()) == {3, 4}
+    ids, mask = torch.full((2, 3), 7), torch.ones(2, 3, dtype=torch.bool)
+    assert top_k_accuracy(top.ids, ids, mask).tolist() == [0.0, 0.0]
 
 
 def test_equal_vectors_are_scored_once(embedding: TokenEmbedding) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from lightning_inversion.api import capture, invert, recover, verify
 from lightning_inversion.errors import InputError
-from lightning_inversion.inputs import VocabularyInput
+from lightning_inversion.inputs import EmbeddingInput, NormalInitializer, VocabularyInput
 from lightning_inversion.objectives import L2
 from lightning_inversion.schedules import AllPositions
 from tests.tiny import shared_tiny_model, tiny_tokenizer
@@ -53,10 +53,11 @@ def test_an_objective_alone_comes_nearer(captured: list[torch.Tensor]) -> None:
     model = shared_tiny_model("llama")
     (found,) = invert(
         model, tiny_tokenizer(), captured[0], depth=2,
-        objective=L2(), schedule=AllPositions(), iterations=15,
+        learnable=EmbeddingInput(NormalInitializer(0, 0.1)), objective=L2(),
+        schedule=AllPositions(), iterations=15,
     )  # fmt: skip
     assert found.iterations == len(found.distances) == 15
-    assert found.distances[-1] < found.distances[0]
+    assert found.distances[-1] < 0.9 * found.distances[0]
     assert found.values.shape == captured[0].shape
     assert json.loads(found.to_json())["iterations"] == 15
 

@@ -118,10 +118,10 @@ def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = []
     for cell in cells:
         if cell["cell_type"] == "code":
-            lines = cell["source"].splitlines()
-            exec(cell["source"], names)
-            if lines[-1].isidentifier():
-                shown.append(names[lines[-1]]._repr_html_())
+            source = "".join(cell["source"])
+            exec(source, names)
+            if (last := source.splitlines()[-1]).isidentifier():
+                shown.append(names[last]._repr_html_())
     assert len(shown) == 3
     assert names["found"].texts == ["The sky is blue."]
     assert names["found"].verified

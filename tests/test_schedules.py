@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -158,6 +160,18 @@ def test_what_contradicts_is_refused_with_a_way_out(
 def test_numbers_that_make_no_sense_are_refused(build: Callable[[], Schedule]) -> None:
     with pytest.raises(InputError, match=r"--model\.schedule"):
         build()
+
+
+def test_noise_that_hides_tokens_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    state: Any = SimpleNamespace(focus=None)
+    calibration = SimpleNamespace(verifies=False)
+    experiment: Any = SimpleNamespace(measurements=SimpleNamespace(calibration=calibration))
+    schedule = VerifiedPrefix()
+    for _ in range(2):
+        assert schedule.before_iteration(state, experiment) is None
+    assert state.focus is None  # the input is optimised as a whole
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "noise in the targets hides which token is right" in message
 
 
 def test_prompts_that_the_probe_reads_need_no_iteration(

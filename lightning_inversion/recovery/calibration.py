@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -87,6 +87,7 @@ class Calibration:
         common: ``[2]`` the residual that the nearest 5% of random tokens have.
         noisy: ``[2]`` how many features' worth of told noise there is; 0 without noise, and where
             the noise is so strong that tokens which are not compared could pass for the target.
+        told: ``[2]`` the same, however strong the noise is.
     """
 
     mean: Tensor
@@ -103,6 +104,14 @@ class Calibration:
     dimension: Tensor
     common: Tensor
     noisy: Tensor
+    told: Tensor
+
+    def comparing_all(self) -> Calibration:
+        """The calibration where a token is compared with the whole vocabulary.
+
+        No token is left that could pass for the target unseen, however strong told noise is.
+        """
+        return replace(self, noisy=self.told)
 
     @property
     def verifies(self) -> bool:
@@ -364,6 +373,7 @@ def _thresholds(right: Tensor, wrong: Tensor, drawn: Tensor, gains: Tensor) -> d
         "dimension": dimension,
         "common": common,
         "noisy": zero,
+        "told": zero,
     }
 
 
@@ -419,6 +429,7 @@ def _with_noise(calibration: Calibration, noise: float) -> Calibration:
     # A token that was not compared, whose features are nearer than this, could be the right one.
     apart = calibration.wrong * calibration.std.median(dim=1).values / noise
     able = apart > _reach_of_noise(F)
+    told = (noise**2 / std.square()).sum(-1)
     return Calibration(
         mean=calibration.mean,
         std=std,
@@ -433,7 +444,8 @@ def _with_noise(calibration: Calibration, noise: float) -> Calibration:
         freedom=calibration.freedom,
         dimension=calibration.dimension,
         common=calibration.common,
-        noisy=torch.where(able, (noise**2 / std.square()).sum(-1), 0.0),
+        noisy=torch.where(able, told, 0.0),
+        told=told,
     )
 
 

@@ -154,20 +154,22 @@ class Certificate:
                 f"The certificate is for hidden states of shape {shape}, and these have "
                 f"{list(hidden_states.shape)}."
             )
-        near = NearTokens.at(self.calibration, transformer.embedding)
         vocabulary = transformer.embedding.vocabulary_size
-        verifier = Verifier(self.calibration, near, vocabulary, transformer.causal)
+        rivals = {
+            (0, position): token.rival
+            for position, token in enumerate(self.tokens, start=len(self.known))
+            if token.rival is not None and token.compared >= vocabulary
+        }
+        calibration = self.calibration.comparing_all() if rivals else self.calibration
+        near = NearTokens.at(calibration, transformer.embedding)
+        verifier = Verifier(calibration, near, vocabulary, transformer.causal)
         ids = torch.tensor([self.ids], device=transformer.device)
         verdict = verifier.verify(
             ids,
             hidden_states[None].to(transformer.device),
             torch.ones_like(ids, dtype=torch.bool),
             transformer.features_of,
-            rivals={
-                (0, position): token.rival
-                for position, token in enumerate(self.tokens, start=len(self.known))
-                if token.rival is not None and token.compared >= vocabulary
-            },
+            rivals=rivals,
         )
         begin = len(self.known)
         reproduced = (verdict.verified | verdict.conditional)[0, begin:].tolist()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -129,8 +130,11 @@ class _Batch:
         known: Tensor | None,
         fitted: Tensor | None,
     ) -> None:
-        self.policy, self.calibration = policy, measurements.calibration
         exhaustive = policy.certify == "exhaustive"
+        if exhaustive and not measurements.calibration.verifies:
+            calibration = measurements.calibration.comparing_all()
+            measurements = replace(measurements, calibration=calibration)
+        self.policy, self.calibration = policy, measurements.calibration
         self.search = search = PrefixSearch(measurements, target, exhaustive=exhaustive)
         B, device = len(target), target.device
         self.embedding = measurements.transformer.embedding

@@ -26,10 +26,11 @@ VERIFIED, DUPLICATE, RIGHT, IN_TOP_K, WRONG, GIVEN, FALSE = "vdrkwgx"
 """Marks of a token: verified; verified, and another token has the same embedding; right, not
 verified; wrong, the right one among the best k; wrong; given; verified and yet wrong, which must
 never be."""
-CONDITIONAL, GROUP, UNKNOWN = "cou"
+CONDITIONAL, GROUP, READ, UNKNOWN = "coeu"
 """Marks of a token that is not verified, where the prompt is not known: it reproduces the target
-behind tokens that are not all verified; others reproduce it too; neither."""
-_UNSCORED = {"conditional": CONDITIONAL, "group": GROUP}
+behind tokens that are not all verified; others reproduce it too; it was read off its row, and not
+run; none of these."""
+_UNSCORED = {"conditional": CONDITIONAL, "group": GROUP, "read": READ}
 CURVES = {"match/distance": "distance", "match/distance_ratio": "distance ratio"}
 """Tags of a run's event files that are read, and what a report calls them."""
 

@@ -19,6 +19,7 @@ from lightning_inversion.report.load import (
     GIVEN,
     GROUP,
     IN_TOP_K,
+    READ,
     RIGHT,
     UNKNOWN,
     VERIFIED,
@@ -46,6 +47,7 @@ MEANING = {
     RIGHT: "right, not verified",
     CONDITIONAL: "reproduces the target, behind a token that is not verified",
     GROUP: "reproduces the target, as other tokens do",
+    READ: "read off its row, not run",
     UNKNOWN: "not verified, the prompt is not known",
     IN_TOP_K: "wrong, the right one among the best",
     WRONG: "wrong",
@@ -157,7 +159,8 @@ def findings(loaded: Loaded, table: pd.DataFrame) -> list[str]:
     results = loaded.results
     prompts, runs = results["key"].nunique(), results["run"].nunique()
     sentences = [
-        f"{len(results)} results of {prompts} prompts, in {runs} runs with {len(table)} settings."
+        f"{_count(len(results), 'result')} of {_count(prompts, 'prompt')}, in "
+        f"{_count(runs, 'run')} with {_count(len(table), 'setting')}."
     ]
     right = table["tokens right"].dropna()
     if len(right):
@@ -186,6 +189,10 @@ def findings(loaded: Loaded, table: pd.DataFrame) -> list[str]:
             f"{false or 'none'} of these {'is' if false < 2 else 'are'} wrong."
         )
     return sentences
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _where(measured: int, settings: int) -> str:

@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 
 from lightning_inversion.files import one_line, visible
 from lightning_inversion.report.labels import model_name
-from lightning_inversion.report.load import CONDITIONAL, GIVEN, GROUP, UNKNOWN, VERIFIED
+from lightning_inversion.report.load import CONDITIONAL, GIVEN, GROUP, READ, UNKNOWN, VERIFIED
 from lightning_inversion.report.page import MEANING, characters_whole, environment
 
-_MARKS = {"verified": VERIFIED, "conditional": CONDITIONAL, "group": GROUP, "unresolved": UNKNOWN}
+_MARKS = {
+    "verified": VERIFIED, "conditional": CONDITIONAL, "group": GROUP, "read": READ,
+    "unresolved": UNKNOWN,
+}  # fmt: skip
 _MEANING = {**MEANING, UNKNOWN: "not verified"}
 _HASH = 12
 """Digits of a hash that are shown."""
@@ -104,9 +107,14 @@ def _token(token: dict[str, Any]) -> _Token:
         other = ", ".join(_name(*pair) for pair in pairs if pair[1] != token["id"])
     cells = [
         str(token["position"]), _name(token["text"], token["id"]), str(token["id"]),
-        token["state"], _number(token["residual"]), _number(token["threshold"]), other,
+        _state(token), _number(token["residual"]), _number(token["threshold"]), other,
     ]  # fmt: skip
     return _Token(_MARKS[token["state"]], cells)
+
+
+def _state(token: dict[str, Any]) -> str:
+    chance = token["probability"]
+    return str(token["state"]) if chance is None else f"{token['state']}, {chance:.0%}"
 
 
 def _title(cells: list[str]) -> str:

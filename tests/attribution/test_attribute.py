@@ -58,6 +58,10 @@ def test_integrated_gradients_add_up_to_what_replacing_all_tokens_changes(run) -
     result = run(method="integrated", steps=64, replacement="s")
     assert result.signed
     assert not result.notes  # it would say what is missing
+    # The rise of a probability is small; what is missing is compared with it.
+    coarse = run(method="integrated", steps=1, replacement="s", scalar="prob")
+    (note,) = coarse.notes
+    assert note.startswith("Integrated gradients miss ")
 
 
 @pytest.mark.parametrize("scalar", ["logprob", "prob"])

@@ -41,6 +41,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "features 0:8": ({"features": "0:8"}, {}),
     "layers 4 and 8": ({"layers": [4, 8]}, {}),
     "final norm": ({"final_norm": True}, {}),
+    "keys and values": ({"output": "keys_values"}, {}),
+    "keys and values in bfloat16": ({"output": "keys_values"}, {"dtype": "bfloat16"}),
 }
 
 
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=20)
     parser.add_argument("--budget", type=int, default=4096)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
+    parser.add_argument("--certify", choices=("near", "exhaustive"), default="near")
     parser.add_argument("--tokens", type=int, help="of ordinary text, in place of the protocol's")
     options = parser.parse_args()
     print("| setting | right | verified | false certificates | seconds | threshold |")
@@ -71,7 +74,7 @@ def main() -> None:
             texts = ordinary_prompts(tokenizer, options.tokens)
         channel = Storage(**stored)
         measurements = Measurements.measure(transformer, language_model, channel)
-        policy = TokenRecovery(budget=options.budget)
+        policy = TokenRecovery(budget=options.budget, certify=options.certify)
         generator = torch.Generator().manual_seed(0)
         found: list[RecoveredPrompt] = []
         began = time.monotonic()

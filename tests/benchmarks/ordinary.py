@@ -25,14 +25,12 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_inversion.data.targets import Storage
 from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.files import append_records, read_records
-from lightning_inversion.recovery.calibration import Calibration
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.recovery.verification import Verifier
 from lightning_inversion.transformer.embedding import best_tokens
-from lightning_inversion.transformer.language_model import LanguageModel, own_text
-from lightning_inversion.transformer.linear_probe import LinearProbe
+from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
@@ -150,11 +148,9 @@ def main() -> None:
     print("|---" * (len(SHOWN) + 4) + "|")
     whole, tokenizer = TransformerSpec().load_causal_lm()
     language_model = LanguageModel(whole, caches=True)
-    text = own_text(language_model)
     ids = [torch.tensor(one) for one in prompts(tokenizer, options.tokens)]
     for depth in options.depths:
         for dtype in dict.fromkeys(["float32", *options.types]):
-            probe: LinearProbe | None = None
             for stored in options.types if dtype == "float32" else [dtype]:
                 for kind in options.kinds:
                     if (kind == "stored") != (dtype == "float32" and stored != "float32"):
@@ -166,10 +162,8 @@ def main() -> None:
                         began = time.process_time()
                         spec = TransformerSpec(depth=depth, dtype=dtype)
                         transformer = spec.load()
-                        probe = probe or LinearProbe.fit(transformer, text=text)
-                        calibration = Calibration.measure(transformer, probe, Storage(stored), text)
-                        measurements = Measurements(
-                            transformer, probe, calibration, language_model, text
+                        measurements = Measurements.measure(
+                            transformer, language_model, Storage(stored)
                         )
                         target = [Storage(stored)(one) for one in targets(kind, spec, ids)]
                         counts = checked(measurements, target, ids, options.recovered)

@@ -13,6 +13,7 @@ CASES = [
     *(Case(seed, "near", kind, "float32") for seed, kind in enumerate(FEATURES[1:], start=10)),
     *(Case(seed, "very near", "all", kind) for seed, kind in enumerate(CHANNELS[1:], start=20)),
     Case(5, "untrained cluster", "attention alone", "noise"),
+    Case(6, "parallel", "attention alone", "float32"),
     Case(7, "equal", "slice", "noise"),
 ]
 

@@ -13,9 +13,13 @@ from lightning_inversion.data.targets import Storage
 from lightning_inversion.recovery import calibration as module
 from lightning_inversion.recovery import rivals
 from lightning_inversion.recovery.calibration import CLEARANCE, RISK, Calibration
+from lightning_inversion.recovery.certificate import Certificate
 from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.policy import recover_prompts
+from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.rivals import NearTokens
 from lightning_inversion.recovery.search import PrefixSearch
+from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.recovery.verification import Verdict, Verifier
 from lightning_inversion.transformer.rounding import _perturbed
 from lightning_inversion.transformer.surgery import Surgery
@@ -75,6 +79,37 @@ def test_noise_that_hides_tokens_verifies_nothing(measurements: Measurements) ->
     assert not strong.verifies
     assert not strong.passes(torch.ones(3), torch.arange(3)).any()
     assert (strong.plausible > 1).all()
+
+
+def test_strong_noise_leaves_tokens_that_are_compared_with_all(measurements: Measurements) -> None:
+    """Noise in which one more token could pass for the target hides nothing that was run."""
+    usual = measurements.calibration
+    noise = float((usual.wrong * usual.std.median(dim=1).values).amax()) / 1.8
+    storage = Storage(noise=noise)
+    strong = dataclasses.replace(measurements, calibration=calibrate(measurements, storage))
+    assert not strong.calibration.verifies
+    assert torch.equal(strong.calibration.comparing_all().noisy, strong.calibration.told)
+    ids = torch.randint(300, (6, 5), generator=torch.Generator().manual_seed(3))
+    target = storage(measurements.transformer.features_of(ids), torch.Generator().manual_seed(4))
+    shown: dict[str, list[bool]] = {}
+    for certify in ("near", "exhaustive"):
+        policy = TokenRecovery(ProbeProposer(), candidates=64, certify=certify)
+        found = recover_prompts(policy, strong, target, [5] * 6)
+        pairs = [
+            (token, right)
+            for prompt, row in zip(found, ids.tolist(), strict=True)
+            for token, right in zip(prompt.tokens, row, strict=True)
+        ]
+        assert not any(token.verified and token.id != right for token, right in pairs)
+        shown[certify] = [token.verified for token, _ in pairs]
+    assert not any(shown["near"])
+    assert sum(shown["exhaustive"]) >= 5
+    prompt = next(prompt for prompt in found if prompt.tokens[0].verified)
+    row = next(number for number, other in enumerate(found) if other is prompt)
+    certificate = Certificate.of((), prompt.tokens, strong, dataclasses.asdict(storage))
+    check = certificate.check(measurements.transformer, target[row])
+    assert check.holds
+    assert check.reproduced[0]
 
 
 def test_under_noise_a_rival_must_be_unlikely(measurements: Measurements) -> None:

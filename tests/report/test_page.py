@@ -9,6 +9,7 @@ import pandas as pd
 from lightning_inversion.report.canvas import RenderedFigure
 from lightning_inversion.report.load import load_results
 from lightning_inversion.report.page import findings, fitting, render_page
+from lightning_inversion.report.recovery_page import recovery_page
 from lightning_inversion.report.tables import summarize
 from tests.report.rows import WORDS, predicted, row, write_run
 
@@ -133,3 +134,29 @@ def test_results_of_unknown_prompts_are_counted_apart(tmp_path: Path) -> None:
 def test_the_table_of_a_page_has_the_columns_that_fit() -> None:
     text = pd.DataFrame({name: ["x" * 30] for name in ("depth", "seeds", "a", "b", "c", "d", "e")})
     assert fitting(text) == ["depth", "a", "b", "c"]
+
+
+def test_a_recovery_shows_each_state() -> None:
+    states = ("verified", "conditional", "group", "read", "unresolved")
+    tokens = [
+        {
+            "position": position, "id": position, "text": f" {state}", "state": state,
+            "residual": None, "threshold": 0.5, "rival": None, "rival_text": None,
+            "rival_residual": None, "alternatives": [9], "alternative_texts": [" other"],
+            "probability": 0.75 if state == "read" else None,
+        }
+        for position, state in enumerate(states)
+    ]  # fmt: skip
+    prompt = {
+        "text": "".join(f" {state}" for state in states), "given": [], "given_text": "",
+        "tokens": tokens, "version": "1",
+        "transformer": {"model": "a/<b>", "layers": [8], "final_norm": True},
+        "storage": {"dtype": "float16", "noise": 0.5, "centred": True, "scale": 2.0},
+    }  # fmt: skip
+    page = recovery_page([prompt])
+    assert "1 of 5 tokens are verified" in page
+    for mark in "vcoeu":
+        assert page.count(f'class="tok {mark}"') == 3  # legend, text, table
+    assert "read, 75%" in page
+    assert "depth 8 after the final norm; float16, noise with std 0.5, centred, times 2" in page
+    assert "<b>" not in page
