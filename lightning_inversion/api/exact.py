@@ -132,7 +132,8 @@ def recover(
             where the chance of any other is below one in a million.
         layout: what names and shapes leave open.
         diagnose_first: where position 0 fits no token, find out why before the search.
-        policy: how tokens are searched; default ``TokenRecovery``.
+        policy: how tokens are searched; default ``TokenRecovery``. ``Reading`` reads rows behind a
+            prefix that is not known, and verifies nothing.
 
     Returns:
         A sequence with one entry a prompt, each with its ``text`` and its ``tokens``.

@@ -172,7 +172,8 @@ class _Position:
     def _near(self, token: int) -> dict[int, float]:
         """Residuals of the tokens near a token."""
         residual = self.target.new_tensor(self.residual)
-        near, _ = self.verifier.near_tokens(torch.tensor(token), residual, self.position)
+        within = self.calibration.within(residual, self.position, self.verifier.vocabulary)
+        near, _ = self.verifier.near.of_token(token, float(within))
         return {
             other: self._residual(self._features(self._vector(other))) for other in near.tolist()
         }

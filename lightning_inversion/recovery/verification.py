@@ -135,8 +135,10 @@ class Verifier:
         missing: list[Tensor | None] = [None] * len(ids)
         crowded = torch.zeros_like(passes)
         if compared is None:
+            within = calibration.within(smallest, positions, vocabulary).tolist()
+            found = tokens[:, 0].tolist()
             for row in passes.nonzero()[:, 0].tolist():
-                rest, whole = self.near_tokens(tokens[row, 0], smallest[row], positions[row])
+                rest, whole = self.near.of_token(found[row], within[row])
                 if len(rest):
                     rest = rest[torch.isin(rest, ids[row], invert=True)]
                 crowded[row] = not whole
@@ -154,11 +156,6 @@ class Verifier:
             judged & ~apart & (not calibration.has_noise),
             missing,
         )
-
-    def near_tokens(self, token: Tensor, residual: Tensor, position: Tensor) -> tuple[Tensor, bool]:
-        """The tokens that one with a residual must be compared with; see ``NearTokens``."""
-        within = self.calibration.within(residual, position, self.vocabulary)
-        return self.near.of_token(int(token), float(within))
 
     @torch.no_grad()
     def verify(
@@ -191,9 +188,10 @@ class Verifier:
         self.near.prepare(ids[passes])
         at = [(row, position) for row, position in passes.nonzero().tolist()]
         known = rivals or {}
+        within = calibration.within(residuals, positions, self.vocabulary)
         others = [
             torch.cat([
-                self.near_tokens(ids[one], residuals[one], positions[one])[0],
+                self.near.of_token(int(ids[one]), float(within[one]))[0],
                 ids.new_tensor([known[one]] if one in known else []),
             ])
             for one in at

@@ -49,8 +49,8 @@ def kept(
 
     Args:
         kind: a dataclass whose fields are tensors, other such dataclasses, or what JSON holds.
-        identity: all that the value depends on but for the code; ``description`` in it is what
-            ``lightning-inversion cache`` shows.
+        identity: all that the value depends on but for the code; a ``description`` in it is shown
+            by ``lightning-inversion cache``, and is no part of what the value is found by.
         build: computes the value; called by one process at a time.
         device: where the tensors are to be.
     """
@@ -60,7 +60,8 @@ def kept(
     except OSError as error:
         _log.warning("there is no folder for a cache (%s); nothing is kept.", error)
         return build()
-    text = as_json({"kind": kind.__qualname__, **identity})
+    of = {name: value for name, value in identity.items() if name != "description"}
+    text = as_json({"kind": kind.__qualname__, **of})
     digest = hashlib.sha256(text.encode()).hexdigest()[:24]
     path = folder / f"{kind.__name__}-{digest}-{method()}{SUFFIX}"
     found = _read(kind, path, text, device)

@@ -372,6 +372,9 @@ class TruncatedTransformer(nn.Module):
         device = self.device
         return {
             "description": self.description,
+            "features": {**self.selection.description(), **self.surgery.description()},
+            "computed": [str(self.dtype), self.model.config._attn_implementation],
+            "weights": self.fingerprint,
             "kind": f"{type(self.model).__module__}.{type(self.model).__qualname__}",
             "modules": repr(self.model),
             "config": config_of(self.model),

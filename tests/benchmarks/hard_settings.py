@@ -41,6 +41,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "features 0:8": ({"features": "0:8"}, {}),
     "layers 4 and 8": ({"layers": [4, 8]}, {}),
     "final norm": ({"final_norm": True}, {}),
+    "keys and values": ({"output": "keys_values"}, {}),
+    "keys and values in bfloat16": ({"output": "keys_values"}, {"dtype": "bfloat16"}),
 }
 
 

@@ -15,7 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_inversion import recover
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.api.recovered import Recoveries
+from lightning_inversion.recovery.diagnosis import diagnose
+from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.reading import Reading
+from lightning_inversion.recovery.variants import OtherCuts
+from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.transformer.truncated import TruncatedTransformer
+from tests.benchmarks.planted_mistakes import kinds
 
 pytestmark = pytest.mark.integration
 DEPTH = 8
@@ -102,6 +109,45 @@ def test_batches_padded_on_the_left(loaded: Loaded) -> None:
         states = model(**given, output_hidden_states=True).hidden_states
         batches.append({"hidden_states": states, "attention_mask": given.attention_mask})
     recovered(loaded, batches)
+
+
+def test_mistakes_are_named_and_right_features_are_not(loaded: Loaded) -> None:
+    model, tokenizer = loaded
+
+    def cut(depths: tuple[int, ...], final_norm: bool) -> TruncatedTransformer:
+        return TruncatedTransformer.from_model(
+            model, tokenizer, layers=depths, final_norm=final_norm
+        )
+
+    transformer = cut((DEPTH,), False)
+    measurements = Measurements.measure(transformer, LanguageModel(model, transformer.caches))
+    ids = tokenizer(PROMPTS[7] + " " + PROMPTS[9], return_tensors="pt").input_ids[0]
+    for name, (features, wanted) in kinds(cut, DEPTH, 30).items():
+        target = features(ids)
+        (found,) = diagnose(measurements, target[None], [len(target)], OtherCuts(cut, 30))
+        if name == "none":
+            assert found is None
+            continue
+        assert found is not None
+        assert (found.way_out or "").startswith(wanted)
+        assert wanted or found.way_out is None, name
+
+
+def test_rows_behind_an_unknown_prefix_are_read(loaded: Loaded) -> None:
+    model, tokenizer = loaded
+    unknown = tokenizer("You are a helpful assistant. ").input_ids
+    states, right = [], []
+    for text in PROMPTS[:5]:
+        ids = unknown + tokenizer(text).input_ids
+        output = model(torch.tensor([ids]), output_hidden_states=True)
+        states.append(output.hidden_states[DEPTH][0, len(unknown) :])
+        right += ids[len(unknown) :]
+    found = recover(*loaded, states, depth=DEPTH, policy=Reading(0))
+    read = [token for prompt in found for token in prompt.tokens]
+    named = sum(token.id == own for token, own in zip(read, right, strict=True))
+    assert named >= 0.9 * len(right)
+    assert {token.state for token in read} == {"read"}
+    assert not any(prompt.verified for prompt in found)
 
 
 def test_rows_behind_a_known_prefix(loaded: Loaded) -> None:

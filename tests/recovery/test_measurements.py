@@ -21,6 +21,7 @@ from lightning_inversion.recovery.recognition import recognised
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.linear_probe import LinearProbe
+from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.tiny import tiny_model
 
@@ -84,6 +85,20 @@ def test_what_is_kept_is_what_was_measured(
         assert [{**vars(token), "seconds": 0} for token in one.tokens] == [
             {**vars(token), "seconds": 0} for token in two.tokens
         ]
+
+
+def test_a_model_is_known_by_its_content_wherever_it_came_from(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = TransformerSpec(model=str(tiny_folder), depth=2)
+    loaded, whole = spec.load_with_head()
+    first = Measurements.measure(loaded, LanguageModel(whole, loaded.caches))
+    nothing_is_measured(monkeypatch)
+    model, tokenizer = spec.load_causal_lm()
+    in_memory = TruncatedTransformer.from_model(model, tokenizer, depth=2)
+    assert in_memory.description != loaded.description
+    again = Measurements.measure(in_memory, LanguageModel(model, in_memory.caches))
+    assert same(again.calibration, first.calibration)
 
 
 def test_every_field_of_a_calibration_is_kept_in_its_type() -> None:

@@ -104,6 +104,8 @@ def test_in_python_rows_need_no_first_position(measurements: Measurements) -> No
     found = recover(shared_tiny_model("llama"), None, list(rows), depth=3, policy=Reading(0))
     assert len(found) == 6
     assert {token.state for prompt in found for token in prompt.tokens} == {"read"}
+    assert "read" in found.to_html()
+    assert found[0].certificate.from_json(found[0].certificate.to_json()).tokens[0].state == "read"
 
 
 @pytest.mark.usefixtures("shared_parsers")
