@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -216,6 +217,11 @@ def remove(path: Path) -> None:
     for gone in (path, path.with_name(f"{path.name}.lock")):
         with suppress(OSError):
             gone.unlink(missing_ok=True)
+
+
+def in_words(kind: str) -> str:
+    """The name of a class as plain words: ``linear probe`` for ``LinearProbe``."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind.lstrip("_")).lower()
 
 
 def described(about: dict[str, Any]) -> str:

@@ -105,8 +105,8 @@ def recover(
 ) -> Recoveries:
     """Recover the prompts of hidden states, with a certificate for each token.
 
-    Verification thresholds are calibrated for the model and depth in each call, and for the type
-    of the tensors: hidden states in bfloat16 are compared with rounded ones.
+    Verification thresholds are measured once for the model, the depth and the type of the tensors,
+    and kept in the cache folder: hidden states in bfloat16 are compared with rounded ones.
 
     Args:
         model: a causal language model with its head, which stays as it is; or its name: a hub id,

@@ -13,6 +13,7 @@ from lightning_inversion.cache import (
     Entry,
     cache_root,
     described,
+    in_words,
     limit,
     measured_files,
     measured_folder,
@@ -65,7 +66,7 @@ def _table(title: str, entries: list[Entry]) -> Table:
 def _named(path: Path, about: dict[str, object]) -> tuple[str, str]:
     if path.is_dir():
         return "folder", printable(path.name)
-    kind = path.name.partition("-")[0].lstrip("_")
+    kind = in_words(path.name.partition("-")[0])
     return kind, printable(described(about)) if about else "damaged"
 
 

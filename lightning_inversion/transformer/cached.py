@@ -24,6 +24,7 @@ from torch import Tensor
 from lightning_inversion.cache import (
     SUFFIX,
     as_json,
+    in_words,
     limit,
     measured_folder,
     measuring_alone,
@@ -74,7 +75,8 @@ def kept(
         if path.exists():
             _log.warning("%s is damaged and is made again.", path)
         elif any(folder.glob(f"{kind.__name__}-{digest}-*{SUFFIX}")):
-            _log.info("%s was kept by another version, and is made again.", kind.__name__)
+            name = in_words(kind.__name__)
+            _log.info("another version of the package kept the %s; it is made again.", name)
         tensors, plain = _parts(build())
         if may_write:
             about = as_json(identity.get("description", {}))

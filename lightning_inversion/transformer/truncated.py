@@ -42,7 +42,7 @@ _ROWS = 256
 
 
 @dataclass(frozen=True)
-class _Caching:
+class CacheCheck:
     """Whether a model obeys masks behind kept keys and values."""
 
     works: bool
@@ -309,10 +309,10 @@ class TruncatedTransformer(nn.Module):
         """Whether `KnownPrefix` may keep keys and values: compared once with plain forwards."""
         if not self.causal:
             return False  # the prefix would see the candidates
-        return kept(_Caching, self.identity, self._caching).works
+        return kept(CacheCheck, self.identity, self._caching).works
 
     @torch.no_grad()
-    def _caching(self) -> _Caching:
+    def _caching(self) -> CacheCheck:
         """Compare candidates behind kept keys and values with plain forwards.
 
         Models that take positions from the order of the keys (the ALiBi of BLOOM and MPT) do not
@@ -335,12 +335,12 @@ class TruncatedTransformer(nn.Module):
             behind_kept = behind(candidates, torch.eye(3, dtype=torch.bool, device=self.device))
         except FAILURES:
             # Takes no such mask, or keeps something else than keys and values.
-            return _Caching(False)
+            return CacheCheck(False)
         plain = self.candidates(prefix, lengths, candidates)
         without_prefix = self.candidates(prefix, torch.zeros_like(lengths), candidates)
         rounding = (32 if self.dtype == torch.float32 else 4) * torch.finfo(self.dtype).eps
         allowed = 0.01 * (plain - without_prefix).norm() + rounding * plain.norm()
-        return _Caching(bool((behind_kept - plain).norm() <= allowed))
+        return CacheCheck(bool((behind_kept - plain).norm() <= allowed))
 
     @module_property
     def fingerprint(self) -> str:

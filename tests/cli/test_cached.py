@@ -60,7 +60,7 @@ def test_it_lists_and_clears(
     capsys.readouterr()
     assert run(["cache"]) == 0
     shown = capsys.readouterr().out
-    for part in ("Calibration", "LinearProbe", "Behaviour", "OwnText", "depth 2"):
+    for part in ("calibration", "linear probe", "behaviour", "own text", "depth 2"):
         assert part in shown
     assert "damaged" in shown
     assert "a-model-v1" in shown

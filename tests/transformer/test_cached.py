@@ -99,7 +99,7 @@ def test_other_code_measures_again_and_says_so(
     once({})
     monkeypatch.setattr(cached, "method", lambda: "another")
     assert once({})[1] == 1
-    assert "Value was kept by another version, and is made again." in messages
+    assert "another version of the package kept the value; it is made again." in messages
 
 
 def test_the_method_is_all_code_that_measures(
