@@ -115,6 +115,12 @@ class InversionCLI(LightningCLI):
         name = self._args[0]
         with wrong_values("--config", RecursionError):
             options = self._subcommand_parsers[name].parse_args(args[1:])
+        # --print_config leaves what it asks for at the parser of all commands.
+        asked = vars(parser).pop("print_config", None)
+        if asked is not None:
+            how = {key: value for key, value in asked.items() if key not in ("key", "subparser")}
+            print(asked["subparser"].dump(options, **how), end="")
+            raise SystemExit(0)
         self.config = Namespace(subcommand=name)  # type: ignore[no-untyped-call]
         self.config[name] = options
         seed = options.seed_everything

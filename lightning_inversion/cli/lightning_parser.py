@@ -1,11 +1,14 @@
 """The parser of fit, validate and predict, and what the help of each shows."""
 
 from argparse import SUPPRESS, HelpFormatter
+from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_inversion.cli.options import SECTIONS, SHORT
 from lightning_inversion.cli.parser import OneSentenceParser
+from lightning_inversion.errors import InputError
 
 _OF_ANOTHER_COMMAND = {
     "fit": ("display", "model.recovery"),
@@ -21,6 +24,17 @@ _OF_ANOTHER_COMMAND = {
 
 class LightningParser(OneSentenceParser, LightningArgumentParser):
     """The parser of all commands, with what Lightning's needs; its help shows our options first."""
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse a config, each section of which holds options."""
+        options = super().parse_path(path, *args, **kwargs)
+        for section in SECTIONS:
+            if section in options and not isinstance(options[section], Namespace):
+                raise InputError(
+                    f"--config {str(path)!r}: {section} holds no options; give it some, or leave "
+                    "it out."
+                )
+        return options
 
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
         """Put Lightning's four hundred lines on the Trainer last."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.callbacks.stopping import StoppingCriterion
@@ -516,3 +517,29 @@ def test_a_sigterm_ends_a_run_in_the_middle_of_long_work(
     assert "0 of 2 prompts are finished" in messages
     assert "resume with the same command and --ckpt_path last" in messages
     assert "Traceback" not in messages
+
+
+@pytest.mark.parametrize("command", ["fit", "predict", "validate"])
+def test_the_config_is_printed_and_can_be_used(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([command, "--depth=3", "--print_config", "--data.prompts=['a']"]) == 0
+    printed = capsys.readouterr().out
+    config = yaml.safe_load(printed)
+    assert config["model"]["transformer"]["depth"] == 3
+    assert config["model"]["transformer"]["dtype"] == "float32"
+    assert config["data"]["prompts"] == ["a"]
+    (tmp_path / "again.yaml").write_text(printed)
+    assert run([command, f"--config={tmp_path / 'again.yaml'}", "--print_config"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize("section", ["trainer", "model", "decoding", "data"])
+@pytest.mark.parametrize("value", ["null", "[1]", "3"])
+def test_a_section_of_a_config_without_options(
+    section: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(f"{section}: {value}\n")
+    assert run(["fit", f"--config={config}", "--trainer.accelerator=cpu"]) == 2
+    assert f"c.yaml': {section} holds no options" in capsys.readouterr().err

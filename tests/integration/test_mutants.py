@@ -104,9 +104,9 @@ FAULTS = (
     ),
     Fault(
         "the learning rate ends where it began",
-        "callbacks/learning_rate.py",
-        "return self.start + (self.end - self.start) * share",
-        "return self.start",
+        "inversion.py",
+        "return start + (end - start) * iteration / max(1, iterations - 1)",
+        "return start",
         "tests/callbacks/test_learning_rate.py",
     ),
     Fault(

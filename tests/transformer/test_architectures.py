@@ -48,8 +48,8 @@ def test_loaded_features_are_the_hidden_states(name: str, tmp_path: Path) -> Non
     ("name", "reason"),
     [
         ("xlnet", "gives hidden states of shape"),
-        pytest.param("gemma4_text", "cannot be run on token vectors", marks=SLOW),
-        pytest.param("cpmant", "cannot be run on token vectors", marks=SLOW),
+        pytest.param("gemma4_text", "needs token ids beside their vectors", marks=SLOW),
+        pytest.param("cpmant", "needs token ids beside their vectors", marks=SLOW),
         pytest.param("xlm", "no single list of its 4 blocks", marks=SLOW),
     ],
 )
