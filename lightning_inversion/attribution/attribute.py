@@ -99,8 +99,8 @@ def attribute(
         model_options: options of `TransformerSpec` that loaded it, for the command in the output.
 
     Raises:
-        InputError: a text is empty or too long, an option does not name a token, or options
-            contradict.
+        InputError: a text or the list is empty, a text is too long, an option does not name a
+            token, or options contradict.
 
     Example::
 
@@ -109,6 +109,8 @@ def attribute(
         Path("page.html").write_text(result.to_html(), encoding="utf-8")
     """
     if not isinstance(text, str):
+        if not text:
+            raise InputError("text is an empty list; give one or several texts.")
         return AttributionResults(
             attribute(
                 model, tokenizer, one, choices,

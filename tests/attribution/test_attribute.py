@@ -198,6 +198,11 @@ def test_wrong_input_names_the_way_out(run, text: str, choices: dict, message: s
         run(text, **choices)
 
 
+def test_no_text_is_refused(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InputError, match="text is an empty list"):
+        attribute(llama, tokenizer, [])
+
+
 def test_scores_that_are_not_finite_are_noted(llama: PreTrainedModel, tokenizer) -> None:
     broken = copy.deepcopy(llama)
     with torch.no_grad():
