@@ -9,10 +9,11 @@ from pathlib import Path
 from lightning_inversion.cli.ending import ended_by_sigterm, exit_code
 from lightning_inversion.ladder.channel import channel, survive
 from lightning_inversion.ladder.measure import Rows, intervene, measure
+from lightning_inversion.ladder.page import write
 from lightning_inversion.ladder.plan import Plan
 from lightning_inversion.ladder.train import cost, train
 
-STAGES = ("train", "measure", "intervene", "channel", "survive")
+STAGES = ("train", "measure", "intervene", "channel", "survive", "page")
 CELLS, INTERVENED = "cells.jsonl", "interventions.jsonl"
 CHANNEL, SURVIVAL = "channel.jsonl", "survival.jsonl"
 
@@ -29,8 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     add("--plan", type=Path, default=Path("configs/ladder/ladder.yaml"), help="which models")
     add("--models", type=Path, default=Path("lightning_logs/ladder"), help="folder of the models")
     add("--rows", type=Path, default=Path("configs/ladder"), help="folder of the kept rows")
+    add("--page", type=Path, default=Path("configs/LADDER.md"), help="whose tables are filled")
     add("--only", default="", help="models whose name contains this")
-    add("--iterations", type=int, default=500, help="N of the recipe")
+    add("--iterations", type=int, default=300, help="N of the recipe")
     add("--dry-run", action="store_true", help="print what training costs, run nothing")
     options = parser.parse_args(arguments)
     return exit_code("ladder", lambda: run(options))
@@ -58,8 +60,11 @@ def run(options: argparse.Namespace) -> None:
             intervene(plan, options.models, rows, options.iterations)
         elif options.stage == "channel":
             channel(plan, options.models, Rows(options.rows / CHANNEL), options.iterations)
-        else:
+        elif options.stage == "survive":
             survive(plan, options.models, Rows(options.rows / SURVIVAL))
+        else:
+            for path in write(options.rows, options.page):
+                print(path)
 
 
 if __name__ == "__main__":

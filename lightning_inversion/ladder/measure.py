@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
-TUNING, REPORTED, LENGTH = 4, 10, 8
+TUNING, REPORTED, LENGTH = 3, 10, 8
 """Prompts that a rate is chosen on, prompts that rows report, and tokens of each."""
 _PROBE_ROWS, _SHARE = 96, 1e-3
 _TEMPERATURES = (2.0, 1.0, 0.5, 0.25, 0.12, 0.06, 0.03, 0.01)
@@ -47,7 +47,7 @@ class Subject:
     Attributes:
         model: with its head.
         tokenizer: of it.
-        tuning: ``[4, 8]`` ids of prompts that a rate is chosen on.
+        tuning: ``[3, 8]`` ids of prompts that a rate is chosen on.
         reported: ``[10, 8]`` ids of other prompts.
         text: ``[N, T]`` ids of text to fit the probe on; None for text that the model wrote.
         held_out: ``[M, T]`` ids that the probe is scored on; the first half chooses a temperature.
@@ -81,7 +81,7 @@ class Subject:
 
 
 def prompts_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The first tokens of texts: those to tune on ``[4, 8]``, and those to report ``[10, 8]``."""
+    """The first tokens of texts: those to tune on ``[3, 8]``, and those to report ``[10, 8]``."""
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"][:LENGTH] for text in texts]
     whole = torch.tensor([own for own in ids if len(own) == LENGTH][: TUNING + REPORTED])
     return whole[:TUNING], whole[TUNING:]
@@ -162,16 +162,18 @@ def recipe_scores(
     tuning = run_recipe(transformer, subject.tuning, RATES, recipe)
     rates = {"printed": PRINTED, "tuned": tuned_rate(tuning, RATES, decoder)}
     rates |= {"tuned_nearest": tuned_rate(tuning, RATES, "nearest")}
-    out = run_recipe(transformer, subject.reported, [*rates.values()], recipe)
+    different = sorted({*rates.values()})
+    out = run_recipe(transformer, subject.reported, different, recipe)
+    at = {name: different.index(rate) for name, rate in rates.items()}
     scores: Record = {"rate_tuned": rates["tuned"], "iterations": recipe.iterations}
-    for number, name in enumerate(("printed", "tuned")):
+    for name, number in list(at.items())[:2]:
         scores[name] = float(out.right[decoder][number].mean())
         scores[f"{name}_first"] = float(out.first[number].float().mean())
         scores[f"{name}_error"] = float(out.error[number].median())
         scores[f"{name}_step"] = float(out.step[number].median())
-    scores["printed_nearest"] = float(out.right["nearest"][0].mean())
-    scores["tuned_nearest"] = float(out.right["nearest"][2].mean())
-    scores["tuned_prompts"] = [round(float(one), 4) for one in out.right[decoder][1]]
+    scores["printed_nearest"] = float(out.right["nearest"][at["printed"]].mean())
+    scores["tuned_nearest"] = float(out.right["nearest"][at["tuned_nearest"]].mean())
+    scores["tuned_prompts"] = [round(float(one), 4) for one in out.right[decoder][at["tuned"]]]
     return scores
 
 

@@ -162,39 +162,41 @@ INTERVENTIONS = (
     _exchange("attention exchanged", ATTENTION),
     _exchange("MLP exchanged", MLP),
     _exchange("norms exchanged", NORMS),
-    Intervention("embedding of the other size", _of_other_size),
-    _change("embedding rows of one norm", even_rows),
     _change("embedding whitened", whitened),
+    _change("embedding rows of one norm", even_rows),
+    Intervention("embedding of the other size", _of_other_size),
     Intervention("read by the nearest embedding", decoder="nearest"),
-    Intervention(
-        "starts like an embedding", recipe=lambda _: {"initializer": MeanInitializer(1.0)}
-    ),
-    Intervention(
-        "largest channel left out",
-        recipe=lambda model: {"objective": Mapped(without_largest(model), L1())},
-    ),
-    Intervention(
-        "features in std", recipe=lambda model: {"objective": Mapped(one_over_std(model), L1())}
-    ),
     Intervention(
         "features through the probe",
         recipe=lambda model: {"objective": Mapped(through_probe(model), L1())},
     ),
     Intervention(
-        "positions weigh the same", recipe=lambda _: {"objective": L1(relative=True)}
+        "features in std", recipe=lambda model: {"objective": Mapped(one_over_std(model), L1())}
+    ),
+    Intervention(
+        "largest channel left out",
+        recipe=lambda model: {"objective": Mapped(without_largest(model), L1())},
+    ),
+    Intervention("positions weigh the same", recipe=lambda _: {"objective": L1(relative=True)}),
+    Intervention(
+        "starts like an embedding", recipe=lambda _: {"initializer": MeanInitializer(1.0)}
     ),
     Intervention(
         "starts near the prompt",
         recipe=lambda model: {"initializer": PromptInitializer(noise=model.embedding.std)},
     ),
-    Intervention("ten times the iterations", longer=10),
     Intervention("Adam", recipe=lambda _: {"optimizer": _adam}),
     Intervention(
-        "Adam, starts like an embedding, nearest",
-        recipe=lambda _: {"optimizer": _adam, "initializer": MeanInitializer(1.0)},
+        "Adam, through the probe, starts like an embedding, nearest",
+        recipe=lambda model: {
+            "optimizer": _adam,
+            "initializer": MeanInitializer(1.0),
+            "objective": Mapped(through_probe(model), L1()),
+        },
         decoder="nearest",
     ),
-)  # fmt: skip
+    Intervention("ten times the iterations", longer=10),
+)
 
 
 def changed(base: Recipe, intervention: Intervention, model: TruncatedTransformer) -> Recipe:

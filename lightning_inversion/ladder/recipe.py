@@ -19,7 +19,7 @@ from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 PRINTED = 1.0
 """The source's learning rate, which falls linearly to a hundredth."""
-RATES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+RATES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 """Those that a tuned one is chosen from."""
 _LAST = 0.01
 
@@ -55,7 +55,7 @@ class Recipe:
         seed: of the initial values.
     """
 
-    iterations: int = 500
+    iterations: int = 300
     objective: Objective | None = None
     initializer: Initializer | None = None
     optimizer: MakeOptimizer = lambda values: torch.optim.SGD(values, lr=1.0)
