@@ -49,11 +49,13 @@ def _lines(axes: Any, points: pd.DataFrame, x: str, y: str, hue: str, **how: Any
 
 def training_figure(cells: pd.DataFrame) -> RenderedFigure:
     """Tokens right along the training, for each shape and width; what probe and recovery read."""
-    cells = cells[(cells["depth"] == 1) & (cells["vocabulary"] == 1024) & (cells["blocks"] == 2)]
-    cells = cells.assign(training=100 * cells["share"])
+    cells = cells[(cells["vocabulary"] == 1024) & (cells["blocks"] == 2)]
+    shares = sorted(cells["share"].unique())
+    cells = cells.assign(training=cells["share"].map(shares.index))
     panels = [
         (f"{name}: recipe, tuned rate", cells[cells["shape"] == shape], "tuned", "width")
         for shape, name in (("gpt2", "GPT-2"), ("llama", "Llama"))
+        if (cells["shape"] == shape).any()
     ]
     read = cells.melt(["training"], ["tuned_nearest", "probe_top1", "recovery_right"])
     read["reader"] = read["variable"].map(READERS)
@@ -62,8 +64,7 @@ def training_figure(cells: pd.DataFrame) -> RenderedFigure:
     for number, (title, points, y, hue) in enumerate(panels, start=1):
         axes = canvas.add_subplot(1, len(panels), number)
         _lines(axes, points, "training", y, hue)
-        axes.set_xscale("symlog", linthresh=1)
-        axes.set_xticks([0, 1, 3, 10, 30, 100], ["0", "1", "3", "10", "30", "100"])
+        axes.set_xticks(range(len(shares)), [f"{100 * share:g}" for share in shares])
         axes.set(title=title, xlabel=f"% of the training ({_n(points)})")
     return rendered("ladder-training", "Tokens right along the training", canvas)
 
@@ -75,7 +76,7 @@ def _n(points: pd.DataFrame) -> str:
 
 def width_figure(cells: pd.DataFrame) -> RenderedFigure:
     """Tokens right against width, and against vocabulary / width, before and after training."""
-    ends = cells[(cells["depth"] == 1) & cells["share"].isin([0.0, 1.0]) & (cells["blocks"] == 2)]
+    ends = cells[cells["share"].isin([0.0, 1.0]) & (cells["blocks"] == 2)]
     ends = ends.assign(
         ratio=ends["vocabulary"] / ends["width"],
         line=ends["shape"].map({"gpt2": "GPT-2", "llama": "Llama"})
@@ -136,7 +137,8 @@ def _wide(values: Any) -> tuple[float, float]:
 
 def mechanism_figure(cells: pd.DataFrame) -> RenderedFigure:
     """The tuned recipe against what might explain it, a point for each model."""
-    cells = cells[cells["depth"] == 1].assign(training=lambda frame: 100 * frame["share"])
+    cells = cells.assign(training=[f"{100 * share:g}%" for share in cells["share"]])
+    order = [f"{100 * share:g}%" for share in sorted(cells["share"].unique())]
     columns = {
         "jacobian_condition_later": "conditioning of the Jacobian",
         "embedding_condition": "conditioning of the embedding",
@@ -147,16 +149,19 @@ def mechanism_figure(cells: pd.DataFrame) -> RenderedFigure:
     for number, (column, name) in enumerate(columns.items(), start=1):
         axes = canvas.add_subplot(1, len(columns), number)
         sns.scatterplot(
-            cells, x=column, y="tuned", hue="training", hue_norm=(0, 100), style="shape",
+            cells, x=column, y="tuned", hue="training", hue_order=order, style="shape",
             palette="viridis", ax=axes, legend=number == 1, s=24,
         )  # fmt: skip
-        axes.set(xscale="log", ylim=(-_MARGIN, 1 + _MARGIN), title=name, ylabel="", xlabel="")
+        axes.set(xscale="log", ylim=(-_MARGIN, 1 + _MARGIN), ylabel="")
+        axes.set_xlabel(f"{name} (n = {len(cells)})")
+        plain_ticks(axes.xaxis)
     return rendered("ladder-mechanism", "What goes with tokens right", canvas)
 
 
 def channel_figure(rows: pd.DataFrame) -> RenderedFigure:
     """Tokens right against the features kept, beside Fano's bound and the rank of the Jacobian."""
-    shown = {**READERS, "theory_right": "Fano bound, linear reader"}
+    shown = {**READERS, "from_mean": "recipe from the mean, nearest",
+             "theory_right": "Fano bound, linear reader"}  # fmt: skip
     del shown["printed"]
     panels = [*rows.groupby(["model", "share"], sort=False)]
     canvas = _STYLE.canvas(len(panels))
@@ -177,13 +182,9 @@ def channel_figure(rows: pd.DataFrame) -> RenderedFigure:
 
 
 def draw(cells: pd.DataFrame, shares: pd.DataFrame, channel: pd.DataFrame) -> list[RenderedFigure]:
-    """Every figure that there are rows for."""
+    """Every figure of the page."""
     with rc_context(_STYLE.settings):
-        figures = []
-        if len(cells):
-            figures += [training_figure(cells), width_figure(cells), mechanism_figure(cells)]
-        if len(shares):
-            figures.append(intervention_figure(shares))
-        if len(channel):
-            figures.append(channel_figure(channel))
-        return figures
+        return [
+            training_figure(cells), width_figure(cells), mechanism_figure(cells),
+            intervention_figure(shares), channel_figure(channel),
+        ]  # fmt: skip

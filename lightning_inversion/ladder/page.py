@@ -49,7 +49,7 @@ def between(values: pd.Series) -> str:
 
 def training_table(cells: pd.DataFrame) -> str:
     """Before and after training, a line for each model and reader; whether intervals touch."""
-    ends = cells[(cells["depth"] == 1) & cells["share"].isin([0.0, 1.0])]
+    ends = cells[cells["share"].isin([0.0, 1.0])]
     lines = []
     for family, own in ends.groupby("family", sort=False):
         before, after = own[own["share"] == 0], own[own["share"] == 1]
@@ -69,14 +69,13 @@ def training_table(cells: pd.DataFrame) -> str:
 
 def readers_table(cells: pd.DataFrame) -> str:
     """What probe and recovery read along the training; means over all models."""
-    own = cells[cells["depth"] == 1]
     lines = [
         [f"{100 * share:g}%", str(len(rows)), f"{rows['loss'].mean():.2f}",
          *(f"{rows[name].mean():.3f}" for name in
            ("printed", "tuned", "tuned_nearest", "probe_top1")),
          f"{rows['probe_read_bits'].mean():.2f}", f"{rows['recovery_right'].mean():.3f}",
          f"{rows['recovery_verified'].mean():.3f}", f"{rows['recovery_false'].sum():.0f}"]
-        for share, rows in own.groupby("share")
+        for share, rows in cells.groupby("share")
     ]  # fmt: skip
     columns = ["training", "models", "loss", "printed", "tuned", "tuned, nearest", "probe",
                "bits", "recovery", "verified", "false"]  # fmt: skip
@@ -85,7 +84,7 @@ def readers_table(cells: pd.DataFrame) -> str:
 
 def width_table(cells: pd.DataFrame) -> str:
     """By width, GPT-2's shape with 1,024 tokens and two blocks, before and after training."""
-    own = cells[(cells["depth"] == 1) & (cells["blocks"] == 2) & cells["share"].isin([0.0, 1.0])]
+    own = cells[(cells["blocks"] == 2) & cells["share"].isin([0.0, 1.0])]
     lines = [
         [f"{shape}, V {vocabulary}, {100 * share:g}%", str(width), str(rows["seed"].nunique()),
          between(rows["printed"]), between(rows["tuned"]), between(rows["tuned_nearest"]),
@@ -109,7 +108,7 @@ def effects(rows: pd.DataFrame) -> pd.DataFrame:
     found = []
     for _, own in rows.groupby("model", sort=False):
         means = own.pivot_table("tuned", "intervention", "share")
-        if not {0.0, 1.0} <= {*means.columns} or "none" not in means.index:
+        if not {0.0, 1.0} <= {*means.columns}:
             continue
         effect = means.loc["none", 0.0] - means.loc["none", 1.0]
         if not effect >= 0.1:
@@ -125,17 +124,21 @@ def effects(rows: pd.DataFrame) -> pd.DataFrame:
 
 def intervention_table(rows: pd.DataFrame, shares: pd.DataFrame) -> str:
     """Tokens right with each intervention at both ends, and the share of the effect it moves."""
+    rows = rows[rows["model"].isin(shares["model"])]
     means = rows.pivot_table("tuned", "intervention", "share")
     lines = []
     for name, own in shares.groupby("intervention"):
+        by_shape = own.groupby(own["family"].str.split().str[0])["restored"].mean()
         lines.append([
             str(name), str(len(own)), f"{means.loc[name, 1.0]:.2f}", _share(own["restored"]),
+            *(f"{by_shape.get(shape, math.nan):.2f}" for shape in ("GPT-2", "Llama")),
             f"{means.loc[name, 0.0]:.2f}", _share(own["removed"]),
         ])  # fmt: skip
     lines.sort(key=lambda line: -float(line[3].split()[0]))
     base = means.loc["none"]
-    lines.insert(0, ["none", "", f"{base[1.0]:.2f}", "", f"{base[0.0]:.2f}", ""])
-    columns = ["intervention", "models x seeds", "trained", "restored", "untrained", "removed"]
+    lines.insert(0, ["none", "", f"{base[1.0]:.2f}", "", "", "", f"{base[0.0]:.2f}", ""])
+    columns = ["intervention", "models x seeds", "trained", "restored", "GPT-2", "Llama",
+               "untrained", "removed"]  # fmt: skip
     return as_markdown(columns, lines)
 
 
@@ -149,17 +152,16 @@ def suspects_table(cells: pd.DataFrame) -> str:
     The last column is the standardised coefficient of the suspect alone, in logarithms, in a
     regression that also has the share of the training and the width.
     """
-    own = cells[cells["depth"] == 1]
-    trained = own[own["share"] == 1]
+    trained = cells[cells["share"] == 1]
     lines = []
     for column, name in SUSPECTS.items():
-        middle = own.groupby(own["share"].isin([1.0]))[column].median()
+        middle = cells.groupby(cells["share"].isin([1.0]))[column].median()
         lines.append([
             name, f"{middle.get(False, math.nan):.3g}", f"{middle.get(True, math.nan):.3g}",
-            f"{_ranks(own, column):+.2f}", f"{_ranks(trained, column):+.2f}",
-            f"{_beside(own, column):+.2f}",
+            f"{_ranks(cells, column):+.2f}", f"{_ranks(trained, column):+.2f}",
+            f"{_beside(cells, column):+.2f}",
         ])  # fmt: skip
-    columns = ["suspect", "median, before the end", "median, trained", f"all ({len(own)})",
+    columns = ["suspect", "median, before the end", "median, trained", f"all ({len(cells)})",
                f"trained ({len(trained)})", "beside training and width"]  # fmt: skip
     return as_markdown(columns, lines)
 
@@ -169,18 +171,18 @@ def _ranks(frame: pd.DataFrame, column: str) -> float:
 
 
 def _beside(frame: pd.DataFrame, column: str) -> float:
-    parts = [np.log(frame[column].clip(lower=1e-9)), frame["share"] > 0, np.log(frame["width"]),
-             np.sqrt(frame["share"])]  # fmt: skip
-    design = np.stack([(p - np.mean(p)) / (np.std(p) + 1e-12) for p in map(np.asarray, [
-        np.asarray(part, dtype=float) for part in parts])], axis=1)  # fmt: skip
-    right = frame["tuned"].to_numpy(dtype=float)
-    found, *_ = np.linalg.lstsq(design, (right - right.mean()) / right.std(), rcond=None)
+    parts = [np.log(frame[column]), frame["share"] > 0, np.sqrt(frame["share"]),
+             np.log(frame["width"]), frame["tuned"]]  # fmt: skip
+    table = np.stack([np.asarray(part, dtype=float) for part in parts], axis=1)
+    table = (table - table.mean(0)) / (table.std(0) + 1e-12)
+    found, *_ = np.linalg.lstsq(table[:, :-1], table[:, -1], rcond=None)
     return float(found[0])
 
 
 def channel_table(rows: pd.DataFrame) -> str:
     """Features at which each reader crosses a tenth, a half and nine tenths of what all give."""
-    names = {"tuned": "recipe", "tuned_nearest": "recipe, nearest", "probe_top1": "probe",
+    names = {"tuned": "recipe", "tuned_nearest": "recipe, nearest",
+             "from_mean": "recipe from the mean, nearest", "probe_top1": "probe",
              "recovery_right": "recovery", "theory_right": "Fano bound"}  # fmt: skip
     lines = []
     for (model, share), own in rows.groupby(["model", "share"], sort=False):
@@ -214,8 +216,24 @@ def survival_table(rows: pd.DataFrame) -> str:
     return as_markdown(columns, lines)
 
 
+def tables_of(folder: Path) -> dict[str, str]:
+    """The tables of the page, by name, from the folder of kept rows."""
+    cells, rows, channel, survival = _frames(folder)
+    return {
+        "training": training_table(cells), "readers": readers_table(cells),
+        "width": width_table(cells), "suspects": suspects_table(cells),
+        "interventions": intervention_table(rows, effects(rows)),
+        "channel": channel_table(channel), "survival": survival_table(survival),
+    }  # fmt: skip
+
+
+def _frames(folder: Path) -> list[pd.DataFrame]:
+    names = ("cells", "interventions", "channel", "survival")
+    return [frame_of(folder / f"{name}.jsonl") for name in names]
+
+
 def write(folder: Path, page: Path) -> list[Path]:
-    """Write the figures, and the tables into the page; returns what was written.
+    """Write the tables into the page, and the figures; returns what was written.
 
     Args:
         folder: of the kept rows.
@@ -224,20 +242,9 @@ def write(folder: Path, page: Path) -> list[Path]:
     Raises:
         InputError: the page has other marks than there are tables.
     """
-    cells, rows, channel, survival = (
-        frame_of(folder / f"{name}.jsonl")
-        for name in ("cells", "interventions", "channel", "survival")
-    )
-    shares = effects(rows) if len(rows) else rows
-    tables = {
-        "training": training_table(cells), "readers": readers_table(cells),
-        "width": width_table(cells), "suspects": suspects_table(cells),
-        "interventions": intervention_table(rows, shares), "channel": channel_table(channel),
-        "survival": survival_table(survival),
-    }  # fmt: skip
-    page.write_text(fill(page.read_text("utf-8"), tables), encoding="utf-8")
-    written = [page]
-    for figure in draw(cells, shares, channel):
+    page.write_text(fill(page.read_text("utf-8"), tables_of(folder)), encoding="utf-8")
+    written, (cells, rows, channel, _) = [page], _frames(folder)
+    for figure in draw(cells, effects(rows), channel):
         path = page.parent / "images" / f"{figure.name}.png"
         path.write_bytes(figure.png)
         written.append(path)
