@@ -24,6 +24,7 @@ from lightning_inversion.attribution.model import (
     undisturbed,
     whole_model,
 )
+from lightning_inversion.attribution.relevance import relevance_rules
 from lightning_inversion.attribution.result import AttributionResult, AttributionResults
 from lightning_inversion.attribution.scores import Prediction, Query
 from lightning_inversion.data.texts import ModelLimits, tokenize
@@ -141,7 +142,7 @@ def attribute(
         method=work.method,
         predictions=work.predictions(),
         choices=choices,
-        replacement=work.replacement.name if work.method != "gradient" else "",
+        replacement=work.replacement.name if work.replaces else "",
         model=described,
         command=command_line(
             text, choices, display, preset, {"model": described["model"], **(model_options or {})}
@@ -234,7 +235,7 @@ class _Attribution:
                 "gradient x input alone, without occlusion."
             )
         self.replacement = Replacement.named(tokenizer, choices.replacement)
-        if self.replacement.note and self.method != "gradient":
+        if self.replacement.note and self.replaces:
             self._note(self.replacement.note)
         # Named tokens are looked up before anything is run.
         token, self._against = (
@@ -263,10 +264,18 @@ class _Attribution:
             measure = FeatureMeasure.seeded(choices.probes, features, choices.seed, distance)
         self.task = methods.Task(reader, embeds, at, measure, choices.batch_size)
 
+    @property
+    def replaces(self) -> bool:
+        """Whether the method replaces tokens, or begins at a replacement."""
+        return self.method not in ("gradient", "lrp")
+
     def parts(self) -> dict[str, Tensor]:
         """The raw scores [R, T] of each method that runs."""
         if self.method == "integrated":
             return {"integrated": self._integrated()}
+        if self.method == "lrp":
+            with relevance_rules(self.task.reader.model):
+                return {"lrp": self._gradient()}
         parts = {}
         if self.method in ("occlusion", "combined"):
             parts["occlusion"] = self._occlusion()
@@ -315,7 +324,7 @@ class _Attribution:
         count = len(self.task.at) * self.task.measure.repeats
         self.forwards += count
         if count > 1:
-            _log.info("gradient x input: %d forwards and backwards", count)
+            _log.info("%s: %d forwards and backwards", self.method, count)
         return methods.gradient_times_input(self.task, self.choices.reduction)
 
     def _occlusion(self) -> Tensor:
