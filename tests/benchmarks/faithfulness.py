@@ -48,9 +48,8 @@ def main() -> None:
                 result = attribute(model, tokenizer, text, choices)
                 ids, scores = torch.tensor(result.ids), result.token_scores
                 order = scores.argsort(descending=True)
-                drops.append(
-                    [mean_drop(model, ids, o, tokenizer.eos_token_id) for o in (order, order.flip(0))]
-                )
+                filler = tokenizer.eos_token_id
+                drops.append([mean_drop(model, ids, one, filler) for one in (order, order.flip(0))])
             first, last = torch.tensor(drops).mean(0).tolist()
             print(f"{method:12} {scalar:8} {first:13.2f} {last:6.2f} {first - last:6.2f}")
 
