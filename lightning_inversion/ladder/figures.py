@@ -34,7 +34,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     found = np.asarray(values, dtype=float)
     if len(found) < 2:
         return float("nan"), float("nan")
-    t = _T[min(len(found) - 1, len(_T)) - 1]
+    t = _T[len(found) - 2] if len(found) <= len(_T) + 1 else 2.1  # 2.1: of about 20 values
     half = t * found.std(ddof=1) / np.sqrt(len(found))
     return max(0.0, float(found.mean() - half)), min(1.0, float(found.mean() + half))
 
@@ -98,41 +98,28 @@ def width_figure(cells: pd.DataFrame) -> RenderedFigure:
     return rendered("ladder-width", "Tokens right by width", canvas)
 
 
-def intervention_figure(shares: pd.DataFrame) -> RenderedFigure:
-    """The share of the effect of training that each intervention restores, or removes.
-
-    Args:
-        shares: from ``effects``.
-    """
-    canvas = FigureStyle(width=4.6, height=5.2).canvas(2)
-    order = [*shares.groupby("intervention")["restored"].mean().sort_values().index[::-1]]
-    for number, (column, title) in enumerate(
-        (("restored", "on the trained model: share restored"),
-         ("removed", "on the untrained model: share removed")), start=1,
-    ):  # fmt: skip
+def intervention_figure(rows: pd.DataFrame) -> RenderedFigure:
+    """Tokens right after each intervention; dotted, without any, before and after training."""
+    means = rows.pivot_table("tuned", "intervention", "share")
+    order = [*means[1.0].sort_values(ascending=False).drop("none").index]
+    canvas = FigureStyle(width=5.0, height=5.4).canvas(2)
+    models = f"n = {rows['family'].nunique()} models x {rows['seed'].nunique()} seeds"
+    for number, (share, title) in enumerate(
+        ((1.0, "on the trained model"), (0.0, "on the untrained model")), start=1
+    ):
         axes = canvas.add_subplot(1, 2, number)
+        own = rows[(rows["share"] == share) & (rows["intervention"] != "none")]
         sns.pointplot(
-            shares, y="intervention", x=column, order=order, ax=axes, linestyle="none",
-            errorbar=lambda values: _wide(values), color="#0173b2",
+            own.reset_index(drop=True), y="intervention", x="tuned", order=order, ax=axes,
+            linestyle="none", errorbar=t_interval, color="#0173b2",
         )  # fmt: skip
-        axes.axvline(0.5, color="#5a6070", linewidth=0.8, linestyle=":")
-        axes.set(title=title, ylabel="", xlim=(-0.4, 1.2))
-        axes.set_xlabel(f"of the effect on the tuned recipe (n = {_models(shares)})")
+        for end, colour in ((0.0, "#029e73"), (1.0, "#d55e00")):
+            axes.axvline(means.loc["none", end], color=colour, linestyle=":")
+        axes.set(title=title, ylabel="", xlim=(-_MARGIN, 1 + _MARGIN))
+        axes.set_xlabel(f"tokens right, tuned rate ({models})")
         if number == 2:
             axes.set_yticklabels([])
     return rendered("ladder-interventions", "What restores the recipe", canvas)
-
-
-def _models(shares: pd.DataFrame) -> str:
-    return f"{shares['family'].nunique()} models x {shares['seed'].nunique()} seeds"
-
-
-def _wide(values: Any) -> tuple[float, float]:
-    """As ``t_interval``, without bounds and for more values."""
-    found = np.asarray(values, dtype=float)
-    t = _T[len(found) - 2] if 2 <= len(found) <= 10 else 2.1
-    half = t * found.std(ddof=1) / np.sqrt(len(found))
-    return float(found.mean() - half), float(found.mean() + half)
 
 
 def mechanism_figure(cells: pd.DataFrame) -> RenderedFigure:
@@ -170,21 +157,24 @@ def channel_figure(rows: pd.DataFrame) -> RenderedFigure:
         long = own.melt(["kept"], [*shown])
         long["reader"] = long["variable"].map(shown)
         sns.lineplot(
-            long, x="kept", y="value", hue="reader", style="reader", markers=True, ax=axes,
-            palette="colorblind", legend=number == 1,
+            long, x="kept", y="value", hue="reader", style="reader", markers=True, dashes=False,
+            ax=axes, palette="colorblind",
         )  # fmt: skip
+        handles, names = axes.get_legend_handles_labels()
+        axes.legend_ = None  # one legend for all panels stands below them
         axes.axvline(own["width"].iloc[0], color="#5a6070", linewidth=0.8, linestyle=":")
         name = model if model.startswith("Smol") else f"{model[:-3]}, {100 * share:g}%"
         axes.set(ylim=(-_MARGIN, 1 + _MARGIN), title=name, ylabel="", xscale="log")
         plain_ticks(axes.xaxis)
-        axes.set_xlabel(f"features kept of {own['width'].iloc[0]}")
+        axes.set_xlabel(f"features kept of {own['width'].iloc[0]} ({len(own)} widths, 1 seed)")
+    canvas.legend(handles, names, loc="outside lower center", ncols=len(shown))
     return rendered("ladder-channel", "Tokens right by features kept", canvas)
 
 
-def draw(cells: pd.DataFrame, shares: pd.DataFrame, channel: pd.DataFrame) -> list[RenderedFigure]:
-    """Every figure of the page."""
+def draw(cells: pd.DataFrame, rows: pd.DataFrame, channel: pd.DataFrame) -> list[RenderedFigure]:
+    """Every figure of the page, from the rows of models, interventions and channels."""
     with rc_context(_STYLE.settings):
         return [
             training_figure(cells), width_figure(cells), mechanism_figure(cells),
-            intervention_figure(shares), channel_figure(channel),
+            intervention_figure(rows), channel_figure(channel),
         ]  # fmt: skip

@@ -11,6 +11,7 @@ from lightning_inversion.ladder.page import (
     channel_table,
     effects,
     frame_of,
+    intervention_table,
     tables_of,
     training_table,
     write,
@@ -67,8 +68,11 @@ def test_effects_are_shares_of_the_difference(folder: Path) -> None:
     assert training_table(cells).count("apart") == 2  # printed and tuned; nearest is the same
     shares = effects(frame_of(folder / "interventions.jsonl"))
     assert len(shares) == 3
-    assert shares["restored"].to_list() == pytest.approx([0.5] * 3)
-    assert shares["removed"].to_list() == pytest.approx([0.5] * 3)
+    assert shares["restored"].to_list() == pytest.approx([0.4] * 3)
+    assert shares["removed"].to_list() == pytest.approx([0.4] * 3)
+    assert shares["effect"].to_list() == pytest.approx([0.8] * 3)
+    rows = frame_of(folder / "interventions.jsonl")
+    assert "| half | 3 | 0.50 | 0.50 | 0.50 |  | 0.50 | 0.50 |" in intervention_table(rows, shares)
     assert "| recipe | 0.60 | 16 | 16 | 64 |" in channel_table(frame_of(folder / "channel.jsonl"))
 
 
@@ -78,7 +82,16 @@ def test_a_model_without_an_effect_has_no_share() -> None:
 
 
 def test_the_page_and_its_figures_are_written(folder: Path) -> None:
-    names = ("training", "readers", "width", "suspects", "interventions", "channel", "survival")
+    names = (
+        "training",
+        "readers",
+        "width",
+        "slopes",
+        "suspects",
+        "interventions",
+        "channel",
+        "survival",
+    )
     page = folder / "LADDER.md"
     page.write_text("\n".join(f"<!-- rows: {name} -->\n<!-- end -->" for name in names))
     (folder / "images").mkdir()
