@@ -14,7 +14,9 @@ from lightning_inversion.api.in_memory import Given, errors_name_arguments, in_m
 from lightning_inversion.api.recovered import Recovered, Recoveries
 from lightning_inversion.data.capture import captured_features
 from lightning_inversion.data.layout import Layout, ModelShape
-from lightning_inversion.data.targets import Captured, Reading, Storage
+from lightning_inversion.data.request import Request
+from lightning_inversion.data.storage import Storage
+from lightning_inversion.data.targets import Captured
 from lightning_inversion.data.texts import ModelLimits, tokenize
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.captured import (
@@ -212,7 +214,7 @@ def verify(
         transformer = transformer.centred()
     if output != "hidden_states":
         shape = ModelShape.of(model.config)
-        reading = Reading(tuple(description["layers"]), shape=lambda: shape, output=output)
-        (hidden_states,) = Captured.of_objects(hidden_states, reading).targets
+        request = Request(tuple(description["layers"]), shape=lambda: shape, output=output)
+        (hidden_states,) = Captured.of_objects(hidden_states, request).targets
     rows = hidden_states[0] if hidden_states.dim() == 3 else hidden_states
     return certificate.check(transformer, storage.read_back(rows.float()))

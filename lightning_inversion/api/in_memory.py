@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_inversion.data.key_values import holds_caches
 from lightning_inversion.data.layout import Layout, ModelShape
-from lightning_inversion.data.targets import Captured, Reading
+from lightning_inversion.data.request import Request
+from lightning_inversion.data.targets import Captured
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.selection import Output
@@ -91,7 +92,7 @@ class Given:
         Raises:
             InputError: they do not fit the model, or can be read in several ways.
         """
-        reading = Reading(
+        request = Request(
             (self.depth,), self.final_norm, lambda: shape, self.layout, self.first_position,
             self.known_prefix, self.centred, self.scale, self.noise, self.read_output,
         )  # fmt: skip
@@ -100,7 +101,7 @@ class Given:
             name = "hidden_states" if self.read_output == "hidden_states" else "past_key_values"
             held = {name: held, "attention_mask": self.attention_mask}
         with errors_name_arguments():
-            captured = Captured.of_objects(held, reading)
+            captured = Captured.of_objects(held, request)
         _log.info("hidden_states: %s.", captured.understood)
         for warning in captured.warnings:
             _log.warning("%s", warning)

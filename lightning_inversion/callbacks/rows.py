@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning_inversion
 from lightning_inversion.data.batch import PromptBatch
-from lightning_inversion.data.targets import Storage
+from lightning_inversion.data.storage import Storage
 from lightning_inversion.decoding import TopTokens
 from lightning_inversion.metrics import exact_match, token_accuracy, top_k_accuracy
 from lightning_inversion.module import InputInversion

@@ -15,7 +15,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_inversion.data.batch import PromptBatch, pack
 from lightning_inversion.data.layout import Layout, ModelShape
 from lightning_inversion.data.memory import tokens_that_fit
-from lightning_inversion.data.targets import OPTION, Captured, Reading
+from lightning_inversion.data.request import Request
+from lightning_inversion.data.targets import OPTION, Captured
 from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize
 from lightning_inversion.errors import InputError
 from lightning_inversion.strategy import take
@@ -157,12 +158,12 @@ class PromptDataModule(LightningDataModule):
             raise InputError(f"--data.repeat must be at least 1, and is {repeat}.")
         self.tokenizer, self.revision, self.special_tokens = tokenizer, revision, special_tokens
         self.diagnose = diagnose
-        reading = Reading(
+        request = Request(
             tuple(layers) if layers else None if depth is None else (depth,),
             final_norm, lambda: self._model_shape, layout, first_position,
             self._known(known_prefix), centred, scale, noise, output,
         )  # fmt: skip
-        self.captured = None if targets is None else Captured.read(Path(targets), reading)
+        self.captured = None if targets is None else Captured.read(Path(targets), request)
         given_prompts: Sequence[str | None]
         if self.captured is not None:
             given_prompts = self.captured.prompts or [None] * len(self.captured.targets)

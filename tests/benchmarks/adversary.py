@@ -19,7 +19,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from lightning_inversion.data.targets import Storage
+from lightning_inversion.data.storage import Storage
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import recover_prompts
 from lightning_inversion.recovery.probe_proposer import ProbeProposer

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lightning_inversion.data.layout import Layout, ModelShape
 from lightning_inversion.data.prompts import PromptDataModule
-from lightning_inversion.data.targets import Captured, Reading
+from lightning_inversion.data.request import Request
+from lightning_inversion.data.targets import Captured
 from lightning_inversion.errors import InputError
 from tests.tiny import shared_tiny_model
 
@@ -42,11 +43,11 @@ def shape() -> ModelShape:
 def read(held: Any, depth: int | tuple[int, ...] = 2, **told: Any) -> Captured:
     depths = depth if isinstance(depth, tuple) else (depth,)
     final_norm = told.pop("final_norm", False)
-    return Captured.of_objects(held, Reading(depths, final_norm, shape, Layout(**told)))
+    return Captured.of_objects(held, Request(depths, final_norm, shape, Layout(**told)))
 
 
 def read_file(path: Path, depth: int = 2, **told: Any) -> Captured:
-    return Captured.read(path, Reading((depth,), False, shape, Layout(**told)))
+    return Captured.read(path, Request((depth,), False, shape, Layout(**told)))
 
 
 def cache_names(hs: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -277,8 +278,8 @@ def test_rounded_values_in_float32_are_recognised(hs: tuple[Tensor, ...]) -> Non
 
 
 def test_a_factor_is_divided_out(hs: tuple[Tensor, ...]) -> None:
-    reading = Reading((2,), False, shape, scale=0.5)
-    captured = Captured.of_objects(hs[2][0] * 0.5, reading)
+    request = Request((2,), False, shape, scale=0.5)
+    captured = Captured.of_objects(hs[2][0] * 0.5, request)
     assert torch.equal(captured.target(0), hs[2][0])
     half = torch.randn(3, D)
     assert torch.equal(captured.storage(half), half)

@@ -16,7 +16,8 @@ from transformers.cache_utils import Cache
 from lightning_inversion import api, recover
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.data.layout import Layout, ModelShape
-from lightning_inversion.data.targets import Captured, Reading
+from lightning_inversion.data.request import Request
+from lightning_inversion.data.targets import Captured
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.selection import Output
@@ -42,16 +43,16 @@ def read(
     held: Any, output: Output = "keys_values", depths: tuple[int, ...] = (BLOCK,), **told: Any
 ) -> Captured:
     shape = ModelShape.of(shared_tiny_model("llama").config)
-    reading = Reading(depths, shape=lambda: shape, layout=Layout(**told), output=output)
-    return Captured.of_objects(held, reading)
+    request = Request(depths, shape=lambda: shape, layout=Layout(**told), output=output)
+    return Captured.of_objects(held, request)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_the_features_are_those_of_hugging_faces_cache(family: str) -> None:
     model = shared_tiny_model(family)
     for depth in (0, 3):
-        reading = Reading((depth,), output="keys_values")
-        targets = Captured.of_objects(cache_of(family), reading).targets
+        request = Request((depth,), output="keys_values")
+        targets = Captured.of_objects(cache_of(family), request).targets
         transformer = TruncatedTransformer.from_model(model, depth=depth, output="keys_values")
         assert torch.equal(transformer.features_of(IDS), torch.stack(list(targets)))
 

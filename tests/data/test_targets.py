@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.data.prompts import PromptDataModule
-from lightning_inversion.data.targets import Captured, Storage
+from lightning_inversion.data.storage import Storage
+from lightning_inversion.data.targets import Captured
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
