@@ -31,6 +31,7 @@ from lightning_inversion.recovery.captured import (
     report_diagnoses,
 )
 from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
+from lightning_inversion.recovery.order import RowOrder, in_order, report_orders
 from lightning_inversion.recovery.policy import RecoveredPrompt
 from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.state import BatchState
@@ -70,6 +71,11 @@ class InputInversion(Inversion, LightningModule):
             )
         if data is None or data.captured is None:
             return
+        if not data.captured.in_order and trainer.state.fn == TrainerFn.FITTING:
+            raise InputError(
+                "--data.order unknown is for predict, which finds the order; fit compares each row "
+                "with its own position: use predict."
+            )
         if self.own_tokens and data.captured.ids is None:
             raise InputError(
                 "--model.own_tokens decodes the tokens of prompts, and --data.targets holds none; "
@@ -226,6 +232,7 @@ class InputInversion(Inversion, LightningModule):
                 assert batch.ids is not None
                 target = self.frozen.features_of(batch.ids.clone(), batch.mask.clone())
             known = torch.tensor(batch.known_prefix, dtype=torch.long, device=target.device)
+            target, orders = self._in_order(batch, target, known)
             found = self._diagnose(batch, target)
             prompts = recover_captured(
                 self.recovery, self.measurements, target, batch.lengths, known,
@@ -234,7 +241,20 @@ class InputInversion(Inversion, LightningModule):
             if self._data is not None and self._data.captured is not None:
                 where = f"{OPTION} {self._data.captured.name!r}"
                 report_breaks(prompts, self.measurements, where, batch.index)
+            for prompt, order in zip(prompts, orders, strict=False):
+                prompt.order = order.rows
             return prompts
+
+    def _in_order(
+        self, batch: PromptBatch, target: Tensor, known: Tensor
+    ) -> tuple[Tensor, list[RowOrder]]:
+        """Captured features in the order of the text, where theirs is unknown."""
+        captured = None if self._data is None else self._data.captured
+        if captured is None or captured.in_order or not self.recovery.needs_first_position:
+            return target, []
+        target, orders = in_order(self.measurements, target, batch.lengths, known)
+        report_orders(orders, f"{OPTION} {captured.name!r}", batch.index)
+        return target, orders
 
     def _diagnose(self, batch: PromptBatch, target: Tensor) -> list[Diagnosis | None]:
         """Diagnose captured features before they are searched.

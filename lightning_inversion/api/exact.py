@@ -14,7 +14,7 @@ from lightning_inversion.api.in_memory import Given, errors_name_arguments, in_m
 from lightning_inversion.api.recovered import Recovered, Recoveries
 from lightning_inversion.data.capture import captured_features
 from lightning_inversion.data.layout import Layout, ModelShape
-from lightning_inversion.data.request import Request
+from lightning_inversion.data.request import Order, Request
 from lightning_inversion.data.storage import Storage
 from lightning_inversion.data.targets import Captured
 from lightning_inversion.data.texts import ModelLimits, tokenize
@@ -27,6 +27,7 @@ from lightning_inversion.recovery.captured import (
 from lightning_inversion.recovery.certificate import Certificate, CertificateCheck
 from lightning_inversion.recovery.diagnosis import diagnose
 from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.order import RowOrder, in_order, report_orders
 from lightning_inversion.recovery.policy import RecoveryPolicy
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.recovery.variants import OtherCuts
@@ -101,6 +102,7 @@ def recover(
     centred: bool = False,
     scale: float = 1.0,
     noise: float = 0.0,
+    order: Order = "given",
     layout: Layout = Layout(),  # noqa: B008 - frozen
     diagnose_first: bool = True,
     policy: RecoveryPolicy | None = None,
@@ -132,6 +134,8 @@ def recover(
         scale: the factor that they were multiplied by.
         noise: the std of the Gaussian noise in them, in the model's units. Tokens are then verified
             where the chance of any other is below one in a million.
+        order: unknown where the rows of a prompt are in any order, which is then found first; each
+            prompt's ``order`` tells the number of each token's row.
         layout: what names and shapes leave open.
         diagnose_first: where position 0 fits no token, find out why before the search.
         policy: how tokens are searched; default ``TokenRecovery``. ``Reading`` reads rows behind a
@@ -148,7 +152,7 @@ def recover(
     model, tokenizer = in_memory(model, tokenizer)
     given = Given(
         hidden_states, depth, final_norm, tuple(known_prefix), first_position, centred, scale,
-        noise, layout, attention_mask, output,
+        noise, layout, attention_mask, output, order,
     )  # fmt: skip
     transformer, shape = given.cut(model, tokenizer), ModelShape.of(model.config)
     captured = given.read(transformer, shape)
@@ -159,7 +163,11 @@ def recover(
     targets = [captured.target(number) for number in range(len(captured.targets))]
     target = pad_sequence(targets, batch_first=True).to(transformer.device)
     known = torch.tensor(list(known_prefix), dtype=torch.long, device=transformer.device)
-    found = []
+    found, orders = [], list[RowOrder]()
+    if order == "unknown" and policy.needs_first_position:
+        with errors_name_arguments():
+            target, orders = in_order(measurements, target, captured.lengths, known)
+        report_orders(orders, "hidden_states")
     if diagnose_first and not first_position and policy.needs_first_position:
         cuts = OtherCuts(
             lambda depths, norm: TruncatedTransformer.from_model(
@@ -174,6 +182,8 @@ def recover(
         policy, measurements, target, captured.lengths, known, diagnoses=found
     )
     report_breaks(prompts, measurements, "hidden_states")
+    for prompt, own in zip(prompts, orders, strict=False):
+        prompt.order = own.rows
     storage = asdict(captured.storage)
     return Recoveries(
         Recovered.of(
@@ -181,6 +191,7 @@ def recover(
             Certificate.of(prompt.known, prompt.tokens, measurements, storage),
             tokenizer,
             prompt.seconds,
+            order=tuple(prompt.order),
         )
         for prompt in prompts
     )

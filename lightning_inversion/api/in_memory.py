@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_inversion.data.key_values import holds_caches
 from lightning_inversion.data.layout import Layout, ModelShape
-from lightning_inversion.data.request import Request
+from lightning_inversion.data.request import Order, Request
 from lightning_inversion.data.targets import Captured
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.loading import TransformerSpec
@@ -67,6 +67,7 @@ class Given:
     layout: Layout = field(default_factory=Layout)
     attention_mask: Tensor | None = None
     output: Output | None = None
+    order: Order = "given"
 
     @property
     def read_output(self) -> Output:
@@ -95,6 +96,7 @@ class Given:
         request = Request(
             (self.depth,), self.final_norm, lambda: shape, self.layout, self.first_position,
             self.known_prefix, self.centred, self.scale, self.noise, self.read_output,
+            self.order,
         )  # fmt: skip
         held = self.hidden_states
         if self.attention_mask is not None:

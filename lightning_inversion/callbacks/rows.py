@@ -200,6 +200,7 @@ def recovered_rows(
                 alternatives=[[] for _ in range(known)] + [list(t.alternatives) for t in tokens],
                 duplicates=[position for position, id in enumerate(ids) if id in duplicated],
                 known_tokens=known,
+                order=list(prompt.order),
                 forwards=prompt.forwards,
                 seconds=round(prompt.seconds, 4),
                 ids=truth,

@@ -127,6 +127,10 @@ class _Reader:
     def prompts(self, given: Any, name: str, beside: Beside) -> list[Tensor]:
         if self.wanted.output != "hidden_states":
             return self._of_cache(given, name, beside)
+        if hasattr(given, "to_numpy"):  # a table of pandas: a row a position
+            given = given.to_numpy()
+        if isinstance(given, np.ndarray) and given.dtype == object:
+            given = list(given)
         if isinstance(given, Tensor | np.ndarray):
             return self._of_tensor(self._tensor(given), name, beside)
         if hasattr(given, "items"):
@@ -231,11 +235,10 @@ class _Reader:
             raise self.wanted.error(
                 f" holds {other!r}, which is no residual stream; save the output of a block."
             )
-        return [
-            prompt
-            for name in sorted(states, key=natural)
-            for prompt in self.prompts(states[name], name, beside)
-        ]
+        names = sorted(states, key=natural)
+        if all(getattr(states[name], "ndim", 2) == 1 for name in names):  # a row each
+            return self._of_sequence([states[name] for name in names], "", beside)
+        return [prompt for name in names for prompt in self.prompts(states[name], name, beside)]
 
     def _of_hooks(
         self, states: dict[str, Any], told: dict[str, NamedDepth], beside: Beside

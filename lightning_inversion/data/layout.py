@@ -166,8 +166,8 @@ def floating(wanted: Wanted, tensor: Tensor, name: str) -> Tensor:
 def _axes_of(wanted: Wanted, tensor: Tensor, name: str, beside: Beside) -> list[str]:
     """The meaning of each axis of a tensor."""
     shape = list(tensor.shape)
-    if not tensor.numel():
-        raise wanted.error(f"{named(name)} has shape {shape}, which holds no values.")
+    if not tensor.numel() or not shape:
+        raise wanted.error(f"{named(name)} has shape {shape}, which is no row of features.")
     if wanted.layout.axes is not None:
         if len(wanted.layout.axes) == len(shape):
             return list(wanted.layout.axes)

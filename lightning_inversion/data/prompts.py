@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_inversion.data.batch import PromptBatch, pack
 from lightning_inversion.data.layout import Layout, ModelShape
 from lightning_inversion.data.memory import tokens_that_fit
-from lightning_inversion.data.request import Request
+from lightning_inversion.data.request import Order, Request
 from lightning_inversion.data.targets import OPTION, Captured
 from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize
 from lightning_inversion.errors import InputError
@@ -91,6 +91,8 @@ class PromptDataModule(LightningDataModule):
         scale: the factor that its features were multiplied by.
         noise: std of the Gaussian noise in its features, in the model's units; a token is then
             verified where the chance that another one is right is below one in a million.
+        order: unknown where the rows of a prompt are in any order; ``predict`` then finds it first,
+            and TokenRecovery verifies the tokens in it.
         diagnose: where position 0 fits no token, find out why before the search.
         tokenizer: the model whose tokenizer is used; the command line takes model.transformer's.
         revision: revision of that model on the hub.
@@ -127,6 +129,7 @@ class PromptDataModule(LightningDataModule):
         centred: bool = False,
         scale: float = 1.0,
         noise: float = 0.0,
+        order: Order = "given",
         diagnose: bool = True,
         tokenizer: str = TransformerSpec.model,
         revision: str | None = None,
@@ -161,7 +164,7 @@ class PromptDataModule(LightningDataModule):
         request = Request(
             tuple(layers) if layers else None if depth is None else (depth,),
             final_norm, lambda: self._model_shape, layout, first_position,
-            self._known(known_prefix), centred, scale, noise, output,
+            self._known(known_prefix), centred, scale, noise, output, order,
         )  # fmt: skip
         self.captured = None if targets is None else Captured.read(Path(targets), request)
         given_prompts: Sequence[str | None]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lightning_inversion.data.layout import Layout, ModelShape, Wanted
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.selection import Output
+
+Order = Literal["given", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Request:
         centred: whether the mean over the features was subtracted.
         scale: the factor that the features were multiplied by.
         noise: std of the Gaussian noise in them, in the model's units.
+        order: whether the rows are in the order of the text.
     """
 
     depths: tuple[int, ...] | None = None
@@ -37,6 +41,7 @@ class Request:
     scale: float = 1.0
     noise: float = 0.0
     output: Output = "hidden_states"
+    order: Order = "given"
 
     def __post_init__(self) -> None:
         if not 0 < abs(self.scale) < float("inf"):

@@ -46,6 +46,7 @@ class Captured:
         transformer: what made them: ``TruncatedTransformer.description``, or part of it.
         storage: what happened to them since.
         first_position: the position of their first row in the prompt.
+        in_order: whether the rows are in the order of the text.
         known_prefix: the tokens with which every prompt begins.
         prompts: where they are known.
         ids: the tokens of each prompt from position 0 on, where they are known.
@@ -66,6 +67,7 @@ class Captured:
     name: str = ""
     understood: str = ""
     warnings: tuple[str, ...] = ()
+    in_order: bool = True
 
     @property
     def lengths(self) -> list[int]:
@@ -85,7 +87,8 @@ class Captured:
 
     def digests(self) -> list[str]:
         """sha256 of each prompt's features, with what is known of them."""
-        known = f"{self.first_position} {self.known_prefix} {self.storage}"
+        order = "" if self.in_order else " in unknown order"
+        known = f"{self.first_position} {self.known_prefix} {self.storage}{order}"
         return [
             hashlib.sha256(
                 f"{known} {target.dtype} {tuple(target.shape)} {self.ids and self.ids[number]}"
@@ -191,6 +194,7 @@ class Captured:
             states.prompts, transformer, stored, first, tuple(known), manifest.prompts,
             manifest.ids, manifest.versions, name,
             _understood(states, wanted, manifest, stored.dtype), _warnings(states, where),
+            request.order == "given",
         )  # fmt: skip
         _check_known_prefix(captured, where)
         _check_prompts(captured, where)

@@ -27,6 +27,7 @@ class RecoveredPrompt:
         forwards: forwards of the truncated model that this prompt took part in.
         seconds: wall time until its last token.
         finite: whether the target holds numbers; nothing is recovered where it does not.
+        order: the number of each token's row, where rows were in unknown order.
         certificate: what the tokens' certificates rest on; see ``api.recover``.
     """
 
@@ -35,6 +36,7 @@ class RecoveredPrompt:
     forwards: int = 0
     seconds: float = 0.0
     finite: bool = True
+    order: tuple[int, ...] = ()
     certificate: Certificate | None = None
 
     @property
