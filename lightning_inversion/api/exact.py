@@ -139,7 +139,8 @@ def recover(
         layout: what names and shapes leave open.
         diagnose_first: where position 0 fits no token, find out why before the search.
         policy: how tokens are searched; default ``TokenRecovery``. ``Reading`` reads rows behind a
-            prefix that is not known, and verifies nothing.
+            prefix that is not known, and verifies nothing; ``LastPosition`` finds a short text from
+            its last row alone.
 
     Returns:
         A sequence with one entry a prompt, each with its ``text`` and its ``tokens``.
@@ -188,7 +189,7 @@ def recover(
     return Recoveries(
         Recovered.of(
             prompt.tokens,
-            Certificate.of(prompt.known, prompt.tokens, measurements, storage),
+            Certificate.of(prompt.known, prompt.tokens, measurements, storage, policy.rows),
             tokenizer,
             prompt.seconds,
             order=tuple(prompt.order),

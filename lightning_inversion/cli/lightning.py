@@ -45,6 +45,7 @@ from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_writable, is_plain_name
 from lightning_inversion.module import InputInversion
+from lightning_inversion.recovery.last_position import LastPosition
 from lightning_inversion.recovery.reading import Reading
 from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.recovery.token_recovery import TokenRecovery
@@ -59,7 +60,7 @@ _COMPARED = {"validate": ("transformer", "learnable", "objective"), "predict": (
 _SEEDS = 2**32
 _RUN_BY = {"/torch/optim/": "--model.optimizer", "/lightning/": "--trainer"}
 """Where a run's error is raised, and the option that is at fault."""
-POLICIES = (TokenRecovery, SIPIT, Reading)
+POLICIES = (TokenRecovery, SIPIT, Reading, LastPosition)
 """What --model.recovery can choose by name: a class must be imported to be found."""
 # Written out, so that --print_config shows the recommended recipe and config.yaml records it; a
 # test holds its parts equal to those that InputInversion() builds.

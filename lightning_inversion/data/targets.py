@@ -292,9 +292,7 @@ def _warnings(states: HiddenStates, where: str) -> tuple[str, ...]:
 
 
 def _first_position(positions: int | str, where: str) -> int:
-    if positions == "last":
-        _refuse_unknown_prefix(f"{where} holds the last position only")
-    first = 0 if positions == "all" else positions
+    first = 0 if positions in ("all", "last") else positions
     if isinstance(first, str) or first < 0:
         raise InputError(
             f"{where}: its manifest has positions {positions!r}; {WAYS_OUT['positions']}."

@@ -42,16 +42,18 @@ class LastPosition(RecoveryPolicy):
     bounded by how fast texts get rare.
 
     Args:
-        tokens: how many the text has; null tries 1, 2, 3 and so on.
+        tokens: how many the text has; null takes the number of rows, or tries 1, 2, 3 and so on
+            where there is one row.
         most: the most tokens that are tried.
         budget: texts that are run for one length, after which it is left unresolved.
     """
 
     needs_language_model = True
     needs_first_position = False
+    rows = "last"
 
     def __init__(self, tokens: int | None = None, most: int = 4, budget: int = 16384) -> None:
-        if min(tokens or 1, most, budget) < 1:
+        if min(1 if tokens is None else tokens, most, budget) < 1:
             raise InputError(
                 "--model.recovery: tokens, most and budget must be at least 1, and are "
                 f"{tokens}, {most} and {budget}."
@@ -73,7 +75,7 @@ class LastPosition(RecoveryPolicy):
         prompts = [RecoveredPrompt(known=tuple(given.tolist())) for _ in lengths]
         for prompt, rows, length in zip(prompts, target, lengths, strict=True):
             began = time.monotonic()
-            for tokens in range(self.tokens or 1, (self.tokens or self.most) + 1):
+            for tokens in self._lengths(length - len(given)):
                 found = self._text(measurements, rows[length - 1], tokens, given)
                 prompt.forwards += found.forwards
                 if not prompt.tokens or _residual(found) < _residual(prompt):
@@ -83,6 +85,10 @@ class LastPosition(RecoveryPolicy):
             prompt.seconds = time.monotonic() - began
             yield prompts
         yield prompts
+
+    def _lengths(self, rows: int) -> range:
+        told = self.tokens or (rows if rows > 1 else None)
+        return range(1, self.most + 1) if told is None else range(told, told + 1)
 
     def _text(
         self, measurements: Measurements, row: Tensor, tokens: int, known: Tensor

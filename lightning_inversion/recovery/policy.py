@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.certificate import Certificate, TokenCertificate
+from lightning_inversion.recovery.certificate import Certificate, Rows, TokenCertificate
 from lightning_inversion.recovery.measurements import Measurements
 
 ALTERNATIVES = 5
@@ -57,11 +57,13 @@ class RecoveryPolicy(ABC):
         needs_language_model: whether it uses the whole model with its head.
         uses_fit: whether the input that a fit has optimised helps it.
         needs_first_position: whether it begins at position 0, or behind tokens that are known.
+        rows: which hidden states of a prompt it reads.
     """
 
     needs_language_model: bool = False
     uses_fit: bool = False
     needs_first_position: bool = True
+    rows: Rows = "all"
 
     @property
     def name(self) -> str:

@@ -3,7 +3,8 @@
 One state is too little for a gradient: T embeddings of D numbers have many solutions that are no
 tokens. So texts are run, and what they show leads on:
 
-1. The linear probe reads the last token, which nearly always is right.
+1. The linear probe reads the last token; its best ones are run behind random tokens, and those that
+   come nearest, and its best, are taken in turn.
 2. Random texts that end with it are run, and regressed from their last states on the tokens at each
    position: where attention mixes tokens linearly, that separates them, although every other token
    is noise to it. The regression is repeated on texts that come nearer.
@@ -16,7 +17,7 @@ tokens. So texts are run, and what they show leads on:
 from __future__ import annotations
 
 import time
-from itertools import combinations
+from itertools import chain, combinations
 
 import torch
 from torch import Tensor
@@ -35,8 +36,9 @@ _POOL = 4
 _LIKELY, _OF_OTHERS, _IN_PAIRS = 64, 24, 6
 """Tokens tried at a position: its likeliest, those of every position, and for two at once."""
 _SWEEPS, _ROUNDS = 2, 4
-_LAST_TOKENS = 3
-"""Last tokens that are tried, half of the budget that is left for each."""
+_LAST_READ, _BEHIND, _LAST_TOKENS = 32, 16, 3
+"""Last tokens that are run, behind how many random texts each; and those that are searched, each
+with half of the budget that is left."""
 _STARTS, _STEPS, _RATE = 8, 12, 0.3
 """Of the joint descent; the rate in std of the embedding."""
 _RIDGE = 3e-3
@@ -103,10 +105,15 @@ class TextSearch:
         """Run texts until one is found or the budget is spent."""
         began = time.monotonic()
         ranking, probe = self.measurements.derived(ProbeRanking), self.measurements.probe
-        likelihood = ranking.likelihood(probe(self.row[None], self._at[None]), self._at[None])[0]
-        count = min(_LAST_TOKENS, len(likelihood))
-        for number, last in enumerate(best_tokens(likelihood[None], count).indices[0].tolist()):
-            share = self._left if number == count - 1 else self._left // 2
+        likelihood = ranking.likelihood(probe(self.row[None], self._at[None]), self._at[None])
+        texts = self._drawn(min(_BEHIND, max(1, self.budget // (8 * _LAST_READ))))
+        lasts = best_tokens(likelihood, min(_LAST_READ, likelihood.shape[1])).indices[0]
+        sizes = [self.residuals_of(in_place_of_last(texts, last)).mean() for last in lasts]
+        nearest = lasts[torch.stack(sizes).argsort()].tolist()
+        both = dict.fromkeys(chain(*zip(lasts.tolist(), nearest, strict=True)))
+        self.budget -= len(texts) * len(lasts)
+        for number, last in enumerate(chosen := list(both)[:_LAST_TOKENS]):
+            share = self._left if number == len(chosen) - 1 else self._left // 2
             self._ending_with(last, len(self.texts) + share)
             if self._found:
                 break
@@ -115,8 +122,7 @@ class TextSearch:
     def _ending_with(self, last: int, until: int) -> None:
         """Search the texts that end with a token, until so many texts were run."""
         count = max(1, min(_RANDOM, (until - len(self.texts)) // 2))
-        texts = self._drawn(count)
-        texts[:, -1] = last
+        texts = in_place_of_last(self._drawn(count), self.texts.new_tensor(last))
         before = len(self.texts)
         self.run(texts)
         self.random, self.random_texts = self.residuals[before:], self.texts[before:]
@@ -311,6 +317,11 @@ class TextSearch:
         single = starts[changed[:, 0]].clone()
         single[torch.arange(len(changed)), changed[:, 1]] = found[changed[:, 0], changed[:, 1]]
         return torch.cat([found, single])
+
+
+def in_place_of_last(texts: Tensor, last: Tensor) -> Tensor:
+    """Texts ``[N, T]`` that end with a token instead."""
+    return torch.cat([texts[:, :-1], last.expand(len(texts), 1)], dim=1)
 
 
 def in_place(text: Tensor, position: int, ids: Tensor) -> Tensor:

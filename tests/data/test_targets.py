@@ -109,7 +109,6 @@ MINIMAL = {"transformer": {"model": "m", "depth": 2}}
     [
         ({"transformer": {"depth": 2}}, {}, "does not name the model"),
         ({**MINIMAL, "postions": "all"}, {}, "has a key 'postions'"),
-        ({**MINIMAL, "positions": "last"}, {}, "holds the last position only"),
         ({**MINIMAL, "positions": 2, "known_prefix": [1]}, {}, "unknown tokens before it"),
         ({**MINIMAL, "positions": "some"}, {}, "has positions 'some'; write all"),
         ({**MINIMAL, "positions": -1}, {}, "has positions -1; write all"),
