@@ -197,3 +197,25 @@ def test_commands_capture_and_recover_keys_and_values(tiny_folder: Path, tmp_pat
         assert len(found) == texts
         assert found[0]["recovered"] == "The sky is blue."
         assert all(row["verified"] and row["output"] == "keys_values" for row in found)
+
+
+def test_padding_on_the_left_moves_the_keys() -> None:
+    """Without position_ids a model counts the padding; its keys are then of later positions."""
+    model = shared_tiny_model("llama")
+    mask = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
+    ids = IDS.clone()
+    ids[1] = ids[1].roll(3) * mask[1]
+    told = (mask.cumsum(1) - 1).clamp(min=0)
+    right = cache_of(ids=ids, attention_mask=mask, position_ids=told)
+    found = recover(model, None, right, depth=BLOCK, attention_mask=mask)
+    assert [prompt.ids for prompt in found] == [IDS[0].tolist(), IDS[1, :4].tolist()]
+    assert all(prompt.verified for prompt in found)
+    moved = [
+        tuple(part[1:, :, 3:] for part in (layer.keys, layer.values))
+        for layer in cache_of(ids=ids, attention_mask=mask).layers
+    ]
+    with pytest.raises(InputError, match=r"the values fit and the keys do not.*set output values"):
+        recover(model, None, moved, depth=BLOCK)
+    (found_one,) = recover(model, None, moved, depth=BLOCK, output="values")
+    assert found_one.ids == IDS[1, :4].tolist()
+    assert found_one.verified
