@@ -34,6 +34,7 @@ from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.selection import Output
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.transformer.unembedding import Unembedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,6 +104,7 @@ def recover(
     scale: float = 1.0,
     noise: float = 0.0,
     order: Order = "given",
+    logits: bool = False,
     layout: Layout = Layout(),  # noqa: B008 - frozen
     diagnose_first: bool = True,
     policy: RecoveryPolicy | None = None,
@@ -136,6 +138,8 @@ def recover(
             where the chance of any other is below one in a million.
         order: unknown where the rows of a prompt are in any order, which is then found first; each
             prompt's ``order`` tells the number of each token's row.
+        logits: whether they are logits ``[T, V]`` or log-probabilities, from which the states
+            behind the final norm are solved; ``depth`` is that of all blocks, with ``final_norm``.
         layout: what names and shapes leave open.
         diagnose_first: where position 0 fits no token, find out why before the search.
         policy: how tokens are searched; default ``TokenRecovery``. ``Reading`` reads rows behind a
@@ -153,7 +157,7 @@ def recover(
     model, tokenizer = in_memory(model, tokenizer)
     given = Given(
         hidden_states, depth, final_norm, tuple(known_prefix), first_position, centred, scale,
-        noise, layout, attention_mask, output, order,
+        noise, layout, attention_mask, output, order, logits,
     )  # fmt: skip
     transformer, shape = given.cut(model, tokenizer), ModelShape.of(model.config)
     captured = given.read(transformer, shape)
@@ -162,6 +166,10 @@ def recover(
     )
     measurements = Measurements.measure(transformer, language_model, captured.storage)
     targets = [captured.target(number) for number in range(len(captured.targets))]
+    if logits:
+        with errors_name_arguments():
+            unembedding = Unembedding.of(model)
+            targets = [unembedding.states(one.to(transformer.device)) for one in targets]
     target = pad_sequence(targets, batch_first=True).to(transformer.device)
     known = torch.tensor(list(known_prefix), dtype=torch.long, device=transformer.device)
     found, orders = [], list[RowOrder]()

@@ -68,11 +68,12 @@ class Given:
     attention_mask: Tensor | None = None
     output: Output | None = None
     order: Order = "given"
+    logits: bool = False
 
     @property
     def read_output(self) -> Output:
         """What is read: where it is left open, the keys and values of a cache, or hidden states."""
-        if self.output is None and holds_caches(self.hidden_states):
+        if self.output is None and not self.logits and holds_caches(self.hidden_states):
             return "keys_values"
         return self.output or "hidden_states"
 
@@ -96,7 +97,7 @@ class Given:
         request = Request(
             (self.depth,), self.final_norm, lambda: shape, self.layout, self.first_position,
             self.known_prefix, self.centred, self.scale, self.noise, self.read_output,
-            self.order,
+            self.order, self.logits,
         )  # fmt: skip
         held = self.hidden_states
         if self.attention_mask is not None:

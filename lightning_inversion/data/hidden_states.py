@@ -133,6 +133,9 @@ class _Reader:
             given = list(given)
         if isinstance(given, Tensor | np.ndarray):
             return self._of_tensor(self._tensor(given), name, beside)
+        if self.wanted.logits and isinstance(getattr(given, "logits", None), Tensor):
+            given = given.logits
+            return self._of_tensor(self._tensor(given), name, beside)
         if hasattr(given, "items"):
             return self._of_dict(flat(given), beside)
         if getattr(given, "hidden_states", None) is not None:
@@ -213,7 +216,9 @@ class _Reader:
 
     def _of_dict(self, held: dict[str, Any], beside: Beside) -> list[Tensor]:
         beside, states = self._beside(held, beside)
-        if "hidden_states" in states:
+        if self.wanted.logits and "logits" in held:
+            states = {"logits": held["logits"]}
+        elif "hidden_states" in states:
             states = {"hidden_states": states["hidden_states"]}
         if not states:
             found = ", ".join(list(held)[:3]) or "nothing"

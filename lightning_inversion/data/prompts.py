@@ -93,6 +93,8 @@ class PromptDataModule(LightningDataModule):
             verified where the chance that another one is right is below one in a million.
         order: unknown where the rows of a prompt are in any order; ``predict`` then finds it first,
             and TokenRecovery verifies the tokens in it.
+        logits: they are logits or log-probabilities, from which ``predict`` solves the states
+            behind the final norm.
         diagnose: where position 0 fits no token, find out why before the search.
         tokenizer: the model whose tokenizer is used; the command line takes model.transformer's.
         revision: revision of that model on the hub.
@@ -130,6 +132,7 @@ class PromptDataModule(LightningDataModule):
         scale: float = 1.0,
         noise: float = 0.0,
         order: Order = "given",
+        logits: bool = False,
         diagnose: bool = True,
         tokenizer: str = TransformerSpec.model,
         revision: str | None = None,
@@ -164,7 +167,7 @@ class PromptDataModule(LightningDataModule):
         request = Request(
             tuple(layers) if layers else None if depth is None else (depth,),
             final_norm, lambda: self._model_shape, layout, first_position,
-            self._known(known_prefix), centred, scale, noise, output, order,
+            self._known(known_prefix), centred, scale, noise, output, order, logits,
         )  # fmt: skip
         self.captured = None if targets is None else Captured.read(Path(targets), request)
         given_prompts: Sequence[str | None]

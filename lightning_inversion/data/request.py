@@ -29,6 +29,7 @@ class Request:
         scale: the factor that the features were multiplied by.
         noise: std of the Gaussian noise in them, in the model's units.
         order: whether the rows are in the order of the text.
+        logits: whether logits stand in place of the states behind the final norm.
     """
 
     depths: tuple[int, ...] | None = None
@@ -42,6 +43,7 @@ class Request:
     noise: float = 0.0
     output: Output = "hidden_states"
     order: Order = "given"
+    logits: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < abs(self.scale) < float("inf"):
@@ -54,7 +56,19 @@ class Request:
             )
 
     def wanted(self, where: str, checks_width: bool = True) -> Wanted:
-        """What is asked for of a file or of objects that ``where`` names."""
+        """What is asked for of a file or of objects that ``where`` names.
+
+        Raises:
+            InputError: logits are asked for at a depth that has none.
+        """
+        if self.logits and self.shape is not None:
+            blocks = self.shape().blocks
+            if not self.final_norm or self.depths not in (None, (blocks,)):
+                raise InputError(
+                    "--data.logits: logits follow from the states behind the final norm; set "
+                    f"--model.transformer.depth {blocks} --model.transformer.final_norm true."
+                )
         return Wanted(
-            where, self.depths, self.final_norm, self.layout, self.shape, checks_width, self.output
-        )
+            where, self.depths, self.final_norm, self.layout, self.shape, checks_width, self.output,
+            self.logits,
+        )  # fmt: skip

@@ -47,6 +47,7 @@ class Captured:
         storage: what happened to them since.
         first_position: the position of their first row in the prompt.
         in_order: whether the rows are in the order of the text.
+        logits: whether they are logits, from which the states are to be solved.
         known_prefix: the tokens with which every prompt begins.
         prompts: where they are known.
         ids: the tokens of each prompt from position 0 on, where they are known.
@@ -68,6 +69,7 @@ class Captured:
     understood: str = ""
     warnings: tuple[str, ...] = ()
     in_order: bool = True
+    logits: bool = False
 
     @property
     def lengths(self) -> list[int]:
@@ -195,12 +197,23 @@ class Captured:
             manifest.ids, manifest.versions, name,
             _understood(states, wanted, manifest, stored.dtype), _warnings(states, where),
             request.order == "given",
+            request.logits,
         )  # fmt: skip
         _check_known_prefix(captured, where)
         _check_prompts(captured, where)
         return captured
 
     # -- the model ---------------------------------------------------------------------------
+
+    def check_for_fit(self) -> None:
+        """Refuse what only ``predict`` can use.
+
+        Raises:
+            InputError: the rows are in unknown order, or logits.
+        """
+        for option, used in (("order unknown", not self.in_order), ("logits", self.logits)):
+            if used:
+                raise InputError(f"--data.{option} is for predict; leave it out, or use predict.")
 
     def check(self, description: dict[str, Any], width: int | None = None) -> None:
         """Refuse a model other than the one that made the features.
@@ -229,7 +242,7 @@ class Captured:
         ]
         found = [_difference(key, theirs[key], description[key]) for key in different]
         options = [_option(key, theirs[key]) for key in different if key != "weights_sha256"]
-        if width is not None and width != self.width:
+        if width is not None and width != self.width and not self.logits:
             found.append(f"the features are {self.width} in the file and {width} in the model")
         if found:
             way_out = f"set {' '.join(options)}" if options else "give the model that made it"

@@ -121,4 +121,4 @@ def test_a_file_whose_rows_are_in_any_order(
     assert row["order"] == places.tolist()
     capsys.readouterr()
     assert run(["fit", *words]) == 2
-    assert "--data.order unknown is for predict" in capsys.readouterr().err
+    assert "--data.order unknown is for predict; leave it out" in capsys.readouterr().err
