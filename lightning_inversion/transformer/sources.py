@@ -46,6 +46,9 @@ CONVERSION = 1
 """A part of each cached folder's name: raise it when the conversion changes, and all are redone."""
 _MARK = "conversion.json"
 
+MOST_BLOCKS = 4096
+"""Blocks, or experts of one, that a model may have: transformers builds them one by one."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WHEEL = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.+!-]+)(#sha256=(?P<sha256>[0-9a-fA-F]{64}))?"
@@ -99,6 +102,24 @@ def check_source(name: str, revision: str | None = None) -> None:
             f"{OPTION}: {name!r} is neither a folder, nor a .gguf file, nor the id of a model on "
             "the hub, nor pypi:name==version; look for a misspelling."
         )
+
+
+def check_counts(name: str, config: Any) -> None:
+    """Raise InputError if a configuration counts more blocks or experts than can be built.
+
+    Args:
+        name: of the model, for messages.
+        config: its values, before anything is made of them.
+    """
+    entries = config.items() if isinstance(config, dict) else ()
+    for key, value in entries:
+        check_counts(name, value)
+        if key.endswith(("layer", "layers", "experts", "block_count", "expert_count")):
+            if isinstance(value, int | float) and not -1 <= value <= MOST_BLOCKS:
+                raise InputError(
+                    f"{OPTION}: {name!r} has {key} {value!r}, and at most {MOST_BLOCKS} can be "
+                    "built; correct its configuration, or give another model."
+                )
 
 
 def resolve_source(name: str, revision: str | None = None) -> ModelFiles:

@@ -123,7 +123,8 @@ def _files(root: Path) -> dict[str, tuple[int, int]]:
     """What lies outside of the case's folder and of the cache."""
     found = {}
     for folder, folders, files in os.walk(root):
-        folders[:] = [one for one in folders if one not in ("case", "cache")]
+        # pip asks rustc for its version, which leaves a folder.
+        folders[:] = [one for one in folders if one not in ("case", "cache", ".rustup")]
         for name in files:
             status = Path(folder, name).lstat()
             found[f"{folder}/{name}"] = (status.st_size, status.st_mtime_ns)
