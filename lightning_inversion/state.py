@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_inversion.data.batch import PromptBatch
-from lightning_inversion.recovery.search import PrefixSearch, Proposals
+from lightning_inversion.recovery.proposals import Proposals
+from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.transformer.prefix import KnownPrefix
 
 _STORED = ("values", "fixed", "verified", "focus", "stopped_at", "criterion_met_at", "ratio")

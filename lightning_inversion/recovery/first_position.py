@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
+from lightning_inversion.recovery.open_positions import OpenPositions
 from lightning_inversion.recovery.probe_proposer import ProbeRanking
-from lightning_inversion.recovery.proposals import Proposer
-from lightning_inversion.recovery.search import Candidates, PrefixSearch, Proposals, best_untried
+from lightning_inversion.recovery.proposals import Candidates, Proposals, Proposer, best_untried
 
 _ROUNDS_BY_PROBE = 8
 """Rounds before the vocabulary is scanned: nearly all first tokens are found in the first one."""
@@ -24,12 +24,12 @@ class FirstTokenScan(Proposer):
     features of all tokens are computed once for a model and a depth, and kept in the cache folder.
     """
 
-    def begin(self, search: PrefixSearch) -> Proposals:
+    def begin(self, search: OpenPositions) -> Proposals:
         return _FirstTokens(search, self.name)
 
 
 class _FirstTokens(Proposals):
-    def __init__(self, search: PrefixSearch, name: str) -> None:
+    def __init__(self, search: OpenPositions, name: str) -> None:
         super().__init__(search, name)
         self._ranking = search.measurements.derived(ProbeRanking)
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.proposals import NEARNESS, Proposer
-from lightning_inversion.recovery.search import PrefixSearch, Proposals
+from lightning_inversion.recovery.open_positions import OpenPositions
+from lightning_inversion.recovery.proposals import NEARNESS, Proposals, Proposer
 
 
 class GradientProxy(Proposer):
@@ -51,7 +51,7 @@ class GradientProxy(Proposer):
         self.steps, self.learning_rate, self.rounds_alone = steps, learning_rate, rounds_alone
         self.restart, self.proxies, self.nearness = restart, proxies, nearness
 
-    def begin(self, search: PrefixSearch) -> Proposals:
+    def begin(self, search: OpenPositions) -> Proposals:
         return DescendingProxies(search, self)
 
 
@@ -62,7 +62,7 @@ class DescendingProxies(Proposals):
         proxies: ``[B, P, D]`` the vectors of each row's proxies.
     """
 
-    def __init__(self, search: PrefixSearch, settings: GradientProxy) -> None:
+    def __init__(self, search: OpenPositions, settings: GradientProxy) -> None:
         super().__init__(search, settings.name)
         self._settings = settings
         rows, device = len(search.target), search.target.device

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.proposals import UNIFORM_SHARE, Proposer, mix_with_uniform
-from lightning_inversion.recovery.search import Candidates, PrefixSearch, Proposals
+from lightning_inversion.recovery.open_positions import OpenPositions
+from lightning_inversion.recovery.proposals import (
+    UNIFORM_SHARE,
+    Candidates,
+    Proposals,
+    Proposer,
+    mix_with_uniform,
+)
 from lightning_inversion.transformer.embedding import TokenEmbedding, best_tokens
 from lightning_inversion.transformer.linear_probe import LinearProbe
 
@@ -40,12 +46,12 @@ class ProbeProposer(Proposer):
     probability is given evenly to all tokens.
     """
 
-    def begin(self, search: PrefixSearch) -> Proposals:
+    def begin(self, search: OpenPositions) -> Proposals:
         return _ByProbe(search, self.name)
 
 
 class _ByProbe(Proposals):
-    def __init__(self, search: PrefixSearch, name: str) -> None:
+    def __init__(self, search: OpenPositions, name: str) -> None:
         super().__init__(search, name)
         self._ranking = search.measurements.derived(ProbeRanking)
         self._best: Tensor | None = None

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.search import Candidates, PrefixSearch, Proposals, best_untried
+from lightning_inversion.recovery.open_positions import OpenPositions
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.language_model import Continuations
 
@@ -22,6 +23,66 @@ NEARNESS = 0.15
 """Weight of the squared distance to a token, in std of the embedding, in its log-likelihood."""
 UNIFORM_SHARE = 0.05
 """Share of the probability that is spread evenly over the vocabulary, so that none is 0."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Tokens to run.
+
+    Attributes:
+        ids: ``[R, K]``, the most likely first; ``[R, W, K]`` for W positions.
+        proposers: the name of the proposer of each of the K columns.
+    """
+
+    ids: Tensor
+    proposers: tuple[str, ...]
+
+
+class Proposals(ABC):
+    """A proposer at work on one batch: it ranks the vocabulary for the next token of each prompt.
+
+    Args:
+        search: of the batch.
+        name: the proposer's, as certificates show it.
+    """
+
+    def __init__(self, search: OpenPositions, name: str) -> None:
+        self.search, self.name = search, name
+
+    def update(self, rows: Tensor) -> None:  # noqa: B027 - most need nothing
+        """A round begins for ``rows`` [R]: use what earlier rounds have shown."""
+
+    def accept(self, rows: Tensor, ids: Tensor) -> None:  # noqa: B027
+        """Each of ``rows`` [R] continues with its token of ``ids`` [R]."""
+
+    def take_back(self, rows: Tensor) -> None:  # noqa: B027
+        """The last token of each of ``rows`` [R] was wrong; ``accept`` gives another one next."""
+
+    def ahead(self, rows: Tensor, width: int, count: int) -> Candidates | None:
+        """The ``count`` best tokens of each of the next ``width`` positions.
+
+        None where the tokens in between must be known. A position may lie behind a prompt's end;
+        its candidates are ignored.
+        """
+        return None
+
+    @abstractmethod
+    def scores(self, rows: Tensor) -> Tensor:
+        """Log-likelihood ``[R, V]`` of each token, up to a constant a row. Changes nothing."""
+
+    def propose(self, rows: Tensor, count: int) -> Candidates:
+        """The ``count`` best tokens that were not tried yet."""
+        ids = best_untried(self.scores(rows), self.search.tried[rows], count)
+        return Candidates(ids, (self.name,) * ids.shape[1])
+
+
+def best_untried(scores: Tensor, tried: Tensor, count: int) -> Tensor:
+    """The untried tokens ``[R, count]`` with the best of scores ``[R, V]``.
+
+    A row with fewer left repeats tried ones at its end.
+    """
+    scores = scores.masked_fill(tried, -torch.inf)
+    return best_tokens(scores, min(count, scores.shape[1])).indices
 
 
 class Proposer(ABC):
@@ -45,7 +106,7 @@ class Proposer(ABC):
         return type(self).__name__
 
     @abstractmethod
-    def begin(self, search: PrefixSearch) -> Proposals:
+    def begin(self, search: OpenPositions) -> Proposals:
         """Start to work on the batch of ``search``."""
 
 
@@ -65,7 +126,7 @@ def mix_with_uniform(log_probabilities: Tensor, share: float) -> Tensor:
 class Exhaustive(Proposer):
     """Every token in the order of its id: brute force."""
 
-    def begin(self, search: PrefixSearch) -> Proposals:
+    def begin(self, search: OpenPositions) -> Proposals:
         return _InOrderOfId(search, self.name)
 
 
@@ -97,12 +158,12 @@ class LanguageModelPrior(Proposer):
             )
         self.uniform_share = uniform_share
 
-    def begin(self, search: PrefixSearch) -> Proposals:
+    def begin(self, search: OpenPositions) -> Proposals:
         return _Prior(search, self.name, self.uniform_share)
 
 
 class _Prior(Proposals):
-    def __init__(self, search: PrefixSearch, name: str, uniform_share: float) -> None:
+    def __init__(self, search: OpenPositions, name: str, uniform_share: float) -> None:
         super().__init__(search, name)
         language_model = search.measurements.language_model
         assert language_model is not None
@@ -140,7 +201,7 @@ class NearestToInput(Proposals):
             prompt that the fit did not have.
     """
 
-    def __init__(self, search: PrefixSearch, vectors: Tensor) -> None:
+    def __init__(self, search: OpenPositions, vectors: Tensor) -> None:
         super().__init__(search, type(self).__name__)
         self.vectors = vectors
 
@@ -194,7 +255,7 @@ class Mixture(Proposer):
         """The names of the parts."""
         return "+".join(part.name for part in self.proposers)
 
-    def begin(self, search: PrefixSearch) -> Proposals:
+    def begin(self, search: OpenPositions) -> Proposals:
         parts = [part.begin(search) for part in self.proposers]
         later = [part.needs_evidence for part in self.proposers]
         return MixedProposals(search, parts, later, self.share_alone)
@@ -212,7 +273,7 @@ class MixedProposals(Proposals):
 
     def __init__(
         self,
-        search: PrefixSearch,
+        search: OpenPositions,
         parts: Sequence[Proposals],
         later: Sequence[bool],
         share_alone: float,

@@ -1,44 +1,26 @@
 """The one search behind ``fit`` and ``predict``: propose, run, verify, move on or go back.
 
-``PrefixSearch`` holds where each prompt of a batch stands. A ``Proposals`` object names candidates
-for the next token; ``step`` runs them behind the tokens found so far and compares their features
-with the target.
+A ``Proposals`` object names candidates for the next token of each prompt of a batch; ``step`` runs
+them behind the tokens found so far and compares their features with the target.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.evidence import Evidence
 from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.open_positions import FARTHEST, OpenPositions
+from lightning_inversion.recovery.proposals import Candidates, Proposals
 from lightning_inversion.recovery.rivals import NearTokens
 from lightning_inversion.recovery.verification import Judgement, Verifier
-from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.prefix import KnownPrefix
 
-_STORED = ("tried", "count", "rounds", "reach", "_rivals", "_rival_residuals")
-_FARTHEST = 64
-"""The most positions that are run together, and the number for a new prompt."""
 CANDIDATES_OF_A_FORWARD = 4096
 """Candidates of one forward over all rows, which bounds the memory."""
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Tokens to run.
-
-    Attributes:
-        ids: ``[R, K]``, the most likely first; ``[R, W, K]`` for W positions.
-        proposers: the name of the proposer of each of the K columns.
-    """
-
-    ids: Tensor
-    proposers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -80,69 +62,14 @@ class Trial:
         return self.verified | self.group
 
 
-class Proposals(ABC):
-    """A proposer at work on one batch: it ranks the vocabulary for the next token of each prompt.
-
-    Args:
-        search: of the batch.
-        name: the proposer's, as certificates show it.
-    """
-
-    def __init__(self, search: PrefixSearch, name: str) -> None:
-        self.search, self.name = search, name
-
-    def update(self, rows: Tensor) -> None:  # noqa: B027 - most need nothing
-        """A round begins for ``rows`` [R]: use what earlier rounds have shown."""
-
-    def accept(self, rows: Tensor, ids: Tensor) -> None:  # noqa: B027
-        """Each of ``rows`` [R] continues with its token of ``ids`` [R]."""
-
-    def take_back(self, rows: Tensor) -> None:  # noqa: B027
-        """The last token of each of ``rows`` [R] was wrong; ``accept`` gives another one next."""
-
-    def ahead(self, rows: Tensor, width: int, count: int) -> Candidates | None:
-        """The ``count`` best tokens of each of the next ``width`` positions.
-
-        None where the tokens in between must be known. A position may lie behind a prompt's end;
-        its candidates are ignored.
-        """
-        return None
-
-    @abstractmethod
-    def scores(self, rows: Tensor) -> Tensor:
-        """Log-likelihood ``[R, V]`` of each token, up to a constant a row. Changes nothing."""
-
-    def propose(self, rows: Tensor, count: int) -> Candidates:
-        """The ``count`` best tokens that were not tried yet."""
-        ids = best_untried(self.scores(rows), self.search.tried[rows], count)
-        return Candidates(ids, (self.name,) * ids.shape[1])
-
-
-def best_untried(scores: Tensor, tried: Tensor, count: int) -> Tensor:
-    """The untried tokens ``[R, count]`` with the best of scores ``[R, V]``.
-
-    A row with fewer left repeats tried ones at its end.
-    """
-    scores = scores.masked_fill(tried, -torch.inf)
-    return best_tokens(scores, min(count, scores.shape[1])).indices
-
-
-class PrefixSearch:
-    """The next unknown token of each of B prompts.
+class PrefixSearch(OpenPositions):
+    """Runs candidates for the next unknown token of each of B prompts.
 
     Args:
         measurements: of the model.
         target: ``[B, T, F]`` features to reproduce.
         prefix: keeps the keys and values of the tokens found; default a new one.
         exhaustive: compare a token that passes with the whole vocabulary before it is verified.
-
-    Attributes:
-        prefix: the tokens found so far.
-        tried: ``[B, V]`` bool, tokens that were run at the row's position.
-        count: ``[B]`` how many these are.
-        rounds: ``[B]`` rounds of candidates at the row's position.
-        reach: ``[B]`` how many positions are worth running together: twice as many as before where
-            all first candidates were right, else half.
     """
 
     def __init__(
@@ -152,57 +79,8 @@ class PrefixSearch:
         prefix: KnownPrefix | None = None,
         exhaustive: bool = False,
     ) -> None:
-        self.measurements, self.target, self.exhaustive = measurements, target, exhaustive
-        self.transformer, self.probe = measurements.transformer, measurements.probe
-        self.verifier = measurements.derived(Verifier)
-        B, device, embedding = len(target), target.device, self.transformer.embedding
-        self.prefix = prefix or KnownPrefix(self.transformer, B)
-        self.tried = torch.zeros(B, embedding.vocabulary_size, dtype=torch.bool, device=device)
-        self.count = torch.zeros(B, dtype=torch.long, device=device)
-        self.rounds = torch.zeros(B, dtype=torch.long, device=device)
-        self.reach = torch.full((B,), _FARTHEST, device=device)
-        self.evidence = Evidence(self.probe, embedding, B, device)
-        self._rivals = torch.full((B,), -1, device=device)
-        self._rival_residuals = torch.full((B,), torch.inf, device=device)
-
-    def to_checkpoint(self) -> dict[str, Tensor]:
-        """What a checkpoint holds, beside the tokens found, to continue from here."""
-        stored = {name: getattr(self, name) for name in _STORED}
-        return {**stored, **self.evidence.to_checkpoint()}
-
-    def restore(self, stored: dict[str, Tensor]) -> None:
-        """Continue from what a checkpoint holds."""
-        for name in _STORED:
-            setattr(self, name, stored[name].to(self.target.device))
-        self.evidence.restore(stored)
-
-    # -- where a row stands ------------------------------------------------------------------
-
-    def positions(self, rows: Tensor) -> Tensor:
-        """The position ``[R]`` of each row's next token."""
-        return self.prefix.lengths[rows]
-
-    def target_at(self, rows: Tensor) -> Tensor:
-        """The features ``[R, F]`` that each row's next token must reproduce."""
-        return self.target[rows, self.positions(rows)]
-
-    def linear_guess(self, rows: Tensor) -> Tensor:
-        """The linear probe's embedding ``[R, D]`` of each row's next token."""
-        return self.probe(self.target_at(rows), self.positions(rows))
-
-    def guess(self, rows: Tensor) -> Tensor:
-        """The linear guess ``[R, D]``, corrected by the wrong candidates that came closest."""
-        guess, positions = self.linear_guess(rows), self.positions(rows)
-        return self.evidence.corrected(rows, positions, guess)
-
-    def closest(self, rows: Tensor, count: int) -> Tensor:
-        """Embeddings ``[R, K, D]`` of the wrong candidates that came closest, nearest first.
-
-        The corrected guess fills the entries that do not exist yet. K is ``count``, or 16.
-        """
-        return self.evidence.closest(rows, count, self.guess(rows))
-
-    # -- one round ---------------------------------------------------------------------------
+        super().__init__(measurements, target, prefix)
+        self.exhaustive, self.verifier = exhaustive, measurements.derived(Verifier)
 
     def step(
         self,
@@ -255,12 +133,12 @@ class PrefixSearch:
         """Move on behind tokens ``[R]`` that nothing verifies."""
         self.prefix.candidates(rows, self.transformer.embedding(ids[:, None]))
         self.prefix.keep(rows, torch.zeros_like(rows))
-        self._leave(rows)
+        self.leave(rows)
 
     def take_back(self, rows: Tensor) -> None:
         """Go back: the last token of each of ``rows`` [R] is to be found again."""
         self.prefix.take_back(rows)
-        self._leave(rows)
+        self.leave(rows)
 
     def _widths(self, rows: Tensor, remaining: Tensor) -> Tensor:
         """Positions ``[R]`` to run together: a power of two, so that many rows are alike."""
@@ -331,7 +209,7 @@ class PrefixSearch:
             if offset == W - 1 or not on_course.any():
                 # Rows that came as far as they were run may be run farther, others less far.
                 farther = torch.where(came == W, 2 * W, came.clamp(min=W // 2))
-                self.reach[rows] = farther.clamp(1, _FARTHEST)
+                self.reach[rows] = farther.clamp(1, FARTHEST)
         for alike in _of_equal_size(challenged):
             yield from self._challenge(*alike)
 
@@ -373,10 +251,10 @@ class PrefixSearch:
     def _judge(self, rows: Tensor, ids: Tensor, residuals: Tensor, positions: Tensor) -> Judgement:
         compared = None
         if self.exhaustive:
-            compared = self.count[rows] + self._new(rows, ids)
+            compared = self.count_with(rows, ids)
         judged = self.verifier.judge(
             ids, residuals, positions, self.target_at(rows),
-            (self._rivals[rows], self._rival_residuals[rows]), compared,
+            self.rivals(rows), compared,
         )  # fmt: skip
         if compared is None:
             return judged
@@ -390,11 +268,6 @@ class PrefixSearch:
             judged.missing[row] = left.nonzero()[:, 0]
             judged.group[row] = False
         return judged
-
-    def _new(self, rows: Tensor, ids: Tensor) -> Tensor:
-        """How many of candidates ``[R, K]`` were not run before, ``[R]``."""
-        fresh = torch.zeros_like(self.tried[rows]).scatter_(1, ids, True)
-        return (fresh & ~self.tried[rows]).sum(1)
 
     def _trial(
         self,
@@ -413,34 +286,16 @@ class PrefixSearch:
         positions = self.positions(rows) - settled.long()
         count = self.count[rows] + (~self.tried[rows[:, None], ids]).sum(1)
         threshold = self.measurements.calibration.limit(positions)
-        wrong = ~settled
-        # Only rows that stay need a record of what was tried: most move on with their first token.
-        self.tried[rows[wrong, None], ids[wrong]] = True
-        self.count[rows[wrong]] = count[wrong]
         best = ids.gather(1, judged.best[:, None])[:, 0]
         smallest = residuals.gather(1, judged.best[:, None])[:, 0]
-        nearer = wrong & (smallest < self._rival_residuals[rows])
-        self._rivals[rows[nearer]] = best[nearer]
-        self._rival_residuals[rows[nearer]] = smallest[nearer]
-        if features is not None:
-            here = rows[wrong]
-            self.evidence.keep(
-                here, positions[wrong], self.target_at(here), ids[wrong], features[wrong]
-            )
-        self._leave(rows[settled])
+        wrong = ~settled
+        shown = None if features is None else features[wrong]
+        self.stay(rows[wrong], ids[wrong], best[wrong], smallest[wrong], shown)
+        self.leave(rows[settled])
         return Trial(
             rows, ids, residuals, threshold, best, judged.verified, judged.group,
             judged.rivals, judged.rival_residuals, count,
         )  # fmt: skip
-
-    def _leave(self, rows: Tensor) -> None:
-        """A new position begins in ``rows``."""
-        self.tried[rows[self.count[rows] > 0]] = False
-        self.count[rows] = 0
-        self.rounds[rows] = 0
-        self.evidence.forget(rows)
-        self._rivals[rows] = -1
-        self._rival_residuals[rows] = torch.inf
 
 
 def _of(judged: Judgement, some: Tensor) -> Judgement:

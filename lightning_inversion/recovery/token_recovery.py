@@ -2,7 +2,7 @@
 
 All prompts of a batch advance together, each at its own position. What a wrong candidate shows
 corrects the next round. Where none of several plausible tokens can be verified, what follows
-decides (``_PlausibleTokens``).
+decides (``PlausibleTokens``).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lightning_inversion.recovery.certificate import State, TokenCertificate
 from lightning_inversion.recovery.first_position import FirstTokenScan
 from lightning_inversion.recovery.gradient_proxy import GradientProxy
 from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.plausible import PlausibleTokens
 from lightning_inversion.recovery.policy import ALTERNATIVES, RecoveredPrompt, RecoveryPolicy
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.proposals import (
@@ -27,16 +28,15 @@ from lightning_inversion.recovery.proposals import (
     MixedProposals,
     Mixture,
     NearestToInput,
+    Proposals,
     Proposer,
 )
-from lightning_inversion.recovery.search import PrefixSearch, Proposals, Trial
+from lightning_inversion.recovery.search import PrefixSearch, Trial
 
 _AT_LEAST = 2
 """Candidates of a position at least, so that a certificate can name a runner-up."""
 _BEHIND = 512
 """Candidates of a position at most, behind a position whose whole budget fitted nothing."""
-_ENOUGH_TO_DOUBT = 256
-"""Candidates without a plausible one among them that put the token before in doubt."""
 
 
 class TokenRecovery(RecoveryPolicy):
@@ -142,7 +142,7 @@ class _Batch:
         self.limits = torch.full((B,), limit, device=device)
         self.totals = torch.tensor(lengths, device=device)
         self.prompts = [RecoveredPrompt() for _ in range(B)]
-        self.plausible = _PlausibleTokens(B)
+        self.plausible = PlausibleTokens(B)
         self.began = time.monotonic()
         self.spent = [0.0] * B
         shape = (B, 1 + ALTERNATIVES)
@@ -324,46 +324,3 @@ class _Batch:
             return ()
         members = others if state != "group" else [pair for pair in others if pair[1] <= limit]
         return (token, *(other for other, _ in members))
-
-
-class _PlausibleTokens:
-    """For each row, the plausible tokens of its latest position, where none was verified.
-
-    Behind a wrong token no next one reproduces the target, as all that follows depends on it. If
-    none of many candidates is plausible, another of the plausible tokens is taken. If none helps,
-    the one behind which a candidate came closest stays, and recovery continues.
-
-    Args:
-        rows: B.
-    """
-
-    def __init__(self, rows: int) -> None:
-        self._waiting: list[list[tuple[int, float]]] = [[] for _ in range(rows)]
-        self._refuted: list[dict[int, tuple[float, float]]] = [{} for _ in range(rows)]
-
-    def settle(self, row: int, plausible: list[tuple[int, float]]) -> None:
-        """A token was taken: the first of ``plausible`` (ids, residuals), or a verified one.
-
-        What was in doubt before it no longer is.
-        """
-        self._waiting[row] = plausible if len(plausible) > 1 else []
-        self._refuted[row] = {}
-
-    def in_doubt(self, rows: Tensor, tried: Tensor) -> Tensor:
-        """``[R]`` bool: the token before is in doubt, after ``tried`` [R] candidates behind it."""
-        waiting = [bool(self._waiting[row]) for row in rows.tolist()]
-        return torch.tensor(waiting, device=rows.device) & (tried >= _ENOUGH_TO_DOUBT)
-
-    def next(self, row: int, nearest: float) -> int:
-        """What to try instead of the token behind which nothing came nearer than ``nearest``."""
-        (token, residual), *others = self._waiting[row]
-        self._refuted[row][token] = (nearest, residual)
-        self._waiting[row] = others
-        if others:
-            return others[0][0]
-        return min(self._refuted[row], key=lambda other: self._refuted[row][other][0])
-
-    def residual(self, row: int, token: int) -> float:
-        """The residual of a plausible token at its own position."""
-        refuted = {other: own for other, (_, own) in self._refuted[row].items()}
-        return {**dict(self._waiting[row]), **refuted}[token]

@@ -20,9 +20,10 @@ from lightning_inversion.recovery.proposals import (
     LanguageModelPrior,
     Mixture,
     NearestToInput,
+    Proposals,
     Proposer,
 )
-from lightning_inversion.recovery.search import PrefixSearch, Proposals
+from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.transformer.language_model import Continuations
 from tests.tiny import VOCABULARY
 

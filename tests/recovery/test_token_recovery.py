@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery import token_recovery
 from lightning_inversion.recovery.calibration import CLEARANCE
 from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.plausible import PlausibleTokens
 from lightning_inversion.recovery.policy import RecoveredPrompt, recover_prompts
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
-from lightning_inversion.recovery.proposals import Exhaustive, LanguageModelPrior, Proposer
-from lightning_inversion.recovery.search import PrefixSearch, Proposals
-from lightning_inversion.recovery.token_recovery import TokenRecovery, _PlausibleTokens
+from lightning_inversion.recovery.proposals import (
+    Exhaustive,
+    LanguageModelPrior,
+    Proposals,
+    Proposer,
+)
+from lightning_inversion.recovery.search import PrefixSearch
+from lightning_inversion.recovery.token_recovery import TokenRecovery
 from tests.tiny import VOCABULARY
 
 LENGTHS = [9, 4, 6]
@@ -151,7 +156,7 @@ def test_without_candidates_there_is_no_recovery() -> None:
 
 
 def test_the_token_that_something_came_closest_behind_stays() -> None:
-    plausible = _PlausibleTokens(1)
+    plausible = PlausibleTokens(1)
     row, many = torch.tensor([0]), torch.tensor([1000])
     plausible.settle(0, [(5, 0.1), (6, 0.2), (7, 0.3)])
     assert plausible.in_doubt(row, many).all()
@@ -199,7 +204,7 @@ def test_what_follows_decides_between_plausible_tokens(
     measurements: Measurements, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The target is blurred so that a wrong token looks best at position 1, as by much noise."""
-    monkeypatch.setattr(token_recovery, "_ENOUGH_TO_DOUBT", VOCABULARY)
+    monkeypatch.setattr("lightning_inversion.recovery.plausible._ENOUGH_TO_DOUBT", VOCABULARY)
     transformer, calibration = measurements.transformer, measurements.calibration
     ids = torch.tensor([[7, 40, 3, 250, 9]])
     target = transformer.features_of(ids)
