@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,6 +190,25 @@ def test_a_damaged_file_is_one_sentence(tiny_folder: Path, tmp_path: Path) -> No
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(InputError, match="could not be loaded"):
         TransformerSpec(model=str(folder)).load()
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "reason"),
+    [
+        ("config.json", "num_hidden_layers", 2**63, "at most 4096 can be built"),
+        ("config.json", "text_config", {"num_experts": 10**9}, "at most 4096 can be built"),
+        ("config.json", "num_hidden_layers", -3, "at most 4096 can be built"),
+        ("tokenizer_config.json", "model_max_length", "x", "could not be loaded"),
+    ],
+)
+def test_a_setting_that_no_model_can_have_is_one_sentence(
+    file: str, key: str, value: Any, reason: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps({**settings, key: value}))
+    with pytest.raises(InputError, match=reason):
+        TransformerSpec(model=str(tmp_path), depth=1).load()
 
 
 def test_a_hub_id_offline_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
