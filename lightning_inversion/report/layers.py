@@ -118,4 +118,4 @@ def _tokens(row: Any, letters: int) -> list[str]:
     """The tokens of a row, cut to so many letters; nothing where the row does not hold them."""
     if len(row.tokens) != len(row.marks):
         return []
-    return [visible(token).strip()[:letters] for token in row.tokens]
+    return [(visible(token).strip() or "␣")[:letters] for token in row.tokens]
