@@ -15,7 +15,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_inversion.data.batch import PromptBatch, pack
 from lightning_inversion.data.layout import Layout, ModelShape
 from lightning_inversion.data.memory import tokens_that_fit
-from lightning_inversion.data.targets import OPTION, Captured, Reading
+from lightning_inversion.data.request import Order, Request
+from lightning_inversion.data.targets import OPTION, Captured
 from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize
 from lightning_inversion.errors import InputError
 from lightning_inversion.strategy import take
@@ -90,6 +91,10 @@ class PromptDataModule(LightningDataModule):
         scale: the factor that its features were multiplied by.
         noise: std of the Gaussian noise in its features, in the model's units; a token is then
             verified where the chance that another one is right is below one in a million.
+        order: unknown where the rows of a prompt are in any order; ``predict`` then finds it first,
+            and TokenRecovery verifies the tokens in it.
+        logits: they are logits or log-probabilities, from which ``predict`` solves the states
+            behind the final norm.
         diagnose: where position 0 fits no token, find out why before the search.
         tokenizer: the model whose tokenizer is used; the command line takes model.transformer's.
         revision: revision of that model on the hub.
@@ -126,6 +131,8 @@ class PromptDataModule(LightningDataModule):
         centred: bool = False,
         scale: float = 1.0,
         noise: float = 0.0,
+        order: Order = "given",
+        logits: bool = False,
         diagnose: bool = True,
         tokenizer: str = TransformerSpec.model,
         revision: str | None = None,
@@ -157,12 +164,12 @@ class PromptDataModule(LightningDataModule):
             raise InputError(f"--data.repeat must be at least 1, and is {repeat}.")
         self.tokenizer, self.revision, self.special_tokens = tokenizer, revision, special_tokens
         self.diagnose = diagnose
-        reading = Reading(
+        request = Request(
             tuple(layers) if layers else None if depth is None else (depth,),
             final_norm, lambda: self._model_shape, layout, first_position,
-            self._known(known_prefix), centred, scale, noise, output,
+            self._known(known_prefix), centred, scale, noise, output, order, logits,
         )  # fmt: skip
-        self.captured = None if targets is None else Captured.read(Path(targets), reading)
+        self.captured = None if targets is None else Captured.read(Path(targets), request)
         given_prompts: Sequence[str | None]
         if self.captured is not None:
             given_prompts = self.captured.prompts or [None] * len(self.captured.targets)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_inversion.data.targets import Storage
+from lightning_inversion.data.storage import Storage
 from lightning_inversion.files import Record
 from lightning_inversion.ladder.measure import (
     Rows,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import lightning_inversion
-from lightning_inversion.data.targets import Storage
+from lightning_inversion.data.storage import Storage
 from lightning_inversion.files import Record, append_records, read_records
 from lightning_inversion.ladder.mechanism import INTERVENTIONS, Intervention, changed, mechanism
 from lightning_inversion.ladder.plan import Plan, Rung

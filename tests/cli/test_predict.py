@@ -138,8 +138,9 @@ def test_a_wrong_policy_ends_in_a_sentence(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(predict(tiny_folder, tmp_path, "--model.recovery=Guess")) == 2
-    assert "unknown RecoveryPolicy 'Guess'; choose from Reading, SIPIT, TokenRecovery" in (
-        capsys.readouterr().err
+    assert (
+        "unknown RecoveryPolicy 'Guess'; choose from LastPosition, Reading, SIPIT, TokenRecovery"
+        in (capsys.readouterr().err)
     )
 
 
