@@ -48,7 +48,7 @@ class Choices:
         token: the target token, as text or as id:NUMBER. The default is the predicted token.
         against: a second token, as text or as id:NUMBER, whose scalar is subtracted from the
             target's: why the target and not this one.
-        every_token: attribute each next token of the text and the one after it: a map.
+        every_token: attribute every next token, and the one after the text; this gives a map.
         depth: attribute the features after this many blocks, instead of a token.
         probes: random directions of the features along which gradients are taken, with `depth`.
         seed: of those directions.
