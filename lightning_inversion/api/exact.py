@@ -147,7 +147,7 @@ def recover(
             its last row alone.
 
     Returns:
-        A sequence with one entry a prompt, each with its ``text`` and its ``tokens``.
+        A sequence with one entry per prompt, each with its ``text`` and its ``tokens``.
 
     Raises:
         InputError: the tensors do not fit the model, could be read in several ways, or the known

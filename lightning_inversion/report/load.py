@@ -1,7 +1,7 @@
 """Files of results -> a table of prompts and a table of settings; what is no result is named.
 
 A row of ``results.jsonl`` holds several lists with an entry a token. Ten thousand rows fit into
-memory because the table keeps one letter a token instead.
+memory because the table keeps one letter per token instead.
 """
 
 from __future__ import annotations
