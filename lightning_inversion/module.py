@@ -56,7 +56,7 @@ class InputInversion(Inversion, LightningModule):
     # -- before the first batch --------------------------------------------------------------
 
     def check(self, trainer: Trainer, data: PromptDataModule | None = None) -> None:
-        """Refuse what does not fit together, as far as it shows before the model is loaded.
+        """Refuse what does not fit together, as far as the options show it.
 
         Raises:
             InputError: names the options, and the way out.
@@ -103,7 +103,7 @@ class InputInversion(Inversion, LightningModule):
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
 
     def setup(self, stage: str) -> None:
-        """Check again where no command line did; for a fit the lengths of the prompts too."""
+        """Repeat the checks where no command line made them; check a fit's prompt lengths too."""
         self.strict_loading = False  # a checkpoint holds the batch's state, not the frozen model
         self.check(self.trainer, self._data)
         if stage == "fit" and self._data is not None:
@@ -148,7 +148,7 @@ class InputInversion(Inversion, LightningModule):
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> int | None:
         """Begin the epoch's batch; the schedule; -1 ends the epoch where every row has stopped."""
-        if self._data is not None and self._data.current is None:
+        if self._data is not None and self._data.queue.current is None:
             return -1  # it was too large
         with self._halving_if_too_large():
             if self.state.batch.index != batch.index:
@@ -205,7 +205,7 @@ class InputInversion(Inversion, LightningModule):
             if not too_large or self._data is None:
                 raise
             error.__traceback__ = None  # its frames hold the tensors
-        batch = self._data.current
+        batch = self._data.queue.current
         if batch is not None and self._data.halve():
             _log.warning(
                 "%d prompts (%d tokens) are too many for the memory; they are run as two batches.",

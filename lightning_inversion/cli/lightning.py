@@ -106,8 +106,13 @@ class InversionCLI(LightningCLI):
         The command's own parser does it: the parser of all commands validates everything twice.
         """
         name = self._args[0]
+        command = self._subcommand_parsers[name]
         with wrong_values("--config", RecursionError):
-            options = self._subcommand_parsers[name].parse_args(args[1:])
+            options = command.parse_args(args[1:])
+            try:
+                command.validate(options, skip_unset=False)  # null in a file was passed over
+            except TypeError as error:
+                command.error(str(error), error)
         # --print_config leaves what it asks for at the parser of all commands.
         asked = vars(parser).pop("print_config", None)
         if asked is not None:

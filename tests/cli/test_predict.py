@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lightning_inversion import read_certificates, verify
@@ -123,6 +124,21 @@ def test_a_prompt_that_cannot_be_run_has_a_row_with_the_keys_of_the_others(
     assert [bad.get("policy"), bad.get("objective")] == [
         good.get("policy"), good.get("objective"),
     ]  # fmt: skip
+
+
+@pytest.mark.integration  # whole runs
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_a_model_with_a_weight_that_is_nan_has_rows_with_their_error(
+    command: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.0.mlp.up_proj.weight"][3] = torch.nan
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    assert run([command, *predict(folder, tmp_path, "--model.iterations=2")[1:]]) == 0
+    for row in rows_of(tmp_path):
+        assert row["error"].startswith("has features that are not finite numbers")
+        assert not any(row["token_verified"] or [])
 
 
 @pytest.mark.integration  # whole runs
