@@ -110,7 +110,7 @@ def intervention_figure(rows: pd.DataFrame) -> RenderedFigure:
     means = rows.pivot_table("tuned", "intervention", "share")
     order = [*means[1.0].sort_values(ascending=False).drop("none").index]
     canvas = FigureStyle(width=5.0, height=5.4).canvas(2)
-    models = f"n = {rows['family'].nunique()} models x {rows['seed'].nunique()} seeds"
+    models = f"up to {rows['model'].nunique()} models"
     for number, (share, title) in enumerate(
         ((1.0, "on the trained model"), (0.0, "on the untrained model")), start=1
     ):
