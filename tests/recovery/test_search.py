@@ -45,7 +45,7 @@ def test_candidates_are_never_repeated_and_end_with_the_vocabulary(headless: Mea
     search.target += 1.0  # no token fits
     vectors = headless.transformer.embedding(ids)
     parts = [ProbeProposer().begin(search), NearestToInput(search, vectors)]
-    proposals = MixedProposals(search, parts, [False, False], share_alone=1.0)
+    proposals = MixedProposals(search, parts, [0, 0], share_alone=1.0)
     named: set[int] = set()
     for _ in range(5):
         (trial,) = search.step(proposals, ROW, torch.tensor([60]), torch.ones(1))
