@@ -162,7 +162,7 @@ def test_numbers_that_make_no_sense_are_refused(build: Callable[[], Schedule]) -
         build()
 
 
-def test_noise_that_hides_tokens_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_noise_that_hides_tokens_is_reported_once(messages: list[str]) -> None:
     state: Any = SimpleNamespace(focus=None)
     calibration = SimpleNamespace(verifies=False)
     experiment: Any = SimpleNamespace(measurements=SimpleNamespace(calibration=calibration))
@@ -170,7 +170,7 @@ def test_noise_that_hides_tokens_is_reported_once(caplog: pytest.LogCaptureFixtu
     for _ in range(2):
         assert schedule.before_iteration(state, experiment) is None
     assert state.focus is None  # the input is optimised as a whole
-    (message,) = [record.getMessage() for record in caplog.records]
+    (message,) = messages
     assert "noise in the targets hides which token is right" in message
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -17,13 +16,14 @@ from lightning_inversion.attribution import methods
 from lightning_inversion.attribution.config import Choices, Display, command_line, with_preset
 from lightning_inversion.attribution.measures import FeatureMeasure, TokenMeasure, combine
 from lightning_inversion.attribution.model import (
-    Reader,
     check_gradients,
     describe,
     reader_of,
     undisturbed,
     whole_model,
 )
+from lightning_inversion.attribution.relevance import relevance_rules
+from lightning_inversion.attribution.replacement import Replacement
 from lightning_inversion.attribution.result import AttributionResult, AttributionResults
 from lightning_inversion.attribution.scores import Prediction, Query
 from lightning_inversion.data.texts import ModelLimits, tokenize
@@ -41,7 +41,6 @@ _TOLERATED_GAP = 0.05
 """The largest part of a rise that integrated gradients may miss without a note."""
 _SMALLEST_RISE = 1e-4
 """Rises below it count as this large: of a smaller one, rounding alone is a considerable part."""
-_SPECIAL = ("pad", "eos", "unk", "bos")
 
 
 @overload
@@ -141,7 +140,7 @@ def attribute(
         method=work.method,
         predictions=work.predictions(),
         choices=choices,
-        replacement=work.replacement.name if work.method != "gradient" else "",
+        replacement=work.replacement.name if work.replaces else "",
         model=described,
         command=command_line(
             text, choices, display, preset, {"model": described["model"], **(model_options or {})}
@@ -172,49 +171,6 @@ def encode(
         raise InputError(f"{name} {error}") from error
 
 
-@dataclass(frozen=True)
-class Replacement:
-    """What an occluded token becomes.
-
-    Args:
-        name: in the output.
-        token: its id; None for the zero vector.
-        note: a fallback that was taken, or "".
-    """
-
-    name: str
-    token: int | None
-    note: str = ""
-
-    @classmethod
-    def named(cls, tokenizer: PreTrainedTokenizerBase, name: str) -> Replacement:
-        """The replacement that an option names; 'pad', 'eos', 'unk', 'bos' fall back to each other.
-
-        Raises:
-            InputError: the tokenizer has none of them, or `name` is not one token.
-        """
-        if name == "zero":
-            return cls("a zero vector", None)
-        if name not in _SPECIAL:
-            token = named_token(tokenizer, name, "replacement")
-            return cls(repr(token_text(tokenizer, token)), token)
-        for special in (name, *(other for other in _SPECIAL if other != name)):
-            token_or_none = getattr(tokenizer, f"{special}_token_id")
-            if token_or_none is not None:
-                note = f"The tokenizer has no {name} token: {special} is used."
-                text = f"{special} {token_text(tokenizer, token_or_none)!r}"
-                return cls(text, token_or_none, "" if special == name else note)
-        raise InputError(
-            f"--replacement {name}: the tokenizer has none of {', '.join(_SPECIAL)}; "
-            "give the text of a token, or zero."
-        )
-
-    def vector(self, reader: Reader) -> Tensor:
-        """The vector [D] that replaces a token's."""
-        vector = reader.embed(torch.tensor([self.token or 0]))[0]
-        return torch.zeros_like(vector) if self.token is None else vector
-
-
 class _Attribution:
     """The work on one text: its clean pass, the measure, the methods, and notes on the way."""
 
@@ -234,7 +190,7 @@ class _Attribution:
                 "gradient x input alone, without occlusion."
             )
         self.replacement = Replacement.named(tokenizer, choices.replacement)
-        if self.replacement.note and self.method != "gradient":
+        if self.replacement.note and self.replaces:
             self._note(self.replacement.note)
         # Named tokens are looked up before anything is run.
         token, self._against = (
@@ -263,10 +219,18 @@ class _Attribution:
             measure = FeatureMeasure.seeded(choices.probes, features, choices.seed, distance)
         self.task = methods.Task(reader, embeds, at, measure, choices.batch_size)
 
+    @property
+    def replaces(self) -> bool:
+        """Whether the method replaces tokens, or begins at a replacement."""
+        return self.method not in ("gradient", "lrp")
+
     def parts(self) -> dict[str, Tensor]:
         """The raw scores [R, T] of each method that runs."""
         if self.method == "integrated":
             return {"integrated": self._integrated()}
+        if self.method == "lrp":
+            with relevance_rules(self.task.reader.model):
+                return {"lrp": self._gradient()}
         parts = {}
         if self.method in ("occlusion", "combined"):
             parts["occlusion"] = self._occlusion()
@@ -315,7 +279,7 @@ class _Attribution:
         count = len(self.task.at) * self.task.measure.repeats
         self.forwards += count
         if count > 1:
-            _log.info("gradient x input: %d forwards and backwards", count)
+            _log.info("%s: %d forwards and backwards", self.method, count)
         return methods.gradient_times_input(self.task, self.choices.reduction)
 
     def _occlusion(self) -> Tensor:

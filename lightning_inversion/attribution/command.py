@@ -12,10 +12,11 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from lightning_inversion.attribution.attribute import Replacement, encode
+from lightning_inversion.attribution.attribute import encode
 from lightning_inversion.attribution.config import Choices, Display, with_preset
 from lightning_inversion.attribution.many_texts import Request, RowFile, run_texts
 from lightning_inversion.attribution.render import score_lines
+from lightning_inversion.attribution.replacement import Replacement
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.errors import InputError

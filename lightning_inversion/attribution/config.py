@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lightning_inversion.errors import InputError
 
-Method = Literal["auto", "gradient", "occlusion", "combined", "integrated"]
+Method = Literal["auto", "gradient", "occlusion", "combined", "integrated", "lrp"]
 Scalar = Literal["logprob", "logit", "prob", "sum_logits"]
 Reduce = Literal["l1", "abs_sum", "l2", "sum"]
 Distance = Literal["drop", "l1_logits", "l1_probs", "l1_features", "relative_features"]
@@ -26,14 +26,15 @@ class Choices:
     """What is attributed, and by which method.
 
     Args:
-        method: gradient x input, occlusion, combined, or integrated gradients; auto is combined for
-            texts of up to `occlusion_limit` tokens and gradient above.
+        method: gradient x input, occlusion, combined, integrated gradients, or layer-wise relevance
+            propagation (lrp); auto is combined for texts of up to `occlusion_limit` tokens and
+            gradient above.
         scalar: the output that is attributed: the log-probability, logit or probability of the
             target token, or the sum of all logits (the source's choice), which is not a function of
             the prediction.
         reduce: how gradient * embedding [D] becomes one score a token: l1 (sum of absolute values),
             abs_sum (absolute value of the sum), l2 (norm), or sum (signed). The default is sum with
-            `depth` and for integrated gradients, l1 otherwise.
+            `depth`, for integrated gradients and for lrp, l1 otherwise.
         distance: how occlusion compares outputs: the signed drop of the scalar, the L1 distance of
             all logits (the source's choice) or of all probabilities; with `depth`, the L1 distance
             of the features, or their L2 distance relative to the clean features' norm. The default
@@ -91,10 +92,11 @@ class Choices:
     def reduction(self) -> Reduce:
         """`reduce`, or its default.
 
-        Only signed sums add up to the rise of integrated gradients, and only they estimate the norm
-        of a Jacobian along random directions (see `FeatureMeasure`).
+        Only signed sums add up to the rise of integrated gradients or to the relevance of a logit,
+        and only they estimate the norm of a Jacobian along random directions (see
+        `FeatureMeasure`).
         """
-        summed = self.depth is not None or self.method == "integrated"
+        summed = self.depth is not None or self.method in ("integrated", "lrp")
         return self.reduce or ("sum" if summed else "l1")
 
     def method_for(self, length: int) -> Method:

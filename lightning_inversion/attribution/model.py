@@ -42,6 +42,8 @@ class Reader(ABC):
         device: the device of the vectors.
     """
 
+    model: nn.Module
+
     def __init__(self, embedding: nn.Module, device: torch.device) -> None:
         self._embedding, self.device = embedding, device
 
@@ -74,6 +76,8 @@ class Reader(ABC):
 
 class LogitReader(Reader):
     """The logits [B, P, V] of a causal language model; only those asked for are computed."""
+
+    model: PreTrainedModel
 
     def __init__(self, model: PreTrainedModel) -> None:
         embedding = model.get_input_embeddings()

@@ -130,6 +130,8 @@ class Scores:
             parts.append(f"gradient x input ({gradient})")
         if self.method == "integrated":
             parts.append(f"integrated gradients ({gradient}, {chosen.steps} steps)")
+        if self.method == "lrp":
+            parts.append(f"layer-wise relevance propagation ({gradient})")
         if self.method == "combined":
             weights = f"{chosen.weight:g} and {1 - chosen.weight:g}"
             return f"{' and '.join(parts)}, each by its largest, weighted {weights}"

@@ -1,18 +1,13 @@
 """fit, validate and predict: what `LightningCLI` needs for this package, and no more."""
 
 import logging
-import re
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -25,7 +20,7 @@ from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.cli.ending import ended_by_sigterm
 from lightning_inversion.cli.lightning_parser import LightningParser, hide_unused
-from lightning_inversion.cli.parser import input_error_behind
+from lightning_inversion.cli.refusals import wrong_run, wrong_values
 from lightning_inversion.cli.resume import (
     HOW_IT_RUNS,
     check_continues,
@@ -50,15 +45,12 @@ from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.results import FILE, FITTED, PREDICTED, check_rows
 from lightning_inversion.transformer.shared import SharedModels
-from lightning_inversion.transformer.sources import first_line
 
 _log = logging.getLogger(__name__)
 _PACKAGE = "lightning_inversion"
 _COMPARED = {"validate": ("transformer", "learnable", "objective"), "predict": ("transformer",)}
 """Commands that read a fit's input, and the parts of the model that must be the fit's."""
 _SEEDS = 2**32
-_RUN_BY = {"/torch/optim/": "--model.optimizer", "/lightning/": "--trainer"}
-"""Where a run's error is raised, and the option that is at fault."""
 POLICIES = (TokenRecovery, SIPIT, Reading)
 """What --model.recovery can choose by name: a class must be imported to be found."""
 # Written out, so that --print_config shows the recommended recipe and config.yaml records it; a
@@ -315,24 +307,8 @@ class InversionCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the command; what Lightning or an optimizer cannot work with is wrong input."""
-        try:
+        with wrong_run(self.config_init[subcommand].ckpt_path):
             super()._run_subcommand(subcommand)
-        except (InputError, OSError, MemoryError):
-            raise
-        except Exception as error:
-            files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-            reason = first_line(error).rstrip(".")
-            if any(file.endswith("checkpoint_connector.py") for file in files):
-                raise InputError(
-                    f"--ckpt_path {str(self.config_init[subcommand].ckpt_path)!r} cannot be "
-                    f"restored ({reason}); name another checkpoint, or leave --ckpt_path out."
-                ) from error
-            for place, option in _RUN_BY.items():
-                if place in files[-1]:
-                    raise InputError(
-                        f"{option}: it cannot run so ({reason}); choose another value."
-                    ) from error
-            raise
 
     @property
     def writer(self) -> ResultWriter:
@@ -369,35 +345,3 @@ def run_lightning(args: list[str]) -> None:
     # Lightning itself looks between the batches of a fit whether there was a SIGTERM.
     with ended_by_sigterm(SIGTERMException):
         InversionCLI(args)
-
-
-@contextmanager
-def wrong_values(option: str = "", *also: type[Exception]) -> Iterator[None]:
-    """Turn a library's refusal of the values of options into an `InputError`.
-
-    Args:
-        option: to which the values belong; '' where the error names it.
-        also: errors that mean a wrong value here, beside ValueError, Lightning's own, and
-            ImportError, by which it asks for a package.
-    """
-    kinds: tuple[type[Exception], ...] = (
-        ValueError, ImportError, MisconfigurationException, *also,
-    )  # fmt: skip
-    try:
-        yield
-    except InputError:
-        raise
-    except kinds as error:
-        ours = input_error_behind(error)
-        if ours is not None:
-            raise ours from error
-        if isinstance(error, UnicodeDecodeError):
-            raise InputError(
-                "--config names a file that is not UTF-8 text; give a file of YAML."
-            ) from error
-        text = " ".join(str(error).split())
-        key = re.search(r"\b(accelerator|devices|num_nodes|precision|strategy)[=`]", text)
-        name = f"--trainer.{key[1]}" if key else option
-        raise InputError(
-            f"{name}: {text.rstrip('.')}; choose another value.".removeprefix(": ")
-        ) from error

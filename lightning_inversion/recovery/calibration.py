@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_inversion.progress import counted
-from lightning_inversion.transformer.blocks import most_positions
-from lightning_inversion.transformer.embedding import best_tokens
+from lightning_inversion.recovery.held_out import HeldOut, size_of
 from lightning_inversion.transformer.linear_probe import LinearProbe
-from lightning_inversion.transformer.prefix import KnownPrefix
-from lightning_inversion.transformer.rounding import rounded_differently
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 CLEARANCE = 1.5
 """How many times the residual of a verified token that of every rival must be."""
 RISK = 1e-6
 """The largest chance that a verified token is another one, where a chance can be given."""
-_PROMPTS = 16
-_LENGTH = 12
-_FIRST = 128
-"""More first tokens, for the errors of rounding there."""
-_LEFT_OUT = 16
-"""Directions that residuals leave out at most, of those in which a low precision errs."""
-_COARSE = 1e-5
-"""Types whose epsilon is larger are of low precision."""
-_NEIGHBOURS = 15
-_RANDOM = 16
-_ROUNDINGS = 2
-"""Draws of another rounding."""
 _SAFETY = 3.0
 """How many times the largest residual of a right token another machine may have."""
 _ODD = 0.01
@@ -127,8 +110,8 @@ class Calibration:
         """Residual ``[...]`` of features ``[..., F]`` to a target ``[..., F]`` at positions."""
         standard = (features - target) / self.std[positions.clamp(max=1)]
         if not self.left_out.shape[2]:
-            return _size(standard)
-        first, later = (_size(standard, directions) for directions in self.left_out)
+            return size_of(standard)
+        first, later = (size_of(standard, directions) for directions in self.left_out)
         return torch.where(positions == 0, first, later)
 
     def passes(self, residuals: Tensor, positions: Tensor) -> Tensor:
@@ -241,7 +224,6 @@ class Calibration:
     # -- measuring ---------------------------------------------------------------------------
 
     @classmethod
-    @torch.no_grad()
     def measure(
         cls,
         transformer: TruncatedTransformer,
@@ -250,9 +232,7 @@ class Calibration:
         text: Tensor | None = None,
         seed: int = 1,
     ) -> Calibration:
-        """Run held-out prompts whole, with other roundings, and token by token.
-
-        A model that is not causal runs them whole twice, alone and beside others.
+        """Run held-out prompts; decide by their residuals.
 
         Args:
             transformer: the frozen model.
@@ -261,96 +241,17 @@ class Calibration:
             text: ``[N, T]`` ids of text to use beside random tokens.
             seed: of the random tokens and roundings.
         """
-        ids = _held_out(transformer, text, seed)
-        runs = (_roundings(transformer, _first_tokens(transformer, seed), seed),
-                _roundings(transformer, ids, seed))  # fmt: skip
-        errors = [
-            ((run[1:] - run[:1])[:, :, kind:] / probe.std[kind]).flatten(0, 2).nan_to_num(0, 0, 0)
-            for kind, run in enumerate(runs)
-        ]
-        left_out = torch.stack([_most_erring(some, transformer.dtype) for some in errors])
-        first, targets = (run if channel is None else channel.without_noise(run) for run in runs)
-        right: tuple[list[Tensor], list[Tensor]] = ([], [])
-        wrong: tuple[list[Tensor], list[Tensor]] = ([], [])
-        drawn: tuple[list[Tensor], list[Tensor]] = ([], [])
-        gains: tuple[list[Tensor], list[Tensor]] = ([], [])
-        right[0].append(_size((runs[0][:1] - first) / probe.std[0], left_out[0]))
-        first_duplicate = transformer.embedding.first_duplicate.to(ids.device)
-        for position, candidates, features in _runs(transformer, ids, seed):
-            kind = min(position, 1)
-            difference = (features - targets[:, :, position, None]) / probe.std[kind]
-            residuals = _size(difference, left_out[kind])
-            right[kind].append(residuals[:, :, 0])
-            others = residuals[0, :, 1:]
-            # A duplicate of the right token is not wrong: nothing distinguishes the two.
-            same = first_duplicate[candidates[:, 1:]] == first_duplicate[candidates[:, :1]]
-            known = ~same & others.isfinite()
-            vectors = transformer.embedding(candidates)
-            distances = (vectors[:, 1:] - vectors[:, :1]).norm(dim=-1)
-            wrong[kind].append(others.masked_fill(~known, torch.inf).amin(1))
-            # Tokens that are nearly alike are always compared; rounding decides their residuals.
-            usual = transformer.embedding.std * transformer.embedding.width**0.5
-            apart = known & (distances > 0.05 * usual)
-            drawn[kind].append(others[:, -_RANDOM:].masked_fill(~apart[:, -_RANDOM:], torch.inf))
-            gains[kind].append((others / distances)[apart])
-        parts = [
-            _thresholds(
-                torch.cat([one.flatten() for one in right[kind]]),
-                torch.cat(wrong[kind]),
-                torch.cat(drawn[kind]),
-                torch.cat(gains[kind]),
-            )
-            for kind in (0, 1)
-        ]
+        stored = Tensor.clone if channel is None else channel.without_noise
+        kinds = HeldOut.measure(transformer, probe, stored, text, seed)
+        parts = [_thresholds(kind) for kind in kinds]
         measured = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-        freedom = torch.stack([_freedom(*some) for some in zip(errors, left_out, strict=True)])
-        calibration = cls(
-            mean=probe.mean, std=probe.std, left_out=left_out, freedom=freedom, **measured
-        )
+        calibration = cls(mean=probe.mean, std=probe.std, **measured)
         return _with_noise(calibration, 0.0 if channel is None else channel.noise)
 
 
-def _size(standard: Tensor, left_out: Tensor | None = None) -> Tensor:
-    """Root mean square ``[...]`` of differences ``[..., F]``, without directions ``[F, K]``."""
-    squares = standard.square().mean(-1)
-    if left_out is not None and left_out.shape[1]:
-        along = (standard @ left_out).square().sum(-1) / standard.shape[-1]
-        squares = (squares - along).clamp_min(0)
-    size: Tensor = squares.sqrt()
-    return size
-
-
-def _most_erring(errors: Tensor, dtype: torch.dtype) -> Tensor:
-    """The directions ``[F, K]`` of most of the errors ``[N, F]`` of a low precision, else none.
-
-    A massive activation that is rounded errs far more in a few directions than in the others.
-    """
-    F = errors.shape[1]
-    count = min(_LEFT_OUT, F // 32) if torch.finfo(dtype).eps > _COARSE else 0
-    if not count:
-        return errors.new_zeros(F, 0)
-    axes: Tensor = torch.linalg.eigh((errors.T @ errors).double()).eigenvectors
-    return axes[:, -count:].to(errors.dtype)
-
-
-def _freedom(errors: Tensor, left_out: Tensor) -> Tensor:
-    """Half the participation ratio of the directions of errors ``[N, F]``, at least 1."""
-    errors = errors - (errors @ left_out) @ left_out.T
-    directions = errors / errors.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    products = directions @ directions.T
-    ratio: Tensor = products.trace().square() / products.square().sum().clamp_min(1e-30)
-    return (ratio / 2).clamp_min(1.0)
-
-
-def _thresholds(right: Tensor, wrong: Tensor, drawn: Tensor, gains: Tensor) -> dict[str, Tensor]:
-    """Thresholds for one kind of position; see the attributes of ``Calibration``.
-
-    Args:
-        right: residuals of right tokens.
-        wrong: the smallest residual of a wrong token beside each right one.
-        drawn: residuals of random tokens, a row for each target; infinite for others.
-        gains: residuals of wrong tokens divided by the distance of their embeddings.
-    """
+def _thresholds(held_out: HeldOut) -> dict[str, Tensor]:
+    """Thresholds for one kind of position; see the attributes of ``Calibration``."""
+    right, wrong, gains = held_out.right, held_out.wrong, held_out.gains
     right, zero = right[right.isfinite()], right.new_zeros(())
     largest = right.max() if len(right) else zero + torch.inf
     usual = (_quantile(right, 1 - _ODD) if len(right) else largest).clamp_min(1e-9)
@@ -359,10 +260,12 @@ def _thresholds(right: Tensor, wrong: Tensor, drawn: Tensor, gains: Tensor) -> d
     threshold = torch.where(able, (usual * nearest).sqrt(), zero)
     gain = (_quantile(gains, _ODD) / 2 if len(gains) else zero).clamp_min(1e-30)
     dimension, common = min(
-        (_rarity(drawn), _rarity_around_each(drawn)),
+        (_rarity(held_out.drawn), _rarity_around_each(held_out.drawn)),
         key=lambda pair: float(pair[0] * (threshold / pair[1]).log()),
     )
     return {
+        "left_out": held_out.left_out,
+        "freedom": held_out.freedom,
         "rounding": torch.minimum(_SAFETY * largest.clamp_min(1e-9), threshold),
         "threshold": threshold,
         "plausible": torch.maximum(threshold, 1.2 * largest),
@@ -430,20 +333,16 @@ def _with_noise(calibration: Calibration, noise: float) -> Calibration:
     apart = calibration.wrong * calibration.std.median(dim=1).values / noise
     able = apart > _reach_of_noise(F)
     told = (noise**2 / std.square()).sum(-1)
-    return Calibration(
-        mean=calibration.mean,
+    zero = torch.zeros_like(calibration.threshold)
+    return replace(
+        calibration,
         std=std,
         left_out=calibration.left_out[:, :, :0],
-        rounding=torch.zeros_like(calibration.rounding),
-        threshold=torch.zeros_like(calibration.threshold),
-        plausible=torch.full_like(calibration.plausible, _largest_residual_of_noise(F)),
-        right=torch.ones_like(calibration.right),
-        wrong=calibration.wrong,
-        radius=torch.zeros_like(calibration.radius),
-        gain=calibration.gain,
-        freedom=calibration.freedom,
-        dimension=calibration.dimension,
-        common=calibration.common,
+        rounding=zero,
+        threshold=zero,
+        plausible=torch.full_like(zero, _largest_residual_of_noise(F)),
+        right=torch.ones_like(zero),
+        radius=zero,
         noisy=torch.where(able, told, 0.0),
         told=told,
     )
@@ -467,71 +366,3 @@ def _reach_of_noise(features: int) -> float:
     varies = 3.72 / math.sqrt(features)
     allowed = _largest_residual_of_noise(features) ** 2 - 1 + varies * math.sqrt(2)
     return varies + math.sqrt(varies**2 + allowed)
-
-
-def _roundings(transformer: TruncatedTransformer, ids: Tensor, seed: int) -> Tensor:
-    """Features ``[1 + roundings, N, T, F]``: as the model rounds, then as others might."""
-    runs = [transformer.features_of(ids)]
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(_ROUNDINGS):
-        with rounded_differently(transformer, generator):
-            runs.append(transformer.features_of(ids))
-    return torch.stack(runs)
-
-
-def _runs(
-    transformer: TruncatedTransformer, ids: Tensor, seed: int
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For each position, candidates ``[N, K]``, the right one first, and features ``[N, K, F]``."""
-    rows = torch.arange(len(ids), device=ids.device)
-    prefix = KnownPrefix(transformer, len(ids))
-    # Without a causal mask each candidate takes a forward of its own: fewer positions must do.
-    positions = range(0, ids.shape[1], 1 if transformer.causal else _LENGTH // 2)
-    for position in counted(positions, "calibrating thresholds"):
-        candidates = _right_and_wrong(transformer, ids[:, position], seed + position)
-        if transformer.causal:
-            features = prefix.candidates(rows, transformer.embedding(candidates))
-            prefix.keep(rows, torch.zeros_like(rows))
-        else:
-            features = _in_context(transformer, ids, position, candidates)
-        yield position, candidates, features
-
-
-def _held_out(transformer: TruncatedTransformer, text: Tensor | None, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = transformer.embedding.vocabulary_size
-    length = min(_LENGTH, most_positions(transformer.model.config) or _LENGTH)
-    ids = torch.randint(vocabulary, (_PROMPTS, length), generator=generator)
-    if text is not None and text.shape[1] >= length:
-        half = min(_PROMPTS // 2, len(text))
-        ids[:half] = text[-half:, -length:].cpu()
-    return ids.to(transformer.device)
-
-
-def _first_tokens(transformer: TruncatedTransformer, seed: int) -> Tensor:
-    """Prompts ``[N, 1]`` of a random token each: position 0 has one token in each other prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(transformer.embedding.vocabulary_size, (_FIRST, 1), generator=generator)
-    return ids.to(transformer.device)
-
-
-def _in_context(
-    transformer: TruncatedTransformer, ids: Tensor, position: int, candidates: Tensor
-) -> Tensor:
-    """Features ``[N, K, F]`` at a position with each of ``candidates`` [N, K] in the prompt."""
-    prompts = ids[:, None].repeat(1, candidates.shape[1], 1)
-    prompts[:, :, position] = candidates
-    return torch.stack([transformer.features_of(some)[:, position] for some in prompts])
-
-
-def _right_and_wrong(transformer: TruncatedTransformer, right: Tensor, seed: int) -> Tensor:
-    """The right token, its nearest neighbours, and random tokens, ``[R, 1 + 15 + 16]``."""
-    embedding = transformer.embedding
-    near = embedding.dot(embedding(right)) - embedding.norms.square() / 2
-    count = min(_NEIGHBOURS, embedding.vocabulary_size - 1)
-    near.scatter_(1, right[:, None], -torch.inf)
-    neighbours = best_tokens(near, count).indices
-    generator = torch.Generator().manual_seed(seed)
-    size = (len(right), _RANDOM)
-    random = torch.randint(embedding.vocabulary_size, size, generator=generator)
-    return torch.cat([right[:, None], neighbours, random.to(right.device)], dim=1)

@@ -17,41 +17,18 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-DESCRIPTION = """\
-Gather the results of any number of runs: a table (markdown, CSV, JSON), figures (PNG, SVG) and one
-self-contained page of HTML. Reads only files; what is no result is named and skipped."""
-EXAMPLES = """\
-examples
-  lightning-inversion report lightning_logs
-  lightning-inversion report lightning_logs/version_0 lightning_logs/version_1 --out compared
-  lightning-inversion report runs/a runs/b --label "the source" "ours"
-"""
-
 
 def add_report_arguments(parser: ArgumentParser) -> None:
     """The options of the command."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, metavar="FOLDER")
+    parser.add_argument("--label", nargs="+", type=str, default=[], metavar="NAME")
+    parser.add_argument("--title", type=str, default="", metavar="TEXT")
+    parser.add_argument("--max_prompts", type=int, default=20, metavar="N")
     parser.add_argument(
-        "runs", nargs="+", type=Path, help="folders of runs, at any depth, or result files"
+        "--figure_size", type=float, nargs=2, default=[3.4, 3.2], metavar=("WIDTH", "HEIGHT")
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="by default, 'report' in the first folder given"
-    )
-    parser.add_argument(
-        "--label", nargs="+", type=str, default=[], metavar="NAME",
-        help="what to call the results of each RUNS, in their order; default, what sets them apart",
-    )  # fmt: skip
-    parser.add_argument("--title", type=str, default="", metavar="TEXT", help="title of the page")
-    parser.add_argument(
-        "--max_prompts", type=int, default=20, metavar="N", help="prompts shown for each experiment"
-    )
-    parser.add_argument(
-        "--figure_size", type=float, nargs=2, default=[3.4, 3.2], metavar=("WIDTH", "HEIGHT"),
-        help="of a panel of a figure, in inches; default 3.4 3.2",
-    )  # fmt: skip
-    parser.add_argument(
-        "--font_size", type=float, default=9.0, metavar="PT", help="in figures; default 9"
-    )
+    parser.add_argument("--font_size", type=float, default=9.0, metavar="PT")
 
 
 def run_report(options: Namespace) -> int:

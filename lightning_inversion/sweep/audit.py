@@ -33,19 +33,6 @@ if TYPE_CHECKING:
     from lightning_inversion.transformer.loading import TransformerSpec
 
 CONFIG = Path(__file__).with_name("audit.yaml")
-DESCRIPTION = """\
-Measure how much an observer of a model's activations reads of your prompts: by gradient inversion
-(fit) and by exact recovery (predict), at each depth, and where the activations were rounded, noisy
-or cut. Writes one page of HTML that opens with a summary. The same command resumes an audit that
-was stopped."""
-EXAMPLES = """\
-every other option is passed to the runs.
-
-examples
-  lightning-inversion audit --prompts prompts.txt --depth 1 8
-  lightning-inversion audit --prompts prompts.txt --depth 4 --model gpt2 --dry-run
-  lightning-inversion audit --prompts prompts.txt --config my_audit.yaml --trainer.accelerator gpu
-"""
 
 
 @dataclass(frozen=True)
@@ -113,22 +100,11 @@ class AuditPlan:
 
 def add_audit_arguments(parser: OneSentenceParser) -> None:
     """The options of an audit; others are passed on to its runs."""
-    parser.usage = "lightning-inversion audit --prompts FILE [--depth N ...] [options]"
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.passes_on = True
-    parser.add_argument(
-        "--prompts", type=Path, required=True, metavar="FILE",
-        help="prompts, one a line (or .jsonl, key prompt)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--depth", type=int, nargs="+", default=[1, 8], metavar="N",
-        help="after how many blocks the observer looks; default 1 8",
-    )  # fmt: skip
-    parser.add_argument("--model", help="hub id, folder or .gguf file; default SmolLM2-135M")
-    parser.add_argument(
-        "--config", type=Path, default=CONFIG, metavar="FILE",
-        help="what is tried, as YAML; default, audit.yaml in the package",
-    )  # fmt: skip
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--depth", type=int, nargs="+", default=[1, 8], metavar="N")
+    parser.add_argument("--model", metavar="NAME")
+    parser.add_argument("--config", type=Path, default=CONFIG, metavar="FILE")
     add_running_arguments(parser)
 
 

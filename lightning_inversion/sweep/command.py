@@ -28,48 +28,22 @@ from lightning_inversion.sweep.grid import (
 if TYPE_CHECKING:
     from lightning_inversion.sweep.run import Sweep
 
-DESCRIPTION = """\
-Run a command over a grid of its options. Each cell is a normal run in a folder of its own, under
-lightning_logs/NAME. The same command resumes a sweep that was stopped."""
-EXAMPLES = """\
-every other option is passed to the command.
-
-examples
-  lightning-inversion sweep --config configs/quickstart.yaml --over depth=1,2,4,8
-  lightning-inversion sweep --prompts prompts.txt --over objective=L1,CosineDistance --seeds 3
-  lightning-inversion sweep predict --prompts prompts.txt --over depth=1,8 --dry-run
-  lightning-inversion sweep --join lightning_logs/NAME     take part in a sweep that is running
-"""
-
 
 def add_sweep_arguments(parser: OneSentenceParser) -> None:
     """The options of a sweep; those of the command that it runs are passed on."""
-    parser.usage = "lightning-inversion sweep [fit|predict] --over KEY=VALUE,VALUE ... [options]"
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.passes_on = True
-    parser.add_argument("command", nargs="?", default="fit", choices=COMMANDS, help="default fit")
-    parser.add_argument(
-        "--over",
-        action="append",
-        default=[],
-        metavar="KEY=V,V",
-        help="a key of the config and its values; given several times, every combination runs. "
-        "'model.' may be left out. Commas in brackets or quotes belong to a value.",
-    )
-    parser.add_argument("--seeds", type=int, metavar="N", help="each cell with seeds 0 to N-1")
-    parser.add_argument("--name", help="of the sweep's folder; default, made of the options")
+    parser.add_argument("command", nargs="?", default="fit", choices=COMMANDS)
+    parser.add_argument("--over", action="append", default=[], metavar="KEY=VALUE,VALUE")
+    parser.add_argument("--seeds", type=int, metavar="N")
+    parser.add_argument("--name")
     add_running_arguments(parser)
-    parser.add_argument("--join", type=Path, metavar="FOLDER", help="run cells of a sweep there is")
+    parser.add_argument("--join", type=Path, metavar="FOLDER")
 
 
 def add_running_arguments(parser: OneSentenceParser) -> None:
     """How the cells are run."""
-    parser.add_argument(
-        "--processes", type=int, default=1, metavar="N", help="share the cells out; one thread each"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check every cell and list them; nothing is run"
-    )
+    parser.add_argument("--processes", type=int, default=1, metavar="N")
+    parser.add_argument("--dry-run", action="store_true")
 
 
 def run_sweep(options: Namespace) -> int:

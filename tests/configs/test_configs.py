@@ -55,7 +55,8 @@ def parse(*arguments: str, command: str = "fit") -> Any:
 
 
 def test_every_yaml_is_in_one_of_the_lists() -> None:
-    known = {*FITS, *MODELS, *POLICIES, ORIGINAL / "experiments.yaml"}
+    ladder = CONFIGS / "ladder" / "ladder.yaml"  # a plan, read by its own test
+    known = {*FITS, *MODELS, *POLICIES, ORIGINAL / "experiments.yaml", ladder}
     assert known == {*CONFIGS.rglob("*.yaml")}
     assert {one.base for one in EXPERIMENTS} <= {path.stem for path in FITS}
     assert {one.source_model for one in EXPERIMENTS} - {None} <= {path.stem for path in MODELS}

@@ -10,6 +10,7 @@ from lightning_inversion.__main__ import main as run
 
 pytestmark = pytest.mark.integration
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+PROMPT = "My key is sk-9fQ2xLz7 and my IBAN is DE89 3704 0044 0532 0130 00."
 
 
 def rows_of(root: Path) -> list[dict]:
@@ -20,12 +21,13 @@ def rows_of(root: Path) -> list[dict]:
 def test_quickstart_recovers_and_verifies_every_token(tmp_path: Path, capsys) -> None:
     assert run(["fit", f"--config={QUICKSTART}", f"--trainer.default_root_dir={tmp_path}"]) == 0
     (row,) = rows_of(tmp_path)
-    assert row["recovered"] == "The sky is blue or red depending on the time of day."
+    assert row["recovered"] == PROMPT
+    assert row["iterations"] > 0  # the initial guess is wrong, and the method is seen to work
     assert row["exact"]
     assert row["verified"]
     assert row["unresolved"] == []
     assert all(map(operator.le, row["token_residuals"], row["thresholds"]))
-    assert "The sky is blue or red" in capsys.readouterr().out
+    assert "My key is sk-9fQ2xLz7" in capsys.readouterr().out
 
 
 def test_gradient_steps_find_what_the_linear_guess_does_not(tmp_path: Path) -> None:

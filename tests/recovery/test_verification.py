@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from lightning_inversion.data.targets import Storage
-from lightning_inversion.recovery import calibration as module
-from lightning_inversion.recovery import rivals
+from lightning_inversion.recovery import held_out, rivals
 from lightning_inversion.recovery.calibration import CLEARANCE, RISK, Calibration
 from lightning_inversion.recovery.certificate import Certificate
 from lightning_inversion.recovery.measurements import Measurements
@@ -156,7 +155,7 @@ def test_where_every_wrong_candidate_is_a_duplicate_nothing_is_verified(
     headless: Measurements, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        module, "_right_and_wrong", lambda _, right, seed: right[:, None].repeat(1, 5)
+        held_out, "_right_and_wrong", lambda _, right, seed: right[:, None].repeat(1, 5)
     )
     calibration = Calibration.measure(headless.transformer, headless.probe)
     assert calibration.threshold.tolist() == [0.0, 0.0]

@@ -1,0 +1,1 @@
+"""Small models of several widths, trained here to ask what training does to inversion."""
