@@ -111,6 +111,8 @@ class ResultRow:
     """Of each token that was read; None of others (``predict``)."""
     known_tokens: int = _outcome(0)
     """How many tokens were given at the beginning."""
+    order: list[int] = _per_token()
+    """The number of each token's row in the file, where that order was unknown (``predict``)."""
 
     candidates: list[int] = _per_token()
     """Tokens run for each position (``predict``)."""

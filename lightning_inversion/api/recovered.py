@@ -99,6 +99,7 @@ class Recovered(_Shown):
         certificate: what the states of the tokens rest on; ``verify`` checks it again.
         given_text: the text of the tokens that were given.
         seconds: wall time; prompts of one batch share it.
+        order: the number of each token's row, where rows were in unknown order.
     """
 
     text: str | None
@@ -106,6 +107,7 @@ class Recovered(_Shown):
     certificate: Certificate
     given_text: str | None = None
     seconds: float = 0.0
+    order: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -170,6 +172,7 @@ class Recovered(_Shown):
             "ids": self.ids,
             "given": list(self.certificate.known),
             "given_text": self.given_text,
+            "order": list(self.order),
             "tokens": [token.to_dict() for token in self.tokens],
             "transformer": self.certificate.transformer,
             "storage": self.certificate.storage,
