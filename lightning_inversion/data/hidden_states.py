@@ -187,7 +187,7 @@ class _Reader:
     def _tensor(self, value: Tensor | np.ndarray) -> Tensor:
         if isinstance(value, Tensor):
             return value.detach().cpu()
-        if value.dtype.kind not in "fiub":
+        if value.dtype.kind not in "fiub" or value.dtype.itemsize > 8:
             raise self.wanted.error(f" holds NumPy values of type {value.dtype}; store numbers.")
         return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
 
