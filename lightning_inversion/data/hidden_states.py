@@ -30,6 +30,7 @@ from lightning_inversion.data.layout import (
     Beside,
     Wanted,
     arrange,
+    floating,
     named,
     rows_of_prompts,
 )
@@ -151,7 +152,7 @@ class _Reader:
         if isinstance(given, Tensor | np.ndarray):
             tensor = self._tensor(given)
             if tensor.dim() == 2:
-                return [tensor]
+                return [floating(self.wanted, tensor, name)]
             if self.wanted.output == "keys_values":
                 raise self.wanted.error(
                     f"{named(name)} has shape {list(tensor.shape)}, and may be keys or values; set "
