@@ -56,7 +56,7 @@ class InputInversion(Inversion, LightningModule):
     # -- before the first batch --------------------------------------------------------------
 
     def check(self, trainer: Trainer, data: PromptDataModule | None = None) -> None:
-        """Refuse what does not fit together, as far as it shows before the model is loaded.
+        """Refuse what does not fit together, as far as the options show it.
 
         Raises:
             InputError: names the options, and the way out.
@@ -103,7 +103,7 @@ class InputInversion(Inversion, LightningModule):
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
 
     def setup(self, stage: str) -> None:
-        """Check again where no command line did; for a fit the lengths of the prompts too."""
+        """Repeat the checks where no command line made them; check a fit's prompt lengths too."""
         self.strict_loading = False  # a checkpoint holds the batch's state, not the frozen model
         self.check(self.trainer, self._data)
         if stage == "fit" and self._data is not None:

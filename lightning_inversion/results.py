@@ -48,7 +48,7 @@ class ResultRow:
 
     Every field is a setting, an outcome or a version of a package. Rows with equal settings are
     results of one experiment; versions are kept and not compared. A field that a command does not
-    have keeps its default. Lists have one entry a token, from the first position on.
+    have keeps its default. Lists have one entry per token, from the first position on.
 
     Raises:
         TypeError: a key that the schema does not have.

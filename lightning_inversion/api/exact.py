@@ -108,7 +108,7 @@ def recover(
     layout: Layout = Layout(),  # noqa: B008 - frozen
     diagnose_first: bool = True,
     policy: RecoveryPolicy | None = None,
-) -> Recoveries:
+) -> Recoveries[Recovered]:
     """Recover the prompts of hidden states, with a certificate for each token.
 
     Verification thresholds are measured once for the model, the depth and the type of the tensors,
@@ -147,7 +147,7 @@ def recover(
             its last row alone.
 
     Returns:
-        A sequence with one entry a prompt, each with its ``text`` and its ``tokens``.
+        A sequence with one entry per prompt, each with its ``text`` and its ``tokens``.
 
     Raises:
         InputError: the tensors do not fit the model, could be read in several ways, or the known
@@ -218,11 +218,14 @@ def verify(
     Args:
         certificate: of one prompt, with or without its file.
         model: the same model, or its name; its weights are compared by their hash.
-        hidden_states: the prompt's, ``[T, D]`` or ``[1, T, D]``; keys and values as ``recover``
-            takes them.
+        hidden_states: the prompt's, as ``recover`` takes them.
+
+    Returns:
+        A check that is true where every certificate holds.
 
     Raises:
-        InputError: the model or the hidden states are not those of the certificate.
+        InputError: the model or the hidden states are not those of the certificate, or they are of
+            several prompts.
     """
     model, _ = in_memory(model, None)
     description, storage = certificate.transformer, Storage(**certificate.storage)
@@ -232,9 +235,16 @@ def verify(
     )
     if storage.centred:
         transformer = transformer.centred()
-    if output != "hidden_states":
-        shape = ModelShape.of(model.config)
-        request = Request(tuple(description["layers"]), shape=lambda: shape, output=output)
-        (hidden_states,) = Captured.of_objects(hidden_states, request).targets
-    rows = hidden_states[0] if hidden_states.dim() == 3 else hidden_states
+    shape = ModelShape.of(model.config)
+    request = Request(
+        tuple(description["layers"]), description["final_norm"], lambda: shape, output=output
+    )
+    with errors_name_arguments():
+        captured = Captured.of_objects(hidden_states, request)
+    if len(captured.targets) > 1:
+        raise InputError(
+            f"hidden_states are of {len(captured.targets)} prompts, and a certificate is of one; "
+            "give those of its prompt."
+        )
+    rows = captured.targets[0]
     return certificate.check(transformer, storage.read_back(rows.float()))

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def errors_name_arguments() -> Iterator[None]:
-    """Sentences that name options of the command line name arguments instead."""
+    """Rewrite errors: they name arguments, not options of the command line."""
     try:
         yield
     except InputError as error:
@@ -54,7 +54,7 @@ def in_memory(
 
 @dataclass(frozen=True)
 class Given:
-    """Hidden states as a caller gives them, and what he tells of them; see ``recover``."""
+    """Hidden states as the caller passes them, with their description; see ``recover``."""
 
     hidden_states: Any
     depth: int

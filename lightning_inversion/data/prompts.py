@@ -42,7 +42,7 @@ class PromptDataModule(LightningDataModule):
 
     Args:
         prompts: quote them in YAML, where a bare yes or 12 is not a string.
-        file: a text file with one prompt a line, or a .jsonl file whose lines have a key "prompt".
+        file: a text file with one prompt per line, or .jsonl whose lines have a key "prompt".
         targets: a file of hidden states instead, from ``lightning-inversion capture`` or another
             tool (.safetensors, .npy, .npz, .pt, or a folder); the prompts need not be known. The
             depth is model.transformer.depth; names such as blocks.7.hook_resid_post choose the

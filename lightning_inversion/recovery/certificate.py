@@ -271,7 +271,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class CertificateCheck:
-    """What running the tokens of a certificate again has shown.
+    """What running the tokens of a certificate again has shown; true where it holds.
 
     Attributes:
         states: what the certificate claims of each token.
@@ -291,6 +291,9 @@ class CertificateCheck:
             again or state not in ("verified", "conditional")
             for state, again in zip(self.states, self.reproduced, strict=True)
         )
+
+    def __bool__(self) -> bool:
+        return self.holds
 
 
 def _token(stored: Any) -> TokenCertificate:

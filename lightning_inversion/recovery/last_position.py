@@ -74,8 +74,8 @@ class LastPosition(RecoveryPolicy):
         given = target.new_empty(0, dtype=torch.long) if known is None else known
         prompts = [RecoveredPrompt(known=tuple(given.tolist())) for _ in lengths]
         for prompt, rows, length in zip(prompts, target, lengths, strict=True):
-            began = time.monotonic()
-            for tokens in self._lengths(length - len(given)):
+            began, unknown = time.monotonic(), length - len(given)
+            for tokens in self._lengths(unknown) if unknown else ():  # none of nan
                 found = self._text(measurements, rows[length - 1], tokens, given)
                 prompt.forwards += found.forwards
                 if not prompt.tokens or _residual(found) < _residual(prompt):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.certificate import Certificate, Rows, TokenCertificate
+from lightning_inversion.recovery.certificate import Rows, TokenCertificate
 from lightning_inversion.recovery.measurements import Measurements
 
 ALTERNATIVES = 5
@@ -28,7 +28,6 @@ class RecoveredPrompt:
         seconds: wall time until its last token.
         finite: whether the target holds numbers; nothing is recovered where it does not.
         order: the number of each token's row, where rows were in unknown order.
-        certificate: what the tokens' certificates rest on; see ``api.recover``.
     """
 
     tokens: list[TokenCertificate] = field(default_factory=list)
@@ -37,7 +36,6 @@ class RecoveredPrompt:
     seconds: float = 0.0
     finite: bool = True
     order: tuple[int, ...] = ()
-    certificate: Certificate | None = None
 
     @property
     def ids(self) -> list[int]:

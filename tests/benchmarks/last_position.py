@@ -123,10 +123,12 @@ def _summary(rows: list[dict[str, object]]) -> str:
     wrong = sum(bool(row["verified"]) and row["found"] != row["ids"] for row in rows)
     pairs = [pair for row in rows for pair in zip(row["found"], row["ids"], strict=True)]  # type: ignore[call-overload]
     right = sum(ours == theirs for ours, theirs in pairs)
-    alone = sum(row["gradient"] == row["ids"] for row in rows)
+    alone = "-"
+    if rows[0]["gradient"] is not None:
+        alone = f"{sum(row['gradient'] == row['ids'] for row in rows)}/{count}"
     return (
         f"{exact}/{count} | {verified} | {wrong} | {right}/{len(pairs)} | {mean('texts'):.0f} | "
-        f"{mean('cpu_seconds'):.1f} | {alone}/{count} | {mean('gradient_cpu_seconds'):.1f}"
+        f"{mean('cpu_seconds'):.1f} | {alone} | {mean('gradient_cpu_seconds'):.1f}"
     )
 
 
