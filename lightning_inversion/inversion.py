@@ -151,7 +151,7 @@ class Inversion(nn.Module):
         Args:
             transformer: the frozen model.
             whole: the same with its head, for ``predict``; loaded when needed if left out.
-            channel: what has happened to the targets, where they were captured.
+            channel: rounding, scaling and noise of the targets, where they were captured.
         """
         self.transformer, self.whole, self._channel = transformer, whole, channel
         return self

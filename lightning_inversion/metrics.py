@@ -119,11 +119,3 @@ class Hamming(_Mean):
     def update(self, ranked: Tensor, ids: Tensor, mask: Tensor) -> None:
         """Add rows: ``ranked [B, T, k]``, ``ids``, ``mask`` [B, T]."""
         self._add(hamming(ranked, ids, mask))
-
-
-class DistanceRatio(_Mean):
-    """Mean over rows of ||O(a_g) - O(a)||_1 / ||O(a') - O(a)||_1."""
-
-    def update(self, generated: Tensor, shifted: Tensor, target: Tensor, mask: Tensor) -> None:
-        """Add rows: features ``[B, T, F]``, ``mask [B, T]``."""
-        self._add(distance_ratio(generated, shifted, target, mask))

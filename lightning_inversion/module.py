@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.data.prompts import PromptDataModule
-from lightning_inversion.data.targets import OPTION
+from lightning_inversion.data.targets import OPTION, Captured
 from lightning_inversion.errors import InputError
 from lightning_inversion.inversion import Inversion
 from lightning_inversion.recovery.calibration import Channel
@@ -31,12 +31,14 @@ from lightning_inversion.recovery.captured import (
     report_diagnoses,
 )
 from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
+from lightning_inversion.recovery.order import RowOrder, in_order, report_orders
 from lightning_inversion.recovery.policy import RecoveredPrompt
 from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.state import BatchState
 from lightning_inversion.strategy import check_strategy
 from lightning_inversion.transformer.blocks import frozen_copy, without_head
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.transformer.unembedding import Unembedding
 
 _log = logging.getLogger(__name__)
 RoundListener = Callable[[list[RecoveredPrompt]], None]
@@ -54,7 +56,7 @@ class InputInversion(Inversion, LightningModule):
     # -- before the first batch --------------------------------------------------------------
 
     def check(self, trainer: Trainer, data: PromptDataModule | None = None) -> None:
-        """Refuse what does not fit together, as far as it shows before the model is loaded.
+        """Refuse what does not fit together, as far as the options show it.
 
         Raises:
             InputError: names the options, and the way out.
@@ -70,6 +72,8 @@ class InputInversion(Inversion, LightningModule):
             )
         if data is None or data.captured is None:
             return
+        if trainer.state.fn == TrainerFn.FITTING:
+            data.captured.check_for_fit()
         if self.own_tokens and data.captured.ids is None:
             raise InputError(
                 "--model.own_tokens decodes the tokens of prompts, and --data.targets holds none; "
@@ -88,15 +92,18 @@ class InputInversion(Inversion, LightningModule):
     @property
     def channel(self) -> Channel | None:
         """How captured targets were stored."""
-        captured = None if self._data is None else self._data.captured
-        return None if captured is None else captured.storage
+        return None if self._captured is None else self._captured.storage
+
+    @property
+    def _captured(self) -> Captured | None:
+        return None if self._data is None else self._data.captured
 
     @property
     def _predicting(self) -> bool:
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
 
     def setup(self, stage: str) -> None:
-        """Check again where no command line did; for a fit the lengths of the prompts too."""
+        """Repeat the checks where no command line made them; check a fit's prompt lengths too."""
         self.strict_loading = False  # a checkpoint holds the batch's state, not the frozen model
         self.check(self.trainer, self._data)
         if stage == "fit" and self._data is not None:
@@ -105,10 +112,13 @@ class InputInversion(Inversion, LightningModule):
 
     def configure_model(self) -> None:
         """Load the frozen model, once; for ``predict`` the whole model too, if it is used."""
-        self.load(needs_whole=self._predicting and self.recovery.needs_language_model)
+        captured = self._captured
+        needs_head = self.recovery.needs_language_model or (
+            captured is not None and captured.logits
+        )
+        self.load(needs_whole=self._predicting and needs_head)
         if self._trainer is not None:
             self.check(self.trainer, self._data)  # now with the weights
-        captured = None if self._data is None else self._data.captured
         if captured is not None and captured.storage.centred:
             self.transformer = self.frozen.centred()
 
@@ -138,7 +148,7 @@ class InputInversion(Inversion, LightningModule):
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> int | None:
         """Begin the epoch's batch; the schedule; -1 ends the epoch where every row has stopped."""
-        if self._data is not None and self._data.current is None:
+        if self._data is not None and self._data.queue.current is None:
             return -1  # it was too large
         with self._halving_if_too_large():
             if self.state.batch.index != batch.index:
@@ -195,7 +205,7 @@ class InputInversion(Inversion, LightningModule):
             if not too_large or self._data is None:
                 raise
             error.__traceback__ = None  # its frames hold the tensors
-        batch = self._data.current
+        batch = self._data.queue.current
         if batch is not None and self._data.halve():
             _log.warning(
                 "%d prompts (%d tokens) are too many for the memory; they are run as two batches.",
@@ -221,20 +231,43 @@ class InputInversion(Inversion, LightningModule):
         # Lightning predicts in inference mode, where no gradient can ever be taken.
         with torch.inference_mode(False), torch.no_grad():
             if batch.target is not None:
-                target = self.captured_target(batch)
+                target = self.captured_target(self._solved(batch))
             else:
                 assert batch.ids is not None
                 target = self.frozen.features_of(batch.ids.clone(), batch.mask.clone())
             known = torch.tensor(batch.known_prefix, dtype=torch.long, device=target.device)
+            target, orders = self._in_order(batch, target, known)
             found = self._diagnose(batch, target)
             prompts = recover_captured(
                 self.recovery, self.measurements, target, batch.lengths, known,
                 self._fitted(batch), self._after_round, found,
             )  # fmt: skip
-            if self._data is not None and self._data.captured is not None:
-                where = f"{OPTION} {self._data.captured.name!r}"
+            if self._captured is not None:
+                where = f"{OPTION} {self._captured.name!r}"
                 report_breaks(prompts, self.measurements, where, batch.index)
+            for prompt, order in zip(prompts, orders, strict=False):
+                prompt.order = order.rows
             return prompts
+
+    def _solved(self, batch: PromptBatch) -> PromptBatch:
+        """A batch of captured states, where logits are captured."""
+        if self._captured is None or not self._captured.logits or batch.target is None:
+            return batch
+        assert self.whole is not None
+        missing = batch.target.isnan().all(-1, keepdim=True)
+        states = Unembedding.of(self.whole).states(batch.target.nan_to_num())
+        return replace(batch, target=states.masked_fill(missing, torch.nan))
+
+    def _in_order(
+        self, batch: PromptBatch, target: Tensor, known: Tensor
+    ) -> tuple[Tensor, list[RowOrder]]:
+        """Captured features in the order of the text, where theirs is unknown."""
+        captured = self._captured
+        if captured is None or captured.in_order or not self.recovery.needs_first_position:
+            return target, []
+        target, orders = in_order(self.measurements, target, batch.lengths, known)
+        report_orders(orders, f"{OPTION} {captured.name!r}", batch.index)
+        return target, orders
 
     def _diagnose(self, batch: PromptBatch, target: Tensor) -> list[Diagnosis | None]:
         """Diagnose captured features before they are searched.

@@ -48,7 +48,7 @@ class ResultRow:
 
     Every field is a setting, an outcome or a version of a package. Rows with equal settings are
     results of one experiment; versions are kept and not compared. A field that a command does not
-    have keeps its default. Lists have one entry a token, from the first position on.
+    have keeps its default. Lists have one entry per token, from the first position on.
 
     Raises:
         TypeError: a key that the schema does not have.
@@ -111,6 +111,8 @@ class ResultRow:
     """Of each token that was read; None of others (``predict``)."""
     known_tokens: int = _outcome(0)
     """How many tokens were given at the beginning."""
+    order: list[int] = _per_token()
+    """The number of each token's row in the file, where that order was unknown (``predict``)."""
 
     candidates: list[int] = _per_token()
     """Tokens run for each position (``predict``)."""

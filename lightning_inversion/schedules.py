@@ -50,7 +50,7 @@ class Schedule(ABC):
     """Decides before each iteration which positions are optimised and which are fixed."""
 
     def check(self, experiment: Experiment) -> None:  # noqa: B027 - most fit any experiment
-        """Refuse what contradicts, before a model is loaded.
+        """Refuse contradictory options, before a model is loaded.
 
         Raises:
             InputError: names the options, and the way out.

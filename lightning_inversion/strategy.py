@@ -98,7 +98,7 @@ class IndependentPrompts(ParallelStrategy):
     Started by itself, by torchrun, or by SLURM. All processes must see the run's folder.
 
     Args:
-        timeout: seconds after which a silent a process counts as lost.
+        timeout: seconds after which a silent process counts as lost.
         options: those of every Lightning strategy.
     """
 

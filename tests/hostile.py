@@ -178,6 +178,8 @@ def safetensors(draw: random.Random, right: bytes) -> bytes:
     (length,) = struct.unpack("<Q", right[:8])
     header, data = json.loads(right[8 : 8 + length]), right[8 + length :]
     names = [name for name in header if name != "__metadata__"]
+    if not names:
+        return contents(draw, right)
     name = draw.choice(names)
     entry = header[name]
     how = draw.randrange(8)

@@ -113,14 +113,19 @@ def test_a_certificate_is_checked_again_elsewhere(tmp_path: Path) -> None:
     found.certificate.write(tmp_path / "certificate.json")
     certificate = Certificate.read(tmp_path / "certificate.json")
     check = verify(certificate, model, rows)
-    assert check.holds
+    assert check
+    ids = tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    for held in ([rows], rows[0], model(ids, output_hidden_states=True)):
+        assert verify(certificate, model, held), type(held)
+    with pytest.raises(InputError, match="of 2 prompts, and a certificate is of one"):
+        verify(certificate, model, [rows, rows])
     assert all(check.reproduced)
     assert max(check.residuals) < 1e-4
     # A certificate of another token, rows of another prompt, another model.
     forged = replace(certificate.tokens[2], id=(certificate.tokens[2].id + 1) % 300)
     tokens = (*certificate.tokens[:2], forged, *certificate.tokens[3:])
-    assert not verify(replace(certificate, tokens=tokens), model, rows).holds
-    assert not verify(certificate, model, rows + 0.5).holds
+    assert not verify(replace(certificate, tokens=tokens), model, rows)
+    assert not verify(certificate, model, rows + 0.5)
     with pytest.raises(InputError, match="for a model of other weights"):
         verify(certificate, shared_tiny_model("gpt2"), rows)
     with pytest.raises(InputError, match=r"is for hidden states of shape \[\d+, 32\]"):

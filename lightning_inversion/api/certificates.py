@@ -53,6 +53,7 @@ def _tokens(row: ResultRow) -> tuple[TokenCertificate, ...]:
             proposer=row.proposers[at],
             seconds=row.token_seconds[at],
             risk=row.risks[at],
+            probability=row.probabilities[at],
             alternatives=tuple(row.alternatives[at]),
         )
 

@@ -14,7 +14,9 @@ from lightning_inversion.api.in_memory import Given, errors_name_arguments, in_m
 from lightning_inversion.api.recovered import Recovered, Recoveries
 from lightning_inversion.data.capture import captured_features
 from lightning_inversion.data.layout import Layout, ModelShape
-from lightning_inversion.data.targets import Captured, Reading, Storage
+from lightning_inversion.data.request import Order, Request
+from lightning_inversion.data.storage import Storage
+from lightning_inversion.data.targets import Captured
 from lightning_inversion.data.texts import ModelLimits, tokenize
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.captured import (
@@ -25,12 +27,14 @@ from lightning_inversion.recovery.captured import (
 from lightning_inversion.recovery.certificate import Certificate, CertificateCheck
 from lightning_inversion.recovery.diagnosis import diagnose
 from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.order import RowOrder, in_order, report_orders
 from lightning_inversion.recovery.policy import RecoveryPolicy
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.selection import Output
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.transformer.unembedding import Unembedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,10 +103,12 @@ def recover(
     centred: bool = False,
     scale: float = 1.0,
     noise: float = 0.0,
+    order: Order = "given",
+    logits: bool = False,
     layout: Layout = Layout(),  # noqa: B008 - frozen
     diagnose_first: bool = True,
     policy: RecoveryPolicy | None = None,
-) -> Recoveries:
+) -> Recoveries[Recovered]:
     """Recover the prompts of hidden states, with a certificate for each token.
 
     Verification thresholds are measured once for the model, the depth and the type of the tensors,
@@ -130,13 +136,18 @@ def recover(
         scale: the factor that they were multiplied by.
         noise: the std of the Gaussian noise in them, in the model's units. Tokens are then verified
             where the chance of any other is below one in a million.
+        order: unknown where the rows of a prompt are in any order, which is then found first; each
+            prompt's ``order`` tells the number of each token's row.
+        logits: whether they are logits ``[T, V]`` or log-probabilities, from which the states
+            behind the final norm are solved; ``depth`` is that of all blocks, with ``final_norm``.
         layout: what names and shapes leave open.
         diagnose_first: where position 0 fits no token, find out why before the search.
         policy: how tokens are searched; default ``TokenRecovery``. ``Reading`` reads rows behind a
-            prefix that is not known, and verifies nothing.
+            prefix that is not known, and verifies nothing; ``LastPosition`` finds a short text from
+            its last row alone.
 
     Returns:
-        A sequence with one entry a prompt, each with its ``text`` and its ``tokens``.
+        A sequence with one entry per prompt, each with its ``text`` and its ``tokens``.
 
     Raises:
         InputError: the tensors do not fit the model, could be read in several ways, or the known
@@ -146,7 +157,7 @@ def recover(
     model, tokenizer = in_memory(model, tokenizer)
     given = Given(
         hidden_states, depth, final_norm, tuple(known_prefix), first_position, centred, scale,
-        noise, layout, attention_mask, output,
+        noise, layout, attention_mask, output, order, logits,
     )  # fmt: skip
     transformer, shape = given.cut(model, tokenizer), ModelShape.of(model.config)
     captured = given.read(transformer, shape)
@@ -155,9 +166,17 @@ def recover(
     )
     measurements = Measurements.measure(transformer, language_model, captured.storage)
     targets = [captured.target(number) for number in range(len(captured.targets))]
+    if logits:
+        with errors_name_arguments():
+            unembedding = Unembedding.of(model)
+            targets = [unembedding.states(one.to(transformer.device)) for one in targets]
     target = pad_sequence(targets, batch_first=True).to(transformer.device)
     known = torch.tensor(list(known_prefix), dtype=torch.long, device=transformer.device)
-    found = []
+    found, orders = [], list[RowOrder]()
+    if order == "unknown" and policy.needs_first_position:
+        with errors_name_arguments():
+            target, orders = in_order(measurements, target, captured.lengths, known)
+        report_orders(orders, "hidden_states")
     if diagnose_first and not first_position and policy.needs_first_position:
         cuts = OtherCuts(
             lambda depths, norm: TruncatedTransformer.from_model(
@@ -172,13 +191,16 @@ def recover(
         policy, measurements, target, captured.lengths, known, diagnoses=found
     )
     report_breaks(prompts, measurements, "hidden_states")
+    for prompt, own in zip(prompts, orders, strict=False):
+        prompt.order = own.rows
     storage = asdict(captured.storage)
     return Recoveries(
         Recovered.of(
             prompt.tokens,
-            Certificate.of(prompt.known, prompt.tokens, measurements, storage),
+            Certificate.of(prompt.known, prompt.tokens, measurements, storage, policy.rows),
             tokenizer,
             prompt.seconds,
+            order=tuple(prompt.order),
         )
         for prompt in prompts
     )
@@ -196,11 +218,14 @@ def verify(
     Args:
         certificate: of one prompt, with or without its file.
         model: the same model, or its name; its weights are compared by their hash.
-        hidden_states: the prompt's, ``[T, D]`` or ``[1, T, D]``; keys and values as ``recover``
-            takes them.
+        hidden_states: the prompt's, as ``recover`` takes them.
+
+    Returns:
+        A check that is true where every certificate holds.
 
     Raises:
-        InputError: the model or the hidden states are not those of the certificate.
+        InputError: the model or the hidden states are not those of the certificate, or they are of
+            several prompts.
     """
     model, _ = in_memory(model, None)
     description, storage = certificate.transformer, Storage(**certificate.storage)
@@ -210,9 +235,16 @@ def verify(
     )
     if storage.centred:
         transformer = transformer.centred()
-    if output != "hidden_states":
-        shape = ModelShape.of(model.config)
-        reading = Reading(tuple(description["layers"]), shape=lambda: shape, output=output)
-        (hidden_states,) = Captured.of_objects(hidden_states, reading).targets
-    rows = hidden_states[0] if hidden_states.dim() == 3 else hidden_states
+    shape = ModelShape.of(model.config)
+    request = Request(
+        tuple(description["layers"]), description["final_norm"], lambda: shape, output=output
+    )
+    with errors_name_arguments():
+        captured = Captured.of_objects(hidden_states, request)
+    if len(captured.targets) > 1:
+        raise InputError(
+            f"hidden_states are of {len(captured.targets)} prompts, and a certificate is of one; "
+            "give those of its prompt."
+        )
+    rows = captured.targets[0]
     return certificate.check(transformer, storage.read_back(rows.float()))

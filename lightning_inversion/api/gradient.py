@@ -48,7 +48,7 @@ def invert(
     iterations: int = 500,
     seed: int = 0,
     tokens_per_batch: int = 2048,
-) -> Recoveries:
+) -> Recoveries[Inverted]:
     """Optimise an input until its features match hidden states, and read it as tokens.
 
     With its defaults it is the recipe that ``fit`` recommends. With ``schedule=AllPositions()``,

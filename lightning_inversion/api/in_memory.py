@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_inversion.data.key_values import holds_caches
 from lightning_inversion.data.layout import Layout, ModelShape
-from lightning_inversion.data.targets import Captured, Reading
+from lightning_inversion.data.request import Order, Request
+from lightning_inversion.data.targets import Captured
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.selection import Output
@@ -26,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def errors_name_arguments() -> Iterator[None]:
-    """Sentences that name options of the command line name arguments instead."""
+    """Rewrite errors: they name arguments, not options of the command line."""
     try:
         yield
     except InputError as error:
@@ -53,7 +54,7 @@ def in_memory(
 
 @dataclass(frozen=True)
 class Given:
-    """Hidden states as a caller gives them, and what he tells of them; see ``recover``."""
+    """Hidden states as the caller passes them, with their description; see ``recover``."""
 
     hidden_states: Any
     depth: int
@@ -66,11 +67,13 @@ class Given:
     layout: Layout = field(default_factory=Layout)
     attention_mask: Tensor | None = None
     output: Output | None = None
+    order: Order = "given"
+    logits: bool = False
 
     @property
     def read_output(self) -> Output:
         """What is read: where it is left open, the keys and values of a cache, or hidden states."""
-        if self.output is None and holds_caches(self.hidden_states):
+        if self.output is None and not self.logits and holds_caches(self.hidden_states):
             return "keys_values"
         return self.output or "hidden_states"
 
@@ -91,16 +94,17 @@ class Given:
         Raises:
             InputError: they do not fit the model, or can be read in several ways.
         """
-        reading = Reading(
+        request = Request(
             (self.depth,), self.final_norm, lambda: shape, self.layout, self.first_position,
             self.known_prefix, self.centred, self.scale, self.noise, self.read_output,
+            self.order, self.logits,
         )  # fmt: skip
         held = self.hidden_states
         if self.attention_mask is not None:
             name = "hidden_states" if self.read_output == "hidden_states" else "past_key_values"
             held = {name: held, "attention_mask": self.attention_mask}
         with errors_name_arguments():
-            captured = Captured.of_objects(held, reading)
+            captured = Captured.of_objects(held, request)
         _log.info("hidden_states: %s.", captured.understood)
         for warning in captured.warnings:
             _log.warning("%s", warning)

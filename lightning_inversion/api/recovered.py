@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from torch import Tensor
 
@@ -24,14 +24,14 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class RecoveredToken(TokenCertificate):
-    """A token's certificate, its place and its text.
+    """A token's certificate, its position and its text.
 
     Attributes:
         position: in the prompt, from 0.
-        text: where it stands; of a character that several tokens make up, the first has all. None
-            without a tokenizer, as all texts.
-        rival_text: of ``rival``.
-        alternative_texts: of ``alternatives``.
+        text: what the token decodes to there; the first of several tokens that make up one
+            character has all of it. Without a tokenizer this and the other texts are None.
+        rival_text: what ``rival`` decodes to.
+        alternative_texts: what the ``alternatives`` decode to.
     """
 
     position: int
@@ -99,6 +99,7 @@ class Recovered(_Shown):
         certificate: what the states of the tokens rest on; ``verify`` checks it again.
         given_text: the text of the tokens that were given.
         seconds: wall time; prompts of one batch share it.
+        order: the number of each token's row, where rows were in unknown order.
     """
 
     text: str | None
@@ -106,6 +107,7 @@ class Recovered(_Shown):
     certificate: Certificate
     given_text: str | None = None
     seconds: float = 0.0
+    order: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -170,6 +172,7 @@ class Recovered(_Shown):
             "ids": self.ids,
             "given": list(self.certificate.known),
             "given_text": self.given_text,
+            "order": list(self.order),
             "tokens": [token.to_dict() for token in self.tokens],
             "transformer": self.certificate.transformer,
             "storage": self.certificate.storage,
@@ -182,7 +185,10 @@ class Recovered(_Shown):
         return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-class Recoveries(_Shown, tuple[Recovered, ...]):
+Kind = TypeVar("Kind", bound=Recovered)
+
+
+class Recoveries(_Shown, tuple[Kind, ...], Generic[Kind]):
     """Recovered prompts, in the order of their hidden states."""
 
     @property

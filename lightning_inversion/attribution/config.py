@@ -32,9 +32,9 @@ class Choices:
         scalar: the output that is attributed: the log-probability, logit or probability of the
             target token, or the sum of all logits (the source's choice), which is not a function of
             the prediction.
-        reduce: how gradient * embedding [D] becomes one score a token: l1 (sum of absolute values),
-            abs_sum (absolute value of the sum), l2 (norm), or sum (signed). The default is sum with
-            `depth`, for integrated gradients and for lrp, l1 otherwise.
+        reduce: how gradient * embedding [D] becomes one score per token: l1 (sum of absolute
+            values), abs_sum (absolute value of the sum), l2 (norm), or sum (signed). The default is
+            sum with `depth`, for integrated gradients and for lrp, l1 otherwise.
         distance: how occlusion compares outputs: the signed drop of the scalar, the L1 distance of
             all logits (the source's choice) or of all probabilities; with `depth`, the L1 distance
             of the features, or their L2 distance relative to the clean features' norm. The default
@@ -48,7 +48,7 @@ class Choices:
         token: the target token, as text or as id:NUMBER. The default is the predicted token.
         against: a second token, as text or as id:NUMBER, whose scalar is subtracted from the
             target's: why the target and not this one.
-        every_token: attribute each next token of the text and the one after it: a map.
+        every_token: attribute every next token, and the one after the text; this gives a map.
         depth: attribute the features after this many blocks, instead of a token.
         probes: random directions of the features along which gradients are taken, with `depth`.
         seed: of those directions.

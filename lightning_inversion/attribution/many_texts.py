@@ -90,7 +90,7 @@ class Request:
 
 
 class RowFile:
-    """A file of JSON lines with one row a text, which several processes fill.
+    """A file of JSON lines with one row per text, which several processes fill.
 
     Args:
         path: of the file, which may exist.

@@ -1,4 +1,4 @@
-"""Measures: model outputs to a scalar or a distance, and gradients to one score a token."""
+"""Measures: model outputs to a scalar or a distance, and gradients to one score per token."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def scalar_of(logits: Tensor, tokens: Tensor, scalar: Scalar) -> Tensor:
 
 
 def reduce_embedding(products: Tensor, reduce: Reduce) -> Tensor:
-    """Gradient * embedding [..., D] -> one score a token [...].
+    """Gradient * embedding [..., D] -> one score per token [...].
 
     Args:
         products: the element-wise product.

@@ -1,4 +1,4 @@
-"""Gradient x input, integrated gradients and occlusion: one score a token for each query."""
+"""Gradient x input, integrated gradients and occlusion: one score per token for each query."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Task:
 def gradient_times_input(task: Task, reduce: Reduce = "l1") -> Tensor:
     """The gradient of the measure with respect to each token's vector, times that vector.
 
-    The source's v = |grad_a O(a)| * a, reduced to one score a token (see `reduce_embedding`). Taken
-    literally, the formula is negative wherever the vector is, and so no importance.
+    The source's v = |grad_a O(a)| * a, reduced to one score per token (see `reduce_embedding`).
+    Taken literally, the formula is negative wherever the vector is, and so no importance.
 
     Args:
         task: what is attributed. Of several scalars the root mean square is returned.

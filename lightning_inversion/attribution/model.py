@@ -1,6 +1,6 @@
 """The model of an attribution: vectors in, outputs at some positions out.
 
-The only module of the room that imports transformers.
+The only module of the package that imports transformers.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ def whole_model(model: PreTrainedModel | TruncatedTransformer) -> PreTrainedMode
 
 
 def describe(model: PreTrainedModel | TruncatedTransformer, name: str | None) -> dict[str, Any]:
-    """The model and the versions behind a result, as plain values; `name` overrides the model's."""
+    """The model and versions that made a result, as plain values; `name` overrides the model's."""
     whole = whole_model(model)
     if isinstance(model, TruncatedTransformer):
         own = model.description["model"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning_inversion
 from lightning_inversion.data.batch import PromptBatch
-from lightning_inversion.data.targets import Storage
+from lightning_inversion.data.storage import Storage
 from lightning_inversion.decoding import TopTokens
 from lightning_inversion.metrics import exact_match, token_accuracy, top_k_accuracy
 from lightning_inversion.module import InputInversion
@@ -170,7 +170,9 @@ def recovered_rows(
             continue
         ids, tokens, length = prompt.ids, prompt.tokens, batch.lengths[number]
         truth = None if batch.ids is None else batch.ids[number, :length].tolist()
-        right = [ours == theirs for ours, theirs in zip(ids, truth or (), strict=truth is not None)]
+        right = [ours == theirs for ours, theirs in zip(ids, truth or (), strict=False)]
+        if truth is not None and len(ids) != len(truth):  # a policy may not know the length
+            right = [False] * len(truth)
         known = len(prompt.known)
         given: list[float | None] = [None] * known
         rows.append(
@@ -200,6 +202,7 @@ def recovered_rows(
                 alternatives=[[] for _ in range(known)] + [list(t.alternatives) for t in tokens],
                 duplicates=[position for position, id in enumerate(ids) if id in duplicated],
                 known_tokens=known,
+                order=list(prompt.order),
                 forwards=prompt.forwards,
                 seconds=round(prompt.seconds, 4),
                 ids=truth,
@@ -213,7 +216,7 @@ def recovered_rows(
 def hypothesis(module: InputInversion) -> Certificate:
     """What the certificates of the rows of a ``predict`` rest on: one without tokens."""
     storage = module.channel if isinstance(module.channel, Storage) else Storage()
-    return Certificate.of((), (), module.measurements, asdict(storage))
+    return Certificate.of((), (), module.measurements, asdict(storage), module.recovery.rows)
 
 
 def bad_row(index: int, prompt: str | None, reason: str, shared: dict[str, Any]) -> ResultRow:

@@ -40,6 +40,7 @@ from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_writable, is_plain_name
 from lightning_inversion.module import InputInversion
+from lightning_inversion.recovery.last_position import LastPosition
 from lightning_inversion.recovery.reading import Reading
 from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.recovery.token_recovery import TokenRecovery
@@ -51,7 +52,7 @@ _PACKAGE = "lightning_inversion"
 _COMPARED = {"validate": ("transformer", "learnable", "objective"), "predict": ("transformer",)}
 """Commands that read a fit's input, and the parts of the model that must be the fit's."""
 _SEEDS = 2**32
-POLICIES = (TokenRecovery, SIPIT, Reading)
+POLICIES = (TokenRecovery, SIPIT, Reading, LastPosition)
 """What --model.recovery can choose by name: a class must be imported to be found."""
 # Written out, so that --print_config shows the recommended recipe and config.yaml records it; a
 # test holds its parts equal to those that InputInversion() builds.
@@ -105,8 +106,13 @@ class InversionCLI(LightningCLI):
         The command's own parser does it: the parser of all commands validates everything twice.
         """
         name = self._args[0]
+        command = self._subcommand_parsers[name]
         with wrong_values("--config", RecursionError):
-            options = self._subcommand_parsers[name].parse_args(args[1:])
+            options = command.parse_args(args[1:])
+            try:
+                command.validate(options, skip_unset=False)  # null in a file was passed over
+            except TypeError as error:
+                command.error(str(error), error)
         # --print_config leaves what it asks for at the parser of all commands.
         asked = vars(parser).pop("print_config", None)
         if asked is not None:

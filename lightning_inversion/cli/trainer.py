@@ -90,6 +90,9 @@ def share_prompts_out(trainer: Any) -> None:
     Args:
         trainer: settings of a Trainer; changed in place.
     """
+    asked = str(trainer.devices)
+    if asked.isdecimal():
+        _check_processes(int(asked))  # Lightning would make a list of them
     if trainer.strategy != "auto":
         return
     probe = Trainer(
@@ -101,10 +104,14 @@ def share_prompts_out(trainer: Any) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    if probe.num_devices > MOST_PROCESSES:
-        raise InputError(
-            f"--trainer.devices: {probe.num_devices} processes are too many for this machine; give "
-            f"at most {MOST_PROCESSES}."
-        )
+    _check_processes(probe.num_devices)
     if probe.num_devices * probe.num_nodes > 1:
         trainer.strategy = strategy.NAME
+
+
+def _check_processes(count: int) -> None:
+    if count > MOST_PROCESSES:
+        raise InputError(
+            f"--trainer.devices: {count} processes are too many for this machine; give at most "
+            f"{MOST_PROCESSES}."
+        )

@@ -13,7 +13,8 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from lightning_inversion.data.batch import PromptBatch, pack
-from lightning_inversion.data.targets import Captured, Storage
+from lightning_inversion.data.storage import Storage
+from lightning_inversion.data.targets import Captured
 from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_writable, printable

@@ -60,12 +60,14 @@ class ModelShape:
     Attributes:
         blocks: all of them.
         width: features of one depth.
+        vocabulary: logits of one position.
         heads: of its keys and values.
         head_size: features of one head.
     """
 
     blocks: int
     width: int
+    vocabulary: int
     heads: int
     head_size: int
 
@@ -81,7 +83,7 @@ class ModelShape:
         size = first("head_dim", language.hidden_size // heads)
         heads = first("num_key_value_heads", heads)
         width = language.hidden_size * first("hc_count", 1)  # Qwen 4: streams side by side
-        return cls(block_count(config), width, heads, size)
+        return cls(block_count(config), width, language.vocab_size, heads, size)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Wanted:
         shape: reads the model's configuration, when first needed.
         checks_width: whether the states are as wide as the model.
         output: hidden states, or keys, values or both of the block behind each depth.
+        logits: whether logits are read in place of hidden states.
     """
 
     where: str
@@ -105,6 +108,12 @@ class Wanted:
     shape: Callable[[], ModelShape] | None = None
     checks_width: bool = True
     output: Output = "hidden_states"
+    logits: bool = False
+
+    @property
+    def width(self) -> int:
+        """How many numbers a position has."""
+        return self.sizes.vocabulary if self.logits else self.sizes.width
 
     @property
     def sizes(self) -> ModelShape:
@@ -166,8 +175,8 @@ def floating(wanted: Wanted, tensor: Tensor, name: str) -> Tensor:
 def _axes_of(wanted: Wanted, tensor: Tensor, name: str, beside: Beside) -> list[str]:
     """The meaning of each axis of a tensor."""
     shape = list(tensor.shape)
-    if not tensor.numel():
-        raise wanted.error(f"{named(name)} has shape {shape}, which holds no values.")
+    if not tensor.numel() or not shape:
+        raise wanted.error(f"{named(name)} has shape {shape}, which is no row of features.")
     if wanted.layout.axes is not None:
         if len(wanted.layout.axes) == len(shape):
             return list(wanted.layout.axes)
@@ -235,7 +244,7 @@ def _refuse_caches(wanted: Wanted, tensor: Tensor, name: str) -> None:
 def _check_width(wanted: Wanted, features: int, tensor: Tensor, name: str) -> None:
     if not wanted.checks_width or wanted.shape is None:
         return
-    width, shape = wanted.sizes.width, list(tensor.shape)
+    width, shape = wanted.width, list(tensor.shape)
     if features == width:
         return
     if width in shape:
@@ -243,9 +252,12 @@ def _check_width(wanted: Wanted, features: int, tensor: Tensor, name: str) -> No
             f"{named(name)} has shape {shape}, and the model's {width} features do not lie in "
             "its last axis; name its axes with --data.layout.axes."
         )
+    way_out = "give the model that made it"
+    if features == wanted.sizes.vocabulary:
+        way_out = "for logits set --data.logits true"
     raise wanted.error(
         f"{named(name)} has shape {shape}: the features are {features} in the file and "
-        f"{width} in the model; give the model that made it."
+        f"{width} in the model; {way_out}."
     )
 
 

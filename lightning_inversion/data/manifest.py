@@ -34,7 +34,7 @@ _LEAST = '{"transformer": {"model": ..., "depth": ...}}'
 WAYS_OUT = {
     "transformer": f"write {_LEAST}",
     "storage": 'write {"dtype": "float32", "noise": 0.0, "centred": false, "scale": 1.0}, or less',
-    "positions": "write all, or the number of the first position stored",
+    "positions": "write all, last, or the number of the first position stored",
     "known_prefix": "write token ids, as [1]",
     "prompts": "write a list of strings, or leave prompts and ids out",
     "ids": "write a list of token ids for each prompt, or leave prompts and ids out",
@@ -59,7 +59,7 @@ class Manifest:
         layer: which hidden states these are, in words.
         storage: what happened to the features since; the type of the tensors and no noise where
             left out.
-        positions: "all", or the number of the first position stored.
+        positions: "all", "last" (see ``LastPosition``), or the number of the first position stored.
         known_prefix: ids of tokens with which every prompt begins, a BOS, say.
         prompts: where the result is to be scored, together with ``ids``.
         ids: the tokens of each prompt from position 0 on.

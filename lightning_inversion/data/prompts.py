@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_inversion.data.batch import PromptBatch, pack
 from lightning_inversion.data.layout import Layout, ModelShape
 from lightning_inversion.data.memory import tokens_that_fit
-from lightning_inversion.data.targets import OPTION, Captured, Reading
+from lightning_inversion.data.queue import Batches, BatchQueue, Iterations
+from lightning_inversion.data.request import Order, Request
+from lightning_inversion.data.targets import OPTION, Captured
 from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize
 from lightning_inversion.errors import InputError
 from lightning_inversion.strategy import take
@@ -30,44 +32,6 @@ EFFICIENT = 2048
 """Tokens of a batch beyond which a CPU gains nothing."""
 
 
-class Iterations:
-    """A loader whose epoch is one batch, given once for each iteration.
-
-    It has a state because Lightning asks that of a loader which is left in the middle of an epoch;
-    Lightning's own loop keeps the position.
-    """
-
-    def __init__(self, batch: Callable[[], PromptBatch | None], iterations: int) -> None:
-        self.batch, self.iterations = batch, iterations
-
-    def __len__(self) -> int:
-        return self.iterations
-
-    def __iter__(self) -> Iterator[PromptBatch]:
-        batch = self.batch()
-        for _ in range(self.iterations if batch is not None else 0):
-            assert batch is not None
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: Lightning's loop keeps the position."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing was stored, so nothing is restored."""
-
-
-class Batches:
-    """A loader that gives each batch once, to the process that takes it first."""
-
-    def __init__(self, take: Callable[[], PromptBatch | None]) -> None:
-        self.take = take
-
-    def __iter__(self) -> Iterator[PromptBatch]:
-        while (batch := self.take()) is not None:
-            yield batch
-
-
 class PromptDataModule(LightningDataModule):
     """Prompts to be recovered, from the command line, a text file or JSONL; or captured targets.
 
@@ -77,7 +41,7 @@ class PromptDataModule(LightningDataModule):
 
     Args:
         prompts: quote them in YAML, where a bare yes or 12 is not a string.
-        file: a text file with one prompt a line, or a .jsonl file whose lines have a key "prompt".
+        file: a text file with one prompt per line, or .jsonl whose lines have a key "prompt".
         targets: a file of hidden states instead, from ``lightning-inversion capture`` or another
             tool (.safetensors, .npy, .npz, .pt, or a folder); the prompts need not be known. The
             depth is model.transformer.depth; names such as blocks.7.hook_resid_post choose the
@@ -90,6 +54,10 @@ class PromptDataModule(LightningDataModule):
         scale: the factor that its features were multiplied by.
         noise: std of the Gaussian noise in its features, in the model's units; a token is then
             verified where the chance that another one is right is below one in a million.
+        order: unknown where the rows of a prompt are in any order; ``predict`` then finds it first,
+            and TokenRecovery verifies the tokens in it.
+        logits: they are logits or log-probabilities, from which ``predict`` solves the states
+            behind the final norm.
         diagnose: where position 0 fits no token, find out why before the search.
         tokenizer: the model whose tokenizer is used; the command line takes model.transformer's.
         revision: revision of that model on the hub.
@@ -112,7 +80,7 @@ class PromptDataModule(LightningDataModule):
         batches: all of them, the same in every process.
         bad: why a prompt cannot be run, by its number; the others are.
         finished: numbers of the prompts whose rows are on disk.
-        current: the batch of this epoch; None when there is no more.
+        queue: the batches of this process.
     """
 
     def __init__(
@@ -126,6 +94,8 @@ class PromptDataModule(LightningDataModule):
         centred: bool = False,
         scale: float = 1.0,
         noise: float = 0.0,
+        order: Order = "given",
+        logits: bool = False,
         diagnose: bool = True,
         tokenizer: str = TransformerSpec.model,
         revision: str | None = None,
@@ -157,12 +127,12 @@ class PromptDataModule(LightningDataModule):
             raise InputError(f"--data.repeat must be at least 1, and is {repeat}.")
         self.tokenizer, self.revision, self.special_tokens = tokenizer, revision, special_tokens
         self.diagnose = diagnose
-        reading = Reading(
+        request = Request(
             tuple(layers) if layers else None if depth is None else (depth,),
             final_norm, lambda: self._model_shape, layout, first_position,
-            self._known(known_prefix), centred, scale, noise, output,
+            self._known(known_prefix), centred, scale, noise, output, order, logits,
         )  # fmt: skip
-        self.captured = None if targets is None else Captured.read(Path(targets), reading)
+        self.captured = None if targets is None else Captured.read(Path(targets), request)
         given_prompts: Sequence[str | None]
         if self.captured is not None:
             given_prompts = self.captured.prompts or [None] * len(self.captured.targets)
@@ -185,11 +155,7 @@ class PromptDataModule(LightningDataModule):
         self.batches: list[PromptBatch] = []
         self.bad: dict[int, str] = {}
         self.finished: set[int] = set()
-        self.current: PromptBatch | None = None
-        self._next = 0
-        self._mine: list[PromptBatch] = []
-        self._most: int | None = None
-        self._taken: set[int] = set()
+        self.queue = BatchQueue()
         self._epochs: int | None = None
         self._round = 0
 
@@ -224,8 +190,8 @@ class PromptDataModule(LightningDataModule):
                         _log.warning("%s", warning)
                 for index, reason in self.bad.items():
                     _log.warning("prompt %d %s The others are run.", index + 1, reason)
-        self._next, self._mine, self._taken = 0, [], set()
         self._round += 1
+        self.queue = BatchQueue(self.batches, self.finished, self._claim)
         if self.trainer is not None:
             self._epochs = self.trainer.max_epochs
 
@@ -298,58 +264,35 @@ class PromptDataModule(LightningDataModule):
 
     # -- the batches of this process ---------------------------------------------------------
 
-    def take(self) -> PromptBatch | None:
-        """The next batch for this process; None when all are taken or finished."""
-        while not self._mine:
-            if self._next == len(self.batches):
-                return None
-            number, batch = self._next, self.batches[self._next]
-            self._next += 1
-            if not self.finished.issuperset(batch.index) and self._take(number):
-                self._mine.append(batch)
-        while self._most is not None and self._mine[0].size > self._most:
-            if len(self._mine[0].index) == 1:
-                break
-            self._mine[:1] = self._mine[0].halves()
-        return self._mine.pop(0)
-
-    def _take(self, number: int) -> bool:
-        if number in self._taken:
-            return False
-        self._taken.add(number)
+    def _claim(self, number: int) -> bool:
         return self.trainer is None or take(self.trainer.strategy, f"{self._round}/{number}")
 
     def advance(self) -> None:
         """Take the batch of the next epoch; the fit ends when there is none."""
         assert self.trainer is not None
-        self.current = self.take()
+        batch = self.queue.advance()
         loop = self.trainer.fit_loop
         ended: Any = loop.epoch_progress.current
-        epochs = ended.processed + (self.current is not None)
+        epochs = ended.processed + (batch is not None)
         loop.max_epochs = epochs if self._epochs in (None, -1) else min(epochs, self._epochs)
 
     def halve(self) -> bool:
         """Put the current batch back as two halves; False, and it is bad, if it is one prompt."""
-        assert self.current is not None
-        batch, self.current = self.current, None
-        if len(batch.index) == 1:
-            self.bad[batch.index[0]] = (
+        left_out = self.queue.halve()
+        if left_out is not None:
+            self.bad[left_out] = (
                 "does not fit the memory even by itself; shorten it, or keep fewer blocks."
             )
-            return False
-        halves = batch.halves()
-        self._mine[:0] = halves
-        self._most = halves[1].size
-        return True
+        return left_out is None
 
     def train_dataloader(self) -> Iterations:
         """The batch of the current epoch, once for each iteration."""
         self.advance()
-        return Iterations(lambda: self.current, self.iterations)
+        return Iterations(lambda: self.queue.current, self.iterations)
 
     def predict_dataloader(self) -> Batches:
         """Every batch that no other process takes and whose rows are not finished, once."""
-        return Batches(self.take)
+        return Batches(self.queue.take)
 
     def val_dataloader(self) -> Iterations:
         """One step for ``validate``, which reads its rows from the checkpoint; none for ``fit``."""
@@ -360,10 +303,10 @@ class PromptDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The rows that this process is running."""
-        if self.current is None:
+        if self.queue.current is None:
             return {}
         questions = self.questions
-        rows = list(self.current.index)
+        rows = list(self.queue.current.index)
         return {"index": rows, "questions": {row: questions[row] for row in rows}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -371,14 +314,8 @@ class PromptDataModule(LightningDataModule):
         assert self.trainer is not None
         if self.trainer.state.fn != TrainerFn.FITTING:
             return
-        rows = set(state["index"])
-        for number, batch in enumerate(self.batches):
-            if rows <= set(batch.index) and self._take(number):
-                inside = [row for row, index in enumerate(batch.index) if index in rows]
-                others = [row for row, index in enumerate(batch.index) if index not in rows]
-                parts = (inside, others) if others else (inside,)  # it had been halved
-                self._mine = [batch.rows(part) for part in parts]
-                return
-        raise InputError(
-            "--ckpt_path is of a run with other batches; use its --data options, or leave it out."
-        )
+        if not self.queue.restore(state["index"]):
+            raise InputError(
+                "--ckpt_path is of a run with other batches; use its --data options, or leave it "
+                "out."
+            )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_inversion.data.hidden_states import HiddenStates, read_hidden_states
-from lightning_inversion.data.layout import Layout, ModelShape, Wanted
+from lightning_inversion.data.layout import Wanted
 from lightning_inversion.data.manifest import WAYS_OUT, Manifest
+from lightning_inversion.data.request import Request
+from lightning_inversion.data.storage import Storage, float_type
 from lightning_inversion.data.tensor_files import read_tensors
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import as_os_error
-from lightning_inversion.transformer.selection import Output
 
 OPTION = "--data.targets"
 
@@ -37,85 +38,6 @@ _ROUNDING_ONLY = "attention"  # sdpa and eager compute the same
 
 
 @dataclass(frozen=True)
-class Storage:
-    """What happens to features between the model and the file: noise, a factor, then rounding.
-
-    Args:
-        dtype: the type that they are rounded to.
-        noise: standard deviation of the Gaussian noise added, in the features' own units.
-        centred: the mean over the features of each position was subtracted, as TransformerLens
-            does; the model itself then gives centred ones (``TruncatedTransformer.centred``).
-        scale: the factor that they were multiplied by.
-    """
-
-    dtype: str = "float32"
-    noise: float = 0.0
-    centred: bool = False
-    scale: float = 1.0
-
-    def __call__(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Features ``[..., F]`` read back from the file in the model's units, in their own type."""
-        if self.noise:
-            # Drawn on the CPU, so that it does not depend on the device.
-            drawn = torch.randn(features.shape, generator=generator)
-            features = features + self.noise * drawn.to(features)
-        return self.without_noise(features)
-
-    def without_noise(self, features: Tensor) -> Tensor:
-        """Features ``[..., F]`` after all but the noise."""
-        return self.read_back((self.scale * features).to(_float_type(self.dtype)).to(features))
-
-    def read_back(self, stored: Tensor) -> Tensor:
-        """Stored features in the model's units: the factor is divided out."""
-        return stored / self.scale if self.scale != 1 else stored
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Which hidden states a file is read for, and what the user tells of them.
-
-    Args:
-        depths: whose features are asked for; None for those of all blocks.
-        final_norm: whether they are taken after the final norm.
-        output: hidden states, or keys, values or both of the block behind the depth.
-        shape: reads the model's configuration, when it is needed.
-        layout: what shapes and names leave open.
-        first_position: the position of the first row; None for the manifest's, or 0.
-        known_prefix: the tokens with which every prompt begins; None for the manifest's.
-        centred: whether the mean over the features was subtracted.
-        scale: the factor that the features were multiplied by.
-        noise: std of the Gaussian noise in them, in the model's units.
-    """
-
-    depths: tuple[int, ...] | None = None
-    final_norm: bool = False
-    shape: Callable[[], ModelShape] | None = None
-    layout: Layout = field(default_factory=Layout)
-    first_position: int | None = None
-    known_prefix: Sequence[int] | None = None
-    centred: bool = False
-    scale: float = 1.0
-    noise: float = 0.0
-    output: Output = "hidden_states"
-
-    def __post_init__(self) -> None:
-        if not 0 < abs(self.scale) < float("inf"):
-            raise InputError(f"--data.scale is a factor other than 0, and is {self.scale}.")
-        if not 0 <= self.noise < float("inf"):
-            raise InputError(f"--data.noise must be 0 or more, and is {self.noise}.")
-        if self.first_position is not None and self.first_position < 0:
-            raise InputError(
-                f"--data.first_position must be 0 or more, and is {self.first_position}."
-            )
-
-    def wanted(self, where: str, checks_width: bool = True) -> Wanted:
-        """What is asked for of a file or of objects that ``where`` names."""
-        return Wanted(
-            where, self.depths, self.final_norm, self.layout, self.shape, checks_width, self.output
-        )
-
-
-@dataclass(frozen=True)
 class Captured:
     """Captured features and their manifest.
 
@@ -124,6 +46,8 @@ class Captured:
         transformer: what made them: ``TruncatedTransformer.description``, or part of it.
         storage: what happened to them since.
         first_position: the position of their first row in the prompt.
+        in_order: whether the rows are in the order of the text.
+        logits: whether they are logits, from which the states are to be solved.
         known_prefix: the tokens with which every prompt begins.
         prompts: where they are known.
         ids: the tokens of each prompt from position 0 on, where they are known.
@@ -135,7 +59,7 @@ class Captured:
 
     targets: Sequence[Tensor]
     transformer: dict[str, Any]
-    storage: Storage = Storage()
+    storage: Storage = field(default_factory=Storage)
     first_position: int = 0
     known_prefix: tuple[int, ...] = ()
     prompts: Sequence[str] | None = None
@@ -144,6 +68,8 @@ class Captured:
     name: str = ""
     understood: str = ""
     warnings: tuple[str, ...] = ()
+    in_order: bool = True
+    logits: bool = False
 
     @property
     def lengths(self) -> list[int]:
@@ -163,7 +89,8 @@ class Captured:
 
     def digests(self) -> list[str]:
         """sha256 of each prompt's features, with what is known of them."""
-        known = f"{self.first_position} {self.known_prefix} {self.storage}"
+        order = "" if self.in_order else " in unknown order"
+        known = f"{self.first_position} {self.known_prefix} {self.storage}{order}"
         return [
             hashlib.sha256(
                 f"{known} {target.dtype} {tuple(target.shape)} {self.ids and self.ids[number]}"
@@ -192,7 +119,7 @@ class Captured:
         Raises:
             InputError: the features overflow the type that they are stored in.
         """
-        dtype = _float_type(self.storage.dtype)
+        dtype = float_type(self.storage.dtype)
         tensors = {
             str(number): target.to(dtype).contiguous() for number, target in enumerate(self.targets)
         }
@@ -212,12 +139,12 @@ class Captured:
             partial.unlink(missing_ok=True)
 
     @classmethod
-    def read(cls, path: Path, reading: Reading | None = None) -> Captured:
+    def read(cls, path: Path, request: Request | None = None) -> Captured:
         """Read a file, and a manifest in it or beside it where there is one.
 
         Args:
             path: of the file or folder.
-            reading: what is asked for, and what the user told of the file; what it leaves open is
+            request: what is asked for, and what the user told of the file; what it leaves open is
                 taken from the manifest.
 
         Raises:
@@ -226,23 +153,23 @@ class Captured:
         where = f"{OPTION} {str(path)!r}"
         held, metadata = read_tensors(path, where)
         manifest = Manifest.read(path, metadata, where)
-        return cls._of(held, reading or Reading(), manifest, where, path.name)
+        return cls._of(held, request or Request(), manifest, where, path.name)
 
     @classmethod
-    def of_objects(cls, held: Any, reading: Reading, name: str = "hidden_states") -> Captured:
+    def of_objects(cls, held: Any, request: Request, name: str = "hidden_states") -> Captured:
         """Read tensors in memory, in whatever holds them; see ``read_hidden_states``.
 
         Raises:
             InputError: they cannot be used.
         """
-        return cls._of(held, reading, None, name, name)
+        return cls._of(held, request, None, name, name)
 
     @classmethod
     def _of(
-        cls, held: Any, reading: Reading, manifest: Manifest | None, where: str, name: str
+        cls, held: Any, request: Request, manifest: Manifest | None, where: str, name: str
     ) -> Captured:
         if manifest is None:
-            wanted = reading.wanted(where)
+            wanted = request.wanted(where)
             manifest = Manifest({})
             transformer: dict[str, Any] = {}
         else:
@@ -252,29 +179,41 @@ class Captured:
             }  # fmt: skip
             layers, final_norm = tuple(transformer["layers"]), transformer["final_norm"]
             output = transformer["output"]
-            wanted = Wanted(where, layers, final_norm, reading.layout, reading.shape, False, output)
+            wanted = Wanted(where, layers, final_norm, request.layout, request.shape, False, output)
         states = read_hidden_states(held, wanted)
-        first = reading.first_position
+        first = request.first_position
         if first is None:
             first = _first_position(manifest.positions, where)
-        known = manifest.known_prefix if reading.known_prefix is None else reading.known_prefix
+        known = manifest.known_prefix if request.known_prefix is None else request.known_prefix
         stored = Storage(**{"dtype": states.dtype, **manifest.storage})
         stored = replace(
             stored,
-            centred=stored.centred or reading.centred,
-            scale=stored.scale * reading.scale,
-            noise=stored.noise or reading.noise,
+            centred=stored.centred or request.centred,
+            scale=stored.scale * request.scale,
+            noise=stored.noise or request.noise,
         )
         captured = cls(
             states.prompts, transformer, stored, first, tuple(known), manifest.prompts,
             manifest.ids, manifest.versions, name,
             _understood(states, wanted, manifest, stored.dtype), _warnings(states, where),
+            request.order == "given",
+            request.logits,
         )  # fmt: skip
         _check_known_prefix(captured, where)
         _check_prompts(captured, where)
         return captured
 
     # -- the model ---------------------------------------------------------------------------
+
+    def check_for_fit(self) -> None:
+        """Refuse what only ``predict`` can use.
+
+        Raises:
+            InputError: the rows are in unknown order, or logits.
+        """
+        for option, used in (("order unknown", not self.in_order), ("logits", self.logits)):
+            if used:
+                raise InputError(f"--data.{option} is for predict; leave it out, or use predict.")
 
     def check(self, description: dict[str, Any], width: int | None = None) -> None:
         """Refuse a model other than the one that made the features.
@@ -303,7 +242,7 @@ class Captured:
         ]
         found = [_difference(key, theirs[key], description[key]) for key in different]
         options = [_option(key, theirs[key]) for key in different if key != "weights_sha256"]
-        if width is not None and width != self.width:
+        if width is not None and width != self.width and not self.logits:
             found.append(f"the features are {self.width} in the file and {width} in the model")
         if found:
             way_out = f"set {' '.join(options)}" if options else "give the model that made it"
@@ -331,12 +270,6 @@ def _option(key: str, value: Any) -> str:
         key, value = "depth", value[0]
     written = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
     return f"--model.transformer.{key} {written}"
-
-
-def _float_type(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 # -- reading ---------------------------------------------------------------------------------
@@ -372,9 +305,7 @@ def _warnings(states: HiddenStates, where: str) -> tuple[str, ...]:
 
 
 def _first_position(positions: int | str, where: str) -> int:
-    if positions == "last":
-        _refuse_unknown_prefix(f"{where} holds the last position only")
-    first = 0 if positions == "all" else positions
+    first = 0 if positions in ("all", "last") else positions
     if isinstance(first, str) or first < 0:
         raise InputError(
             f"{where}: its manifest has positions {positions!r}; {WAYS_OUT['positions']}."

@@ -1,4 +1,4 @@
-"""Files of tensors, as other tools write them: safetensors, NumPy's, PyTorch's, and folders.
+"""Files of tensors, as other tools write them: safetensors, NumPy's, PyTorch's, JSON, and folders.
 
 The kind is read from the first bytes, whatever the file is called. Nothing is ever unpickled:
 PyTorch's files load with ``weights_only=True``, NumPy's with ``allow_pickle=False``.
@@ -15,12 +15,18 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lightning_inversion.data.names import natural
 from lightning_inversion.errors import InputError
 from lightning_inversion.untrusted import check_regular, read_file, read_json
 
 _NUMPY, _ZIP, _PICKLE = b"\x93NUMPY", b"PK\x03\x04", b"\x80"
 _SUFFIXES = (".safetensors", ".npy", ".npz", ".pt", ".pth", ".bin")
-KINDS = "a .safetensors, .npy, .npz or .pt file of tensors"
+_OTHERS = {
+    b"\x89HDF": "an HDF5 file", b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file",
+    b"\x1f\x8b": "packed by gzip", b"GGUF": "a model's file", b"\xfd7zXZ": "packed by xz",
+}  # fmt: skip
+"""How files begin that are not read."""
+KINDS = "a .safetensors, .npy, .npz, .pt or .json file of tensors"
 
 
 def read_tensors(path: Path, where: str) -> tuple[Any, dict[str, str]]:
@@ -48,6 +54,12 @@ def read_tensors(path: Path, where: str) -> tuple[Any, dict[str, str]]:
             return _read_zip(path, where), {}
         if begins.startswith(_PICKLE):
             return _read_torch(path, where), {}
+        # The size of a safetensors header may be the code of a brace; zeros stand behind it.
+        if begins.lstrip()[:1] in (b"[", b"{") and b"\0" not in begins:
+            return _read_json(path, where), {}
+        for magic, kind in _OTHERS.items():
+            if begins.startswith(magic):
+                raise InputError(f"{where} is {kind}; give {KINDS}.")
         with safe_open(path, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             return tensors, dict(stored.metadata() or {})
@@ -80,6 +92,19 @@ def _read_zip(path: Path, where: str) -> Any:
         return {name: arrays[name] for name in arrays.files}
 
 
+def _read_json(path: Path, where: str) -> Any:
+    """Nested lists of numbers, alone or in objects, as servers answer; of JSON Lines a list."""
+    text = read_file(path)
+    try:
+        return read_json(text)
+    except ValueError:
+        lines = text.splitlines()
+    try:
+        return [read_json(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON ({error}); write it again.") from error
+
+
 def _read_torch(path: Path, where: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -105,7 +130,8 @@ def _read_folder(path: Path, where: str) -> Any:
         held, _ = read_tensors(prompt, f"{where}, {str(prompt.relative_to(path))!r}")
         known = {key: told[key] for key in ("layer_idx",) if key in told}
         return {**known, **held} if isinstance(held, dict) else {**known, "hidden_states": held}
-    files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
+    files = [file for file in path.iterdir() if file.suffix in _SUFFIXES]
+    files.sort(key=lambda file: natural(file.name))
     if not files:
         raise InputError(f"{where} is a folder without files of tensors; give {KINDS}.")
     return [read_tensors(file, f"{where}, {file.name!r}")[0] for file in files]

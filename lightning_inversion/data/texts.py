@@ -41,8 +41,8 @@ def read_prompts(path: Path, option: str) -> list[str]:
     kind = path.suffix.lower()
     if _OTHER_FORMATS.fullmatch(kind):
         raise InputError(
-            f"{where} is a {kind} file; give a text file with one prompt a line, or a .jsonl file "
-            'with a key "prompt".'
+            f"{where} is a {kind} file; give a text file with one prompt per line, or a .jsonl "
+            'file with a key "prompt".'
         )
     try:
         lines = read_file(path).decode("utf-8-sig").split("\n")

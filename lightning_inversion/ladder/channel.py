@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from lightning_inversion.data.targets import Storage
+from lightning_inversion.data.storage import Storage
 from lightning_inversion.files import Record
+from lightning_inversion.inputs import MeanInitializer
 from lightning_inversion.ladder.measure import (
     Rows,
     Subject,
@@ -29,7 +30,7 @@ from lightning_inversion.transformer.loading import TransformerSpec
 
 _log = logging.getLogger(__name__)
 PRETRAINED = "SmolLM2-135M"
-WIDTHS = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
+WIDTHS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 7 / 8, 15 / 16, 31 / 32, 127 / 128, 1)
 """Shares of the features that are kept: the first ones, as in the source."""
 _FEW, _BUDGET = 5, 256
 """Prompts of the pretrained model, and candidates that recovery may run for a token."""
@@ -88,7 +89,7 @@ def subjects(plan: Plan, root: Path) -> Iterator[Subject]:
 
 
 def _is_example(rung: Rung) -> bool:
-    return (rung.width, rung.blocks, rung.seed) == (128, 2, 0)
+    return (rung.width, rung.blocks, rung.vocabulary, rung.seed) == (128, 2, 1024, 0)
 
 
 def slice_of_share(width: int, kept: float) -> str | None:
@@ -99,19 +100,24 @@ def slice_of_share(width: int, kept: float) -> str | None:
 def channel_row(subject: Subject, kept: float, iterations: int) -> Record:
     """The recipe, the probe and recovery on the first features at depth 1, beside the theory.
 
+    ``from_mean`` is the recipe that starts at the mean embedding, read by the nearest embedding.
+
     ``theory_bits`` is what a Gaussian channel of the probe's signal and errors carries; Fano's
     inequality lets no reader of these name more than ``theory_right`` of tokens with even odds.
     """
     features = slice_of_share(subject.names["width"], kept)
     transformer = subject.cut(1, features)
     measurements = subject.measurements(transformer)
+    recipe = Recipe(iterations, seed=subject.names["seed"])
+    at_mean = replace(recipe, initializer=MeanInitializer())
     bits = float(measurements.probe.signal[1].clamp_min(1.0).log2().sum() / 2)
     vocabulary = transformer.embedding.vocabulary_size
     return {
         "kind": "channel", **subject.names, "depth": 1, "features": features,
         "kept": transformer.feature_size, "theory_bits": bits,
         "theory_right": fano(bits, vocabulary),
-        **recipe_scores(transformer, subject, Recipe(iterations, seed=subject.names["seed"])),
+        **recipe_scores(transformer, subject, recipe),
+        "from_mean": recipe_scores(transformer, subject, at_mean)["tuned_nearest"],
         **probe_scores(measurements, subject.held_out),
         **recovery_scores(measurements, subject.reported, budget=_BUDGET),
     }  # fmt: skip
@@ -140,7 +146,7 @@ def fano(bits: float, choices: int) -> float:
 def channel(plan: Plan, root: Path, rows: Rows, iterations: int) -> None:
     """Rows of every width; the same call resumes."""
     for subject in subjects(plan, root):
-        for kept in WIDTHS:
+        for kept in WIDTHS if subject.text is not None else WIDTHS[2::3]:
             features = slice_of_share(subject.names["width"], kept)
             names = {name: subject.names[name] for name in ("model", "share")}
             if rows.has(kind="channel", **names, depth=1, features=features):
@@ -160,7 +166,7 @@ def survive(plan: Plan, root: Path, rows: Rows) -> None:
     """Rows of every setting and depth; the same call resumes."""
     for subject in subjects(plan, root):
         blocks = block_count(subject.model.config)
-        for depth in sorted({1, min(8, blocks), blocks}):
+        for depth in sorted({1, min(8, blocks)}):
             for setting in SETTINGS if depth <= 2 else SETTINGS[::3]:
                 names = {name: subject.names[name] for name in ("model", "share")}
                 if not rows.has(kind="survival", **names, depth=depth, channel=setting.name):

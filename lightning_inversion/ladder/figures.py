@@ -34,7 +34,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     found = np.asarray(values, dtype=float)
     if len(found) < 2:
         return float("nan"), float("nan")
-    t = _T[min(len(found) - 1, len(_T)) - 1]
+    t = _T[len(found) - 2] if len(found) <= len(_T) + 1 else 2.1  # 2.1: of about 20 values
     half = t * found.std(ddof=1) / np.sqrt(len(found))
     return max(0.0, float(found.mean() - half)), min(1.0, float(found.mean() + half))
 
@@ -49,11 +49,13 @@ def _lines(axes: Any, points: pd.DataFrame, x: str, y: str, hue: str, **how: Any
 
 def training_figure(cells: pd.DataFrame) -> RenderedFigure:
     """Tokens right along the training, for each shape and width; what probe and recovery read."""
-    cells = cells[(cells["depth"] == 1) & (cells["vocabulary"] == 1024) & (cells["blocks"] == 2)]
-    cells = cells.assign(training=100 * cells["share"])
+    cells = cells[(cells["vocabulary"] == 1024) & (cells["blocks"] == 2)]
+    shares = sorted(cells["share"].unique())
+    cells = cells.assign(training=cells["share"].map(shares.index))
     panels = [
         (f"{name}: recipe, tuned rate", cells[cells["shape"] == shape], "tuned", "width")
         for shape, name in (("gpt2", "GPT-2"), ("llama", "Llama"))
+        if (cells["shape"] == shape).any()
     ]
     read = cells.melt(["training"], ["tuned_nearest", "probe_top1", "recovery_right"])
     read["reader"] = read["variable"].map(READERS)
@@ -62,8 +64,7 @@ def training_figure(cells: pd.DataFrame) -> RenderedFigure:
     for number, (title, points, y, hue) in enumerate(panels, start=1):
         axes = canvas.add_subplot(1, len(panels), number)
         _lines(axes, points, "training", y, hue)
-        axes.set_xscale("symlog", linthresh=1)
-        axes.set_xticks([0, 1, 3, 10, 30, 100], ["0", "1", "3", "10", "30", "100"])
+        axes.set_xticks(range(len(shares)), [f"{100 * share:g}" for share in shares])
         axes.set(title=title, xlabel=f"% of the training ({_n(points)})")
     return rendered("ladder-training", "Tokens right along the training", canvas)
 
@@ -75,7 +76,7 @@ def _n(points: pd.DataFrame) -> str:
 
 def width_figure(cells: pd.DataFrame) -> RenderedFigure:
     """Tokens right against width, and against vocabulary / width, before and after training."""
-    ends = cells[(cells["depth"] == 1) & cells["share"].isin([0.0, 1.0]) & (cells["blocks"] == 2)]
+    ends = cells[cells["share"].isin([0.0, 1.0]) & (cells["blocks"] == 2)]
     ends = ends.assign(
         ratio=ends["vocabulary"] / ends["width"],
         line=ends["shape"].map({"gpt2": "GPT-2", "llama": "Llama"})
@@ -97,46 +98,34 @@ def width_figure(cells: pd.DataFrame) -> RenderedFigure:
     return rendered("ladder-width", "Tokens right by width", canvas)
 
 
-def intervention_figure(shares: pd.DataFrame) -> RenderedFigure:
-    """The share of the effect of training that each intervention restores, or removes.
-
-    Args:
-        shares: from ``effects``.
-    """
-    canvas = FigureStyle(width=4.6, height=5.2).canvas(2)
-    order = [*shares.groupby("intervention")["restored"].mean().sort_values().index[::-1]]
-    for number, (column, title) in enumerate(
-        (("restored", "on the trained model: share restored"),
-         ("removed", "on the untrained model: share removed")), start=1,
-    ):  # fmt: skip
+def intervention_figure(rows: pd.DataFrame) -> RenderedFigure:
+    """Tokens right after each intervention; dotted, without any, before and after training."""
+    means = rows.pivot_table("tuned", "intervention", "share")
+    order = [*means[1.0].sort_values(ascending=False).drop("none").index]
+    canvas = FigureStyle(width=5.0, height=5.4).canvas(2)
+    models = f"n = {rows['family'].nunique()} models x {rows['seed'].nunique()} seeds"
+    for number, (share, title) in enumerate(
+        ((1.0, "on the trained model"), (0.0, "on the untrained model")), start=1
+    ):
         axes = canvas.add_subplot(1, 2, number)
+        own = rows[(rows["share"] == share) & (rows["intervention"] != "none")]
         sns.pointplot(
-            shares, y="intervention", x=column, order=order, ax=axes, linestyle="none",
-            errorbar=lambda values: _wide(values), color="#0173b2",
+            own.reset_index(drop=True), y="intervention", x="tuned", order=order, ax=axes,
+            linestyle="none", errorbar=t_interval, color="#0173b2",
         )  # fmt: skip
-        axes.axvline(0.5, color="#5a6070", linewidth=0.8, linestyle=":")
-        axes.set(title=title, ylabel="", xlim=(-0.4, 1.2))
-        axes.set_xlabel(f"of the effect on the tuned recipe (n = {_models(shares)})")
+        for end, colour in ((0.0, "#029e73"), (1.0, "#d55e00")):
+            axes.axvline(means.loc["none", end], color=colour, linestyle=":")
+        axes.set(title=title, ylabel="", xlim=(-_MARGIN, 1 + _MARGIN))
+        axes.set_xlabel(f"tokens right, tuned rate ({models})")
         if number == 2:
             axes.set_yticklabels([])
     return rendered("ladder-interventions", "What restores the recipe", canvas)
 
 
-def _models(shares: pd.DataFrame) -> str:
-    return f"{shares['family'].nunique()} models x {shares['seed'].nunique()} seeds"
-
-
-def _wide(values: Any) -> tuple[float, float]:
-    """As ``t_interval``, without bounds and for more values."""
-    found = np.asarray(values, dtype=float)
-    t = _T[len(found) - 2] if 2 <= len(found) <= 10 else 2.1
-    half = t * found.std(ddof=1) / np.sqrt(len(found))
-    return float(found.mean() - half), float(found.mean() + half)
-
-
 def mechanism_figure(cells: pd.DataFrame) -> RenderedFigure:
     """The tuned recipe against what might explain it, a point for each model."""
-    cells = cells[cells["depth"] == 1].assign(training=lambda frame: 100 * frame["share"])
+    cells = cells.assign(training=[f"{100 * share:g}%" for share in cells["share"]])
+    order = [f"{100 * share:g}%" for share in sorted(cells["share"].unique())]
     columns = {
         "jacobian_condition_later": "conditioning of the Jacobian",
         "embedding_condition": "conditioning of the embedding",
@@ -147,16 +136,19 @@ def mechanism_figure(cells: pd.DataFrame) -> RenderedFigure:
     for number, (column, name) in enumerate(columns.items(), start=1):
         axes = canvas.add_subplot(1, len(columns), number)
         sns.scatterplot(
-            cells, x=column, y="tuned", hue="training", hue_norm=(0, 100), style="shape",
+            cells, x=column, y="tuned", hue="training", hue_order=order, style="shape",
             palette="viridis", ax=axes, legend=number == 1, s=24,
         )  # fmt: skip
-        axes.set(xscale="log", ylim=(-_MARGIN, 1 + _MARGIN), title=name, ylabel="", xlabel="")
+        axes.set(xscale="log", ylim=(-_MARGIN, 1 + _MARGIN), ylabel="")
+        axes.set_xlabel(f"{name} (n = {len(cells)})")
+        plain_ticks(axes.xaxis)
     return rendered("ladder-mechanism", "What goes with tokens right", canvas)
 
 
 def channel_figure(rows: pd.DataFrame) -> RenderedFigure:
     """Tokens right against the features kept, beside Fano's bound and the rank of the Jacobian."""
-    shown = {**READERS, "theory_right": "Fano bound, linear reader"}
+    shown = {**READERS, "from_mean": "recipe from the mean, nearest",
+             "theory_right": "Fano bound, linear reader"}  # fmt: skip
     del shown["printed"]
     panels = [*rows.groupby(["model", "share"], sort=False)]
     canvas = _STYLE.canvas(len(panels))
@@ -165,25 +157,24 @@ def channel_figure(rows: pd.DataFrame) -> RenderedFigure:
         long = own.melt(["kept"], [*shown])
         long["reader"] = long["variable"].map(shown)
         sns.lineplot(
-            long, x="kept", y="value", hue="reader", style="reader", markers=True, ax=axes,
-            palette="colorblind", legend=number == 1,
+            long, x="kept", y="value", hue="reader", style="reader", markers=True, dashes=False,
+            ax=axes, palette="colorblind",
         )  # fmt: skip
+        handles, names = axes.get_legend_handles_labels()
+        axes.legend_ = None  # one legend for all panels stands below them
         axes.axvline(own["width"].iloc[0], color="#5a6070", linewidth=0.8, linestyle=":")
         name = model if model.startswith("Smol") else f"{model[:-3]}, {100 * share:g}%"
         axes.set(ylim=(-_MARGIN, 1 + _MARGIN), title=name, ylabel="", xscale="log")
         plain_ticks(axes.xaxis)
-        axes.set_xlabel(f"features kept of {own['width'].iloc[0]}")
+        axes.set_xlabel(f"features kept of {own['width'].iloc[0]} ({len(own)} widths, 1 seed)")
+    canvas.legend(handles, names, loc="outside lower center", ncols=len(shown))
     return rendered("ladder-channel", "Tokens right by features kept", canvas)
 
 
-def draw(cells: pd.DataFrame, shares: pd.DataFrame, channel: pd.DataFrame) -> list[RenderedFigure]:
-    """Every figure that there are rows for."""
+def draw(cells: pd.DataFrame, rows: pd.DataFrame, channel: pd.DataFrame) -> list[RenderedFigure]:
+    """Every figure of the page, from the rows of models, interventions and channels."""
     with rc_context(_STYLE.settings):
-        figures = []
-        if len(cells):
-            figures += [training_figure(cells), width_figure(cells), mechanism_figure(cells)]
-        if len(shares):
-            figures.append(intervention_figure(shares))
-        if len(channel):
-            figures.append(channel_figure(channel))
-        return figures
+        return [
+            training_figure(cells), width_figure(cells), mechanism_figure(cells),
+            intervention_figure(rows), channel_figure(channel),
+        ]  # fmt: skip

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 import lightning_inversion
-from lightning_inversion.data.targets import Storage
+from lightning_inversion.data.storage import Storage
 from lightning_inversion.files import Record, append_records, read_records
 from lightning_inversion.ladder.mechanism import INTERVENTIONS, Intervention, changed, mechanism
 from lightning_inversion.ladder.plan import Plan, Rung
@@ -242,48 +243,42 @@ def _rounded(value: Any) -> Any:
 
 
 def measure(plan: Plan, root: Path, rows: Rows, iterations: int) -> None:
-    """Measure every trained model at depth 1 and at its last block; the same call resumes."""
+    """Measure every trained model at depth 1; the same call resumes."""
     texts = Texts(plan)
-    for rung, share, depth in _cells(plan, root):
-        if rows.has(kind="cell", model=rung.name, share=share, depth=depth):
+    for rung, share in _cells(plan, root):
+        if rows.has(kind="cell", model=rung.name, share=share, depth=1):
             continue
         subject = subject_of(rung, share, plan, root, texts)
-        row = cell_row(subject, depth, rung.seed, iterations)
+        row = cell_row(subject, 1, rung.seed, iterations)
         rows.add(row)
         _log.info(
-            "%s after %g%%, depth %d: printed %.2f, tuned %.2f, nearest %.2f, probe %.2f, "
-            "recovery %.2f", rung.name, 100 * share, depth, row["printed"], row["tuned"],
-            row["tuned_nearest"], row["probe_top1"], row["recovery_right"],
+            "%s after %g%%: printed %.2f, tuned %.2f, nearest %.2f, probe %.2f, recovery %.2f",
+            rung.name, 100 * share, row["printed"], row["tuned"], row["tuned_nearest"],
+            row["probe_top1"], row["recovery_right"],
         )  # fmt: skip
 
 
-def _cells(plan: Plan, root: Path) -> Iterator[tuple[Rung, float, int]]:
+def _cells(plan: Plan, root: Path) -> Iterator[tuple[Rung, float]]:
     """The models that are trained, both ends of the training first."""
     ends = (plan.checkpoints[-1], plan.checkpoints[0])
     trained = [rung for rung in plan.rungs if is_trained(rung, plan, root)]
     between = [share for share in plan.checkpoints if share not in ends]
-    yield from ((rung, share, 1) for rung in trained for share in ends)
-    yield from ((rung, share, 1) for rung in trained for share in between)
-    yield from ((r, s, r.blocks) for r in trained for s in ends if r.blocks > 1)
+    yield from ((rung, share) for rung in trained for share in ends)
+    yield from ((rung, share) for rung in trained for share in between)
 
 
 def intervene(plan: Plan, root: Path, rows: Rows, iterations: int) -> None:
     """Run every intervention on both ends of each rung's training; the same call resumes."""
     texts = Texts(plan)
     ends = (plan.checkpoints[-1], plan.checkpoints[0])
-    for rung in (rung for rung in plan.rungs if is_trained(rung, plan, root)):
-        for share, far in (ends, ends[::-1]):
-            left = [
-                one for one in INTERVENTIONS
-                if not rows.has(kind="intervention", intervention=one.name, model=rung.name,
-                                share=share, depth=1)
-            ]  # fmt: skip
-            if not left:
-                continue
-            subject = subject_of(rung, share, plan, root, texts)
-            other = subject_of(rung, far, plan, root, texts).model
-            for one in left:
-                row = intervention_row(one, subject, other, 1, rung.seed, iterations)
-                rows.add(row)
-                _log.info("%s after %g%%, %s: printed %.2f, tuned %.2f", rung.name, 100 * share,
-                          one.name, row["printed"], row["tuned"])  # fmt: skip
+    trained = [rung for rung in plan.rungs if is_trained(rung, plan, root)]
+    for one, rung, (share, far) in product(INTERVENTIONS, trained, (ends, ends[::-1])):
+        names = {"kind": "intervention", "intervention": one.name, "model": rung.name}
+        if rows.has(**names, share=share, depth=1):
+            continue
+        subject = subject_of(rung, share, plan, root, texts)
+        other = subject_of(rung, far, plan, root, texts).model
+        row = intervention_row(one, subject, other, 1, rung.seed, iterations)
+        rows.add(row)
+        _log.info("%s after %g%%, %s: printed %.2f, tuned %.2f", rung.name, 100 * share,
+                  one.name, row["printed"], row["tuned"])  # fmt: skip

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,52 @@ def through_probe(transformer: TruncatedTransformer) -> Tensor:
     return probe.matrix / probe.std[..., None]
 
 
+def jacobians(transformer: TruncatedTransformer, ids: Tensor, position: int) -> Tensor:
+    """``[N, F, D]`` derivatives of a position's features by its own vector, of ids ``[N, T]``."""
+    vectors = transformer.embedding(ids)
+
+    def features(own: Tensor) -> Tensor:
+        moved = torch.cat([vectors[:, :position], own[:, None], vectors[:, position + 1 :]], dim=1)
+        return transformer(moved)[:, position]  # type: ignore[no-any-return]
+
+    own = vectors[:, position].clone().requires_grad_()
+    put_out = features(own)
+    rows = [
+        torch.autograd.grad(put_out[:, feature].sum(), own, retain_graph=True)[0]
+        for feature in range(put_out.shape[1])
+    ]
+    return torch.stack(rows, dim=1)
+
+
+class Preconditioned(torch.optim.SGD):
+    """SGD whose gradient ``[..., D]`` is multiplied by a matrix.
+
+    Args:
+        values: the parameter.
+        matrix: ``[D, D]``.
+    """
+
+    def __init__(self, values: Any, matrix: Tensor) -> None:
+        super().__init__(values, lr=1.0)
+        self.matrix = matrix
+
+    def step(self, closure: Any = None) -> Any:
+        """One step by the multiplied gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = parameter.grad @ self.matrix
+        return super().step(closure)
+
+
+def inverse_curvature(transformer: TruncatedTransformer) -> Tensor:
+    """``[D, D]`` the inverse of the mean J'J over random tokens: Gauss-Newton's step."""
+    ids = random_ids(transformer, rows=64, length=8)
+    found = jacobians(transformer, ids, 4).double()
+    curvature = (found.mT @ found).mean(0)
+    curvature.diagonal().add_(1e-3 * curvature.diagonal().mean())
+    return curvature.inverse().float()
+
+
 @dataclass(frozen=True)
 class Intervention:
     """A change to a model or to the recipe.
@@ -155,6 +201,11 @@ def _adam(values: object) -> torch.optim.Optimizer:
     return torch.optim.Adam(values, lr=1.0)  # type: ignore[arg-type]
 
 
+def _preconditioned(model: TruncatedTransformer) -> dict[str, object]:
+    matrix = inverse_curvature(model)
+    return {"optimizer": lambda values: Preconditioned(values, matrix)}
+
+
 INTERVENTIONS = (
     Intervention("none"),
     _exchange("embedding exchanged", EMBEDDING),
@@ -170,6 +221,7 @@ INTERVENTIONS = (
         "features through the probe",
         recipe=lambda model: {"objective": Mapped(through_probe(model), L1())},
     ),
+    Intervention("steps by the inverse Jacobian", recipe=lambda model: _preconditioned(model)),
     Intervention(
         "features in std", recipe=lambda model: {"objective": Mapped(one_over_std(model), L1())}
     ),
@@ -195,6 +247,13 @@ INTERVENTIONS = (
         },
         decoder="nearest",
     ),
+    Intervention(
+        "inverse Jacobian, starts near the prompt",
+        recipe=lambda model: {
+            **_preconditioned(model),
+            "initializer": PromptInitializer(noise=model.embedding.std),
+        },
+    ),
     Intervention("ten times the iterations", longer=10),
 )
 
@@ -204,23 +263,6 @@ def changed(base: Recipe, intervention: Intervention, model: TruncatedTransforme
     more = {} if intervention.recipe is None else intervention.recipe(model)
     iterations = intervention.longer * base.iterations
     return replace(base, **more, iterations=iterations)  # type: ignore[arg-type]
-
-
-def jacobians(transformer: TruncatedTransformer, ids: Tensor, position: int) -> Tensor:
-    """``[N, F, D]`` derivatives of a position's features by its own vector, of ids ``[N, T]``."""
-    vectors = transformer.embedding(ids)
-
-    def features(own: Tensor) -> Tensor:
-        moved = torch.cat([vectors[:, :position], own[:, None], vectors[:, position + 1 :]], dim=1)
-        return transformer(moved)[:, position]  # type: ignore[no-any-return]
-
-    own = vectors[:, position].clone().requires_grad_()
-    put_out = features(own)
-    rows = [
-        torch.autograd.grad(put_out[:, feature].sum(), own, retain_graph=True)[0]
-        for feature in range(put_out.shape[1])
-    ]
-    return torch.stack(rows, dim=1)
 
 
 @torch.no_grad()

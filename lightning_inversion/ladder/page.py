@@ -49,7 +49,7 @@ def between(values: pd.Series) -> str:
 
 def training_table(cells: pd.DataFrame) -> str:
     """Before and after training, a line for each model and reader; whether intervals touch."""
-    ends = cells[(cells["depth"] == 1) & cells["share"].isin([0.0, 1.0])]
+    ends = cells[cells["share"].isin([0.0, 1.0])]
     lines = []
     for family, own in ends.groupby("family", sort=False):
         before, after = own[own["share"] == 0], own[own["share"] == 1]
@@ -68,15 +68,16 @@ def training_table(cells: pd.DataFrame) -> str:
 
 
 def readers_table(cells: pd.DataFrame) -> str:
-    """What probe and recovery read along the training; means over all models."""
-    own = cells[cells["depth"] == 1]
+    """What each reader reads along the training; means over the models with rows at every share."""
+    counts = cells.groupby("model")["share"].transform("nunique")
+    cells = cells[counts == cells["share"].nunique()]
     lines = [
         [f"{100 * share:g}%", str(len(rows)), f"{rows['loss'].mean():.2f}",
          *(f"{rows[name].mean():.3f}" for name in
            ("printed", "tuned", "tuned_nearest", "probe_top1")),
          f"{rows['probe_read_bits'].mean():.2f}", f"{rows['recovery_right'].mean():.3f}",
          f"{rows['recovery_verified'].mean():.3f}", f"{rows['recovery_false'].sum():.0f}"]
-        for share, rows in own.groupby("share")
+        for share, rows in cells.groupby("share")
     ]  # fmt: skip
     columns = ["training", "models", "loss", "printed", "tuned", "tuned, nearest", "probe",
                "bits", "recovery", "verified", "false"]  # fmt: skip
@@ -85,7 +86,7 @@ def readers_table(cells: pd.DataFrame) -> str:
 
 def width_table(cells: pd.DataFrame) -> str:
     """By width, GPT-2's shape with 1,024 tokens and two blocks, before and after training."""
-    own = cells[(cells["depth"] == 1) & (cells["blocks"] == 2) & cells["share"].isin([0.0, 1.0])]
+    own = cells[(cells["blocks"] == 2) & cells["share"].isin([0.0, 1.0])]
     lines = [
         [f"{shape}, V {vocabulary}, {100 * share:g}%", str(width), str(rows["seed"].nunique()),
          between(rows["printed"]), between(rows["tuned"]), between(rows["tuned_nearest"]),
@@ -99,48 +100,69 @@ def width_table(cells: pd.DataFrame) -> str:
     return as_markdown(columns, lines)
 
 
-def effects(rows: pd.DataFrame) -> pd.DataFrame:
-    """The share of training's effect on the tuned recipe that an intervention moves.
+def slope_table(cells: pd.DataFrame) -> str:
+    """Tokens right for each doubling of three widths or more, by least squares."""
+    own = cells[(cells["blocks"] == 2) & (cells["vocabulary"] == 1024)]
+    lines = []
+    for (shape, share), rows in own[own["share"].isin([0.0, 1.0])].groupby(["shape", "share"]):
+        if rows["width"].nunique() < 3:
+            continue
+        for column in ("printed", "tuned", "tuned_nearest"):
+            x, y = np.log2(rows["width"].to_numpy()), rows[column].to_numpy()
+            x = x - x.mean()
+            slope = (x @ y) / (x @ x)
+            error = y - y.mean() - slope * x
+            half = 2.2 * np.sqrt(error @ error / max(1, len(x) - 2) / (x @ x))  # t of 10 to 12
+            lines.append([str(shape), f"{100 * share:g}%", column, str(len(rows)),
+                          f"{slope:+.2f} [{slope - half:+.2f}, {slope + half:+.2f}]"])  # fmt: skip
+    return as_markdown(["shape", "training", "recipe", "models", "for each doubling"], lines)
 
-    ``restored``: on the trained model, (with - without) / (untrained - trained). ``removed``: on
-    the untrained model, (without - with) / (untrained - trained). Rungs whose effect is less than
-    0.1 are left out, and so are exchanges between equals.
+
+def effects(rows: pd.DataFrame) -> pd.DataFrame:
+    """What an intervention does to the tuned recipe, beside what training does, for each model.
+
+    ``effect`` is untrained - trained without it, ``restored`` with - without it on the trained
+    model, ``removed`` without - with it on the untrained one. Models whose effect is less than 0.1
+    are left out.
     """
     found = []
     for _, own in rows.groupby("model", sort=False):
         means = own.pivot_table("tuned", "intervention", "share")
-        if not {0.0, 1.0} <= {*means.columns} or "none" not in means.index:
+        if not {0.0, 1.0} <= {*means.columns}:
             continue
-        effect = means.loc["none", 0.0] - means.loc["none", 1.0]
-        if not effect >= 0.1:
-            continue
-        table = pd.DataFrame({
-            "restored": (means[1.0] - means.loc["none", 1.0]) / effect,
-            "removed": (means.loc["none", 0.0] - means[0.0]) / effect,
-        }).drop("none").reset_index()  # fmt: skip
-        first = own.iloc[0]
-        found.append(table.assign(model=first["model"], family=first["family"], seed=first["seed"]))
+        none = means.loc["none"]
+        effect = none[0.0] - none[1.0]
+        if effect >= 0.1:
+            table = pd.DataFrame({"restored": means[1.0] - none[1.0],
+                                  "removed": none[0.0] - means[0.0]})  # fmt: skip
+            names = own.iloc[0][["model", "shape", "family", "seed"]].to_dict()
+            found.append(table.drop("none").reset_index().assign(effect=effect, **names))
     return pd.concat(found) if found else pd.DataFrame()
 
 
 def intervention_table(rows: pd.DataFrame, shares: pd.DataFrame) -> str:
     """Tokens right with each intervention at both ends, and the share of the effect it moves."""
+    rows = rows[rows["model"].isin(shares["model"])]
     means = rows.pivot_table("tuned", "intervention", "share")
     lines = []
     for name, own in shares.groupby("intervention"):
+        shapes = [own, own[own["shape"] == "gpt2"], own[own["shape"] == "llama"]]
         lines.append([
-            str(name), str(len(own)), f"{means.loc[name, 1.0]:.2f}", _share(own["restored"]),
-            f"{means.loc[name, 0.0]:.2f}", _share(own["removed"]),
+            str(name), str(len(own)), f"{means.loc[name, 1.0]:.2f}",
+            *(_share(one, "restored") for one in shapes), f"{means.loc[name, 0.0]:.2f}",
+            _share(own, "removed"),
         ])  # fmt: skip
-    lines.sort(key=lambda line: -float(line[3].split()[0]))
+    lines.sort(key=lambda line: -float(line[3]))
     base = means.loc["none"]
-    lines.insert(0, ["none", "", f"{base[1.0]:.2f}", "", f"{base[0.0]:.2f}", ""])
-    columns = ["intervention", "models x seeds", "trained", "restored", "untrained", "removed"]
+    lines.insert(0, ["none", str(len(rows["model"].unique())), f"{base[1.0]:.2f}", "", "", "",
+                     f"{base[0.0]:.2f}", ""])  # fmt: skip
+    columns = ["intervention", "n", "trained: tokens right", "share restored", "GPT-2", "Llama",
+               "untrained: tokens right", "share removed"]  # fmt: skip
     return as_markdown(columns, lines)
 
 
-def _share(values: pd.Series) -> str:
-    return f"{values.mean():.2f} ({values.min():.2f} to {values.max():.2f})"
+def _share(rows: pd.DataFrame, column: str) -> str:
+    return f"{rows[column].sum() / rows['effect'].sum():.2f}" if len(rows) else ""
 
 
 def suspects_table(cells: pd.DataFrame) -> str:
@@ -149,17 +171,16 @@ def suspects_table(cells: pd.DataFrame) -> str:
     The last column is the standardised coefficient of the suspect alone, in logarithms, in a
     regression that also has the share of the training and the width.
     """
-    own = cells[cells["depth"] == 1]
-    trained = own[own["share"] == 1]
+    trained = cells[cells["share"] == 1]
     lines = []
     for column, name in SUSPECTS.items():
-        middle = own.groupby(own["share"].isin([1.0]))[column].median()
+        middle = cells.groupby(cells["share"].isin([1.0]))[column].median()
         lines.append([
             name, f"{middle.get(False, math.nan):.3g}", f"{middle.get(True, math.nan):.3g}",
-            f"{_ranks(own, column):+.2f}", f"{_ranks(trained, column):+.2f}",
-            f"{_beside(own, column):+.2f}",
+            f"{_ranks(cells, column):+.2f}", f"{_ranks(trained, column):+.2f}",
+            f"{_beside(cells, column):+.2f}",
         ])  # fmt: skip
-    columns = ["suspect", "median, before the end", "median, trained", f"all ({len(own)})",
+    columns = ["suspect", "median, before the end", "median, trained", f"all ({len(cells)})",
                f"trained ({len(trained)})", "beside training and width"]  # fmt: skip
     return as_markdown(columns, lines)
 
@@ -169,18 +190,18 @@ def _ranks(frame: pd.DataFrame, column: str) -> float:
 
 
 def _beside(frame: pd.DataFrame, column: str) -> float:
-    parts = [np.log(frame[column].clip(lower=1e-9)), frame["share"] > 0, np.log(frame["width"]),
-             np.sqrt(frame["share"])]  # fmt: skip
-    design = np.stack([(p - np.mean(p)) / (np.std(p) + 1e-12) for p in map(np.asarray, [
-        np.asarray(part, dtype=float) for part in parts])], axis=1)  # fmt: skip
-    right = frame["tuned"].to_numpy(dtype=float)
-    found, *_ = np.linalg.lstsq(design, (right - right.mean()) / right.std(), rcond=None)
+    parts = [np.log(frame[column]), frame["share"] > 0, np.sqrt(frame["share"]),
+             np.log(frame["width"]), frame["tuned"]]  # fmt: skip
+    table = np.stack([np.asarray(part, dtype=float) for part in parts], axis=1)
+    table = (table - table.mean(0)) / (table.std(0) + 1e-12)
+    found, *_ = np.linalg.lstsq(table[:, :-1], table[:, -1], rcond=None)
     return float(found[0])
 
 
 def channel_table(rows: pd.DataFrame) -> str:
     """Features at which each reader crosses a tenth, a half and nine tenths of what all give."""
-    names = {"tuned": "recipe", "tuned_nearest": "recipe, nearest", "probe_top1": "probe",
+    names = {"tuned": "recipe", "tuned_nearest": "recipe, nearest",
+             "from_mean": "recipe from the mean, nearest", "probe_top1": "probe",
              "recovery_right": "recovery", "theory_right": "Fano bound"}  # fmt: skip
     lines = []
     for (model, share), own in rows.groupby(["model", "share"], sort=False):
@@ -202,20 +223,41 @@ def _crossing(rows: pd.DataFrame, column: str, level: float) -> int:
 
 
 def survival_table(rows: pd.DataFrame) -> str:
-    """What the probe and recovery read of what is left of the features."""
-    lines = [
-        [row.model, f"{100 * row.share:g}%", str(row.depth), row.channel,
-         f"{row.probe_read_bits:.1f} of {math.log2(row.vocabulary):.1f}", f"{row.probe_top1:.2f}",
-         f"{row.recovery_right:.2f}", f"{row.recovery_verified:.2f}", str(row.recovery_false)]
-        for row in rows.itertuples()
-    ]  # fmt: skip
-    columns = ["model", "training", "depth", "what is left", "probe, bits a token", "probe, top 1",
-               "recovery", "verified", "false"]  # fmt: skip
-    return as_markdown(columns, lines)
+    """Bits of the probe, tokens that recovery reads and tokens verified, by what is left."""
+    settings = [*rows["channel"].unique()]
+    lines = []
+    for (model, share, depth), own in rows.groupby(["model", "share", "depth"], sort=False):
+        cells = {
+            row.channel: f"{row.probe_read_bits:.1f} / {row.recovery_right:.2f} / "
+            f"{row.recovery_verified:.2f}"
+            for row in own.itertuples()
+        }
+        top = math.log2(own["vocabulary"].iloc[0])
+        lines.append([f"{model}, {100 * share:g}%", str(depth), f"{top:.1f}",
+                      *(cells.get(name, "") for name in settings),
+                      str(own["recovery_false"].sum())])  # fmt: skip
+    return as_markdown(["model", "depth", "log2 V", *settings, "false"], lines)
+
+
+def tables_of(folder: Path) -> dict[str, str]:
+    """The tables of the page, by name, from the folder of kept rows."""
+    cells, rows, channel, survival = _frames(folder)
+    return {
+        "training": training_table(cells), "readers": readers_table(cells),
+        "width": width_table(cells), "slopes": slope_table(cells),
+        "suspects": suspects_table(cells),
+        "interventions": intervention_table(rows, effects(rows)),
+        "channel": channel_table(channel), "survival": survival_table(survival),
+    }  # fmt: skip
+
+
+def _frames(folder: Path) -> list[pd.DataFrame]:
+    names = ("cells", "interventions", "channel", "survival")
+    return [frame_of(folder / f"{name}.jsonl") for name in names]
 
 
 def write(folder: Path, page: Path) -> list[Path]:
-    """Write the figures, and the tables into the page; returns what was written.
+    """Write the tables into the page, and the figures; returns what was written.
 
     Args:
         folder: of the kept rows.
@@ -224,20 +266,9 @@ def write(folder: Path, page: Path) -> list[Path]:
     Raises:
         InputError: the page has other marks than there are tables.
     """
-    cells, rows, channel, survival = (
-        frame_of(folder / f"{name}.jsonl")
-        for name in ("cells", "interventions", "channel", "survival")
-    )
-    shares = effects(rows) if len(rows) else rows
-    tables = {
-        "training": training_table(cells), "readers": readers_table(cells),
-        "width": width_table(cells), "suspects": suspects_table(cells),
-        "interventions": intervention_table(rows, shares), "channel": channel_table(channel),
-        "survival": survival_table(survival),
-    }  # fmt: skip
-    page.write_text(fill(page.read_text("utf-8"), tables), encoding="utf-8")
-    written = [page]
-    for figure in draw(cells, shares, channel):
+    page.write_text(fill(page.read_text("utf-8"), tables_of(folder)), encoding="utf-8")
+    written, (cells, rows, channel, _) = [page], _frames(folder)
+    for figure in draw(cells, rows[rows["model"].isin(effects(rows)["model"])], channel):
         path = page.parent / "images" / f"{figure.name}.png"
         path.write_bytes(figure.png)
         written.append(path)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_of
-from lightning_inversion.recovery.calibration import Calibration
+from lightning_inversion.recovery.calibration import CLEARANCE, Calibration
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.rivals import NearTokens
 from lightning_inversion.recovery.verification import Verifier
@@ -23,6 +23,8 @@ from lightning_inversion.untrusted import read_file, read_json
 FORMAT = 2
 """Version of the certificate's file."""
 
+Rows = Literal["all", "last"]
+"""Which hidden states of a prompt a policy reads."""
 State = Literal["verified", "conditional", "group", "unresolved", "read"]
 """What is shown of a token: see ``TokenCertificate``."""
 
@@ -101,6 +103,8 @@ class Certificate:
         known: tokens that were given.
         tokens: a certificate for each other token.
         calibration: the thresholds, measured for this hypothesis; see ``Calibration``.
+        rows: which hidden states the tokens were compared with: each token's own, or the last
+            position's alone (see ``LastPosition``), which then is that of the whole text.
     """
 
     transformer: dict[str, Any]
@@ -108,6 +112,7 @@ class Certificate:
     known: tuple[int, ...]
     tokens: tuple[TokenCertificate, ...]
     calibration: Calibration
+    rows: Rows = "all"
 
     @classmethod
     def of(
@@ -116,10 +121,13 @@ class Certificate:
         tokens: Sequence[TokenCertificate],
         measurements: Measurements,
         storage: Mapping[str, Any],
+        rows: Rows = "all",
     ) -> Certificate:
         """The certificate of a prompt of known and recovered tokens."""
-        description = dict(measurements.transformer.description)
-        return cls(description, dict(storage), known, tuple(tokens), measurements.calibration)
+        return cls(
+            dict(measurements.transformer.description), dict(storage), known, tuple(tokens),
+            measurements.calibration, rows,
+        )  # fmt: skip
 
     @property
     def ids(self) -> list[int]:
@@ -149,6 +157,8 @@ class Certificate:
                     f"The certificate was written for {key} {value}, and the model has {own}."
                 )
         shape = [len(self.ids), transformer.feature_size]
+        if self.rows == "last" and hidden_states.dim() == 2:
+            return self._check_last(transformer, hidden_states[-1:])
         if list(hidden_states.shape) != shape:
             raise InputError(
                 f"The certificate is for hidden states of shape {shape}, and these have "
@@ -179,6 +189,24 @@ class Certificate:
             tuple(verdict.residuals[0, begin:].tolist()),
         )
 
+    @torch.no_grad()
+    def _check_last(self, transformer: TruncatedTransformer, row: Tensor) -> CertificateCheck:
+        """Run the text, and for each token its rival in its place, against the last row [1, F]."""
+        begin, position = len(self.known), torch.tensor([len(self.ids) - 1])
+        texts = torch.tensor(self.ids, device=transformer.device).repeat(1 + len(self.tokens), 1)
+        for number, token in enumerate(self.tokens):
+            texts[1 + number, begin + number] = token.id if token.rival is None else token.rival
+        features = transformer.features_of(texts)[:, -1]
+        at = position.to(features.device)
+        residuals = self.calibration.residual(features, row.to(features), at.expand(len(features)))
+        passes = bool(self.calibration.passes(residuals[:1], at))
+        apart = (residuals[1:] >= CLEARANCE * residuals[0]).tolist()
+        return CertificateCheck(
+            tuple(token.state for token in self.tokens),
+            tuple(passes and far for far in apart),
+            (float(residuals[0]),) * len(self.tokens),
+        )
+
     # -- files -------------------------------------------------------------------------------
 
     def to_json(self) -> str:
@@ -194,6 +222,7 @@ class Certificate:
                 "known": self.known,
                 "tokens": [asdict(token) for token in self.tokens],
                 "calibration": calibration,
+                "rows": self.rows,
             }
         )
 
@@ -214,8 +243,11 @@ class Certificate:
             )
             tokens = tuple(_token(one) for one in found["tokens"])
             known = tuple(int(id) for id in found["known"])
+            rows = found.get("rows", "all")
+            if rows not in get_args(Rows):
+                raise ValueError(f"it is of the rows {rows!r}")
             return cls(
-                dict(found["transformer"]), dict(found["storage"]), known, tokens, calibration
+                dict(found["transformer"]), dict(found["storage"]), known, tokens, calibration, rows
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"This is no certificate: {error}.") from error
@@ -239,7 +271,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class CertificateCheck:
-    """What running the tokens of a certificate again has shown.
+    """What running the tokens of a certificate again has shown; true where it holds.
 
     Attributes:
         states: what the certificate claims of each token.
@@ -259,6 +291,9 @@ class CertificateCheck:
             again or state not in ("verified", "conditional")
             for state, again in zip(self.states, self.reproduced, strict=True)
         )
+
+    def __bool__(self) -> bool:
+        return self.holds
 
 
 def _token(stored: Any) -> TokenCertificate:

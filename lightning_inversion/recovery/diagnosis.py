@@ -79,8 +79,8 @@ class Diagnosis:
         return (
             "nor would one at another depth, with or without the final norm, centred or scaled; if "
             "the rows are of later positions, give the tokens before them as --data.known_prefix "
-            "or set --model.recovery Reading; a few tokens of each position are tried, and none is "
-            "verified"
+            "or set --model.recovery Reading, or LastPosition for the last row of a short text; a "
+            "few tokens of each position are tried, and none is verified"
         )
 
     def __str__(self) -> str:

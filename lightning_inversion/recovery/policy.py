@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.certificate import Certificate, TokenCertificate
+from lightning_inversion.recovery.certificate import Rows, TokenCertificate
 from lightning_inversion.recovery.measurements import Measurements
 
 ALTERNATIVES = 5
@@ -27,7 +27,7 @@ class RecoveredPrompt:
         forwards: forwards of the truncated model that this prompt took part in.
         seconds: wall time until its last token.
         finite: whether the target holds numbers; nothing is recovered where it does not.
-        certificate: what the tokens' certificates rest on; see ``api.recover``.
+        order: the number of each token's row, where rows were in unknown order.
     """
 
     tokens: list[TokenCertificate] = field(default_factory=list)
@@ -35,7 +35,7 @@ class RecoveredPrompt:
     forwards: int = 0
     seconds: float = 0.0
     finite: bool = True
-    certificate: Certificate | None = None
+    order: tuple[int, ...] = ()
 
     @property
     def ids(self) -> list[int]:
@@ -55,11 +55,13 @@ class RecoveryPolicy(ABC):
         needs_language_model: whether it uses the whole model with its head.
         uses_fit: whether the input that a fit has optimised helps it.
         needs_first_position: whether it begins at position 0, or behind tokens that are known.
+        rows: which hidden states of a prompt it reads.
     """
 
     needs_language_model: bool = False
     uses_fit: bool = False
     needs_first_position: bool = True
+    rows: Rows = "all"
 
     @property
     def name(self) -> str:

@@ -144,7 +144,7 @@ class Variants:
                 if float(residual) <= tolerance and not same and (best is None or rank < best[0]):
                     best = rank, variant, float(factors[at])
         if best is None:
-            return self._embeddings(row)
+            return self._embeddings(row) or self._values_alone(row)
         return self._sentence(best[1], best[2])
 
     def _loss(self, features: Tensor, std: Tensor) -> float:
@@ -254,6 +254,25 @@ class Variants:
             fits += f", scaled by {factor:.6g}"
             options.append(f"--data.scale {factor:.6g}")
         return fits, f"set {' '.join(options)}"
+
+    def _values_alone(self, row: Tensor) -> tuple[str, str] | None:
+        """Whether the values fit and the keys do not: keys tell the position they are of."""
+        if self.selection.output != "keys_values" or len(self.selection.layers) > 1:
+            return None
+        values = slice(len(row) // 2, None)
+        without_keys = row.clone()
+        without_keys[: values.start] = self.tokens.mean[: values.start]
+        features = self._features(self.tokens.nearest(without_keys[None], _NEAREST)[0])
+        reference = self._features(self.reference)[:, values]
+        std = reference.std(0) + 1e-6
+        residuals = ((features[:, values] - row[values]) / std).square().mean(-1).sqrt()
+        if float(residuals.min()) > _TOLERANCE + 3 * self._loss(reference, std):
+            return None
+        return (
+            "the values fit and the keys do not, as where they were computed at later positions "
+            "(behind padding on the left, without position_ids)",
+            "set --model.transformer.output values",
+        )
 
     def _embeddings(self, row: Tensor) -> tuple[str, str] | None:
         """Whether the row is a token's embedding itself."""

@@ -20,7 +20,7 @@ from lightning_inversion.report.tables import in_percent, summarize
 
 ATTACKS = {"predict": "exact recovery", "fit": "gradient inversion"}
 """What each command is called on the page, the stronger first."""
-_STATES = {"waiting": "not run yet", "running": "not done yet", "done": "no results"}
+_STATES = {"waiting": "not run yet", "done": "no results"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class AuditRun:
         depth: after how many blocks the observer looks.
         channel: what happened to the activations.
         rows: its result file; None where it has no row.
-        state: waiting, running, done or failed.
+        state: waiting, done or failed.
         message: why it failed.
     """
 

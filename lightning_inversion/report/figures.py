@@ -170,8 +170,9 @@ def _critical_widths(axes: Any, points: pd.DataFrame) -> None:
 
 
 def _candidates(loaded: Loaded, style: FigureStyle) -> Iterator[RenderedFigure]:
-    """The share of tokens that took at most so many candidates."""
+    """The share of tokens that took at most so many candidates, where any was run."""
     counts = loaded.results.explode("candidates").dropna(subset="candidates")
+    counts = counts[counts.groupby("experiment")["candidates"].transform("max") > 0]
     if counts.empty:
         return
     settings = loaded.settings.loc[loaded.settings.index.isin(counts["experiment"])]

@@ -91,7 +91,7 @@ def draw_layers(loaded: Loaded, style: FigureStyle) -> Iterator[RenderedFigure]:
 def rows_by_depth(loaded: Loaded) -> dict[Any, Any]:
     """For the prompt and the settings that have most depths, the first row at each depth.
 
-    Of settings with as many, those that verify most.
+    Ties go to the settings that verify most.
     """
     others = loaded.settings.drop(columns="depth")
     line = others.groupby([*others], dropna=False, sort=False).ngroup()
@@ -118,4 +118,4 @@ def _tokens(row: Any, letters: int) -> list[str]:
     """The tokens of a row, cut to so many letters; nothing where the row does not hold them."""
     if len(row.tokens) != len(row.marks):
         return []
-    return [visible(token).strip()[:letters] for token in row.tokens]
+    return [(visible(token).strip() or "␣")[:letters] for token in row.tokens]

@@ -1,7 +1,7 @@
 """Files of results -> a table of prompts and a table of settings; what is no result is named.
 
 A row of ``results.jsonl`` holds several lists with an entry a token. Ten thousand rows fit into
-memory because the table keeps one letter a token instead.
+memory because the table keeps one letter per token instead.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Loaded:
     Attributes:
         results: one row for each prompt of each run. ``run`` is its file, ``experiment`` its row in
             ``settings``, ``key`` identifies the prompt (its text, or its number where the text is
-            not known), ``tokens`` and ``marks`` have one entry a token, ``verified_share`` counts
+            not known), ``tokens`` and ``marks`` have one entry per token, ``verified_share`` counts
             tokens that were not given. The other columns are fields of ``ResultRow``.
-        settings: one row an experiment, in the order of depth: what differs between them, with the
+        settings: one row per experiment, in the order of depth: what differs between them, with the
             command, the model and the depth; None where a setting does not apply.
         files: that results were read from.
         skipped: a file, and why it or a row of it was left out.

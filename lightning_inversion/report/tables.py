@@ -1,4 +1,4 @@
-"""Results -> one table with a line an experiment: markdown to read, CSV and JSON for programs."""
+"""Results -> a table, one line per experiment: markdown to read, CSV and JSON for programs."""
 
 from __future__ import annotations
 

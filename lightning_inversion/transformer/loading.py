@@ -38,6 +38,7 @@ from lightning_inversion.transformer.selection import (
 )
 from lightning_inversion.transformer.sources import (
     ModelFiles,
+    check_counts,
     check_source,
     resolve_source,
 )
@@ -221,6 +222,8 @@ class TransformerSpec:
 
     def _config_of(self, files: ModelFiles) -> PretrainedConfig:
         with readable(self.model):
+            values, _ = PretrainedConfig.get_config_dict(files.location, revision=files.revision)
+            check_counts(self.model, values)
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 files.location, revision=files.revision, trust_remote_code=False
             )
@@ -228,9 +231,11 @@ class TransformerSpec:
 
     def _tokenizer_of(self, files: ModelFiles) -> PreTrainedTokenizerBase:
         with readable(self.model):
-            return AutoTokenizer.from_pretrained(
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 files.location, revision=files.revision, trust_remote_code=False
             )
+            tokenizer("a")  # some settings are first read here
+        return tokenizer
 
     def _trained(
         self, files: ModelFiles, config: PretrainedConfig, depth: int | None = None

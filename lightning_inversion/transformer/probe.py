@@ -1,14 +1,18 @@
-"""One text of three tokens, run when a model is loaded: whether vectors are all that it reads."""
+"""What a model is seen to do when it is run: read vectors alone, obey masks behind a cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.transformer.embedding import TokenEmbedding
+from lightning_inversion.transformer.kv_cache import RaggedCache, one_after_another
 from lightning_inversion.transformer.sources import OPTION, first_line
 
 _LENGTH = 3
@@ -25,19 +29,27 @@ FAILURES = (
 
 
 @torch.no_grad()
-def check_reads_vectors(kind: str, run: Callable[..., Tensor], embedding: nn.Module) -> None:
+def check_reads_vectors(
+    kind: str,
+    run: Callable[..., Tensor],
+    embedding: nn.Module,
+    blocks: Sequence[nn.Module] = (),
+) -> None:
     """Check that outputs follow from token vectors, each from its own and those before it.
+
+    A text of three tokens is run.
 
     Args:
         kind: the model's class, for messages.
         run: called with `input_ids` [1, T] or `inputs_embeds` [1, T, D] -> outputs [1, T, F].
         embedding: the model's own, ids -> vectors.
+        blocks: of which each must be run.
 
     Raises:
         InputError: the model cannot be run or differentiated on vectors, reads more than vectors,
-            is not causal, or its outputs are not one vector for each token.
+            is not causal, skips a block, or its outputs are not one vector for each token.
     """
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), _all_run(kind, blocks):
         expected, found, other = _outputs(kind, run, embedding)
     if found.dim() != 3 or found.shape[:2] != (1, _LENGTH):
         shape = list(found.shape)
@@ -81,6 +93,28 @@ def _outputs(
 
 
 @contextmanager
+def _all_run(kind: str, blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Refuse a model of which the block runs some blocks and not others (Llama 3.2 Vision)."""
+    run: set[nn.Module] = set()
+    hooks = [block.register_forward_pre_hook(lambda block, _: run.add(block)) for block in blocks]
+    refused: InputError | None = None
+    try:
+        yield
+    except InputError as error:
+        refused = error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if 0 < len(run) < len(blocks):
+        raise InputError(
+            f"--model.transformer.depth: {kind} runs {len(run)} of its first {len(blocks)} "
+            "blocks on text alone; choose a smaller depth, or another model."
+        ) from refused
+    if refused is not None:
+        raise refused
+
+
+@contextmanager
 def _running(kind: str, fault: str) -> Iterator[None]:
     """Refuse a model that cannot do what the block does."""
     try:
@@ -98,3 +132,53 @@ def _within(difference: Tensor, bound: float) -> bool:
 
 def _refused(kind: str, reason: str) -> InputError:
     return InputError(f"{OPTION}: {kind} {reason}; choose another causal language model.")
+
+
+@dataclass(frozen=True)
+class CacheCheck:
+    """Whether a model obeys masks behind kept keys and values."""
+
+    works: bool
+
+
+@torch.no_grad()
+def check_caches(
+    embedding: TokenEmbedding,
+    layers: int,
+    run: Callable[..., Tensor],
+    candidates: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> CacheCheck:
+    """Compare candidates behind kept keys and values with plain forwards.
+
+    Models that take positions from the order of the keys (the ALiBi of BLOOM and MPT) do not
+    agree. The difference allowed is a hundredth of what the prefix does to the features, plus
+    rounding.
+
+    Args:
+        embedding: ids -> vectors.
+        layers: how many blocks keep keys and values.
+        run: `TruncatedTransformer.run`.
+        candidates: `TruncatedTransformer.candidates`, the plain forwards.
+    """
+    dtype, device = embedding.matrix.dtype, embedding.matrix.device
+    ids = torch.arange(10, device=device)
+    ids = ids * max(1, embedding.vocabulary_size // 10) % embedding.vocabulary_size
+    prefix, tried = embedding(ids[:4].expand(2, 4)), embedding(ids[4:].reshape(2, 3))
+    lengths = torch.tensor([4, 3], device=device)
+    cache, rows = RaggedCache(2, layers, device), torch.arange(2, device=device)
+
+    def behind(embeds: Tensor, sees: Tensor) -> Tensor:
+        return cache.run(partial(run, embeds), rows, sees)
+
+    try:
+        behind(prefix, one_after_another(4, device))
+        cache.begin(lengths)
+        behind_kept = behind(tried, torch.eye(3, dtype=torch.bool, device=device))
+    except FAILURES:
+        # Takes no such mask, or keeps something else than keys and values.
+        return CacheCheck(False)
+    plain = candidates(prefix, lengths, tried)
+    without_prefix = candidates(prefix, torch.zeros_like(lengths), tried)
+    rounding = (32 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
+    allowed = 0.01 * (plain - without_prefix).norm() + rounding * plain.norm()
+    return CacheCheck(bool((behind_kept - plain).norm() <= allowed))

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import logging
+import mmap
 import re
 import shutil
 import struct
@@ -46,10 +47,19 @@ CONVERSION = 1
 """A part of each cached folder's name: raise it when the conversion changes, and all are redone."""
 _MARK = "conversion.json"
 
+MOST_BLOCKS = 4096
+"""Blocks, or experts of one, that a model may have: transformers builds them one by one."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WHEEL = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.+!-]+)(#sha256=(?P<sha256>[0-9a-fA-F]{64}))?"
 )
+_GGUF_COUNT = re.compile(
+    rb"(?P<key>[a-z0-9_-]{1,40}\.(?:block|expert)_count)(?P<kind>[\4\5\12\13])\0{3}(?P<value>.{8})",
+    re.DOTALL,
+)
+"""A number of blocks or experts: its key, its type (four kinds of whole numbers), its value."""
+_GGUF_64_BITS = (10, 11)
 _log = logging.getLogger(__name__)
 
 
@@ -99,6 +109,24 @@ def check_source(name: str, revision: str | None = None) -> None:
             f"{OPTION}: {name!r} is neither a folder, nor a .gguf file, nor the id of a model on "
             "the hub, nor pypi:name==version; look for a misspelling."
         )
+
+
+def check_counts(name: str, config: Any) -> None:
+    """Raise InputError if a configuration counts more blocks or experts than can be built.
+
+    Args:
+        name: of the model, for messages.
+        config: its values, before anything is made of them.
+    """
+    entries = config.items() if isinstance(config, dict) else ()
+    for key, value in entries:
+        check_counts(name, value)
+        counts = str(key).endswith(("layer", "layers", "experts", "block_count", "expert_count"))
+        if counts and isinstance(value, int | float) and not -1 <= value <= MOST_BLOCKS:
+            raise InputError(
+                f"{OPTION}: {name!r} has {key} {value!r}, and at most {MOST_BLOCKS} can be "
+                "built; correct its configuration, or give another model."
+            )
 
 
 def resolve_source(name: str, revision: str | None = None) -> ModelFiles:
@@ -273,14 +301,19 @@ def _check_gguf(file: Path) -> None:
 
     Its 24 bytes are GGUF, a version, and the numbers of tensors and of keys.
     """
+    size = file.stat().st_size
     with file.open("rb") as stream:
         header = stream.read(24)
-    size = file.stat().st_size
-    _, _, tensors, keys = struct.unpack("<4sIQQ", header.ljust(24, b"\0"))
-    if header[:4] != b"GGUF" or not 0 < tensors < size or not 0 < keys < size:
-        raise InputError(
-            f"{OPTION}: {str(file)!r} is no whole .gguf file of a model; give another."
-        )
+        _, _, tensors, keys = struct.unpack("<4sIQQ", header.ljust(24, b"\0"))
+        if header[:4] != b"GGUF" or not 0 < tensors < size or not 0 < keys < size:
+            raise InputError(
+                f"{OPTION}: {str(file)!r} is no whole .gguf file of a model; give another."
+            )
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for found in _GGUF_COUNT.finditer(content):
+                kind, raw = found["kind"][0], found["value"]
+                value = int.from_bytes(raw if kind in _GGUF_64_BITS else raw[:4], "little")
+                check_counts(str(file), {found["key"].decode(): value})
 
 
 def is_converted(folder: Path) -> bool:

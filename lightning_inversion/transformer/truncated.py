@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from lightning_inversion.errors import InputError, module_property
+from lightning_inversion.errors import module_property
 from lightning_inversion.transformer.blocks import (
     config_of,
     cut_blocks_,
@@ -28,24 +28,16 @@ from lightning_inversion.transformer.blocks import (
 from lightning_inversion.transformer.cached import kept
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.kv_cache import (
-    RaggedCache,
     additive_mask,
     one_after_another,
     recording_cache,
 )
-from lightning_inversion.transformer.probe import FAILURES, check_reads_vectors
+from lightning_inversion.transformer.probe import CacheCheck, check_caches, check_reads_vectors
 from lightning_inversion.transformer.selection import Output, Selection
 from lightning_inversion.transformer.surgery import Surgery, check_bidirectional, operate_
 
 _ROWS = 256
 """Rows of one forward of candidates, which bounds the memory."""
-
-
-@dataclass(frozen=True)
-class CacheCheck:
-    """Whether a model obeys masks behind kept keys and values."""
-
-    works: bool
 
 
 class TruncatedTransformer(nn.Module):
@@ -92,7 +84,8 @@ class TruncatedTransformer(nn.Module):
         self.requires_grad_(False)
         self.eval()
         own = model.get_input_embeddings()
-        self._check_reads_vectors(own)
+        run = partial(self._features, use_cache=False)
+        check_reads_vectors(type(model).__name__, run, own, self.blocks)
         self.embedding = embedding or TokenEmbedding.from_module(own)
         # The model is only ever given vectors. Without its own embedding, W is held once, even
         # where it is scaled or moved to another device.
@@ -247,33 +240,6 @@ class TruncatedTransformer(nn.Module):
             output = self.model(**given)
         return self.selection.features_in(outputs, output, given.get("past_key_values"))
 
-    def _check_reads_vectors(self, embedding: nn.Module) -> None:
-        """Run the model on three ids and on their vectors.
-
-        Raises:
-            InputError: the hidden states do not follow from the vectors, or a block is skipped.
-        """
-        kind = type(self.model).__name__
-        run: set[nn.Module] = set()
-        hooks = [
-            block.register_forward_pre_hook(lambda block, _: run.add(block))
-            for block in self.blocks
-        ]
-        refused: InputError | None = None
-        try:
-            check_reads_vectors(kind, partial(self._features, use_cache=False), embedding)
-        except InputError as error:
-            refused = error
-        for hook in hooks:
-            hook.remove()
-        if 0 < len(run) < self.depth:  # Llama 3.2 Vision
-            raise InputError(
-                f"--model.transformer.depth: {kind} runs {len(run)} of its first {self.depth} "
-                "blocks on text alone; choose a smaller depth, or another model."
-            )
-        if refused is not None:
-            raise refused
-
     def candidates(
         self, prefix_embeds: Tensor, lengths: Tensor, candidate_embeds: Tensor
     ) -> Tensor:
@@ -311,36 +277,8 @@ class TruncatedTransformer(nn.Module):
             return False  # the prefix would see the candidates
         return kept(CacheCheck, self.identity, self._caching).works
 
-    @torch.no_grad()
     def _caching(self) -> CacheCheck:
-        """Compare candidates behind kept keys and values with plain forwards.
-
-        Models that take positions from the order of the keys (the ALiBi of BLOOM and MPT) do not
-        agree. The difference allowed is a hundredth of what the prefix does to the features, plus
-        rounding.
-        """
-        ids = torch.arange(10, device=self.device)
-        ids = ids * max(1, self.embedding.vocabulary_size // 10) % self.embedding.vocabulary_size
-        prefix = self.embedding(ids[:4].expand(2, 4))
-        candidates = self.embedding(ids[4:].reshape(2, 3))
-        lengths = torch.tensor([4, 3], device=self.device)
-        cache, rows = RaggedCache(2, self.depth, self.device), torch.arange(2, device=self.device)
-
-        def behind(embeds: Tensor, sees: Tensor) -> Tensor:
-            return cache.run(partial(self.run, embeds), rows, sees)
-
-        try:
-            behind(prefix, one_after_another(4, self.device))
-            cache.begin(lengths)
-            behind_kept = behind(candidates, torch.eye(3, dtype=torch.bool, device=self.device))
-        except FAILURES:
-            # Takes no such mask, or keeps something else than keys and values.
-            return CacheCheck(False)
-        plain = self.candidates(prefix, lengths, candidates)
-        without_prefix = self.candidates(prefix, torch.zeros_like(lengths), candidates)
-        rounding = (32 if self.dtype == torch.float32 else 4) * torch.finfo(self.dtype).eps
-        allowed = 0.01 * (plain - without_prefix).norm() + rounding * plain.norm()
-        return CacheCheck(bool((behind_kept - plain).norm() <= allowed))
+        return check_caches(self.embedding, self.depth, self.run, self.candidates)
 
     @module_property
     def fingerprint(self) -> str:

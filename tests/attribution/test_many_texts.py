@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,5 +170,6 @@ def test_a_started_process_sends_its_error(tmp_path: Path, monkeypatch: pytest.M
     threads: Callable[[int], None] = lambda _: None  # noqa: E731
     monkeypatch.setattr(many_texts.torch, "set_num_threads", threads)
     monkeypatch.setattr(many_texts, "_fill", full)
+    monkeypatch.setattr(logging.getLogger("lightning_inversion"), "level", logging.ERROR)
     many_texts._work(Connection(), None, None)
     assert [(type(error), error.errno) for error in sent] == [(OSError, 28)]

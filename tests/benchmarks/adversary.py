@@ -5,6 +5,8 @@ tokens, a choice of features (all, a slice of 1 to 8, attention alone), a type t
 stored in or that the model computes in, or told noise, and targets that are honest or hostile: of
 another depth, of changed weights, scaled, permuted, shifted at the first position, with noise that
 was not told. A token is falsely certified if it is ``verified`` and is not the prompt's.
+``--features "keys and values"`` attacks those of each case instead; ``--last`` gives the last
+state alone of texts of two and three tokens.
 """
 
 from __future__ import annotations
@@ -13,15 +15,16 @@ import argparse
 import copy
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import transformers as hf
 from torch import Tensor
 
-from lightning_inversion.data.targets import Storage
+from lightning_inversion.data.storage import Storage
+from lightning_inversion.recovery.last_position import LastPosition
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import recover_prompts
+from lightning_inversion.recovery.policy import RecoveryPolicy, recover_prompts
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.surgery import Surgery
@@ -36,7 +39,7 @@ TARGETS = (
     "honest", "other rounding", "other depth", "changed weights", "scaled", "permuted", "shifted",
     "untold noise",
 )  # fmt: skip
-_WIDTH, _LENGTH, _PROMPTS = 32, 8, 24
+_WIDTH, _LENGTH, _PROMPTS, _TEXTS = 32, 8, 24, 6
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Case:
         return cls(seed, *drawn)
 
 
-def attacked(case: Case, kinds: tuple[str, ...] = TARGETS) -> Counter[str]:
+def attacked(case: Case, kinds: tuple[str, ...] = TARGETS, last: bool = False) -> Counter[str]:
     """Counts of tokens, verified ones, right ones and false certificates, also by target."""
     generator = torch.Generator().manual_seed(case.seed + 1)
     model, odd = _model(case, generator)
@@ -68,9 +71,17 @@ def attacked(case: Case, kinds: tuple[str, ...] = TARGETS) -> Counter[str]:
     for kind in kinds:
         ids = _prompts(odd, transformer.embedding.vocabulary_size, generator)
         target = _target(kind, case, model, transformer, ids, storage, generator)
-        policy = TokenRecovery(ProbeProposer(), candidates=32, max_candidates=128, budget=256)
-        found = recover_prompts(policy, measurements, target, [_LENGTH] * len(ids))
-        for prompt, truth in zip(found, ids.tolist(), strict=True):
+        policy: RecoveryPolicy = TokenRecovery(
+            ProbeProposer(), candidates=32, max_candidates=128, budget=256
+        )
+        lengths = [_LENGTH] * len(ids)
+        if last:
+            policy, ids = LastPosition(budget=2000), ids[:_TEXTS]
+            lengths = [2 + number % 2 for number in range(_TEXTS)]
+            ids = [own[:length] for own, length in zip(ids.tolist(), lengths, strict=True)]
+        found = recover_prompts(policy, measurements, target[: len(ids)], lengths)
+        truths = ids if isinstance(ids, list) else ids.tolist()
+        for prompt, truth in zip(found, truths, strict=True):
             for token, right in zip(prompt.tokens, truth, strict=True):
                 counts["tokens"] += 1
                 counts["right"] += token.id == right
@@ -130,6 +141,9 @@ def _embedding(model: hf.PreTrainedModel) -> Tensor:
 
 
 def _cut(model: hf.PreTrainedModel, case: Case, depth: int = 2) -> TruncatedTransformer:
+    if case.features == "keys and values":  # of the blocks 0, 1 and 2
+        block = (case.seed + depth) % 3
+        return TruncatedTransformer.from_model(model, depth=block, output="keys_values")
     alone = Surgery(mlp=False, residuals=False)
     width = 1 + case.seed % 8
     start = case.seed % (_WIDTH - 8)
@@ -198,12 +212,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first case")
+    parser.add_argument("--features", choices=(*FEATURES, "keys and values"))
+    parser.add_argument("--last", action="store_true")
     options = parser.parse_args()
     total: Counter[str] = Counter()
     seed = options.first
     while total["tokens"] < options.tokens:
         case = Case.drawn(seed)
-        counts = attacked(case)
+        if options.features is not None:
+            case = replace(case, features=options.features)
+        counts = attacked(case, last=options.last)
         total += counts
         if counts["false"]:
             print(case, dict(counts), flush=True)

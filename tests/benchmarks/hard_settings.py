@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_inversion.data.targets import Storage
+from lightning_inversion.data.storage import Storage
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveredPrompt, recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_inversion.data.targets import Storage
+from lightning_inversion.data.storage import Storage
 from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.files import append_records, read_records
 from lightning_inversion.recovery.measurements import Measurements

@@ -3,7 +3,8 @@
 The protocol's prompts stand behind prefixes of several lengths, of which nothing is told. Prints
 for each depth and length how many of the prompts' tokens are read right, by the linear probe alone
 and together with the language model; the mean probability; and of the tokens with a probability of
-0.9 or more those that are right. Each result is a line of JSON in --out.
+0.9 or more those that are right. Each result is a line of JSON in --out; with --figure
+the lines that are there are drawn, and nothing is run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import json
 import time
 from pathlib import Path
 
+import pandas as pd
+import seaborn as sns
 import torch
 
 from lightning_inversion.recovery.measurements import Measurements
@@ -30,6 +33,19 @@ SYSTEM = (
 )
 
 
+def draw(rows: Path, figure: Path) -> None:
+    """The share of tokens that are read right, by depth; a line for each prefix and reading."""
+    table = pd.DataFrame(json.loads(line) for line in rows.read_text().splitlines())
+    table["read right"] = table["right"] / table["tokens"]
+    table["read by"] = table["beams"].map({0: "probe alone", 8: "probe and language model"})
+    table["prefix"] = table["prefix"].map("{} tokens".format)
+    lines = sns.relplot(
+        table, x="depth", y="read right", hue="prefix", style="read by", kind="line", markers=True,
+        palette="colorblind", height=3.5, aspect=1.6,
+    )  # fmt: skip
+    lines.savefig(figure)
+
+
 def main() -> None:
     """Read every prompt behind every prefix."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -39,7 +55,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=20)
     parser.add_argument("--beams", type=int, nargs="+", default=[0, 8])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--figure", type=Path, help=".svg or .png")
     options = parser.parse_args()
+    if options.figure is not None:
+        draw(options.out, options.figure)
+        return
     print(
         "| depth | prefix | beams | read right | mean probability "
         "| right of those with 0.9 or more | CPU seconds |"

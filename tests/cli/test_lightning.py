@@ -129,6 +129,9 @@ def test_a_list_longer_than_a_parser_can_take_is_one_sentence(capsys) -> None:
         ("a: &a [*a]", "has an alias *a of nothing, or of itself; give a file of YAML"),
         ('trainer: {default_root_dir: "a\\0b"}', "has a NUL in it"),
         (f"data: {{prompts: {['a'] * 2001}}}", "more than 2000 values in a list"),
+        ("results: {top_k: null}", "--results.top_k: None is not a whole number"),
+        ("learning_rate: {start: null}", "--learning_rate.start: None is not a number"),
+        ("trainer: {devices: 1000000000}", "1000000000 processes are too many"),
     ],
 )
 def test_a_config_that_no_run_can_have_is_one_sentence(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lightning_inversion import read_certificates, verify
@@ -126,6 +127,21 @@ def test_a_prompt_that_cannot_be_run_has_a_row_with_the_keys_of_the_others(
 
 
 @pytest.mark.integration  # whole runs
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_a_model_with_a_weight_that_is_nan_has_rows_with_their_error(
+    command: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.0.mlp.up_proj.weight"][3] = torch.nan
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    assert run([command, *predict(folder, tmp_path, "--model.iterations=2")[1:]]) == 0
+    for row in rows_of(tmp_path):
+        assert row["error"].startswith("has features that are not finite numbers")
+        assert not any(row["token_verified"] or [])
+
+
+@pytest.mark.integration  # whole runs
 def test_another_policy_by_name(tiny_folder: Path, tmp_path: Path) -> None:
     proposer = "--model.recovery.proposer=lightning_inversion.recovery.proposals.Exhaustive"
     assert run(predict(tiny_folder, tmp_path, "--model.recovery=TokenRecovery", proposer)) == 0
@@ -138,8 +154,9 @@ def test_a_wrong_policy_ends_in_a_sentence(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(predict(tiny_folder, tmp_path, "--model.recovery=Guess")) == 2
-    assert "unknown RecoveryPolicy 'Guess'; choose from Reading, SIPIT, TokenRecovery" in (
-        capsys.readouterr().err
+    assert (
+        "unknown RecoveryPolicy 'Guess'; choose from LastPosition, Reading, SIPIT, TokenRecovery"
+        in (capsys.readouterr().err)
     )
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from lightning_inversion.data.layout import Layout, ModelShape
 from lightning_inversion.data.prompts import PromptDataModule
-from lightning_inversion.data.targets import Captured, Reading
+from lightning_inversion.data.request import Request
+from lightning_inversion.data.targets import Captured
 from lightning_inversion.errors import InputError
 from tests.tiny import shared_tiny_model
 
@@ -42,11 +44,11 @@ def shape() -> ModelShape:
 def read(held: Any, depth: int | tuple[int, ...] = 2, **told: Any) -> Captured:
     depths = depth if isinstance(depth, tuple) else (depth,)
     final_norm = told.pop("final_norm", False)
-    return Captured.of_objects(held, Reading(depths, final_norm, shape, Layout(**told)))
+    return Captured.of_objects(held, Request(depths, final_norm, shape, Layout(**told)))
 
 
 def read_file(path: Path, depth: int = 2, **told: Any) -> Captured:
-    return Captured.read(path, Reading((depth,), False, shape, Layout(**told)))
+    return Captured.read(path, Request((depth,), False, shape, Layout(**told)))
 
 
 def cache_names(hs: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -65,6 +67,14 @@ def steps(hs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
     return (first, *(tuple(layer[:1, at : at + 1] for layer in hs) for at in (4, 5)))
 
 
+def as_objects(values: Any) -> Any:
+    """A NumPy array of other arrays."""
+    held = np.empty(len(values), dtype=object)
+    for number, value in enumerate(values):
+        held[number] = value
+    return held
+
+
 Holds = Callable[[tuple[Tensor, ...]], Any]
 ONE: dict[str, Holds] = {
     "[T, D]": lambda hs: hs[2][0],
@@ -75,6 +85,10 @@ ONE: dict[str, Holds] = {
     "nested lists": lambda hs: hs[2][0].tolist(),
     "a server's answer, a row a step": lambda hs: [hs[2][0, :4].tolist(), *hs[2][0, 4:].tolist()],
     "rows": lambda hs: list(hs[2][0]),
+    "named rows": lambda hs: {f"token {i}": hs[2][0, i] for i in range(T)},
+    "an array of rows as objects": lambda hs: as_objects(hs[2][0].numpy()),
+    "a table of pandas": lambda hs: pd.DataFrame(hs[2][0].numpy()),
+    "nested dicts": lambda hs: {"run": {"a": {"hidden": hs[2][0]}}},
     "a tuple of all depths": lambda hs: tuple(layer[:1] for layer in hs),
     "[layers, T, D]": lambda hs: torch.stack([layer[0] for layer in hs]),
     "[layers, 1, T, D]": lambda hs: torch.stack([layer[:1] for layer in hs]),
@@ -119,6 +133,14 @@ def test_one_prompt_at_depth_two(held: Holds, hs: tuple[Tensor, ...]) -> None:
 
 TWO: dict[str, tuple[Holds, dict[str, Any]]] = {
     "a list": (lambda hs: [hs[2][0], hs[2][1, :4]], {}),
+    "an array of prompts as objects": (
+        lambda hs: as_objects([hs[2][0].numpy(), hs[2][1, :4].numpy()]), {}
+    ),
+    "records": (
+        lambda hs: [
+            {"hidden_states": hs[2][0].tolist(), "text": "a"}, {"hidden_states": hs[2][1, :4]}
+        ], {}
+    ),
     "a list of outputs": (
         lambda hs: [
             SimpleNamespace(hidden_states=tuple(layer[:1] for layer in hs)),
@@ -207,7 +229,11 @@ REFUSED: dict[str, tuple[Holds, str]] = {
     "complex": (lambda hs: hs[2][0].cfloat(), "holds complex64"),
     "nan": (lambda hs: torch.tensor([[1.0, torch.nan] * 16]), "prompt 1 holds nan"),
     "only padding": (lambda hs: torch.zeros(3, 32), "all padding"),
-    "no rows": (lambda hs: torch.zeros(0, 32), "holds no values"),
+    "no rows": (lambda hs: torch.zeros(0, 32), "is no row of features"),
+    "a number": (lambda hs: torch.tensor(1.0), "is no row of features"),
+    "positions first": (
+        lambda hs: hs[2][0][:, None], "axes are not clear; set --data.layout.axes prompts,pos"
+    ),
     "prompts or layers": (
         lambda hs: hs[2], r"shape \[2, 6, 32\], whose axes are not clear; set --data.layout.axes"
     ),
@@ -277,8 +303,8 @@ def test_rounded_values_in_float32_are_recognised(hs: tuple[Tensor, ...]) -> Non
 
 
 def test_a_factor_is_divided_out(hs: tuple[Tensor, ...]) -> None:
-    reading = Reading((2,), False, shape, scale=0.5)
-    captured = Captured.of_objects(hs[2][0] * 0.5, reading)
+    request = Request((2,), False, shape, scale=0.5)
+    captured = Captured.of_objects(hs[2][0] * 0.5, request)
     assert torch.equal(captured.target(0), hs[2][0])
     half = torch.randn(3, D)
     assert torch.equal(captured.storage(half), half)
@@ -298,6 +324,21 @@ def write(path: Path, held: Any) -> Path:
     return path
 
 
+def text(path: Path, held: str) -> Path:
+    path.write_text(held)
+    return path
+
+
+def with_header_of(path: Path, size: int, tensor: Tensor) -> Path:
+    """A safetensors file whose header has so many bytes."""
+    data = tensor.contiguous().numpy().tobytes()
+    entry = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [0, len(data)]}
+    header = json.dumps({"hidden": entry}).encode().ljust(size)
+    assert len(header) == size
+    path.write_bytes(struct.pack("<Q", size) + header + data)
+    return path
+
+
 FILES: dict[str, Callable[[Path, tuple[Tensor, ...]], Path]] = {
     "pt of a tensor": lambda p, hs: write(p / "x.pt", hs[2][:1]),
     "pt of the tuple": lambda p, hs: write(p / "x.bin", tuple(layer[:1] for layer in hs)),
@@ -307,6 +348,17 @@ FILES: dict[str, Callable[[Path, tuple[Tensor, ...]], Path]] = {
         p / "x.npy", np.asfortranarray(hs[2][0].numpy())
     ),
     "npz": lambda p, hs: numpy_file(p / "x.npz", hidden=hs[2][0].numpy()),
+    "JSON lists": lambda p, hs: text(p / "x.json", json.dumps(hs[2][0].tolist())),
+    "a server's JSON": lambda p, hs: text(
+        p / "x.json",
+        json.dumps({"meta_info": {"hidden_states": hs[2][0].tolist()}, "output_ids": [1, 2]}),
+    ),
+    "JSON Lines": lambda p, hs: text(
+        p / "x.jsonl", "\n".join(json.dumps(row) for row in hs[2][0].tolist())
+    ),
+    "a header as long as the code of a brace": lambda p, hs: with_header_of(
+        p / "x.safetensors", ord("{"), hs[2][0]
+    ),
     "the wrong suffix": lambda p, hs: numpy_file(p / "x.safetensors", hidden=hs[2][0].numpy()),
 }
 
@@ -331,6 +383,14 @@ def test_the_folder_of_sipit(hs: tuple[Tensor, ...], tmp_path: Path) -> None:
     assert captured.warnings
     with pytest.raises(InputError, match="holds depth 2 in"):
         read_file(tmp_path, 1)
+
+
+def test_a_folder_with_a_file_for_each_row(hs: tuple[Tensor, ...], tmp_path: Path) -> None:
+    """In the order of the numbers, in which 10 stands behind 9."""
+    rows = hs[2].flatten(0, 1)
+    for number, row in enumerate(rows):
+        numpy_file(tmp_path / f"token_{number}.npy", row.numpy())
+    assert torch.equal(read_file(tmp_path).targets[0], rows)
 
 
 def test_a_folder_with_a_file_for_each_request(hs: tuple[Tensor, ...], tmp_path: Path) -> None:
@@ -375,6 +435,10 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no file": (lambda p: p / "none.pt", "No such file"),
     "an empty file": (damaged(b""), "is damaged"),
     "text": (damaged(b"The sky is blue."), "is damaged"),
+    "no JSON": (damaged(b'{"a": '), "is not JSON"),
+    "HDF5": (damaged(b"\x89HDF\r\n\x1a\n"), "is an HDF5 file; give a .safetensors, .npy"),
+    "Parquet": (damaged(b"PAR1 PAR1"), "is a Parquet file; give a .safetensors, .npy"),
+    "gzip": (damaged(b"\x1f\x8b\x08"), "is packed by gzip; give a .safetensors, .npy"),
     "a header of terabytes": (damaged(struct.pack("<Q", 2**62) + b"{}"), "is damaged"),
     "a cut header": (damaged(struct.pack("<Q", 90) + b"{}"), "is damaged"),
     "a cut pickle": (damaged(b"\x80\x02}q\x00"), "is damaged"),

@@ -16,7 +16,8 @@ from transformers.cache_utils import Cache
 from lightning_inversion import api, recover
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.data.layout import Layout, ModelShape
-from lightning_inversion.data.targets import Captured, Reading
+from lightning_inversion.data.request import Request
+from lightning_inversion.data.targets import Captured
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.selection import Output
@@ -42,16 +43,16 @@ def read(
     held: Any, output: Output = "keys_values", depths: tuple[int, ...] = (BLOCK,), **told: Any
 ) -> Captured:
     shape = ModelShape.of(shared_tiny_model("llama").config)
-    reading = Reading(depths, shape=lambda: shape, layout=Layout(**told), output=output)
-    return Captured.of_objects(held, reading)
+    request = Request(depths, shape=lambda: shape, layout=Layout(**told), output=output)
+    return Captured.of_objects(held, request)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_the_features_are_those_of_hugging_faces_cache(family: str) -> None:
     model = shared_tiny_model(family)
     for depth in (0, 3):
-        reading = Reading((depth,), output="keys_values")
-        targets = Captured.of_objects(cache_of(family), reading).targets
+        request = Request((depth,), output="keys_values")
+        targets = Captured.of_objects(cache_of(family), request).targets
         transformer = TruncatedTransformer.from_model(model, depth=depth, output="keys_values")
         assert torch.equal(transformer.features_of(IDS), torch.stack(list(targets)))
 
@@ -196,3 +197,25 @@ def test_commands_capture_and_recover_keys_and_values(tiny_folder: Path, tmp_pat
         assert len(found) == texts
         assert found[0]["recovered"] == "The sky is blue."
         assert all(row["verified"] and row["output"] == "keys_values" for row in found)
+
+
+def test_padding_on_the_left_moves_the_keys() -> None:
+    """Without position_ids a model counts the padding; its keys are then of later positions."""
+    model = shared_tiny_model("llama")
+    mask = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
+    ids = IDS.clone()
+    ids[1] = ids[1].roll(3) * mask[1]
+    told = (mask.cumsum(1) - 1).clamp(min=0)
+    right = cache_of(ids=ids, attention_mask=mask, position_ids=told)
+    found = recover(model, None, right, depth=BLOCK, attention_mask=mask)
+    assert [prompt.ids for prompt in found] == [IDS[0].tolist(), IDS[1, :4].tolist()]
+    assert all(prompt.verified for prompt in found)
+    moved = [
+        tuple(part[1:, :, 3:] for part in (layer.keys, layer.values))
+        for layer in cache_of(ids=ids, attention_mask=mask).layers
+    ]
+    with pytest.raises(InputError, match=r"the values fit and the keys do not.*set output values"):
+        recover(model, None, moved, depth=BLOCK)
+    (found_one,) = recover(model, None, moved, depth=BLOCK, output="values")
+    assert found_one.ids == IDS[1, :4].tolist()
+    assert found_one.verified

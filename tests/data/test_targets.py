@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.data.prompts import PromptDataModule
-from lightning_inversion.data.targets import Captured, Storage
+from lightning_inversion.data.storage import Storage
+from lightning_inversion.data.targets import Captured
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -108,7 +109,6 @@ MINIMAL = {"transformer": {"model": "m", "depth": 2}}
     [
         ({"transformer": {"depth": 2}}, {}, "does not name the model"),
         ({**MINIMAL, "postions": "all"}, {}, "has a key 'postions'"),
-        ({**MINIMAL, "positions": "last"}, {}, "holds the last position only"),
         ({**MINIMAL, "positions": 2, "known_prefix": [1]}, {}, "unknown tokens before it"),
         ({**MINIMAL, "positions": "some"}, {}, "has positions 'some'; write all"),
         ({**MINIMAL, "positions": -1}, {}, "has positions -1; write all"),

@@ -71,6 +71,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     [
         ("", "is empty; give it a text"),
         ("a " * 20, "has 40 tokens, and the model reads at most 20; shorten it"),
+        ("a " * 5_000_000, "has over 1280 tokens, and the model reads at most 20; shorten it"),
         ("\ud83d", "half of a surrogate pair"),
         ("a<|new|>", "has token 300, and the model has embeddings for tokens 0 to 299"),
     ],

@@ -15,6 +15,8 @@ CASES = [
     Case(5, "untrained cluster", "attention alone", "noise"),
     Case(6, "parallel", "attention alone", "float32"),
     Case(7, "equal", "slice", "noise"),
+    Case(3, "near", "keys and values", "float32"),
+    Case(4, "parallel", "keys and values", "bfloat16"),
 ]
 
 
@@ -23,6 +25,12 @@ def test_no_certificate_is_false(case: Case) -> None:
     counts = attacked(case, ("honest", "changed weights", "permuted", "untold noise"))
     print(dict(counts))
     assert counts["tokens"] > 500
+    assert counts["false"] == 0
+
+
+def test_no_certificate_of_a_last_row_is_false() -> None:
+    counts = attacked(Case(3, "near", "all", "float32"), ("honest", "changed weights"), last=True)
+    assert counts["honest: verified"] > 0
     assert counts["false"] == 0
 
 

@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 from lightning_inversion.cache import ENVIRONMENT
-from lightning_inversion.data.targets import Storage
+from lightning_inversion.data.storage import Storage
 from lightning_inversion.recovery.calibration import Calibration
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveredPrompt, recover_prompts

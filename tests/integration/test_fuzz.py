@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lightning_inversion.results import ResultRow
 from tests import test_fuzz as few
-from tests.hostile_cases import KINDS
+from tests.hostile_files import KINDS
 
 pytestmark = pytest.mark.integration
 MANY = 500

@@ -111,6 +111,19 @@ def test_batches_padded_on_the_left(loaded: Loaded) -> None:
     recovered(loaded, batches)
 
 
+def test_rows_in_unknown_order(loaded: Loaded, hidden_states: list[tuple[Tensor, ...]]) -> None:
+    states, places = [], []
+    generator = torch.Generator().manual_seed(0)
+    for own in hidden_states[:5]:
+        order = torch.randperm(own[DEPTH].shape[1], generator=generator)
+        states.append(own[DEPTH][0, order])
+        places.append(tuple(order.argsort().tolist()))
+    found = recover(*loaded, states, depth=DEPTH, order="unknown")
+    assert [prompt.text for prompt in found] == PROMPTS[:5]
+    assert [prompt.order for prompt in found] == places
+    assert found.verified
+
+
 def test_mistakes_are_named_and_right_features_are_not(loaded: Loaded) -> None:
     model, tokenizer = loaded
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_inversion import recover
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.captured import (
     recover_captured,
@@ -209,3 +210,14 @@ def test_where_rows_stop_fitting_is_reported(
     whole = recover_captured(policy, measurements, features()[:1], [6])
     report_breaks(whole, measurements, "x")
     assert len([line for line in messages if "no token fits" in line]) == 1
+
+
+def test_the_last_states_with_and_without_the_norm() -> None:
+    """Hugging Face's last entry is after the norm, other tools' before it."""
+    model = shared_tiny_model("llama")
+    for stored in (True, False):
+        transformer = TruncatedTransformer.from_model(model, depth=4, final_norm=stored)
+        states = transformer.features_of(IDS[:2])
+        option = f"set final_norm {str(stored).lower()}"
+        with pytest.raises(InputError, match=option):
+            recover(model, None, list(states), depth=4, final_norm=not stored)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_inversion.cache import ENVIRONMENT, measured_files
-from lightning_inversion.data.targets import Storage
+from lightning_inversion.data.storage import Storage
 from lightning_inversion.recovery.calibration import Calibration
 from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
 from lightning_inversion.recovery.measurements import Measurements

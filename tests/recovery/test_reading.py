@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_inversion import recover
 from lightning_inversion.__main__ import main as run
-from lightning_inversion.data.targets import Captured, Storage
+from lightning_inversion.data.storage import Storage
+from lightning_inversion.data.targets import Captured
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import recover_prompts

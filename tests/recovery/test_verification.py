@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lightning_inversion.data.targets import Storage
+from lightning_inversion.data.storage import Storage
 from lightning_inversion.recovery import held_out, rivals
 from lightning_inversion.recovery.calibration import CLEARANCE, RISK, Calibration
 from lightning_inversion.recovery.certificate import Certificate

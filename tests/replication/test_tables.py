@@ -41,7 +41,7 @@ def test_the_page_names_experiments_that_exist() -> None:
 
 def test_pages_name_files_and_modules_that_exist() -> None:
     pages = [*CONFIGS.rglob("*.md")]
-    assert len(pages) == 5
+    assert len(pages) == 6
     for page in pages:
         text = page.read_text(encoding="utf-8")
         for link in re.findall(r"\]\(([^)#]+)\)", text):

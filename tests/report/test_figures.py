@@ -105,6 +105,21 @@ def test_a_legend_stays_within_its_figure(tmp_path: Path, canvases: dict[str, An
         assert height > 1, "the legend has taken the room of the axes"
 
 
+def test_rows_that_ran_no_candidate_are_in_no_figure_of_candidates(
+    tmp_path: Path, canvases: dict[str, Any]
+) -> None:
+    read = predicted(0, depth=2, policy="Reading")
+    read["candidates"] = [0] * len(read["candidates"])
+    write_run(tmp_path / "read", [read])
+    draw(load_results([tmp_path]))
+    assert "candidates" not in canvases
+    write_run(tmp_path / "searched", [searched := predicted(1)])
+    draw(load_results([tmp_path]))
+    assert (
+        f"n = {len(searched['candidates'])} tokens" in canvases["candidates"].axes[0].get_xlabel()
+    )
+
+
 def test_names_are_drawn_as_they_are(tmp_path: Path, canvases: dict[str, Any]) -> None:
     names = ["_hidden", "costs $5 and $6", r"a\$b", "rtl\u202e\x07"]
     for number, model in enumerate(names):

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from lightning_inversion.__main__ import main
-from lightning_inversion.data.targets import Captured, Storage
+from lightning_inversion.data.storage import Storage
+from lightning_inversion.data.targets import Captured
 from lightning_inversion.errors import InputError
 from lightning_inversion.module import InputInversion
 from lightning_inversion.report.tables import in_percent

@@ -105,18 +105,21 @@ def test_other_code_measures_again_and_says_so(
 def test_the_method_is_all_code_that_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever module of these rooms changes, and a new one too."""
+    """Whatever module of these rooms changes, a new one, and what rounds the features."""
     package = tmp_path / "package"
-    for room in cached._ROOMS:
+    for room in ("recovery", "transformer", "data"):
         (package / room).mkdir(parents=True)
     file = package / "transformer" / "cached.py"
     file.write_text("")
     monkeypatch.setattr(cached, "__file__", str(file))
     found = {cached.method.__wrapped__()}
-    for path, text in [("recovery/new.py", ""), ("recovery/new.py", "X = 1")]:
-        (package / path).write_text(text)
-        found.add(cached.method.__wrapped__())
-    assert len(found) == 3
+    for path in ("recovery/new.py", "transformer/new.py", "data/storage.py"):
+        for text in ("", "X = 1"):
+            (package / path).write_text(text)
+            found.add(cached.method.__wrapped__())
+    assert len(found) == 7
+    (package / "data" / "prompts.py").write_text("")
+    assert cached.method.__wrapped__() in found
 
 
 def test_the_least_recently_used_go_when_the_limit_is_reached(

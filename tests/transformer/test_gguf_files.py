@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_inversion.errors import InputError
 from lightning_inversion.transformer import TransformerSpec, resolve_source
 from lightning_inversion.transformer.sources import is_converted
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -53,3 +54,11 @@ def test_a_conversion_is_kept_and_a_damaged_one_is_made_again(tiny_gguf: Path) -
         resolve_source(str(tiny_gguf))
         assert is_converted(folder)
     assert (folder / "tokenizer.json").read_bytes() == tokenizer
+
+
+def test_a_gguf_file_of_too_many_blocks_is_one_sentence(tiny_gguf: Path) -> None:
+    content = tiny_gguf.read_bytes()
+    at = content.index(b"llama.block_count") + len("llama.block_count") + 4
+    tiny_gguf.write_bytes(content[:at] + b"\0\0\0\x7f" + content[at + 4 :])
+    with pytest.raises(InputError, match=r"llama.block_count 2130706432, and at most 4096"):
+        resolve_source(str(tiny_gguf))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer import TransformerSpec, TruncatedTransformer
+from tests.test_fuzz import RAN, Runs
 from tests.tiny import (
     BLOCKS,
     CONFIGS,
@@ -189,6 +192,45 @@ def test_a_damaged_file_is_one_sentence(tiny_folder: Path, tmp_path: Path) -> No
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(InputError, match="could not be loaded"):
         TransformerSpec(model=str(folder)).load()
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "reason"),
+    [
+        ("config.json", "num_hidden_layers", 2**63, "at most 4096 can be built"),
+        ("config.json", "text_config", {"num_experts": 10**9}, "at most 4096 can be built"),
+        ("config.json", "num_hidden_layers", -3, "at most 4096 can be built"),
+        ("config.json", "hidden_act", "__import__", "could not be loaded"),
+        ("config.json", "hidden_size", 33, "could not be loaded|lacks 38 weights"),
+        ("config.json", "num_attention_heads", 0, "could not be loaded"),
+        ("config.json", "quantization_config", {"quant_method": "gptq"}, "could not be loaded"),
+        ("tokenizer_config.json", "model_max_length", "x", "could not be loaded"),
+    ],
+)
+def test_a_setting_that_no_model_can_have_is_one_sentence(
+    file: str, key: str, value: Any, reason: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps({**settings, key: value}))
+    with pytest.raises(InputError, match=reason):
+        TransformerSpec(model=str(tmp_path), depth=1).load()
+
+
+def test_a_pickle_among_the_weights_runs_no_code(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Runs()))
+    with pytest.raises(InputError, match="could not be loaded"):
+        TransformerSpec(model=str(tmp_path)).load()
+    assert not RAN.exists()
+
+
+@pytest.mark.parametrize("config", ["null", "[]", "{}", "3", '{"model_type": "llama"'])
+def test_a_configuration_of_nothing_is_one_sentence(config: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(InputError, match="could not be loaded"):
+        TransformerSpec(model=str(tmp_path)).load()
 
 
 def test_a_hub_id_offline_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""Which hidden states are asked for, and what the user tells of the file that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lightning_inversion.data.layout import Layout, ModelShape, Wanted
+from lightning_inversion.errors import InputError
+from lightning_inversion.transformer.selection import Output
+
+Order = Literal["given", "unknown"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which hidden states a file is read for, and what the user tells of them.
+
+    Args:
+        depths: whose features are asked for; None for those of all blocks.
+        final_norm: whether they are taken after the final norm.
+        output: hidden states, or keys, values or both of the block behind the depth.
+        shape: reads the model's configuration, when it is needed.
+        layout: what shapes and names leave open.
+        first_position: the position of the first row; None for the manifest's, or 0.
+        known_prefix: the tokens with which every prompt begins; None for the manifest's.
+        centred: whether the mean over the features was subtracted.
+        scale: the factor that the features were multiplied by.
+        noise: std of the Gaussian noise in them, in the model's units.
+        order: whether the rows are in the order of the text.
+        logits: whether logits stand in place of the states behind the final norm.
+    """
+
+    depths: tuple[int, ...] | None = None
+    final_norm: bool = False
+    shape: Callable[[], ModelShape] | None = None
+    layout: Layout = field(default_factory=Layout)
+    first_position: int | None = None
+    known_prefix: Sequence[int] | None = None
+    centred: bool = False
+    scale: float = 1.0
+    noise: float = 0.0
+    output: Output = "hidden_states"
+    order: Order = "given"
+    logits: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < abs(self.scale) < float("inf"):
+            raise InputError(f"--data.scale is a factor other than 0, and is {self.scale}.")
+        if not 0 <= self.noise < float("inf"):
+            raise InputError(f"--data.noise must be 0 or more, and is {self.noise}.")
+        if self.first_position is not None and self.first_position < 0:
+            raise InputError(
+                f"--data.first_position must be 0 or more, and is {self.first_position}."
+            )
+
+    def wanted(self, where: str, checks_width: bool = True) -> Wanted:
+        """What is asked for of a file or of objects that ``where`` names.
+
+        Raises:
+            InputError: logits are asked for at a depth that has none.
+        """
+        if self.logits and self.shape is not None:
+            blocks = self.shape().blocks
+            if not self.final_norm or self.depths not in (None, (blocks,)):
+                raise InputError(
+                    "--data.logits: logits follow from the states behind the final norm; set "
+                    f"--model.transformer.depth {blocks} --model.transformer.final_norm true."
+                )
+        return Wanted(
+            where, self.depths, self.final_norm, self.layout, self.shape, checks_width, self.output,
+            self.logits,
+        )  # fmt: skip

@@ -1,0 +1,49 @@
+"""What happens to features between the model and the file that holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What happens to features between the model and the file: noise, a factor, then rounding.
+
+    Args:
+        dtype: the type that they are rounded to.
+        noise: standard deviation of the Gaussian noise added, in the features' own units.
+        centred: the mean over the features of each position was subtracted, as TransformerLens
+            does; the model itself then gives centred ones (``TruncatedTransformer.centred``).
+        scale: the factor that they were multiplied by.
+    """
+
+    dtype: str = "float32"
+    noise: float = 0.0
+    centred: bool = False
+    scale: float = 1.0
+
+    def __call__(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Features ``[..., F]`` read back from the file in the model's units, in their own type."""
+        if self.noise:
+            # Drawn on the CPU, so that it does not depend on the device.
+            drawn = torch.randn(features.shape, generator=generator)
+            features = features + self.noise * drawn.to(features)
+        return self.without_noise(features)
+
+    def without_noise(self, features: Tensor) -> Tensor:
+        """Features ``[..., F]`` after all but the noise."""
+        return self.read_back((self.scale * features).to(float_type(self.dtype)).to(features))
+
+    def read_back(self, stored: Tensor) -> Tensor:
+        """Stored features in the model's units: the factor is divided out."""
+        return stored / self.scale if self.scale != 1 else stored
+
+
+def float_type(name: str) -> torch.dtype:
+    """The type of this name."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -1,0 +1,186 @@
+"""Rows in unknown order: which of them fits behind the tokens found so far?
+
+Attention determines the order. A first token sees no other, so that one row alone is reproduced by
+a token at position 0; behind it, one row alone is reproduced by a token at position 1; and so on.
+The linear probe reads the tokens of each row without knowing its position (a bag of tokens), and
+the readings of all rows that are left are run behind the prefix. For T rows that is about T * T / 2
+candidates where each first reading is right.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lightning_inversion.errors import InputError
+from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
+from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.probe_proposer import ProbeRanking
+from lightning_inversion.transformer.embedding import best_tokens
+from lightning_inversion.transformer.prefix import KnownPrefix
+
+_log = logging.getLogger(__name__)
+_ROUNDS = (0, 1, 4, 16, 64, 256)
+"""Readings of each row that are run, the best first, until a row fits."""
+_NEAREST = 4
+"""First tokens of the scan that are run for each row."""
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """The order of the rows of one prompt.
+
+    Attributes:
+        rows: ``T`` numbers of rows; those that fit nowhere stand at the end, as they were.
+        found: how many of them were found, from position 0 on.
+    """
+
+    rows: tuple[int, ...]
+    found: int
+
+
+@torch.no_grad()
+def in_order(
+    measurements: Measurements,
+    target: Tensor,
+    lengths: Sequence[int],
+    known: Tensor | None = None,
+) -> tuple[Tensor, list[RowOrder]]:
+    """Put the rows of each prompt in the order of its text.
+
+    Args:
+        measurements: of a causal model.
+        target: ``[B, T, F]`` whose rows are in any order; nan where rows of known tokens are not
+            stored, which are the first ones.
+        lengths: tokens of each prompt.
+        known: ``[N]`` tokens with which every prompt begins.
+
+    Returns:
+        The target, and the order of each prompt.
+
+    Raises:
+        InputError: the model is not causal.
+    """
+    if not measurements.transformer.causal:
+        raise InputError(
+            "--data.order unknown needs a causal model: without a causal mask every row depends on "
+            "the whole prompt, and no order can be found."
+        )
+    given = torch.empty(0, dtype=torch.long, device=target.device) if known is None else known
+    ordered, orders = target.clone(), []
+    for number, length in enumerate(lengths):
+        order = _Ordering(measurements, target[number, :length]).find(given)
+        ordered[number, :length] = target[number, list(order.rows)]
+        orders.append(order)
+    return ordered, orders
+
+
+def report_orders(
+    orders: Sequence[RowOrder], where: str, index: Sequence[int] | None = None
+) -> None:
+    """Report prompts whose order was not found to the end.
+
+    Args:
+        orders: of each prompt.
+        where: names the file in messages.
+        index: the number of each prompt, from 0.
+    """
+    for row, order in enumerate(orders):
+        if order.found < len(order.rows):
+            _log.warning(
+                "%s, prompt %d: the order of %d of %d rows was found; the others stand behind them "
+                "as in the file.",
+                where, 1 + (row if index is None else index[row]), order.found, len(order.rows),
+            )  # fmt: skip
+
+
+class _Ordering:
+    """The rows ``[T, F]`` of one prompt while their order is looked for."""
+
+    def __init__(self, measurements: Measurements, rows: Tensor) -> None:
+        self.measurements, self.rows = measurements, rows
+        self.embedding = measurements.transformer.embedding
+        self.prefix = KnownPrefix(measurements.transformer, 1)
+        self.row = torch.zeros(1, dtype=torch.long, device=rows.device)
+        stored = rows.isfinite().all(-1)
+        self.order: list[int] = (~stored).nonzero()[:, 0].tolist()
+        self.left = stored.nonzero()[:, 0]
+
+    def find(self, known: Tensor) -> RowOrder:
+        """Take the row that fits best, position by position, until none fits."""
+        if self.order:  # rows of known tokens that are not stored
+            vectors = self.embedding(known[None, : len(self.order)])
+            self.prefix.begin(self.row, vectors, self.row + len(self.order))
+        while len(self.left):
+            for ids in self._candidates(known):
+                fits = self._fitting(ids)
+                if fits is not None:
+                    break
+            else:
+                break
+            self.order.append(fits)
+            self.left = self.left[self.left != fits]
+        left = self.left.tolist()
+        if not self.order and left:  # the nearest to a first token stands first, for the diagnosis
+            nearest = self.left[self._scan().amin(1).argmin()]
+            left.sort(key=lambda row: row != int(nearest))
+        return RowOrder((*self.order, *left), len(self.order))
+
+    def _candidates(self, known: Tensor) -> Iterator[Tensor]:
+        """Tokens ``[K]`` to run at the next position, the likeliest first."""
+        position = len(self.order)
+        if position < len(known):
+            yield known[position, None]
+            return
+        readings = self._later if position else self._readings(kind=0)
+        for begin, end in pairwise(_ROUNDS):
+            yield _distinct(readings[self.left, begin:end])
+        if not position:
+            yield _distinct(self._scan().topk(_NEAREST, largest=False).indices)
+
+    def _fitting(self, ids: Tensor) -> int | None:
+        """The row that one of the tokens ``[K]`` reproduces at the next position; keeps both."""
+        position = torch.tensor(len(self.order), device=ids.device)
+        features = self.prefix.candidates(self.row, self.embedding(ids)[None])[0]
+        calibration, at = self.measurements.calibration, position.expand(len(ids))
+        rows = self.rows[self.left]
+        residuals = torch.stack([calibration.residual(features, row, at) for row in rows])
+        residuals = residuals.nan_to_num(nan=torch.inf)
+        row, token = divmod(int(residuals.argmin()), len(ids))
+        if not bool(calibration.passes(residuals[row, token], position)):
+            return None
+        self.prefix.keep(self.row, self.row + token)
+        return int(self.left[row])
+
+    # -- the bag of tokens -------------------------------------------------------------------
+
+    @cached_property
+    def _later(self) -> Tensor:
+        return self._readings(kind=1)
+
+    def _readings(self, kind: int) -> Tensor:
+        """``[T, K]`` the likeliest tokens of each row as the first one (kind 0), or a later one."""
+        ranking, probe = self.measurements.derived(ProbeRanking), self.measurements.probe
+        count, found = min(_ROUNDS[-1], self.embedding.vocabulary_size), []
+        for rows in torch.split(self.rows.nan_to_num(), self.embedding.at_a_time):
+            at = torch.full((len(rows),), kind, device=rows.device)
+            found.append(best_tokens(ranking.likelihood(probe(rows, at), at), count).indices)
+        return torch.cat(found)
+
+    def _scan(self) -> Tensor:
+        """``[N, V]`` distances of each row that is left to the features of first tokens."""
+        scan, rows = self.measurements.derived(FirstTokenFeatures), self.rows[self.left]
+        at = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+        standard = self.measurements.probe.standardize(rows, at) @ scan.directions
+        return torch.cdist(standard, scan.projected).nan_to_num(nan=torch.inf)
+
+
+def _distinct(ids: Tensor) -> Tensor:
+    found: Tensor = ids.flatten().unique()  # type: ignore[no-untyped-call]
+    return found

@@ -1,0 +1,109 @@
+"""The ladder's tables and figures, from rows."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lightning_inversion.ladder.figures import t_interval
+from lightning_inversion.ladder.page import (
+    channel_table,
+    effects,
+    frame_of,
+    intervention_table,
+    tables_of,
+    training_table,
+    write,
+)
+from lightning_inversion.replication.tables import fill
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RUNG = {"shape": "gpt2", "width": 64, "blocks": 2, "vocabulary": 1024}
+NUMBERS = (
+    "tuned_nearest", "probe_top1", "probe_read_bits", "recovery_right", "recovery_verified",
+    "loss", "nearest_wrong", "embedding_condition", "anisotropy",
+    "row_norm_variation", "massive_first", "massive_later", "jacobian_largest_later",
+    "jacobian_condition_later", "probe_bits", "theory_right", "from_mean",
+)  # fmt: skip
+
+
+def row(index: int, seed: int, share: float, tuned: float, **more: object) -> dict[str, object]:
+    numbers = dict.fromkeys(NUMBERS, 0.5 + index / 100)
+    return {"index": index, "model": f"gpt2-w64-b2-v1024-s{seed}", **RUNG, "seed": seed,
+            "share": share, "depth": 1, "printed": tuned, "tuned": tuned, "recovery_false": 0,
+            "printed_step": 0.1, **numbers, "tuned_step": 1 / (index + 2), **more}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Rows of three seeds, by whose blocks half of the effect of training is restored."""
+    ends = [(seed, share) for seed in range(3) for share in (0.0, 1.0)]
+    cells = [row(n, seed, share, 0.9 - 0.8 * share + seed / 100)
+             for n, (seed, share) in enumerate(ends)]  # fmt: skip
+    changes = [
+        row(2 * n + k, seed, share, value, intervention=name)
+        for n, (seed, share) in enumerate(ends)
+        for k, (name, value) in enumerate(
+            (("none", 0.9 - 0.8 * share), ("half", 0.5)))
+    ]  # fmt: skip
+    kept = {8: 0.0, 16: 0.3, 32: 0.5, 64: 0.6}
+    channel = [row(n, 0, 1.0, right, kept=few) for n, (few, right) in enumerate(kept.items())]
+    survival = [row(0, 0, 1.0, 0.5, channel="whole")]
+    for name, rows in (("cells", cells), ("interventions", changes), ("channel", channel),
+                       ("survival", survival)):  # fmt: skip
+        text = "".join(json.dumps(one) + "\n" for one in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def test_intervals_are_students() -> None:
+    low, high = t_interval([0.4, 0.5, 0.6])
+    assert (low, high) == pytest.approx((0.5 - 4.303 * 0.1 / 3**0.5, 0.5 + 4.303 * 0.1 / 3**0.5))
+    assert t_interval([0.9, 1.0])[1] == 1.0
+
+
+def test_effects_are_shares_of_the_difference(folder: Path) -> None:
+    cells = frame_of(folder / "cells.jsonl")
+    assert training_table(cells).count("apart") == 2  # printed and tuned; nearest is the same
+    shares = effects(frame_of(folder / "interventions.jsonl"))
+    assert len(shares) == 3
+    assert shares["restored"].to_list() == pytest.approx([0.4] * 3)
+    assert shares["removed"].to_list() == pytest.approx([0.4] * 3)
+    assert shares["effect"].to_list() == pytest.approx([0.8] * 3)
+    rows = frame_of(folder / "interventions.jsonl")
+    assert "| half | 3 | 0.50 | 0.50 | 0.50 |  | 0.50 | 0.50 |" in intervention_table(rows, shares)
+    assert "| recipe | 0.60 | 16 | 16 | 64 |" in channel_table(frame_of(folder / "channel.jsonl"))
+
+
+def test_a_model_without_an_effect_has_no_share() -> None:
+    rows = [row(n, 0, share, 0.5, intervention="none") for n, share in enumerate((0.0, 1.0))]
+    assert effects(pd.DataFrame(rows)).empty
+
+
+def test_the_page_and_its_figures_are_written(folder: Path) -> None:
+    names = (
+        "training",
+        "readers",
+        "width",
+        "slopes",
+        "suspects",
+        "interventions",
+        "channel",
+        "survival",
+    )
+    page = folder / "LADDER.md"
+    page.write_text("\n".join(f"<!-- rows: {name} -->\n<!-- end -->" for name in names))
+    (folder / "images").mkdir()
+    written = write(folder, page)
+    assert [path.name for path in written] == [
+        "LADDER.md", "ladder-training.png", "ladder-width.png", "ladder-mechanism.png",
+        "ladder-interventions.png", "ladder-channel.png",
+    ]  # fmt: skip
+    assert all(path.stat().st_size > 100 for path in written)
+    assert "GPT-2 64, 2 blocks, V 1024" in page.read_text()
+
+
+def test_the_committed_page_is_rebuilt_from_the_rows() -> None:
+    page = CONFIGS / "LADDER.md"
+    assert fill(page.read_text("utf-8"), tables_of(CONFIGS / "ladder")) == page.read_text("utf-8")
