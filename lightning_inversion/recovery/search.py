@@ -296,11 +296,13 @@ class PrefixSearch(OpenPositions):
         smallest = residuals.gather(1, judged.best[:, None])[:, 0]
         wrong = ~settled
         shown = None if features is None else features[wrong]
+        vocabulary = self.transformer.embedding.vocabulary_size
         self.stay(rows[wrong], ids[wrong], best[wrong], smallest[wrong], shown)
         self.leave(rows[settled])
         return Trial(
             rows, ids, residuals, threshold, best, judged.verified, judged.group,
-            judged.rivals, judged.rival_residuals, count,
+            judged.rivals, judged.rival_residuals,
+            torch.where(judged.scanned & settled, vocabulary, count),
         )  # fmt: skip
 
 
@@ -313,6 +315,7 @@ def _of(judged: Judgement, some: Tensor) -> Judgement:
         judged.verified[some],
         judged.group[some],
         [],
+        judged.scanned[some],
     )
 
 
