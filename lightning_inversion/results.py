@@ -92,7 +92,7 @@ class ResultRow:
     token_states: list[str] = _per_token()
     """What is shown of each token: given, verified, conditional (it reproduces the target behind
     tokens that are not all verified), group (others reproduce it too), read (off its row, behind
-    tokens that are not known) or unresolved."""
+    tokens that are not known) or unresolved. Empty where a fit did not compare them."""
     unresolved: list[int] = _per_token()
     """Positions that are neither given nor verified."""
     duplicates: list[int] = _per_token()

@@ -238,7 +238,7 @@ class VerifiedPrefix(Schedule):
         parts = [state.proposals]
         if state.iteration:  # before the first step the input adds nothing to the probe
             parts.append(NearestToInput(search, vectors))
-        proposals = MixedProposals(search, parts, [False] * len(parts), share_alone=1.0)
+        proposals = MixedProposals(search, parts, [0] * len(parts), share_alone=1.0)
         if len(rows):
             search.prefix.begin(rows, vectors[rows], state.prefix_lengths[rows])
         while len(rows):

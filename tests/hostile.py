@@ -153,7 +153,7 @@ def in_place_of(draw: random.Random, path: Path) -> str:
     """Put something else where a file is: a folder, a pipe, a link to itself; returns what."""
     what = draw.choice(["folder", "pipe", "loop", "dangling", "device", "unreadable", "nothing"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
+    if os.path.lexists(path):
         path.unlink()
     if what == "folder":
         path.mkdir()

@@ -133,13 +133,13 @@ def cache_folders(draw: random.Random, place: Place) -> Case:
     """A cache with what nobody put there, listed, cleared or used."""
     cache = place.folder / "cache"
     shutil.copytree(place.base / "cache", cache)
-    for _ in range(draw.randint(1, 3)):
-        at = cache / draw.choice(["", "measured"])
-        name = draw.choice(["x", "Calibration-a.safetensors", "\x1b[31m-x.safetensors", "..x.lock"])
+    for number in range(draw.randint(1, 3)):
+        at = cache / draw.choice(["", "measured", f"new-{number}"])
+        at.mkdir(exist_ok=True)
+        name = f"{number}" + draw.choice(["x", "-a.safetensors", "\x1b[31m-x.safetensors", ".lock"])
         if draw.random() < 0.5:
             hostile.in_place_of(draw, at / name)
         elif draw.random() < 0.5:
-            (at / name).unlink(missing_ok=True)
             (at / name).symlink_to(place.base)  # clearing must not follow it
         else:
             about = json.dumps({"about": hostile.json_text(draw, {"model": "x"}).decode("latin-1")})

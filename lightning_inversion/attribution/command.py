@@ -168,6 +168,8 @@ def _check_files(options: Namespace) -> None:
                 "--out is a folder of pages with --prompts, and its rows are in a file; leave out "
                 "the -."
             )
+    if options.out is not None and options.out == options.json != _STDIO:
+        raise InputError(f"--out and --json are both {str(options.out)!r}; give two files.")
     if options.out == options.json == _STDIO:
         raise InputError("--out and --json cannot both be stdout; give one of them a file.")
     for option in ("out", "json"):

@@ -58,16 +58,18 @@ class ResultWriter(Callback):
 
     Args:
         top_k: how many tokens of each position are kept and counted in top-k accuracy.
+        verify: compare a fit's decoded tokens with the target, which measures the model once; False
+            leaves out of its rows which tokens are verified.
 
     Attributes:
         asked: the settings that decide the rows, from the command line; None for those that a row
             holds.
     """
 
-    def __init__(self, top_k: int = 5) -> None:
+    def __init__(self, top_k: int = 5, verify: bool = True) -> None:
         if top_k < 1:
             raise InputError(f"--results.top_k must be at least 1, and is {top_k}.")
-        self.top_k = top_k
+        self.top_k, self.verify = top_k, verify
         self.asked: dict[str, Any] | None = None
         self._fingerprints: list[str] = []
         self._path = Path(FILE)
@@ -212,7 +214,8 @@ class ResultWriter(Callback):
                 callback.judge(module)  # the rows hold its verdict, whichever callback runs first
         top = module.top_tokens(self.top_k)
         seconds = time.monotonic() - self._batch_began
-        return fitted_rows(module, top, module.verify(top.best), seconds)
+        verdict = module.verify(top.best) if self.verify else None
+        return fitted_rows(module, top, verdict, seconds)
 
     def _write(
         self, trainer: Trainer, module: InputInversion, rows: list[ResultRow], own: bool = True

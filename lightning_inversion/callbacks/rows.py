@@ -73,14 +73,14 @@ def _versions() -> dict[str, str]:
 
 
 def fitted_rows(
-    module: InputInversion, top: TopTokens, verdict: Verdict, seconds: float
+    module: InputInversion, top: TopTokens, verdict: Verdict | None, seconds: float
 ) -> list[ResultRow]:
     """The rows of a batch that was optimised.
 
     Args:
         module: the experiment, with the batch's state.
         top: the decoded tokens.
-        verdict: of the best tokens, run through the model.
+        verdict: of the best tokens, run through the model; None where they were not compared.
         seconds: wall time of the batch.
     """
     state, batch = module.state, module.state.batch
@@ -91,27 +91,16 @@ def fitted_rows(
     for row, length in enumerate(batch.lengths):
         ids = top.best[row, :length].tolist()
         met_at, stopped_at = int(state.criterion_met_at[row]), int(state.stopped_at[row])
-        known = len(batch.known_prefix)
-        residuals = [finite(r) for r in verdict.residuals[row, :length].tolist()]
-        verified = [False] * known + verdict.verified[row, known:length].tolist()
         rows.append(
             ResultRow(
                 index=batch.index[row],
                 prompt=batch.prompts[row],
-                error=_NOT_FINITE if None in residuals else None,
                 recovered=None if tokenizer is None else decoded(tokenizer, ids),
                 recovered_tokens=token_texts(tokenizer, ids) if tokenizer else None,
                 **_scores(batch, top, row),
-                verified=all(verified[known:]),
-                verified_tokens=sum(verified),
-                token_verified=verified,
-                token_states=["given"] * known
-                + [verdict.state(row, position) for position in range(known, length)],
-                unresolved=[t for t in range(known, length) if not verified[t]],
-                token_residuals=residuals,
-                thresholds=[finite(t) for t in verdict.thresholds[row, :length].tolist()],
+                **_shown(verdict, row, len(batch.known_prefix), length),
                 duplicates=[t for t, token in enumerate(ids) if token in duplicated],
-                known_tokens=known,
+                known_tokens=len(batch.known_prefix),
                 distance_ratio=finite(float(state.ratio[row])),
                 criterion_met=met_at >= 0,
                 criterion_met_at=met_at if met_at >= 0 else None,
@@ -125,6 +114,25 @@ def fitted_rows(
             )
         )
     return rows
+
+
+def _shown(verdict: Verdict | None, row: int, known: int, length: int) -> dict[str, Any]:
+    """What comparing a row's tokens with the target has shown; nothing where they were not."""
+    if verdict is None:
+        return {}
+    residuals = [finite(r) for r in verdict.residuals[row, :length].tolist()]
+    verified = [False] * known + verdict.verified[row, known:length].tolist()
+    states = [verdict.state(row, position) for position in range(known, length)]
+    return {
+        "error": _NOT_FINITE if None in residuals else None,
+        "verified": all(verified[known:]),
+        "verified_tokens": sum(verified),
+        "token_verified": verified,
+        "token_states": ["given"] * known + states,
+        "unresolved": [t for t in range(known, length) if not verified[t]],
+        "token_residuals": residuals,
+        "thresholds": [finite(t) for t in verdict.thresholds[row, :length].tolist()],
+    }
 
 
 def _duplicated(embedding: TokenEmbedding) -> set[int]:

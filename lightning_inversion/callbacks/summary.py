@@ -29,7 +29,8 @@ def mean(rows: list[ResultRow]) -> dict[str, float]:
     if not rows:
         return {}
     averages = _accuracies(rows)
-    averages["verified"] = sum(row.verified for row in rows) / len(rows)
+    if compared := [row for row in rows if row.token_states]:
+        averages["verified"] = sum(row.verified for row in compared) / len(compared)
     for name in ("iterations", "distance_ratio"):
         numbers = [getattr(row, name) for row in rows if getattr(row, name) is not None]
         if numbers:
@@ -93,7 +94,7 @@ def print_rows(rows: list[ResultRow]) -> None:
             str(row.index + 1),
             Text(visible(row.recovered or ""), style="green" if row.verified else "red"),
             _count_of(row.token_accuracy, count),
-            f"{row.verified_tokens}/{count}",
+            f"{row.verified_tokens}/{count}" if row.token_states else "not compared",
             *spent,
         )
     console = Console(file=sys.stdout)
@@ -110,7 +111,8 @@ def print_rows(rows: list[ResultRow]) -> None:
         if "token_accuracy" in averages
         else ""
     )
-    console.print(f"{right}verified {averages['verified']:.3f} of {len(rows)} prompts")
+    outcome = f"verified {averages['verified']:.3f}" if "verified" in averages else "not compared"
+    console.print(f"{right}{outcome} of {len(rows)} prompts")
 
 
 def _count_of(share: float | None, count: int) -> str:

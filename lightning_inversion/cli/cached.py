@@ -67,7 +67,7 @@ def _named(path: Path, about: dict[str, object]) -> tuple[str, str]:
     if path.is_dir():
         return "folder", printable(path.name)
     kind = in_words(path.name.partition("-")[0])
-    return kind, printable(described(about)) if about else "damaged"
+    return printable(kind), printable(described(about)) if about else "damaged"
 
 
 def _megabytes(size: int) -> str:

@@ -13,6 +13,8 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.files import FULL, MOST_PROCESSES
 from lightning_inversion.transformer.loading import TransformerSpec
 
+MOST_NODES = 10_000
+"""Machines of one run: more are a mistake, and the first would wait for them."""
 DEFAULTS = {
     "enable_progress_bar": False,  # TokenDecoding shows one beside the tokens
     "enable_model_summary": False,
@@ -93,6 +95,10 @@ def share_prompts_out(trainer: Any) -> None:
     asked = str(trainer.devices)
     if asked.isdecimal():
         _check_processes(int(asked))  # Lightning would make a list of them
+    if trainer.num_nodes > MOST_NODES:
+        raise InputError(
+            f"--trainer.num_nodes is {trainer.num_nodes}, and at most {MOST_NODES} can take part."
+        )
     if trainer.strategy != "auto":
         return
     probe = Trainer(

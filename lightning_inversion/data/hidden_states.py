@@ -30,6 +30,7 @@ from lightning_inversion.data.layout import (
     Beside,
     Wanted,
     arrange,
+    floating,
     named,
     rows_of_prompts,
 )
@@ -151,7 +152,7 @@ class _Reader:
         if isinstance(given, Tensor | np.ndarray):
             tensor = self._tensor(given)
             if tensor.dim() == 2:
-                return [tensor]
+                return [floating(self.wanted, tensor, name)]
             if self.wanted.output == "keys_values":
                 raise self.wanted.error(
                     f"{named(name)} has shape {list(tensor.shape)}, and may be keys or values; set "
@@ -187,7 +188,7 @@ class _Reader:
     def _tensor(self, value: Tensor | np.ndarray) -> Tensor:
         if isinstance(value, Tensor):
             return value.detach().cpu()
-        if value.dtype.kind not in "fiub":
+        if value.dtype.kind not in "fiub" or value.dtype.itemsize > 8:
             raise self.wanted.error(f" holds NumPy values of type {value.dtype}; store numbers.")
         return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
 

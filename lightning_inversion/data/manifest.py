@@ -18,8 +18,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-import torch
-
+from lightning_inversion.data.storage import MOST_NOISE
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_of
 from lightning_inversion.transformer.loading import TransformerSpec
@@ -140,7 +139,7 @@ def _wrong_values(manifest: Manifest) -> str | None:
     storage = manifest.storage
     if not all(k in _STORAGE and check_of(_STORAGE[k])(value) for k, value in storage.items()):
         return f"has storage {json.dumps(storage)}; {WAYS_OUT['storage']}."
-    if not 0 <= storage.get("noise", 0) <= torch.finfo(torch.float32).max:
+    if not 0 <= storage.get("noise", 0) <= MOST_NOISE:
         return f"has storage.noise {storage['noise']!r}; write a standard deviation, 0 or more."
     if not 0 < abs(storage.get("scale", 1)) < float("inf"):
         return f"has storage.scale {storage['scale']!r}; write a factor other than 0."

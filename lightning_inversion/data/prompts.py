@@ -23,6 +23,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.strategy import take
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.selection import Output
+from lightning_inversion.transformer.tokens import is_text
 
 _log = logging.getLogger(__name__)
 
@@ -202,6 +203,8 @@ class PromptDataModule(LightningDataModule):
     def _known(self, prefix: list[int] | str | None) -> list[int] | None:
         if not isinstance(prefix, str):
             return prefix
+        if not is_text(prefix):
+            raise InputError("--data.known_prefix has a byte that is no UTF-8; correct it.")
         encoded = self._spec.load_tokenizer()(prefix, add_special_tokens=False)
         return list(encoded["input_ids"])
 

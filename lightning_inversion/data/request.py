@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lightning_inversion.data.layout import Layout, ModelShape, Wanted
+from lightning_inversion.data.storage import MOST_NOISE
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.selection import Output
 
@@ -48,8 +49,10 @@ class Request:
     def __post_init__(self) -> None:
         if not 0 < abs(self.scale) < float("inf"):
             raise InputError(f"--data.scale is a factor other than 0, and is {self.scale}.")
-        if not 0 <= self.noise < float("inf"):
-            raise InputError(f"--data.noise must be 0 or more, and is {self.noise}.")
+        if not 0 <= self.noise <= MOST_NOISE:
+            raise InputError(
+                f"--data.noise must be between 0 and {MOST_NOISE:.0e}, and is {self.noise}."
+            )
         if self.first_position is not None and self.first_position < 0:
             raise InputError(
                 f"--data.first_position must be 0 or more, and is {self.first_position}."

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MOST_NOISE = 1e15
+"""Std of noise that can be told; float32 holds the sum of its squares over any features."""
+
 
 @dataclass(frozen=True)
 class Storage:

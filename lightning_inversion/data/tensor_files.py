@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ _OTHERS = {
     b"\x1f\x8b": "packed by gzip", b"GGUF": "a model's file", b"\xfd7zXZ": "packed by xz",
 }  # fmt: skip
 """How files begin that are not read."""
+_DAMAGED = (
+    *(ValueError, EOFError, MemoryError, KeyError, NotImplementedError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+"""What NumPy and zipfile raise for wrong bytes, a compression or encryption they do not know."""
 KINDS = "a .safetensors, .npy, .npz, .pt or .json file of tensors"
 
 
@@ -69,7 +75,7 @@ def read_tensors(path: Path, where: str) -> tuple[Any, dict[str, str]]:
         raise InputError(f"{where} is damaged, or none of {KINDS}; write it again.") from error
     except InputError:
         raise
-    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile, KeyError) as error:
+    except _DAMAGED as error:
         if "pickle" in str(error).lower() or "Python objects" in str(error):
             raise InputError(
                 f"{where} holds Python objects, which are not loaded; save plain arrays of numbers."

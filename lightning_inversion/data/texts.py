@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.blocks import most_positions, text_config
+from lightning_inversion.transformer.tokens import is_text
 from lightning_inversion.untrusted import RepeatedKeyError, read_file, read_json
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def tokenize(
     """
     if not prompt:
         raise InputError("is empty; give it a text.")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
+    if not is_text(prompt):
         raise InputError("has half of a surrogate pair, which is no character; correct it.")
     beginning = prompt[: _SURELY_TOO_LONG * (limits.tokens or len(prompt))]
     if limits.tokens is not None and len(beginning) < len(prompt):

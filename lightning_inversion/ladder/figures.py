@@ -25,8 +25,12 @@ _STYLE = FigureStyle(width=3.6, height=3.3)
 _MARGIN = 0.04
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95% interval of a mean by Student's t, one value for each seed; within 0 and 1.
+def t_interval(values: Sequence[float], least: float = 0.0) -> tuple[float, float]:
+    """The 95% interval of a mean by Student's t, one value for each seed.
+
+    Args:
+        values: shares, or differences of shares.
+        least: what they can be at least; 1 is what they can be at most.
 
     >>> t_interval([0.5, 0.5, 0.5])
     (0.5, 0.5)
@@ -36,7 +40,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
         return float("nan"), float("nan")
     t = _T[len(found) - 2] if len(found) <= len(_T) + 1 else 2.1  # 2.1: of about 20 values
     half = t * found.std(ddof=1) / np.sqrt(len(found))
-    return max(0.0, float(found.mean() - half)), min(1.0, float(found.mean() + half))
+    return max(least, float(found.mean() - half)), min(1.0, float(found.mean() + half))
 
 
 def _lines(axes: Any, points: pd.DataFrame, x: str, y: str, hue: str, **how: Any) -> None:
@@ -50,6 +54,8 @@ def _lines(axes: Any, points: pd.DataFrame, x: str, y: str, hue: str, **how: Any
 def training_figure(cells: pd.DataFrame) -> RenderedFigure:
     """Tokens right along the training, for each shape and width; what probe and recovery read."""
     cells = cells[(cells["vocabulary"] == 1024) & (cells["blocks"] == 2)]
+    shares_of = cells.groupby("model")["share"].transform("nunique")
+    cells = cells[shares_of == cells["share"].nunique()]  # no line over what lies between the ends
     shares = sorted(cells["share"].unique())
     cells = cells.assign(training=cells["share"].map(shares.index))
     panels = [
@@ -65,13 +71,14 @@ def training_figure(cells: pd.DataFrame) -> RenderedFigure:
         axes = canvas.add_subplot(1, len(panels), number)
         _lines(axes, points, "training", y, hue)
         axes.set_xticks(range(len(shares)), [f"{100 * share:g}" for share in shares])
+        axes.legend(loc="lower left" if hue == "reader" else "upper right")
         axes.set(title=title, xlabel=f"% of the training ({_n(points)})")
     return rendered("ladder-training", "Tokens right along the training", canvas)
 
 
 def _n(points: pd.DataFrame) -> str:
     seeds = points["seed"].nunique() if "seed" in points else 0
-    return f"n = {seeds} seeds x 10 prompts" if seeds else "n = all models, seeds and prompts"
+    return f"n = {seeds} seeds x 10 prompts" if seeds else "all models and seeds"
 
 
 def width_figure(cells: pd.DataFrame) -> RenderedFigure:
@@ -103,7 +110,7 @@ def intervention_figure(rows: pd.DataFrame) -> RenderedFigure:
     means = rows.pivot_table("tuned", "intervention", "share")
     order = [*means[1.0].sort_values(ascending=False).drop("none").index]
     canvas = FigureStyle(width=5.0, height=5.4).canvas(2)
-    models = f"n = {rows['family'].nunique()} models x {rows['seed'].nunique()} seeds"
+    models = f"up to {rows['model'].nunique()} models"
     for number, (share, title) in enumerate(
         ((1.0, "on the trained model"), (0.0, "on the untrained model")), start=1
     ):

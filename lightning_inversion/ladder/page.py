@@ -40,9 +40,9 @@ def frame_of(path: Path) -> pd.DataFrame:
     return frame
 
 
-def between(values: pd.Series) -> str:
+def between(values: pd.Series, least: float = 0.0) -> str:
     """A mean with its interval over seeds."""
-    low, high = t_interval([*values])
+    low, high = t_interval([*values], least)
     mean = f"{values.mean():.2f}"
     return mean if math.isnan(low) else f"{mean} [{low:.2f}, {high:.2f}]"
 
@@ -57,13 +57,13 @@ def training_table(cells: pd.DataFrame) -> str:
             continue
         for column, name in (("printed", "printed"), ("tuned", "tuned"),
                              ("tuned_nearest", "tuned, nearest")):  # fmt: skip
-            low, _ = t_interval([*before[column]])
-            _, high = t_interval([*after[column]])
-            apart = "apart" if high < low else "touch"
+            (low, high), (least, most) = (t_interval([*o[column]]) for o in (before, after))
+            apart = "apart" if most < low or high < least else "touch"
             seeds = str(after["seed"].nunique())
+            change = after.set_index("seed")[column] - before.set_index("seed")[column]
             lines.append([family, seeds, name, between(before[column]), between(after[column]),
-                          apart])  # fmt: skip
-    columns = ["model", "seeds", "recipe", "0%", "100%", "intervals"]
+                          apart, between(change, -1.0)])  # fmt: skip
+    columns = ["model", "seeds", "recipe", "0%", "100%", "intervals", "change of a seed"]
     return as_markdown(columns, lines)
 
 

@@ -146,15 +146,16 @@ class Calibration:
             vocabulary: how many tokens there are.
         """
         kind = positions.clamp(max=1)
-        explained, bar = self._bar(residuals, kind, vocabulary)
+        explained, bar = self.bar(residuals, positions, vocabulary)
         farther = max(CLEARANCE, (vocabulary / RISK) ** (1 / self.std.shape[1]))
         times = torch.where(explained, CLEARANCE, farther)
         clear = (rivals > bar) & (rivals >= times * residuals)
         likelier = self._likelier(residuals, rivals, positions) >= math.log(vocabulary / RISK)
         return torch.where(self.noisy[kind] > 0, likelier, clear)
 
-    def _bar(self, residuals: Tensor, kind: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    def bar(self, residuals: Tensor, positions: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
         """Whether rounding explains residuals ``[R]``, and what a rival's must be beyond then."""
+        kind = positions.clamp(max=1)
         explained = residuals <= self.rounding[kind]
         right = self._right(residuals, kind, vocabulary)
         return explained, torch.where(explained, right, self.threshold[kind])
@@ -216,7 +217,7 @@ class Calibration:
         counts as equally small, but for a low precision with many features, whose errors are large.
         """
         kind = positions.clamp(max=1)
-        _, bar = self._bar(residuals, kind, vocabulary)
+        _, bar = self.bar(residuals, positions, vocabulary)
         small = residuals if self.left_out.shape[2] else bar
         share = (small / self.common[kind]).clamp(max=1.0) ** self.dimension[kind]
         return vocabulary * _NEAREST_SHARE * torch.where(self.noisy[kind] > 0, 0.0, share)

@@ -23,7 +23,8 @@ class FirstTokenFeatures:
     """The standardised features of each token as a prompt of its own, projected to ``[V, 64]``.
 
     Attributes:
-        directions: ``[F, 64]`` random directions, the same in every run.
+        directions: ``[F, 64]`` random directions, the same in every run, without those that
+            residuals leave out.
         projected: ``[V, 64]``.
     """
 
@@ -33,7 +34,8 @@ class FirstTokenFeatures:
     @classmethod
     def of(cls, measurements: Measurements) -> FirstTokenFeatures:
         """Read them from the cache folder, or compute them once for a model and depth."""
-        return measurements.kept(cls, lambda: cls._scan(measurements), measurements.probe.std[0])
+        of = measurements.probe.std[0], measurements.calibration.left_out[0]
+        return measurements.kept(cls, lambda: cls._scan(measurements), *of)
 
     @classmethod
     @torch.no_grad()
@@ -42,6 +44,8 @@ class FirstTokenFeatures:
         features, generator = transformer.feature_size, torch.Generator().manual_seed(0)
         drawn = torch.randn(features, min(_DIRECTIONS, features), generator=generator)
         directions = (drawn / features**0.5).to(transformer.device)
+        left_out = measurements.calibration.left_out[0]
+        directions = directions - left_out @ (left_out.T @ directions)
         ids = torch.arange(transformer.embedding.vocabulary_size, device=transformer.device)
         parts = []
         console = Console(stderr=True)

@@ -14,14 +14,15 @@ from lightning_inversion.recovery.proposals import NEARNESS, Proposals, Proposer
 class GradientProxy(Proposer):
     """Tokens near an embedding that descends towards the target's features.
 
-    Where a first round of candidates has failed, one proxy starts at the corrected linear guess and
-    moves a few steps of Adam in each round, on the cosine distance of standardised features. If it
-    finds nothing, several start together: half of them at the wrong candidates whose features came
-    closest to the target, from where a hard token is found twice as often as from a random one, and
-    half at random tokens. Prefixes are kept and proxies lie side by side, so that a step runs one
-    token for each.
+    Where the first rounds of candidates have failed, one proxy starts at the corrected linear guess
+    and moves a few steps of Adam in each round, on the cosine distance of standardised features. If
+    it finds nothing, several start together: half of them at the wrong candidates whose features
+    came closest to the target, from where a hard token is found twice as often as from a random
+    one, and half at random tokens. Prefixes are kept and proxies lie side by side, so that a step
+    runs one token for each.
 
     Args:
+        waits: rounds at a position that must have failed before the first proxy starts.
         steps: steps in each round.
         learning_rate: in std of the embedding.
         rounds_alone: rounds after which the first proxy is joined by the others.
@@ -31,10 +32,9 @@ class GradientProxy(Proposer):
             the log-likelihood.
     """
 
-    needs_evidence = True
-
     def __init__(
         self,
+        waits: int = 4,
         steps: int = 5,
         learning_rate: float = 0.6,
         rounds_alone: int = 2,
@@ -42,14 +42,16 @@ class GradientProxy(Proposer):
         proxies: int = 8,
         nearness: float = NEARNESS,
     ) -> None:
-        if min(steps, rounds_alone, restart, proxies) < 1 or min(learning_rate, nearness) <= 0:
+        whole = (waits, steps, rounds_alone, restart, proxies)
+        if min(whole) < 1 or min(learning_rate, nearness) <= 0:
+            given = ", ".join(map(str, (*whole, learning_rate, nearness)))
             raise InputError(
-                "--model.recovery: steps, rounds_alone, restart and proxies must be at least 1, "
-                f"learning_rate and nearness positive; they are {steps}, {rounds_alone}, "
-                f"{restart}, {proxies}, {learning_rate} and {nearness}."
+                "--model.recovery: waits, steps, rounds_alone, restart and proxies must be at "
+                f"least 1, learning_rate and nearness positive; they are {given}."
             )
-        self.steps, self.learning_rate, self.rounds_alone = steps, learning_rate, rounds_alone
-        self.restart, self.proxies, self.nearness = restart, proxies, nearness
+        self.waits, self.steps, self.learning_rate = waits, steps, learning_rate
+        self.rounds_alone, self.restart = rounds_alone, restart
+        self.proxies, self.nearness = proxies, nearness
 
     def begin(self, search: OpenPositions) -> Proposals:
         return DescendingProxies(search, self)
@@ -77,8 +79,8 @@ class DescendingProxies(Proposals):
         """Start the proxies of a new position, and move those of an old one by some steps."""
         for members, count in self._by_count(rows):
             rounds = self.search.rounds[members]
-            self._start_first(members[rounds <= 1])
-            joined = rounds - 1 - self._settings.rounds_alone
+            self._start_first(members[rounds <= self._settings.waits])
+            joined = rounds - self._settings.waits - self._settings.rounds_alone
             again = (joined >= 0) & (joined % self._settings.restart == 0)
             self._start_all(members[again])
             moving = members[rounds > 0]
@@ -96,7 +98,7 @@ class DescendingProxies(Proposals):
         return scores
 
     def _single(self, rows: Tensor) -> Tensor:
-        return self.search.rounds[rows] <= self._settings.rounds_alone
+        return self.search.rounds[rows] < self._settings.waits + self._settings.rounds_alone
 
     def _by_count(self, rows: Tensor) -> list[tuple[Tensor, int]]:
         """Rows with one proxy, and rows with all of them."""

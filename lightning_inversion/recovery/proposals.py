@@ -21,6 +21,10 @@ from lightning_inversion.transformer.language_model import Continuations
 
 NEARNESS = 0.15
 """Weight of the squared distance to a token, in std of the embedding, in its log-likelihood."""
+_REMEMBERED = 0.7
+"""What an earlier token counts for the question whether a prompt is text."""
+_EVEN = 0.999
+"""Share of the probability that is spread evenly at most."""
 UNIFORM_SHARE = 0.05
 """Share of the probability that is spread evenly over the vocabulary, so that none is 0."""
 
@@ -44,7 +48,13 @@ class Proposals(ABC):
     Args:
         search: of the batch.
         name: the proposer's, as certificates show it.
+
+    Attributes:
+        stages: rounds at a position after which those that follow are proposed in the same way;
+            rows at different stages are not run together.
     """
+
+    stages: int = 1
 
     def __init__(self, search: OpenPositions, name: str) -> None:
         self.search, self.name = search, name
@@ -94,11 +104,12 @@ class Proposer(ABC):
 
     Attributes:
         needs_language_model: whether it uses the whole model with its head.
-        needs_evidence: whether it has candidates only where a first round at a position has failed.
+        waits: rounds at a position that must have failed before it has a part in a mixture, to
+            which it then names its own best tokens alone.
     """
 
     needs_language_model: bool = False
-    needs_evidence: bool = False
+    waits: int = 0
 
     @property
     def name(self) -> str:
@@ -110,17 +121,16 @@ class Proposer(ABC):
         """Start to work on the batch of ``search``."""
 
 
-def mix_with_uniform(log_probabilities: Tensor, share: float) -> Tensor:
+def mix_with_uniform(log_probabilities: Tensor, share: float | Tensor) -> Tensor:
     """Log-probabilities ``[R, V]`` with a share of the probability given evenly to all tokens.
 
     Args:
         log_probabilities: normalised.
-        share: between 0 and 1.
+        share: between 0 and 1; ``[R, 1]`` for a share of each row.
     """
-    even = torch.tensor(
-        math.log(share / log_probabilities.shape[1]), device=log_probabilities.device
-    )
-    return torch.logaddexp(log_probabilities + math.log1p(-share), even)
+    shares = torch.as_tensor(share, device=log_probabilities.device)
+    even = (shares / log_probabilities.shape[1]).log()
+    return torch.logaddexp(log_probabilities + (-shares).log1p(), even)
 
 
 class Exhaustive(Proposer):
@@ -142,11 +152,12 @@ class _InOrderOfId(Proposals):
 class LanguageModelPrior(Proposer):
     """Tokens by their probability after the tokens found so far.
 
-    At position 0 all tokens are alike.
+    At position 0 all tokens are alike. A prompt is either text or nothing that the model expects:
+    the less likely it found the tokens that it was asked about, the more evenly it ranks the next.
 
     Args:
-        uniform_share: the share of the probability that is spread evenly over the vocabulary, so
-            that a prompt which the model finds unlikely can be recovered too.
+        uniform_share: the share of the probability that is spread evenly over the vocabulary at
+            least, so that a prompt which the model finds unlikely can be recovered too.
     """
 
     needs_language_model = True
@@ -171,8 +182,15 @@ class _Prior(Proposals):
         self._uniform_share = uniform_share
         self._continuations = Continuations(language_model, rows)
         self._begun = torch.zeros(rows, dtype=torch.bool, device=device)
+        # By how much likelier each prompt is as text than as tokens drawn evenly: the log.
+        self._likelier = torch.zeros(rows, device=device)
 
     def accept(self, rows: Tensor, ids: Tensor) -> None:
+        even = -math.log(self.search.tried.shape[1])
+        for row, token in zip(rows.tolist(), ids.tolist(), strict=True):
+            found = self._continuations.log_probability(row, token)
+            if found is not None:
+                self._likelier[row] = _REMEMBERED * self._likelier[row] + found - even
         self._continuations.append(rows, ids)
         self._begun[rows] = True
 
@@ -180,12 +198,15 @@ class _Prior(Proposals):
         self._continuations.drop_last(rows)
 
     def scores(self, rows: Tensor) -> Tensor:
-        """log of (1 - share) p + share / V."""
+        """log of (1 - share) p + share / V, the share as likely as it is that this is no text."""
         scores = torch.zeros(len(rows), self.search.tried.shape[1], device=rows.device)
         begun = self._begun[rows]
         if begun.any():
             chances = self._continuations.log_probabilities(rows[begun]).to(rows.device)
-            scores[begun] = mix_with_uniform(chances, self._uniform_share)
+            odds = self._uniform_share / (1 - self._uniform_share)
+            share = torch.sigmoid(math.log(odds) - self._likelier[rows[begun], None])
+            share = share.clamp(self._uniform_share, _EVEN)
+            scores[begun] = mix_with_uniform(chances, share)
         return scores
 
 
@@ -233,7 +254,8 @@ class Mixture(Proposer):
 
     Proposers fail on different tokens. Their sum (a product of experts, Hinton 2002) ranks highest
     what all find likely. From the second round at a position on, a share of the candidates is each
-    proposer's own best, so that none can hide what another finds.
+    proposer's own best, so that none can hide what another finds. A proposer that waits, as it
+    needs evidence, is not in the sum.
 
     Args:
         proposers: the parts.
@@ -257,8 +279,8 @@ class Mixture(Proposer):
 
     def begin(self, search: OpenPositions) -> Proposals:
         parts = [part.begin(search) for part in self.proposers]
-        later = [part.needs_evidence for part in self.proposers]
-        return MixedProposals(search, parts, later, self.share_alone)
+        waits = [part.waits for part in self.proposers]
+        return MixedProposals(search, parts, waits, self.share_alone)
 
 
 class MixedProposals(Proposals):
@@ -267,7 +289,7 @@ class MixedProposals(Proposals):
     Args:
         search: of the batch.
         parts: the proposals that are mixed.
-        later: which of them have no part in the first round at a position.
+        waits: the rounds at a position that must have failed before each has a part.
         share_alone: the share of a later round's candidates that the parts name alone.
     """
 
@@ -275,11 +297,12 @@ class MixedProposals(Proposals):
         self,
         search: OpenPositions,
         parts: Sequence[Proposals],
-        later: Sequence[bool],
+        waits: Sequence[int],
         share_alone: float,
     ) -> None:
         super().__init__(search, "+".join(part.name for part in parts))
-        self.parts, self.later, self.share_alone = list(parts), list(later), share_alone
+        self.parts, self.waits, self.share_alone = list(parts), list(waits), share_alone
+        self.stages = max(1, *waits)
 
     def update(self, rows: Tensor) -> None:
         for part in self._ready(rows):
@@ -299,16 +322,19 @@ class MixedProposals(Proposals):
         return next((candidates for candidates in found if candidates is not None), None)
 
     def scores(self, rows: Tensor) -> Tensor:
-        return torch.stack([part.scores(rows) for part in self._ready(rows)]).sum(0)
+        return torch.stack([part.scores(rows) for part in self._summed()]).sum(0)
 
     def propose(self, rows: Tensor, count: int) -> Candidates:
         """The best tokens by the sum, then each part's own best."""
-        ready = self._ready(rows)
+        summed = self._summed()
+        ready = [*summed, *(part for part in self._ready(rows) if part not in summed)]
         scores = [part.scores(rows) for part in ready]
         tried = self.search.tried[rows]
-        each = int(self.share_alone * count / len(ready)) if self._later(rows) else 0
-        chosen = [best_untried(torch.stack(scores).sum(0), tried, count - each * len(ready))]
-        names = ["+".join(part.name for part in ready)] * chosen[0].shape[1]
+        alone = self.share_alone if self._failed(rows) else 0.0
+        each = int(alone * count / len(ready))
+        total = torch.stack(scores[: len(summed)]).sum(0)
+        chosen = [best_untried(total, tried, count - each * len(ready))]
+        names = ["+".join(part.name for part in summed)] * chosen[0].shape[1]
         for part, own in zip(ready, scores, strict=True):
             if each:
                 tried = tried.scatter(1, chosen[-1], True)
@@ -316,11 +342,15 @@ class MixedProposals(Proposals):
                 names += [part.name] * chosen[-1].shape[1]
         return Candidates(torch.cat(chosen, dim=1), tuple(names))
 
-    def _later(self, rows: Tensor) -> bool:
-        return bool((self.search.rounds[rows] > 0).all())
+    def _failed(self, rows: Tensor) -> int:
+        """The rounds that have failed at the position of each of ``rows``, at least."""
+        return int(self.search.rounds[rows].min())
+
+    def _summed(self) -> list[Proposals]:
+        """The parts whose log-likelihoods are summed: those that rank tokens from the beginning."""
+        first = min(self.waits)
+        return [part for part, waits in zip(self.parts, self.waits, strict=True) if waits == first]
 
     def _ready(self, rows: Tensor) -> list[Proposals]:
-        later = self._later(rows)
-        return [
-            part for part, waits in zip(self.parts, self.later, strict=True) if later or not waits
-        ]
+        failed = self._failed(rows)
+        return [part for part, waits in zip(self.parts, self.waits, strict=True) if waits <= failed]

@@ -103,29 +103,41 @@ class NearTokens:
         nearness.scatter_(1, ids[:, None], -torch.inf)
         if self.count is not None:
             shortlist = best_tokens(nearness, min(4 * self.count, nearness.shape[1] - 1)).indices
-            found = [self._nearest(one, some) for one, some in zip(ids, shortlist, strict=True)]
-            return [_Found(near[: self.count], far, torch.inf) for near, far in found]
-        rows, others = (nearness >= 0).nonzero().unbind(1)
-        sizes = torch.bincount(rows, minlength=len(ids)).tolist()
-        return [
-            self._within(ids[row], some, nearness[row])
-            for row, some in enumerate(torch.split(others, sizes))
-        ]
+            ordered = [self._nearest(one, some) for one, some in zip(ids, shortlist, strict=True)]
+            return [_Found(near[: self.count], far, torch.inf) for near, far in ordered]
+        crowded = (nearness >= 0).sum(1) > 4 * _MOST
+        shortlists = zip(*self._shortlists(ids[crowded]), strict=True)
+        found = []
+        for token, near, many in zip(ids, nearness, crowded.tolist(), strict=True):
+            others, reach = (near >= 0).nonzero()[:, 0], self.radius
+            if many:
+                others, farthest = next(shortlists)
+                reach = min(reach, float(farthest))
+            found.append(self._within(token, others, reach))
+        return found
 
-    def _within(self, token: Tensor, others: Tensor, nearness: Tensor) -> _Found:
+    def _shortlists(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest 2048 tokens ``[R, N]`` of each, and a distance ``[R]`` below all others'.
+
+        Where projections leave many tokens, one product with all vectors is as good as exact.
+        """
+        own = self.vectors[ids].float()
+        nearness = torch.cat([
+            rows.float() @ own.T - rows.float().square().sum(1, keepdim=True) / 2
+            for rows in torch.split(self.vectors, 8192)
+        ])  # fmt: skip
+        nearness = nearness.scatter(0, ids[None], -torch.inf).T
+        values, shortlist = best_tokens(nearness, min(4 * _MOST, nearness.shape[1] - 1))
+        squares = own.square().sum(1)
+        rounding = 1e-5 * (squares - 2 * values.amin(1)).clamp_min(0).maximum(squares)
+        farthest = (squares - 2 * values.amin(1) - rounding).clamp_min(0).sqrt()
+        return shortlist, farthest
+
+    def _within(self, token: Tensor, others: Tensor, reach: float) -> _Found:
         """The tokens of ``others`` up to the radius, or the nearest of them where there are many.
 
-        Args:
-            token: the token.
-            others: all tokens that may be within the radius.
-            nearness: ``[V]`` by how much the square of each projected distance is below that of the
-                stretched radius, halved.
+        All tokens up to ``reach`` are among the others.
         """
-        reach = self.radius
-        if len(others) > 4 * _MOST:
-            values, others = best_tokens(nearness, 4 * _MOST)
-            farthest = (_STRETCH * self.radius) ** 2 - 2 * float(values.amin())
-            reach = min(reach, max(farthest, 0.0) ** 0.5 / _STRETCH)
         near, distances = self._nearest(token, others)
         if len(near) > _MOST:
             below = torch.nextafter(distances[_MOST], distances.new_zeros(()))
@@ -141,6 +153,27 @@ class NearTokens:
         )
         order = distances.argsort()
         return others[order], distances[order]
+
+
+class NearFirstTokens:
+    """The tokens whose features as the first of a prompt are near a target.
+
+    They follow from the token alone. A low precision errs by so much that many embeddings are near
+    enough to be right, while few features are.
+    """
+
+    def __init__(self, measurements: Measurements) -> None:
+        self.measurements = measurements
+
+    def near(self, target: Tensor, residual: float) -> tuple[Tensor, bool]:
+        """Tokens ``[N]`` up to a residual from a target ``[F]``, and whether these are all."""
+        scan = self.measurements.derived(FirstTokenFeatures)
+        first = torch.zeros((), dtype=torch.long, device=target.device)
+        own = self.measurements.probe.standardize(target, first) @ scan.directions
+        distances = (scan.projected - own).norm(dim=1) / scan.directions.shape[1] ** 0.5
+        found = (distances <= _STRETCH * residual).nonzero()[:, 0]
+        order = distances[found].argsort()
+        return found[order][:_MOST], len(found) <= _MOST
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from lightning_inversion.recovery.rivals import NearTokens
 from lightning_inversion.recovery.verification import Judgement, Verifier
 from lightning_inversion.transformer.prefix import KnownPrefix
 
+_FEW_ROWS = 32
+"""Rows up to which all are run at one width."""
 CANDIDATES_OF_A_FORWARD = 4096
 """Candidates of one forward over all rows, which bounds the memory."""
 
@@ -105,10 +107,9 @@ class PrefixSearch(OpenPositions):
         Yields:
             One trial a position. Verified rows have moved on.
         """
-        # A row's first round at a position may be proposed otherwise than later ones.
-        kinds = torch.stack(
-            [(self.rounds[rows] > 0).long(), sizes, self._widths(rows, remaining)], dim=1
-        )
+        # A row's first rounds at a position may be proposed otherwise than later ones.
+        stages = self.rounds[rows].clamp(max=proposals.stages)
+        kinds = torch.stack([stages, sizes, self._widths(rows, remaining)], dim=1)
         for kind in torch.unique(kinds, dim=0):
             alike = (kinds == kind).all(dim=1).nonzero()[:, 0]
             size, widest = int(kind[1]), int(torch.minimum(kind[2], remaining[alike].max()))
@@ -141,10 +142,15 @@ class PrefixSearch(OpenPositions):
         self.leave(rows)
 
     def _widths(self, rows: Tensor, remaining: Tensor) -> Tensor:
-        """Positions ``[R]`` to run together: a power of two, so that many rows are alike."""
+        """Positions ``[R]`` to run together: a power of two, so that many rows are alike.
+
+        Few rows all run as many: a forward of few tokens takes as long as one of ``_FEW_ROWS``.
+        """
         fresh = self.count[rows] == 0
-        reach = torch.minimum(self.reach[rows], remaining).clamp(min=1)
-        powers = 2 ** reach.double().log2().ceil().long()
+        reach = torch.minimum(self.reach[rows], remaining).clamp(min=1).double()
+        if len(rows) <= _FEW_ROWS:
+            reach[fresh] = reach[fresh].mean()
+        powers = 2 ** reach.log2().ceil().long()
         return torch.where(fresh, powers, 1)
 
     def _proposed(
@@ -290,11 +296,13 @@ class PrefixSearch(OpenPositions):
         smallest = residuals.gather(1, judged.best[:, None])[:, 0]
         wrong = ~settled
         shown = None if features is None else features[wrong]
+        vocabulary = self.transformer.embedding.vocabulary_size
         self.stay(rows[wrong], ids[wrong], best[wrong], smallest[wrong], shown)
         self.leave(rows[settled])
         return Trial(
             rows, ids, residuals, threshold, best, judged.verified, judged.group,
-            judged.rivals, judged.rival_residuals, count,
+            judged.rivals, judged.rival_residuals,
+            torch.where(judged.scanned & settled, vocabulary, count),
         )  # fmt: skip
 
 
@@ -307,6 +315,7 @@ def _of(judged: Judgement, some: Tensor) -> Judgement:
         judged.verified[some],
         judged.group[some],
         [],
+        judged.scanned[some],
     )
 
 

@@ -49,8 +49,8 @@ class TokenRecovery(RecoveryPolicy):
             for a model and depth.
         candidates: tokens run for a prompt in its first rounds at a position, a quarter of them in
             the very first, and half of them at position 0.
-        max_candidates: the most tokens of a round; a position that stays open gets twice as many
-            every four rounds.
+        max_candidates: the most tokens of a round; a position that stays open gets twice as many in
+            each round, from its fourth on.
         budget: tokens run for a position before it is left unresolved with its best candidate;
             null runs the whole vocabulary.
         certify: compare a token that reproduces the target with the tokens ``near`` it, or with the
@@ -58,8 +58,8 @@ class TokenRecovery(RecoveryPolicy):
     """
 
     uses_fit = True
-    GROWS_EVERY = 4
-    """Rounds at a position after which its number of candidates doubles."""
+    GROWS_AFTER = 2
+    """Rounds at a position after which each doubles the number of candidates."""
     PATIENCE = 4
     """Rounds after which a plausible token that cannot be verified is taken as it is."""
 
@@ -112,7 +112,7 @@ class TokenRecovery(RecoveryPolicy):
             rounds: ``[R]``.
             share: what part of them is run in the very first round.
         """
-        growth = 2 ** (rounds // self.GROWS_EVERY).clamp(max=16)
+        growth = 2 ** (rounds - self.GROWS_AFTER).clamp(0, 16)
         sizes = (self.candidates * growth).clamp(max=self.max_candidates)
         # Most tokens are among the first few, and a round costs as many tokens as it runs.
         return torch.where(rounds == 0, max(1, self.candidates // share), sizes)
@@ -155,7 +155,7 @@ class _Batch:
         self.proposals = policy.proposer.begin(search)
         if fitted is not None:
             parts = [NearestToInput(search, fitted), self.proposals]
-            self.proposals = MixedProposals(search, parts, [False, False], share_alone=0.5)
+            self.proposals = MixedProposals(search, parts, [0, 0], share_alone=0.5)
         if given:
             assert known is not None
             self._begin_with(known)

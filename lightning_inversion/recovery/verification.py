@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.calibration import RISK, Calibration
+from lightning_inversion.recovery.calibration import CLEARANCE, RISK, Calibration
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.rivals import NearTokens
+from lightning_inversion.recovery.rivals import NearFirstTokens, NearTokens
 
 _AT_A_TIME = 512
 """Prompts of one forward in which a token is replaced by one that is near it."""
@@ -29,6 +29,7 @@ class Judgement:
         group: ``[R]`` bool; others reproduce it as well, so that which is right stays open.
         missing: tokens near the best candidate that must be compared before it is judged, for each
             position; None where there is none. Such a position is neither verified nor a group.
+        scanned: ``[R]`` bool; the features of all tokens were looked through for those near it.
     """
 
     best: Tensor
@@ -37,6 +38,7 @@ class Judgement:
     verified: Tensor
     group: Tensor
     missing: list[Tensor | None]
+    scanned: Tensor
 
 
 @dataclass(frozen=True)
@@ -78,24 +80,50 @@ class Verifier:
         near: the tokens that each token must be compared with.
         vocabulary: how many tokens there are.
         causal: whether a position sees only what is before it.
+        first: asked for at position 0, where a low precision leaves too many near tokens by their
+            embeddings; None where features of first tokens are not known.
     """
 
     def __init__(
-        self, calibration: Calibration, near: NearTokens, vocabulary: int, causal: bool
+        self,
+        calibration: Calibration,
+        near: NearTokens,
+        vocabulary: int,
+        causal: bool,
+        first: NearFirstTokens | None = None,
     ) -> None:
         self.calibration, self.near = calibration, near
         self.vocabulary, self.causal = vocabulary, causal
+        self.first = first
 
     @classmethod
     def of(cls, measurements: Measurements) -> Verifier:
         """The verifier of a model at its measured thresholds."""
         transformer = measurements.transformer
+        scans = transformer.causal and bool(measurements.calibration.left_out.shape[2])
         return cls(
             measurements.calibration,
             measurements.derived(NearTokens),
             transformer.embedding.vocabulary_size,
             transformer.causal,
+            NearFirstTokens(measurements) if scans else None,
         )
+
+    def _rivals(
+        self, tokens: Tensor, residuals: Tensor, positions: Tensor, target: Tensor
+    ) -> Iterator[tuple[Tensor, bool, bool]]:
+        """What tokens ``[R]`` must be compared with, whether this is all, and by all features."""
+        calibration, vocabulary = self.calibration, self.vocabulary
+        within = calibration.within(residuals, positions, vocabulary).tolist()
+        bar = calibration.bar(residuals, positions, vocabulary)[1].maximum(CLEARANCE * residuals)
+        for row, token in enumerate(tokens.tolist()):
+            ids, whole = self.near.of_token(token, within[row])
+            scanned = not whole and self.first is not None and int(positions[row]) == 0
+            if scanned:
+                assert self.first is not None
+                near, whole = self.first.near(target[row], float(bar[row]))
+                ids = torch.cat([ids, near[torch.isin(near, ids, invert=True) & (near != token)]])
+            yield ids, whole, scanned and whole
 
     def judge(
         self,
@@ -133,12 +161,12 @@ class Verifier:
         nearest = torch.minimum(rival_residuals, calibration.no_token(target, positions))
         apart = calibration.apart(smallest, nearest, positions, vocabulary)
         missing: list[Tensor | None] = [None] * len(ids)
-        crowded = torch.zeros_like(passes)
+        crowded, scanned = torch.zeros_like(passes), torch.zeros_like(passes)
         if compared is None:
-            within = calibration.within(smallest, positions, vocabulary).tolist()
-            found = tokens[:, 0].tolist()
-            for row in passes.nonzero()[:, 0].tolist():
-                rest, whole = self.near.of_token(found[row], within[row])
+            some = passes.nonzero()[:, 0]
+            found = self._rivals(tokens[some, 0], smallest[some], positions[some], target[some])
+            for row, (rest, whole, by_features) in zip(some.tolist(), found, strict=True):
+                scanned[row] = by_features
                 if len(rest):
                     rest = rest[torch.isin(rest, ids[row], invert=True)]
                 crowded[row] = not whole
@@ -155,6 +183,7 @@ class Verifier:
             judged & apart & rare & ~crowded,
             judged & ~apart & (not calibration.has_noise),
             missing,
+            scanned,
         )
 
     @torch.no_grad()
@@ -188,18 +217,15 @@ class Verifier:
         self.near.prepare(ids[passes])
         at = [(row, position) for row, position in passes.nonzero().tolist()]
         known = rivals or {}
-        within = calibration.within(residuals, positions, self.vocabulary)
+        near = self._rivals(ids[passes], residuals[passes], positions[passes], target[passes])
         others = [
-            torch.cat([
-                self.near.of_token(int(ids[one]), float(within[one]))[0],
-                ids.new_tensor([known[one]] if one in known else []),
-            ])
-            for one in at
-        ]  # fmt: skip
+            torch.cat([rest, ids.new_tensor([known[one]] if one in known else [])])
+            for one, (rest, *_) in zip(at, near, strict=True)
+        ]
         far = self._in_place(ids, target, mask, at, others, features_of)
-        for one, near, residual in zip(at, others, far, strict=True):
+        for one, rest, residual in zip(at, others, far, strict=True):
             judged = self.judge(
-                torch.cat([ids[one][None], near])[None],
+                torch.cat([ids[one][None], rest])[None],
                 torch.cat([residuals[one][None], residual])[None],
                 positions[one][None],
                 target[one][None],

@@ -17,8 +17,8 @@ from lightning_inversion.results import RECOVERED
 Outcome = Literal["recovered", "partly", "not recovered"]
 PARTLY = 0.5
 """The mean token accuracy from which a prompt counts as partly recovered."""
-SEEDS = (0, 1)
-"""Each experiment runs once with each."""
+SEEDS = 2
+"""An experiment runs once with each of so many seeds, from 0 on, unless it names a number."""
 EXPERIMENTS, RESULTS = "experiments.yaml", "results.jsonl"
 
 
@@ -47,6 +47,7 @@ class SourceExperiment:
         source_model: stem of the overlay in ``models/`` that makes it the source's own experiment;
             None where SmolLM2 is all that is asked for.
         needs_source_model: whether the claim cannot be judged without that model.
+        seeds: how many seeds it runs with, from 0 on.
         run: False for what is too large to run on a CPU.
         overrides: options of ``fit`` beside the base.
     """
@@ -59,6 +60,7 @@ class SourceExperiment:
     source_model: str | None = None
     needs_source_model: bool = False
     run: bool = True
+    seeds: int = SEEDS
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self, folder: Path) -> list[str]:

@@ -20,7 +20,6 @@ from lightning_inversion.cli.ending import exit_code
 from lightning_inversion.files import Record
 from lightning_inversion.replication.claims import (
     RESULTS,
-    SEEDS,
     SourceExperiment,
     fingerprint_of,
     read_experiments,
@@ -70,7 +69,8 @@ def run_experiments(
         model = str(experiment.overrides.get("model.transformer.model", ""))
         if model.endswith("stand_ins/gpt2"):
             make_untrained_gpt2(folder, Path(model))
-    cells = {one.name: [cell_of(one, folder, seed) for seed in SEEDS] for one in experiments}
+    cells = {one.name: [cell_of(one, folder, seed) for seed in range(one.seeds)]
+             for one in experiments}  # fmt: skip
     settings = fingerprint_of([one.fingerprint(folder) for one in experiments])
     sweep = Sweep(runs / settings, tuple(cell for both in cells.values() for cell in both))
     code = run_cells(sweep, check(sweep), processes)
@@ -162,7 +162,7 @@ def run_or_show(options: argparse.Namespace) -> int:
     if options.show:
         for one in experiments:
             command = ["lightning-inversion", "fit", *one.arguments(folder)]
-            for seed in SEEDS:
+            for seed in range(one.seeds):
                 print(shlex.join([*command, f"--seed_everything={seed}"]))
         return 0
     results = read_results(folder)

@@ -118,7 +118,12 @@ def config_of(model: PreTrainedModel) -> dict[str, Any]:
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The language model's part of a configuration: nested in models that also read images."""
-    nested: PretrainedConfig = config.get_text_config(decoder=True)
+    nested = config.get_text_config(decoder=True)
+    if not isinstance(nested, PretrainedConfig):
+        raise InputError(
+            f"--model.transformer.model: the configuration of {config.model_type} has a part that "
+            f"is {type(nested).__name__}, not a language model's; correct it."
+        )
     return nested
 
 

@@ -207,10 +207,18 @@ class Continuations:
         """Remove the last token of each of ``rows`` [R]; another must be appended before scores."""
         for row in rows.tolist():
             self._ids[row].pop()
+            self._latest[row] = None
             if self._done[row] > len(self._ids[row]):
                 self._done[row] -= 1
                 if self._cache is not None:
                     self._cache.lengths[row] -= 1
+
+    def log_probability(self, row: int, token: int) -> float | None:
+        """log p of a row's next token, where the row has been asked about it."""
+        latest = self._latest[row]
+        if latest is None or self._done[row] < len(self._ids[row]):
+            return None
+        return float(latest[token])
 
     @torch.no_grad()
     def log_probabilities(self, rows: Tensor) -> Tensor:

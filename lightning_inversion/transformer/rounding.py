@@ -19,6 +19,9 @@ from lightning_inversion.transformer.truncated import TruncatedTransformer
 _OF_EPSILON = 0.5
 """The largest error in units of the type's epsilon: after rounding, none or one unit in the last
 place."""
+_COARSE, _OF_COARSE_EPSILON = 1e-5, 0.35
+"""A larger epsilon, and the error then. Such a type's sums are wider, and each result is rounded
+once: this and the rounding here are as much as two machines' roundings together."""
 
 _OF_MEDIAN = 1.5
 """The root mean square of normal numbers, in units of the median of their sizes."""
@@ -35,7 +38,8 @@ def rounded_differently(
         generator: of the errors, on the CPU.
     """
     dtype = transformer.dtype if transformer.dtype.is_floating_point else torch.float32
-    size = _OF_EPSILON * torch.finfo(dtype).eps
+    epsilon = torch.finfo(dtype).eps
+    size = (_OF_COARSE_EPSILON if epsilon > _COARSE else _OF_EPSILON) * epsilon
     blocks = set(transformer.blocks)
     hooks = [
         module.register_forward_hook(_noisy(size, generator))

@@ -94,6 +94,8 @@ def named_token(tokenizer: PreTrainedTokenizerBase, name: str, option: str) -> i
                 f"give a number from id:0 to id:{len(tokenizer) - 1}."
             )
         return int(number)
+    if not is_text(name):
+        raise InputError(f"--{option} {name!r} has a byte that is no UTF-8; correct it.")
     ids = tokenizer.encode(name, add_special_tokens=False)
     if len(ids) == 1:
         return int(ids[0])
@@ -102,6 +104,11 @@ def named_token(tokenizer: PreTrainedTokenizerBase, name: str, option: str) -> i
         f"--{option} {name!r} is {len(ids)} tokens ({parts}), and must be one; "
         "give one of them, with the space at the beginning of a word."
     )
+
+
+def is_text(text: str) -> bool:
+    """Whether a text can be tokenised: it has no half of a surrogate pair."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ from lightning_inversion.transformer.blocks import (
     takes_position_ids,
     without_head,
 )
+from lightning_inversion.transformer.weights import readable
 
 
 def untrained_model(
@@ -56,7 +57,7 @@ def untrained_embedding(config: PretrainedConfig, seed: int, dtype: torch.dtype)
 
 def _shapes(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
     """The model on torch's meta device: its weights have shapes, and take no memory."""
-    with torch.device("meta"):
+    with readable(config._name_or_path or config.model_type), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, attn_implementation=attention, trust_remote_code=False
         )

@@ -126,6 +126,7 @@ def test_tensorboard(tiny_folder: Path, tmp_path: Path) -> None:
         ([" ", "--preset", "paper"], "--preset"),
         (["a", "--preset", "original", "--scalar", "prob"], "--scalar"),
         (["a", "--out", "-", "--json", "-"], "--out and --json"),
+        (["a", "--out", "x", "--json", "x"], "--out and --json are both 'x'; give two files"),
         (["a", "--out", "."], "--out"),
         (["a", "--out", "/proc/x.html"], "--out '/proc/x.html' cannot be written"),
         (["a", "--model", "no such model"], "^--model"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -11,6 +12,8 @@ from lightning_inversion.callbacks.result_writer import ResultWriter
 from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput, NormalInitializer
+from lightning_inversion.objectives import L1
+from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.results import names, read_rows
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.fits import PROMPTS, fit
@@ -39,6 +42,43 @@ def test_lightnings_own_tools_see_the_metrics(
     assert best.best_model_score is not None
     assert float(best.best_model_score) == pytest.approx(accuracy)
     assert Path(best.best_model_path).exists()
+
+
+def test_a_fit_without_certificates_measures_nothing(
+    tiny_folder: Path,
+    tiny_transformer: TruncatedTransformer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def measured(*_: Any) -> Any:
+        raise AssertionError("the model was measured")
+
+    monkeypatch.setattr(Measurements, "measure", measured)
+    writer = ResultWriter(verify=False)
+    fit(
+        tiny_folder, tiny_transformer, tmp_path, writer, StoppingCriterion(stop=False),
+        learnable=EmbeddingInput(NormalInitializer(0.5, 0.05)), objective=L1(relative=False),
+        iterations=3,
+    )  # fmt: skip
+    rows = read_rows(tmp_path / "results.jsonl")
+    assert [row.prompt for row in rows] == PROMPTS
+    for row in rows:
+        assert row.error is None
+        assert len(row.recovered_ids) == len(row.ids or ())
+        assert not row.verified
+        assert row.token_states == row.token_verified == row.unresolved == []
+    writer.show()
+    shown = capsys.readouterr().out
+    assert "not compared" in shown
+    assert f"of {len(PROMPTS)} prompts" in shown
+    assert "verified 0" not in shown
+    with pytest.raises(AssertionError, match="measured"):
+        fit(
+            tiny_folder, tiny_transformer, tmp_path / "other", ResultWriter(),
+            learnable=EmbeddingInput(NormalInitializer(0.5, 0.05)), objective=L1(relative=False),
+            iterations=3,
+        )  # fmt: skip
 
 
 def test_rows_of_one_run_have_the_same_settings(

@@ -14,7 +14,7 @@ def fitted(index: int, right: bool) -> ResultRow:
     return ResultRow(
         index=index, recovered=f"text {index}", verified=read == ids, verified_tokens=1,
         token_accuracy=1.0, iterations=5, ids=ids, recovered_ids=read,
-        top_k_ids=[[token, 7] for token in read],
+        top_k_ids=[[token, 7] for token in read], token_states=["unresolved"] * len(ids),
     )  # fmt: skip
 
 
@@ -30,7 +30,7 @@ def test_a_runs_mean_is_the_mean_of_its_rows() -> None:
     rows = [
         ResultRow(
             index=0, ids=[1, 2], recovered_ids=recovered, top_k_ids=[[1, 9], [9, 2]],
-            verified=exact, iterations=3, exact=exact,
+            verified=exact, iterations=3, exact=exact, token_states=["unresolved"] * 2,
         )
         for recovered, exact in (([1, 2], True), ([1, 9], False), ([9, 9], False))
     ]  # fmt: skip

@@ -57,9 +57,11 @@ def test_it_lists_and_clears(
     (cache / "a-model-v1").mkdir()
     (cache / "a-model-v1" / "weights").write_bytes(b"12")
     measured_files()[0].path.write_bytes(b"damaged")
+    (cache / "measured" / "\x1b[31m-x.safetensors").symlink_to(tmp_path)
     capsys.readouterr()
     assert run(["cache"]) == 0
     shown = capsys.readouterr().out
+    assert "\x1b" not in shown
     for part in ("calibration", "linear probe", "behaviour", "own text", "depth 2"):
         assert part in shown
     assert "damaged" in shown
@@ -67,6 +69,7 @@ def test_it_lists_and_clears(
     assert run(["cache", "clear"]) == 0
     assert "removed" in capsys.readouterr().out
     assert not list((cache / "measured").iterdir())
+    assert list(tmp_path.iterdir())  # what a link names is left alone
     assert (cache / "a-model-v1").exists()
     assert run(["cache", "clear", "--models", "true"]) == 0
     assert not (cache / "a-model-v1").exists()

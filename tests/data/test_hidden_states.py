@@ -418,9 +418,9 @@ def damaged(data: bytes) -> Callable[[Path], Path]:
     return make
 
 
-def zipped(names: dict[str, bytes]) -> bytes:
+def zipped(names: dict[str, bytes], packing: int = zipfile.ZIP_STORED) -> bytes:
     held = io.BytesIO()
-    with zipfile.ZipFile(held, "w") as archive:
+    with zipfile.ZipFile(held, "w", packing) as archive:
         for name, data in names.items():
             archive.writestr(name, data)
     return held.getvalue()
@@ -431,6 +431,8 @@ def numpy_header(dtype: str, size: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
 
 
+PACKED = zipped({"a.npy": numpy_header("<f4", "32") + bytes(128)}, zipfile.ZIP_DEFLATED)
+"""Its data begins at byte 35."""
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no file": (lambda p: p / "none.pt", "No such file"),
     "an empty file": (damaged(b""), "is damaged"),
@@ -443,6 +445,12 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a cut header": (damaged(struct.pack("<Q", 90) + b"{}"), "is damaged"),
     "a cut pickle": (damaged(b"\x80\x02}q\x00"), "is damaged"),
     "a cut zip": (damaged(zipped({"a.npy": b"1"})[:-20]), "is damaged"),
+    "a zip that is packed wrongly": (
+        damaged(PACKED[:35] + b"\7" + PACKED[36:]), "is damaged"
+    ),
+    "numbers of 128 bits": (
+        lambda p: numpy_file(p / "x", np.ones((3, 32), np.longdouble)), "NumPy values of type"
+    ),
     "an empty zip": (damaged(zipped({"a.txt": b""})), "is a zip without arrays"),
     "an array that is cut": (damaged(numpy_header("<f4", "10**9,32")), "is damaged"),
     "an array of petabytes": (damaged(numpy_header("<f4", "1000000000000000,32")), "is damaged"),

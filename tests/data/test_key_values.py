@@ -128,6 +128,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Output, str]] = {
     ),
     "one of the two": (lambda: pairs()[2][0], "keys_values", "may be keys or values; set"),
     "hidden states": (lambda: {"hidden": torch.ones(1, 7, 32, 2, 2)}, "keys", "store keys and"),
+    "no dense tensor": (lambda: torch.ones(7, 16).to_sparse(), "keys", "is no dense tensor"),
     "nothing": (lambda: {"ids": IDS}, "keys", "holds no keys and values; save past_key_values"),
     "lengths": (
         lambda: {"keys": pairs()[2][0], "values": pairs()[2][1][:, :, 1:]},

@@ -120,6 +120,7 @@ MINIMAL = {"transformer": {"model": "m", "depth": 2}}
         ({**MINIMAL, "versions": None}, {}, "has versions null; leave it out"),
         ({**MINIMAL, "format": 2}, {}, "has format 2, and 1 is read"),
         ({**MINIMAL, "storage": {"noise": 1e400}}, {}, "has storage.noise inf"),
+        ({**MINIMAL, "storage": {"noise": 1e30}}, {}, "has storage.noise 1e\\+30"),
         ({**MINIMAL, "storage": {"dtype": "int8"}}, {}, 'has storage {"dtype": "int8"}; write'),
         ({**MINIMAL, "storage": {"kind": 1}}, {}, "has storage .*kind.*; write"),
         ({"transformer": {"model": "m", "depth": True}}, {}, "has transformer.depth True"),

@@ -1,6 +1,7 @@
 """The ladder's plan, its training, the recipe at several rates, and changes to a model."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,14 @@ def test_a_plan_that_cannot_be_is_refused(plan: Plan, tmp_path: Path, change: di
 def test_prompts_are_of_text_that_no_model_is_trained_on(plan: Plan) -> None:
     assert len(plan.held_out) == 20
     assert not set(plan.held_out) & set(plan.trained_on)
+
+
+def test_a_text_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
+    monkeypatch.setattr("lightning_inversion.ladder.plan.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="not installed"):
+        _ = replace(plan, text=None).verses
+    with pytest.raises(InputError, match="cannot be read"):
+        _ = replace(plan, text="nowhere.txt").verses
 
 
 def weights(folder: Path) -> list[Tensor]:

@@ -24,7 +24,7 @@ def begun(
 
 
 def test_the_gradient_comes_nearer_to_the_target(measurements: Measurements) -> None:
-    search, proposals = begun(GradientProxy(steps=10), measurements, 3)
+    search, proposals = begun(GradientProxy(waits=1, steps=10), measurements, 3)
     assert not search.run(ROWS, torch.tensor([[1, 2, 3], [4, 5, 6]]))[0].verified.any()
 
     def distance() -> torch.Tensor:
@@ -41,7 +41,7 @@ def test_the_gradient_comes_nearer_to_the_target(measurements: Measurements) -> 
 
 
 def test_proxies_start_together_where_candidates_came_close(measurements: Measurements) -> None:
-    settings = GradientProxy(steps=1, rounds_alone=1, proxies=4, learning_rate=1e-6)
+    settings = GradientProxy(waits=1, steps=1, rounds_alone=1, proxies=4, learning_rate=1e-6)
     search, proposals = begun(settings, measurements, 2)
     others = torch.stack([torch.arange(100, 140), torch.arange(20, 60)])
     assert not search.run(ROWS, others)[0].verified.any()
@@ -61,7 +61,7 @@ def test_proxies_start_together_where_candidates_came_close(measurements: Measur
 
 
 def test_to_be_asked_for_scores_moves_no_proxy(measurements: Measurements) -> None:
-    search, proposals = begun(GradientProxy(rounds_alone=1, proxies=3), measurements, 2)
+    search, proposals = begun(GradientProxy(waits=1, rounds_alone=1, proxies=3), measurements, 2)
     for number in range(3):
         assert not search.run(ROWS, torch.full((2, 1), 200 + number))[0].verified.any()
         proposals.update(ROWS)

@@ -29,6 +29,7 @@ from tests.tiny import VOCABULARY
 
 ROWS = torch.arange(2)
 IDS = torch.tensor([[7, 40, 3, 250, 9], [12, 7, 88, 41, 230]])
+PROXY = GradientProxy(waits=1, rounds_alone=1, proxies=3)
 
 
 def begun(
@@ -62,8 +63,7 @@ class Fitted(Proposer):
     "proposer",
     [
         Exhaustive(), LanguageModelPrior(), FirstTokenScan(), ProbeProposer(), Fitted(),
-        GradientProxy(rounds_alone=1, proxies=3),
-        Mixture([ProbeProposer(), GradientProxy(rounds_alone=1, proxies=3), LanguageModelPrior()]),
+        PROXY, Mixture([ProbeProposer(), PROXY, LanguageModelPrior()]),
     ],
     ids=lambda proposer: proposer.name,
 )  # fmt: skip
@@ -73,7 +73,7 @@ def test_asked_twice_proposals_give_one_answer(
     first_tokens = isinstance(proposer, FirstTokenScan)
     position = 0 if first_tokens else 2
     search, proposals = begun(proposer, measurements, position)
-    if not proposer.needs_evidence:
+    if not proposer.waits:
         first = proposals.scores(ROWS)
         assert torch.equal(proposals.scores(ROWS), first)
     for step in range(3):  # of the proxy: started, moved alone, joined by others
@@ -96,7 +96,7 @@ def test_tried_tokens_are_not_proposed_again(measurements: Measurements) -> None
 
 
 def test_a_mixture_names_no_token_twice_and_names_the_proposer(measurements: Measurements) -> None:
-    mixture = Mixture([ProbeProposer(), GradientProxy(steps=1), LanguageModelPrior()])
+    mixture = Mixture([ProbeProposer(), GradientProxy(waits=1, steps=1), LanguageModelPrior()])
     search, proposals = begun(mixture, measurements, 2)
     proposals.update(ROWS)
     first = proposals.propose(ROWS, 12)
@@ -106,8 +106,7 @@ def test_a_mixture_names_no_token_twice_and_names_the_proposer(measurements: Mea
     proposals.update(ROWS)
     later = proposals.propose(ROWS, 12)
     assert set(later.proposers) == {
-        "ProbeProposer+GradientProxy+LanguageModelPrior",
-        "ProbeProposer", "GradientProxy", "LanguageModelPrior",
+        "ProbeProposer+LanguageModelPrior", "ProbeProposer", "LanguageModelPrior", "GradientProxy",
     }  # fmt: skip
     assert len(later.proposers) == 12
     for row in range(2):
@@ -141,6 +140,20 @@ def test_a_prior_takes_back_what_was_accepted(measurements: Measurements) -> Non
     proposals.take_back(ROWS[:1])
     proposals.accept(ROWS[:1], IDS[:1, 1])
     torch.testing.assert_close(proposals.scores(ROWS), before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("found", "even"), [(-30.0, True), (-0.1, False)])
+def test_the_prior_ranks_evenly_behind_tokens_that_it_did_not_expect(
+    measurements: Measurements, monkeypatch: pytest.MonkeyPatch, found: float, even: bool
+) -> None:
+    _, proposals = begun(LanguageModelPrior(), measurements, 2)
+    other, expected = proposals.scores(ROWS).clone()
+    monkeypatch.setattr(Continuations, "log_probability", lambda *_: found)
+    proposals.accept(ROWS[:1], IDS[:1, 2])
+    scores = proposals.scores(ROWS)
+    torch.testing.assert_close(scores[1], expected)  # another prompt's
+    wide = float(other.max() - other.min())
+    assert (float(scores[0].max() - scores[0].min()) < 0.1 * wide) == even
 
 
 def test_a_uniform_share_keeps_every_token_possible(measurements: Measurements) -> None:
@@ -224,7 +237,7 @@ def test_a_fit_that_has_no_vector_of_a_token_prefers_none(headless: Measurements
     [
         (lambda: LanguageModelPrior(uniform_share=0.0), "uniform_share must lie between 0 and 1"),
         (lambda: LanguageModelPrior(uniform_share=1.0), "uniform_share must lie between 0 and 1"),
-        (lambda: GradientProxy(steps=0), "steps, rounds_alone, restart and proxies must be at lea"),
+        (lambda: GradientProxy(steps=0), "waits, steps, rounds_alone, restart and proxies must be"),
         (lambda: GradientProxy(nearness=0.0), "nearness positive"),
         (lambda: Mixture([]), "a mixture needs one proposer or more"),
         (lambda: Mixture([Exhaustive()], share_alone=1.5), "share_alone between 0 and 1"),

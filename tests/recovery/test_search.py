@@ -45,7 +45,7 @@ def test_candidates_are_never_repeated_and_end_with_the_vocabulary(headless: Mea
     search.target += 1.0  # no token fits
     vectors = headless.transformer.embedding(ids)
     parts = [ProbeProposer().begin(search), NearestToInput(search, vectors)]
-    proposals = MixedProposals(search, parts, [False, False], share_alone=1.0)
+    proposals = MixedProposals(search, parts, [0, 0], share_alone=1.0)
     named: set[int] = set()
     for _ in range(5):
         (trial,) = search.step(proposals, ROW, torch.tensor([60]), torch.ones(1))
@@ -78,7 +78,14 @@ def test_positions_are_verified_together_up_to_the_first_wrong_guess(
     assert trial.verified.all()
 
 
-def test_prompts_that_end_are_run_with_longer_ones(headless: Measurements) -> None:
+@pytest.mark.parametrize(
+    ("few", "rows"),
+    [(32, [[0, 1], [0, 1], [0], [0]]), (0, [[1], [1], [0], [0], [0], [0]])],
+)
+def test_prompts_that_end_are_run_with_longer_ones(
+    headless: Measurements, monkeypatch: pytest.MonkeyPatch, few: int, rows: list[list[int]]
+) -> None:
+    monkeypatch.setattr("lightning_inversion.recovery.search._FEW_ROWS", few)
     ids = torch.tensor([[3, 4, 5, 6], [9, 8, 0, 0]])
     one_each, vectors = torch.ones(2).long(), headless.transformer.embedding(ids)
     vectors[1, 2:] = torch.nan  # a fit holds nothing behind a prompt's end
@@ -86,7 +93,7 @@ def test_prompts_that_end_are_run_with_longer_ones(headless: Measurements) -> No
     search.reach[:] = torch.tensor([3, 64])
     proposals = NearestToInput(search, vectors)
     trials = list(search.step(proposals, ROWS, one_each, torch.tensor([4, 2])))
-    assert [trial.rows.tolist() for trial in trials] == [[1], [1], [0], [0], [0], [0]]
+    assert [trial.rows.tolist() for trial in trials] == rows  # of few, all at one width
     assert search.positions(ROWS).tolist() == [4, 2]
     ids = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])  # the last token is behind the second's end
     search = PrefixSearch(headless, headless.transformer.features_of(ids))

@@ -254,6 +254,48 @@ def test_a_token_with_more_near_tokens_than_can_be_compared_is_not_verified(
         assert found.verified.tolist() == [[reach > 0] * 3]
 
 
+def test_the_nearest_of_many_embeddings_are_known_exactly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Projections shorten distances: they alone leave open whether all near tokens are there."""
+    monkeypatch.setattr(rivals, "_MOST", 8)
+    vectors = torch.randn(2000, 200, generator=torch.Generator().manual_seed(0))
+    distances = (vectors - vectors[7]).norm(dim=1)
+    order = distances.argsort()[1:]
+    near = NearTokens(vectors, 100.0, whole=False)
+    few, whole = near.of_token(7, float(distances[order[4]]))
+    assert whole
+    assert torch.equal(few, order[:5])
+    assert not near.of_token(7, float(distances[order[8]]))[1]
+
+
+def test_a_low_precision_looks_through_the_features_of_first_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Embeddings near enough to be right can be too many; features near enough are few."""
+    monkeypatch.setattr(rivals, "_MOST", 64)
+    model = copy.deepcopy(shared_tiny_model("llama")).to(torch.bfloat16)
+    model.get_input_embeddings().weight.data[21] = model.get_input_embeddings().weight.data[20]
+    transformer = TruncatedTransformer.from_model(model, depth=2)
+    measurements = Measurements.measure(transformer, None, Storage("bfloat16"))
+    own = measurements.derived(Verifier)
+    crowded = NearTokens(transformer.embedding.matrix, 1e9, whole=False)
+    for token in range(300):
+        crowded._found[token] = rivals._Found(torch.arange(0), torch.zeros(0), 0.0)
+    own.near = crowded
+    ids = torch.tensor([[9, 3, 5], [20, 3, 5]])
+    target = transformer.features_of(ids)
+    verdict = verdict_of(measurements, ids, target, torch.ones_like(ids, dtype=torch.bool))
+    assert verdict.verified.tolist() == [[True, False, False], [False] * 3]
+    assert verdict.state(1, 0) == "group"
+    first, second = recover_prompts(TokenRecovery(ProbeProposer()), measurements, target, [1, 1])
+    assert first.tokens[0].verified
+    assert first.tokens[0].compared == 300  # all were run as the first of a prompt
+    assert second.tokens[0].state == "group"
+    certificate = Certificate.of((), first.tokens, measurements, {})
+    assert certificate.check(transformer, target[0, :1]).reproduced == (True,)
+
+
 def test_a_low_precision_leaves_out_where_it_errs_most() -> None:
     model = shared_tiny_model("llama")
     ids = torch.randint(300, (4, 6), generator=torch.Generator().manual_seed(0))

@@ -18,9 +18,8 @@ ORIGINAL = Path(__file__).parents[2] / "configs" / "original"
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, tiny_folder: Path) -> Path:
     """A folder of two experiments on the tiny model, each with one seed."""
-    monkeypatch.setattr("lightning_inversion.replication.run.SEEDS", (0,))
     base = {
         "model": {
             "transformer": {"model": str(tiny_folder), "features": "0:8"},
@@ -31,7 +30,7 @@ def folder(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     entries = [
-        {"name": name, "base": "base", "claim": "a claim", "overrides": overrides}
+        {"name": name, "base": "base", "claim": "a claim", "seeds": 1, "overrides": overrides}
         for name, overrides in (("one", {}), ("two", {"model.iterations": 7}))
     ]
     (tmp_path / "experiments.yaml").write_text(yaml.safe_dump({"sections": {"s": entries}}))

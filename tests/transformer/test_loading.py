@@ -201,9 +201,8 @@ def test_a_damaged_file_is_one_sentence(tiny_folder: Path, tmp_path: Path) -> No
         ("config.json", "text_config", {"num_experts": 10**9}, "at most 4096 can be built"),
         ("config.json", "num_hidden_layers", -3, "at most 4096 can be built"),
         ("config.json", "hidden_act", "__import__", "could not be loaded"),
-        ("config.json", "hidden_size", 33, "could not be loaded|lacks 38 weights"),
+        ("config.json", "text_config", {"model_type": "x"}, "a part that is dict"),
         ("config.json", "num_attention_heads", 0, "could not be loaded"),
-        ("config.json", "quantization_config", {"quant_method": "gptq"}, "could not be loaded"),
         ("tokenizer_config.json", "model_max_length", "x", "could not be loaded"),
     ],
 )
@@ -214,6 +213,21 @@ def test_a_setting_that_no_model_can_have_is_one_sentence(
     settings = json.loads((tmp_path / file).read_text())
     (tmp_path / file).write_text(json.dumps({**settings, key: value}))
     with pytest.raises(InputError, match=reason):
+        TransformerSpec(model=str(tmp_path), depth=1).load()
+    with pytest.raises(InputError, match=r"could not be loaded|can be built|a part that is dict"):
+        TransformerSpec(model=str(tmp_path), depth=1, weights="untrained").load()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_size", 33), ("quantization_config", {"quant_method": "gptq"})]
+)
+def test_a_setting_that_does_not_fit_the_weights_is_one_sentence(
+    key: str, value: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, key: value}))
+    with pytest.raises(InputError, match=r"could not be loaded|lacks 38 weights"):
         TransformerSpec(model=str(tmp_path), depth=1).load()
 
 

@@ -79,7 +79,7 @@ def test_shown_tokens_are_of_one_line(tokenizer: PreTrainedTokenizerFast) -> Non
     assert shown_tokens(None, [7, 8]) == ["[7]", "[8]"]
 
 
-@pytest.mark.parametrize("name", ["id:300", "id:-1", "id:" + "9" * 5000, "two words", ""])
+@pytest.mark.parametrize("name", ["id:300", "id:-1", "id:" + "9" * 5000, "two words", "", "\udcff"])
 def test_a_name_of_no_token_is_refused(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     assert named_token(tokenizer, "id:7", "token") == 7
     with pytest.raises(InputError, match=r"^--token"):
