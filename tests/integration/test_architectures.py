@@ -32,6 +32,6 @@ def test_an_architecture_is_refused_by_every_step(name: str) -> None:
 
 
 def test_a_block_that_is_not_run_on_text_alone_keeps_nothing() -> None:
-    outcome = Outcome("mllama")  # its second block of four sees images
+    outcome = Outcome("mllama")  # its third block sees images
     outcome.measure(["predict", "recover"])
     assert outcome.steps == {"predict": "passes", "recover": "passes"}
