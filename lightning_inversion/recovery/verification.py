@@ -13,6 +13,8 @@ from lightning_inversion.recovery.calibration import CLEARANCE, RISK, Calibratio
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.rivals import NearFirstTokens, NearTokens
 
+SMALL_VOCABULARY = 16384
+"""Tokens that are all compared where the near ones do not suffice."""
 _AT_A_TIME = 512
 """Prompts of one forward in which a token is replaced by one that is near it."""
 
@@ -112,12 +114,21 @@ class Verifier:
     def _rivals(
         self, tokens: Tensor, residuals: Tensor, positions: Tensor, target: Tensor
     ) -> Iterator[tuple[Tensor, bool, bool]]:
-        """What tokens ``[R]`` must be compared with, whether this is all, and by all features."""
+        """What tokens ``[R]`` must be compared with, whether this is all, and by all features.
+
+        In a small vocabulary many tokens that were never trained may lie close together, so that
+        tokens do not get rare near the target. All others are compared there.
+        """
         calibration, vocabulary = self.calibration, self.vocabulary
+        common = calibration.unseen(residuals, positions, vocabulary) > RISK
         within = calibration.within(residuals, positions, vocabulary).tolist()
         bar = calibration.bar(residuals, positions, vocabulary)[1].maximum(CLEARANCE * residuals)
         for row, token in enumerate(tokens.tolist()):
             ids, whole = self.near.of_token(token, within[row])
+            if vocabulary <= SMALL_VOCABULARY and (not whole or bool(common[row])):
+                every = torch.arange(vocabulary, device=ids.device)
+                yield every[every != token], True, True
+                continue
             scanned = not whole and self.first is not None and int(positions[row]) == 0
             if scanned:
                 assert self.first is not None
@@ -172,6 +183,7 @@ class Verifier:
                 crowded[row] = not whole
                 missing[row] = rest if len(rest) else None
             rare = calibration.unseen(smallest, positions, vocabulary) <= RISK
+            rare |= scanned & (vocabulary <= SMALL_VOCABULARY)
         else:
             rare = compared >= vocabulary
         waiting = torch.tensor([some is not None for some in missing], device=ids.device)

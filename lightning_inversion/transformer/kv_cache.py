@@ -89,7 +89,14 @@ class RaggedCache:
         positions = lengths[:, None] + sees.sum(-1) - 1
         layers: list[Any] = [_Layer(self._known(n, rows, P)) for n in range(self._layers)]
         output = forward(mask, positions, Cache(layers=layers))
-        fresh = [(keys.detach(), values.detach()) for keys, values in (one.fresh for one in layers)]
+        if all(one.fresh is None for one in layers):
+            raise TypeError("the model keeps no keys and values")
+        # A block that is not run on text alone (Llama 3.2 Vision) keeps none.
+        nothing = (torch.zeros(len(rows), 1, N, 0, device=rows.device),) * 2
+        fresh = [
+            (keys.detach(), values.detach())
+            for keys, values in (one.fresh or nothing for one in layers)
+        ]
         if more:
             fresh = [
                 (torch.cat([old[0], new[0]], dim=-2), torch.cat([old[1], new[1]], dim=-2))

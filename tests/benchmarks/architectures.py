@@ -233,7 +233,8 @@ class Outcome:
     def reason(self) -> str:
         """Why it does not pass: one sentence where it is refused at load, or else each step's."""
         load = self.steps.get("load", "")
-        if load.startswith("refused: "):
+        others = (result for result in self.steps.values() if result != "passes")
+        if load.startswith("refused: ") and all(one.startswith("refused: ") for one in others):
             return f"refused: {load.split(': ', 2)[2]}"  # without the option's name
         wrong = {step: result for step, result in self.steps.items() if result != "passes"}
         return "; ".join(f"{step} {result}" for step, result in wrong.items())

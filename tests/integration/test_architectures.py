@@ -29,3 +29,9 @@ def test_an_architecture_is_refused_by_every_step(name: str) -> None:
         assert result.endswith("; choose another causal language model."), (step, result)
         assert "\n" not in result
     assert f"| {name} | refused: " in markdown([outcome])
+
+
+def test_a_block_that_is_not_run_on_text_alone_keeps_nothing() -> None:
+    outcome = Outcome("mllama")  # its third block sees images
+    outcome.measure(["predict", "recover"])
+    assert outcome.steps == {"predict": "passes", "recover": "passes"}
