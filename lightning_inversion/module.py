@@ -339,7 +339,7 @@ class InputInversion(Inversion, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the batch's state, and nothing of the frozen model."""
-        # Lightning resumes behind the last iteration where the totals count it as ended. An epoch
+        # Lightning resumes after the last iteration where the totals count it as ended. An epoch
         # that ends before an iteration leaves them uneven, so that only the current ones count.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         progress["total"] = dict(progress["current"])

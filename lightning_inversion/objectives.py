@@ -263,7 +263,7 @@ class Window:
         compared: ``[B, T]`` bool, the positions that the objective compares.
         rows: ``[R]`` those that still move.
         lengths: ``[R]`` how many positions each begins with that are fixed.
-        width: how many behind them are run.
+        width: how many after them are run.
     """
 
     compared: Tensor
@@ -295,7 +295,7 @@ class Window:
 
         Args:
             vectors: ``[B, T, D]`` the input.
-            prefix: runs the window behind what is fixed.
+            prefix: runs the window after what is fixed.
             objective: of rows that are independent (``Objective.by_row``).
             target: ``[B, T, F]``.
         """

@@ -90,8 +90,8 @@ class ResultRow:
     token_verified: list[bool] = _per_token()
     """False for a token that was given."""
     token_states: list[str] = _per_token()
-    """What is shown of each token: given, verified, conditional (it reproduces the target behind
-    tokens that are not all verified), group (others reproduce it too), read (off its row, behind
+    """What is shown of each token: given, verified, conditional (it reproduces the target after
+    tokens that are not all verified), group (others reproduce it too), read (off its row, after
     tokens that are not known) or unresolved. Empty where a fit did not compare them."""
     unresolved: list[int] = _per_token()
     """Positions that are neither given nor verified."""

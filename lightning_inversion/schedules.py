@@ -92,7 +92,7 @@ class LeftToRight(Schedule):
     """Optimises one position at a time (the source's 'Sequential Input Representation').
 
     A position that has had its iterations is fixed to the token it decodes to, right or wrong. The
-    next one is optimised behind it; its learning rate and its optimiser start again. A row stops
+    next one is optimised after it; its learning rate and its optimiser start again. A row stops
     after its last position. Nothing is verified. In the source a token has no prefix at all
     (``model.isolated``); here it has the one that was recovered.
 
@@ -142,10 +142,10 @@ class LeftToRight(Schedule):
 
 
 class VerifiedPrefix(Schedule):
-    """Runs likely tokens behind the verified prefix; one that reproduces the target is fixed.
+    """Runs likely tokens after the verified prefix; one that reproduces the target is fixed.
 
     Candidates are run before the first iteration and every few after it. The objective compares
-    only the few positions behind the prefix, because later ones settle in wrong minima while what
+    only the few positions after the prefix, because later ones settle in wrong minima while what
     they attend to is wrong. A row whose tokens are all verified stops. Candidates come from the
     linear probe, corrected by those that failed, and, after the first iteration, in equal shares
     from the input.
@@ -158,7 +158,7 @@ class VerifiedPrefix(Schedule):
         candidates: tokens run for a row once its first few at a position have failed.
         max_candidates: the most tokens of a round; a position that stays open gets four times as
             many every few rounds, so that the whole vocabulary is run in the end.
-        window: positions behind the prefix that are optimised.
+        window: positions after the prefix that are optimised.
     """
 
     FIRST = 8
@@ -181,7 +181,7 @@ class VerifiedPrefix(Schedule):
         self._warned = False
 
     def check(self, experiment: Experiment) -> None:
-        """Only embeddings behind a causal prefix can be verified token by token."""
+        """Only embeddings after a causal prefix can be verified token by token."""
         if not isinstance(experiment.learnable, EmbeddingInput):
             raise InputError(
                 "--model.schedule VerifiedPrefix fixes embeddings; choose --model.schedule "
@@ -249,11 +249,11 @@ class VerifiedPrefix(Schedule):
                 found, ids = trial.rows[trial.settled], trial.best[trial.settled]
                 settled |= torch.isin(rows, found)
                 values = experiment.learnable.encode(ids, experiment.embedding)
-                # The features do not show which of a group is right; the search goes on behind one.
+                # The features do not show which of a group is right; the search goes on after one.
                 verified = trial.verified[trial.settled]
                 state.fix(found, state.prefix_lengths[found], values, verified)
             left = search.positions(rows) < state.lengths[rows]
-            # On to the next token, or to the candidates behind the first few.
+            # On to the next token, or to the candidates after the first few.
             rows = rows[(settled | first) & left]
         state.stop(state.prefix_lengths == state.lengths)
 

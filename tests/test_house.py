@@ -12,7 +12,7 @@ __main__, api -> cli, sweep, replication, ladder -> callbacks -> module, inversi
 -> data, results, attribution, state, strategy -> recovery, objectives, inputs, decoding
 -> transformer -> errors, cache, files, progress, untrusted, metrics, __init__
 """
-"""Rooms, from the top down. A module imports from its own line and from those behind an arrow."""
+"""Rooms, from the top down. A module imports from its own line and from those after an arrow."""
 LEVELS = [level.split(", ") for level in " ".join(RULE.split()).split(" -> ")]
 REPORT_READS = {"report", "errors", "files", "untrusted", "results", "__init__"}
 """``report`` reads files, and imports nothing that runs a model."""

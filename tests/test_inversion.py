@@ -65,8 +65,8 @@ def test_behind_what_is_fixed_the_distance_and_its_gradient_are_the_same(
     torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-4)
     (gradient,) = torch.autograd.grad(ours.sum(), state.values)
     (expected,) = torch.autograd.grad(whole.sum(), state.values)
-    behind = ~state.fixed
-    torch.testing.assert_close(gradient[behind], expected[behind], atol=1e-5, rtol=1e-3)
+    after = ~state.fixed
+    torch.testing.assert_close(gradient[after], expected[after], atol=1e-5, rtol=1e-3)
 
 
 def test_the_features_of_an_iteration_are_kept_for_what_judges_it(

@@ -41,7 +41,7 @@ def test_a_position_is_fixed_to_a_value_verified_or_not(state: BatchState) -> No
     assert state.verified.tolist() == [[True, False, False], [False, True, False]]
     assert (state.values[1, :2] == 3).all()
     assert state.prefix_lengths.tolist() == [1, 2]
-    state.fixed[0, 2] = True  # behind an open position
+    state.fixed[0, 2] = True  # after an open position
     assert state.prefix_lengths.tolist() == [1, 2]
 
 

@@ -139,10 +139,10 @@ def recover(
         order: unknown where the rows of a prompt are in any order, which is then found first; each
             prompt's ``order`` tells the number of each token's row.
         logits: whether they are logits ``[T, V]`` or log-probabilities, from which the states
-            behind the final norm are solved; ``depth`` is that of all blocks, with ``final_norm``.
+            after the final norm are solved; ``depth`` is that of all blocks, with ``final_norm``.
         layout: what names and shapes leave open.
         diagnose_first: where position 0 fits no token, find out why before the search.
-        policy: how tokens are searched; default ``TokenRecovery``. ``Reading`` reads rows behind a
+        policy: how tokens are searched; default ``TokenRecovery``. ``Reading`` reads rows after a
             prefix that is not known, and verifies nothing; ``LastPosition`` finds a short text from
             its last row alone.
 

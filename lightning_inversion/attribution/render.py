@@ -190,7 +190,7 @@ def _in_cell(text: str) -> str:
 
 
 def _tiles_of(tokens: Sequence[str]) -> list[list[int]]:
-    """Positions by tile: a token with text, and those behind it that only complete its character.
+    """Positions by tile: a token with text, and those after it that only complete its character.
 
     A first token without text is a tile of its own.
     """

@@ -2,8 +2,8 @@
 
 A cache is transformers' own (``DynamicCache`` and its kin), the older tuple of a pair for each
 block, or tensors whose names tell block and kind, such as ``key_cache.3``, ``layers.3.values`` or
-``past_key_values.3.key``. Block 3 is the block behind depth 3. As features its keys lie head by
-head, and its values behind them.
+``past_key_values.3.key``. Block 3 is the block after depth 3. As features its keys lie head by
+head, and its values after them.
 """
 
 from __future__ import annotations
@@ -84,15 +84,14 @@ def prompts_of(blocks: Blocks, wanted: Wanted, beside: Beside) -> list[Tensor]:
         if held is None:
             told = ", ".join(str(block) for block in sorted(b for b in blocks if b is not None))
             raise wanted.error(
-                f" holds keys and values behind depths {told}, and depth {depth} is asked for; "
+                f" holds keys and values after depths {told}, and depth {depth} is asked for; "
                 "set --model.transformer.depth to one (0 for those of the first block)."
             )
         for kind in kinds:
             if kind not in held:
                 (other,) = held
                 raise wanted.error(
-                    f" holds no {kind} behind depth {depth}; set --model.transformer.output "
-                    f"{other}."
+                    f" holds no {kind} after depth {depth}; set --model.transformer.output {other}."
                 )
             name, tensor = held[kind]
             parts.append(arrange_heads(wanted, tensor, name))

@@ -97,7 +97,7 @@ class Wanted:
         layout: what the user told of the file.
         shape: reads the model's configuration, when first needed.
         checks_width: whether the states are as wide as the model.
-        output: hidden states, or keys, values or both of the block behind each depth.
+        output: hidden states, or keys, values or both of the block after each depth.
         logits: whether logits are read in place of hidden states.
     """
 

@@ -58,7 +58,7 @@ class PromptDataModule(LightningDataModule):
         order: unknown where the rows of a prompt are in any order; ``predict`` then finds it first,
             and TokenRecovery verifies the tokens in it.
         logits: they are logits or log-probabilities, from which ``predict`` solves the states
-            behind the final norm.
+            after the final norm.
         diagnose: where position 0 fits no token, find out why before the search.
         tokenizer: the model whose tokenizer is used; the command line takes model.transformer's.
         revision: revision of that model on the hub.

@@ -21,7 +21,7 @@ class Request:
     Args:
         depths: whose features are asked for; None for those of all blocks.
         final_norm: whether they are taken after the final norm.
-        output: hidden states, or keys, values or both of the block behind the depth.
+        output: hidden states, or keys, values or both of the block after the depth.
         shape: reads the model's configuration, when it is needed.
         layout: what shapes and names leave open.
         first_position: the position of the first row; None for the manifest's, or 0.
@@ -30,7 +30,7 @@ class Request:
         scale: the factor that the features were multiplied by.
         noise: std of the Gaussian noise in them, in the model's units.
         order: whether the rows are in the order of the text.
-        logits: whether logits stand in place of the states behind the final norm.
+        logits: whether logits stand in place of the states after the final norm.
     """
 
     depths: tuple[int, ...] | None = None
@@ -68,7 +68,7 @@ class Request:
             blocks = self.shape().blocks
             if not self.final_norm or self.depths not in (None, (blocks,)):
                 raise InputError(
-                    "--data.logits: logits follow from the states behind the final norm; set "
+                    "--data.logits: logits follow from the states after the final norm; set "
                     f"--model.transformer.depth {blocks} --model.transformer.final_norm true."
                 )
         return Wanted(

@@ -60,7 +60,7 @@ def read_tensors(path: Path, where: str) -> tuple[Any, dict[str, str]]:
             return _read_zip(path, where), {}
         if begins.startswith(_PICKLE):
             return _read_torch(path, where), {}
-        # The size of a safetensors header may be the code of a brace; zeros stand behind it.
+        # The size of a safetensors header may be the code of a brace; zeros come after it.
         if begins.lstrip()[:1] in (b"[", b"{") and b"\0" not in begins:
             return _read_json(path, where), {}
         for magic, kind in _OTHERS.items():

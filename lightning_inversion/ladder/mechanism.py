@@ -114,7 +114,7 @@ def one_over_std(transformer: TruncatedTransformer) -> Tensor:
 
 
 def through_probe(transformer: TruncatedTransformer) -> Tensor:
-    """``[2, F, D]`` the linear probe: behind it the Jacobian is nearly the identity."""
+    """``[2, F, D]`` the linear probe: after it the Jacobian is nearly the identity."""
     probe = LinearProbe.fit(transformer)
     return probe.matrix / probe.std[..., None]
 

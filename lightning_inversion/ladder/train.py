@@ -154,7 +154,7 @@ def training_of(folder: Path) -> Record:
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, verses: list[str]) -> Tensor:
-    """``[N]`` ids of verses, each behind the end of the one before."""
+    """``[N]`` ids of verses, each after the end of the one before."""
     lists = tokenizer(verses, add_special_tokens=False)["input_ids"]
     return torch.tensor([token for ids in lists for token in (0, *ids)])
 

@@ -75,7 +75,7 @@ def report_breaks(
             continue
         if all(token.residual > plausible[1] for token in prompt.tokens[first:]):
             _log.warning(
-                "%s, prompt %d: no token fits position %d or one behind it, and all before it are "
+                "%s, prompt %d: no token fits position %d or one after it, and all before it are "
                 "verified; rows of another text may begin there, or rows may be missing.",
                 where, 1 + (row if index is None else index[row]), position,
             )  # fmt: skip
@@ -93,7 +93,7 @@ def recover_captured(
 ) -> list[RecoveredPrompt]:
     """As ``recover_prompts``; prompts whose position 0 fits no token get a small budget.
 
-    Behind a token that is wrong, no later one reproduces the target: a search of the vocabulary
+    After a token that is wrong, no later one reproduces the target: a search of the vocabulary
     could verify nothing.
 
     Args:

@@ -35,7 +35,7 @@ class TokenCertificate:
 
     Attributes:
         id: the token.
-        state: ``verified``: it reproduces the target behind the tokens before it, and no token that
+        state: ``verified``: it reproduces the target after the tokens before it, and no token that
             was compared comes near. ``conditional``: the same, but a token before it is not
             verified. ``group``: others reproduce the target too. ``unresolved``: nothing is shown.
             ``read``: it was read off its row, and never run; see ``Reading``.
@@ -78,8 +78,8 @@ class TokenCertificate:
             return None
         return self.rival_residual / max(self.residual, 1e-9)
 
-    def behind(self, verified: bool) -> TokenCertificate:
-        """The certificate behind tokens that are all verified, or not."""
+    def after(self, verified: bool) -> TokenCertificate:
+        """The certificate after tokens that are all verified, or not."""
         if self.state not in ("verified", "conditional"):
             return self
         return replace(self, state="verified" if verified else "conditional")

@@ -1,9 +1,9 @@
-"""Rows in unknown order: which of them fits behind the tokens found so far?
+"""Rows in unknown order: which of them fits after the tokens found so far?
 
 Attention determines the order. A first token sees no other, so that one row alone is reproduced by
-a token at position 0; behind it, one row alone is reproduced by a token at position 1; and so on.
+a token at position 0; after it, one row alone is reproduced by a token at position 1; and so on.
 The linear probe reads the tokens of each row without knowing its position (a bag of tokens), and
-the readings of all rows that are left are run behind the prefix. For T rows that is about T * T / 2
+the readings of all rows that are left are run after the prefix. For T rows that is about T * T / 2
 candidates where each first reading is right.
 """
 
@@ -94,7 +94,7 @@ def report_orders(
     for row, order in enumerate(orders):
         if order.found < len(order.rows):
             _log.warning(
-                "%s, prompt %d: the order of %d of %d rows was found; the others stand behind them "
+                "%s, prompt %d: the order of %d of %d rows was found; the others come after them "
                 "as in the file.",
                 where, 1 + (row if index is None else index[row]), order.found, len(order.rows),
             )  # fmt: skip

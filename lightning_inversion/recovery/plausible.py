@@ -12,9 +12,9 @@ _ENOUGH_TO_DOUBT = 256
 class PlausibleTokens:
     """For each row, the plausible tokens of its latest position, where none was verified.
 
-    Behind a wrong token no next one reproduces the target, as all that follows depends on it. If
+    After a wrong token no next one reproduces the target, as all that follows depends on it. If
     none of many candidates is plausible, another of the plausible tokens is taken. If none helps,
-    the one behind which a candidate came closest stays, and recovery continues.
+    the one after which a candidate came closest stays, and recovery continues.
 
     Args:
         rows: B.
@@ -33,12 +33,12 @@ class PlausibleTokens:
         self._refuted[row] = {}
 
     def in_doubt(self, rows: Tensor, tried: Tensor) -> Tensor:
-        """``[R]`` bool: the token before is in doubt, after ``tried`` [R] candidates behind it."""
+        """``[R]`` bool: the token before is in doubt, after ``tried`` [R] candidates after it."""
         waiting = [bool(self._waiting[row]) for row in rows.tolist()]
         return torch.tensor(waiting, device=rows.device) & (tried >= _ENOUGH_TO_DOUBT)
 
     def next(self, row: int, nearest: float) -> int:
-        """What to try instead of the token behind which nothing came nearer than ``nearest``."""
+        """What to try instead of the token after which nothing came nearer than ``nearest``."""
         (token, residual), *others = self._waiting[row]
         self._refuted[row][token] = (nearest, residual)
         self._waiting[row] = others

@@ -54,7 +54,7 @@ class RecoveryPolicy(ABC):
     Attributes:
         needs_language_model: whether it uses the whole model with its head.
         uses_fit: whether the input that a fit has optimised helps it.
-        needs_first_position: whether it begins at position 0, or behind tokens that are known.
+        needs_first_position: whether it begins at position 0, or after tokens that are known.
         rows: which hidden states of a prompt it reads.
     """
 

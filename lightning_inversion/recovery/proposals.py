@@ -71,7 +71,7 @@ class Proposals(ABC):
     def ahead(self, rows: Tensor, width: int, count: int) -> Candidates | None:
         """The ``count`` best tokens of each of the next ``width`` positions.
 
-        None where the tokens in between must be known. A position may lie behind a prompt's end;
+        None where the tokens in between must be known. A position may lie after a prompt's end;
         its candidates are ignored.
         """
         return None
@@ -218,7 +218,7 @@ class NearestToInput(Proposals):
 
     Args:
         search: of the batch.
-        vectors: ``[B, T, D]``; nan where there are none: behind a prompt's end, and for all of a
+        vectors: ``[B, T, D]``; nan where there are none: after a prompt's end, and for all of a
             prompt that the fit did not have.
     """
 

@@ -1,4 +1,4 @@
-"""Rows behind a prefix that is not known: each is read by itself, and nothing can be verified.
+"""Rows after a prefix that is not known: each is read by itself, and nothing can be verified.
 
 A server with a prefix cache stores such rows, and so does one that adds a system prompt. The search
 cannot begin, as every row depends on the tokens before it. The linear probe needs none of them: it
@@ -88,7 +88,7 @@ class ReadingScale:
 class Reading(RecoveryPolicy):
     """Names the token of each row without those before it, by the linear probe; verifies nothing.
 
-    For rows behind a prefix that is not known. The probability of a token is calibrated on text of
+    For rows after a prefix that is not known. The probability of a token is calibrated on text of
     the model's own.
 
     Args:
@@ -159,12 +159,12 @@ def beam_search(
     """The likeliest sequence under the probe and a language model together.
 
     Args:
-        language_model: gives the probability of each token behind those of the same sequence.
+        language_model: gives the probability of each token after those of the same sequence.
         chances: ``[T, V]`` log-probabilities of each position by itself.
         beams: sequences kept.
 
     Returns:
-        ids ``[T]``, and log-probabilities ``[T, V]`` of each position behind the tokens before it.
+        ids ``[T]``, and log-probabilities ``[T, V]`` of each position after the tokens before it.
     """
     V, branches = chances.shape[1], Beams(language_model)
     total, after = chances.new_zeros(1), chances.new_zeros(1, V)

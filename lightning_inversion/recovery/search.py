@@ -1,7 +1,7 @@
-"""The one search behind ``fit`` and ``predict``: propose, run, verify, move on or go back.
+"""The one search of ``fit`` and ``predict``: propose, run, verify, move on or go back.
 
 A ``Proposals`` object names candidates for the next token of each prompt of a batch; ``step`` runs
-them behind the tokens found so far and compares their features with the target.
+them after the tokens found so far and compares their features with the target.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Trial:
         residuals: ``[R, K]`` distance of each candidate to the target, see ``Calibration``.
         threshold: ``[R]`` the residual up to which a candidate passes.
         best: ``[R]`` the candidate with the smallest residual.
-        verified: ``[R]`` bool; the search of such a row has moved on behind ``best``.
+        verified: ``[R]`` bool; the search of such a row has moved on after ``best``.
         group: ``[R]`` bool; several tokens reproduce the target, and none is verified. The search
-            has moved on behind ``best`` here too.
+            has moved on after ``best`` here too.
         rivals: ``[R]`` the nearest other token that was compared; -1 without one.
         rival_residuals: ``[R]`` its residual; infinite without one.
         tried: ``[R]`` tokens run at this position so far, these included.
@@ -131,7 +131,7 @@ class PrefixSearch(OpenPositions):
         return list(self._run(rows, ids[:, None], torch.ones_like(rows)))
 
     def accept(self, rows: Tensor, ids: Tensor) -> None:
-        """Move on behind tokens ``[R]`` that nothing verifies."""
+        """Move on after tokens ``[R]`` that nothing verifies."""
         self.prefix.candidates(rows, self.transformer.embedding(ids[:, None]))
         self.prefix.keep(rows, torch.zeros_like(rows))
         self.leave(rows)
@@ -169,7 +169,7 @@ class PrefixSearch(OpenPositions):
     def _run(self, rows: Tensor, ids: Tensor, remaining: Tensor) -> Iterator[Trial]:
         """Run candidates ``[R, W, K]`` of the next W positions together.
 
-        Candidates of a position stand behind the first ones of the positions before, and show
+        Candidates of a position come after the first ones of the positions before, and show
         something as long as those are verified. Yields one trial a position, of the rows that came
         so far. A row whose best candidate has near tokens that were not run has its trial last,
         with them.

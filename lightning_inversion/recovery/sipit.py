@@ -23,7 +23,7 @@ class SIPIT(RecoveryPolicy):
     """One prompt at a time, one token at a time: the untested row nearest to a descending proxy.
 
     A proxy starts at the embedding of a random token. Each iteration runs the whole prefix twice,
-    with the proxy behind it, forward and backward, and with one token; if that token does not
+    with the proxy after it, forward and backward, and with one token; if that token does not
     reproduce the target, the proxy takes a step of SGD on the mean squared error (the gradient
     clipped to norm 1, the rate falling from 1 to 0.01 over 50 iterations), and the nearest untested
     token is next. Every 50 iterations the proxy is set onto it. Nothing is kept between forwards.
@@ -84,14 +84,14 @@ class SIPIT(RecoveryPolicy):
                     if search.accepted or len(search.tried) >= limit or late or search.diverged:
                         break
                     yield prompts
-                prompt.tokens.append(search.certificate().behind(prompt.verified))
+                prompt.tokens.append(search.certificate().after(prompt.verified))
                 prompt.seconds = time.monotonic() - began
                 yield prompts
         yield prompts
 
 
 class _Position:
-    """The search for one token behind a prefix."""
+    """The search for one token after a prefix."""
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 One state is too little for a gradient: T embeddings of D numbers have many solutions that are no
 tokens. So texts are run, and what they show leads on:
 
-1. The linear probe reads the last token; its best ones are run behind random tokens, and those that
+1. The linear probe reads the last token; its best ones are run after random tokens, and those that
    come nearest, and its best, are taken in turn.
 2. Random texts that end with it are run, and regressed from their last states on the tokens at each
    position: where attention mixes tokens linearly, that separates them, although every other token
@@ -37,7 +37,7 @@ _LIKELY, _OF_OTHERS, _IN_PAIRS = 64, 24, 6
 """Tokens tried at a position: its likeliest, those of every position, and for two at once."""
 _SWEEPS, _ROUNDS = 2, 4
 _LAST_READ, _BEHIND, _LAST_TOKENS = 32, 16, 3
-"""Last tokens that are run, behind how many random texts each; and those that are searched, each
+"""Last tokens that are run, after how many random texts each; and those that are searched, each
 with half of the budget that is left."""
 _STARTS, _STEPS, _RATE = 8, 12, 0.3
 """Of the joint descent; the rate in std of the embedding."""
@@ -167,7 +167,7 @@ class TextSearch:
         return residuals.nan_to_num(nan=torch.inf)
 
     def _features(self, texts: Tensor) -> Tensor:
-        """``[N, F]`` of the last position of texts ``[N, T]`` behind the known tokens."""
+        """``[N, F]`` of the last position of texts ``[N, T]`` after the known tokens."""
         ids = torch.cat([self.known.expand(len(texts), -1), texts], dim=1)
         parts = torch.split(ids, max(1, 2 * TOKENS_AT_A_TIME // ids.shape[1]))
         self.forwards += len(parts)

@@ -37,7 +37,7 @@ from lightning_inversion.recovery.verification import SMALL_VOCABULARY
 _AT_LEAST = 2
 """Candidates of a position at least, so that a certificate can name a runner-up."""
 _BEHIND = 512
-"""Candidates of a position at most, behind a position whose whole budget fitted nothing."""
+"""Candidates of a position at most, after a position whose whole budget fitted nothing."""
 
 
 class TokenRecovery(RecoveryPolicy):
@@ -219,7 +219,7 @@ class _Batch:
         ended = spent | (near & ~patient) | doubted
         for row in rows[ended & doubted].tolist():
             self._reconsider(row)
-        # Behind a wrong token nothing reproduces the target, however many are run.
+        # After a wrong token nothing reproduces the target, however many are run.
         lost = rows[spent & ~near & ~doubted]
         self.limits[lost] = self.limits[lost].clamp(max=_BEHIND)
         rows, tried = rows[ended & ~doubted], tried[ended & ~doubted]
@@ -307,7 +307,7 @@ class _Batch:
             seconds=self.spent[row],
             alternatives=self._alternatives(state, token, others, limit),
         )
-        prompt.tokens.append(certificate.behind(prompt.verified))
+        prompt.tokens.append(certificate.after(prompt.verified))
         prompt.seconds = time.monotonic() - self.began
         self.spent[row] = 0.0
         self.plausible.settle(row, [] if state == "verified" else plausible)

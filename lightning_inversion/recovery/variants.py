@@ -270,7 +270,7 @@ class Variants:
             return None
         return (
             "the values fit and the keys do not, as where they were computed at later positions "
-            "(behind padding on the left, without position_ids)",
+            "(after padding on the left, without position_ids)",
             "set --model.transformer.output values",
         )
 

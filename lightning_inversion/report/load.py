@@ -28,7 +28,7 @@ verified; wrong, the right one among the best k; wrong; given; verified and yet 
 never be."""
 CONDITIONAL, GROUP, READ, UNKNOWN = "coeu"
 """Marks of a token that is not verified, where the prompt is not known: it reproduces the target
-behind tokens that are not all verified; others reproduce it too; it was read off its row, and not
+after tokens that are not all verified; others reproduce it too; it was read off its row, and not
 run; none of these."""
 _UNSCORED = {"conditional": CONDITIONAL, "group": GROUP, "read": READ}
 CURVES = {"match/distance": "distance", "match/distance_ratio": "distance ratio"}

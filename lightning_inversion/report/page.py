@@ -45,7 +45,7 @@ MEANING = {
     VERIFIED: "verified: running it reproduces the target",
     DUPLICATE: "verified, but another token has the same embedding",
     RIGHT: "right, not verified",
-    CONDITIONAL: "reproduces the target, behind a token that is not verified",
+    CONDITIONAL: "reproduces the target, after a token that is not verified",
     GROUP: "reproduces the target, as other tokens do",
     READ: "read off its row, not run",
     UNKNOWN: "not verified, the prompt is not known",

@@ -21,7 +21,7 @@ MEASURES = {
 }
 """A column of the table, and the column of the results whose mean it is."""
 _FIRST = (LABEL, "command", "model", "depth", "features", "channel")
-"""Settings that a reader looks for first; the others stand behind what was measured."""
+"""Settings that a reader looks for first; the others come after what was measured."""
 _BOUNDS = [f"{name} {bound}" for name in MEASURES for bound in ("low", "high")]
 _DRAWS, _TOGETHER = 500, 50
 

@@ -110,7 +110,7 @@ def check_count(count: int, options: str) -> None:
 
 
 def _with_own_names(cells: Sequence[Cell]) -> tuple[Cell, ...]:
-    """Cells whose name is too long, or another's too, get a digest behind it."""
+    """Cells whose name is too long, or another's too, get a digest after it."""
     twice = _repeated([cell.name for cell in cells])
     return tuple(
         replace(cell, name=f"{cell.name[:_NAME_LENGTH]}-{_digest(cell.arguments)}")

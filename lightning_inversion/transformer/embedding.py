@@ -207,5 +207,5 @@ def best_tokens(scores: Tensor, k: int) -> BestTokens:
     rest = scores[..., whole * _BLOCK :]  # of a vocabulary that is no multiple of 64
     values, slots = torch.cat([among, rest], dim=-1).topk(k, dim=-1)
     inside = chosen.gather(-1, (slots // _BLOCK).clamp(max=k - 1)) * _BLOCK + slots % _BLOCK
-    behind = whole * _BLOCK + slots - k * _BLOCK
-    return BestTokens(values, torch.where(slots < k * _BLOCK, inside, behind))
+    after = whole * _BLOCK + slots - k * _BLOCK
+    return BestTokens(values, torch.where(slots < k * _BLOCK, inside, after))

@@ -1,4 +1,4 @@
-"""Keys and values of known tokens, and the masks of the tokens that are run behind them."""
+"""Keys and values of known tokens, and the masks of the tokens that are run after them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_inversion.transformer.blocks import settings_of
 
 
 class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """One layer's known keys and values; what a forward adds stands behind them, apart."""
+    """One layer's known keys and values; what a forward adds comes after them, apart."""
 
     def __init__(self, known: tuple[Tensor, Tensor] | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -43,7 +43,7 @@ class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
 class RaggedCache:
     """Keys and values of each row's known tokens; rows may be of different lengths.
 
-    A forward runs new tokens behind them, in any relation to each other: one after another (a
+    A forward runs new tokens after them, in any relation to each other: one after another (a
     continuation) or side by side (candidates for one position: tree attention as in SpecInfer,
     arXiv 2305.09781, section 4.2). Afterwards `keep` makes some of the new tokens known. No token
     is run twice, and a row's cost depends on the others' lengths by padding alone.
@@ -71,7 +71,7 @@ class RaggedCache:
         sees: Tensor,
         more: bool = False,
     ) -> Tensor:
-        """Run new tokens behind the known ones of some rows.
+        """Run new tokens after the known ones of some rows.
 
         Args:
             forward: called with the mask ``[R, N, P + N]`` bool, the positions ``[R, N]`` and the
@@ -120,7 +120,7 @@ class RaggedCache:
         """Of the latest run's new tokens keep some, in this order.
 
         Args:
-            slots: ``[R, n]`` numbers of new tokens; -1 for none, only behind the others.
+            slots: ``[R, n]`` numbers of new tokens; -1 for none, only after the others.
         """
         assert self._fresh, "nothing was run"
         rows, kept = self._rows, slots >= 0

@@ -36,7 +36,7 @@ class LanguageModel:
 
     Args:
         model: with its head, frozen.
-        caches: whether it obeys masks behind kept keys and values (`TruncatedTransformer.caches`).
+        caches: whether it obeys masks after kept keys and values (`TruncatedTransformer.caches`).
     """
 
     def __init__(self, model: PreTrainedModel, caches: bool) -> None:
@@ -171,7 +171,7 @@ class Beams:
 
     @torch.no_grad()
     def extend(self, parents: Tensor, tokens: Tensor) -> Tensor:
-        """log p ``[W, V]`` behind W sequences, each a parent [W] of the latest with a token [W]."""
+        """log p ``[W, V]`` after W sequences, each a parent [W] of the latest with a token [W]."""
         if self._cache is not None and self.ids.shape[1]:
             self._cache.reorder_cache(parents)  # type: ignore[arg-type]
         self.ids = torch.cat([self.ids[parents], tokens[:, None]], dim=1)
@@ -179,7 +179,7 @@ class Beams:
 
 
 class Continuations:
-    """log p of the next token of B growing sequences, run token by token behind kept keys.
+    """log p of the next token of B growing sequences, run token by token after kept keys.
 
     Tokens are run when probabilities are asked for, several at once where several were appended.
 

@@ -60,7 +60,7 @@ class TransformerSpec:
         layers: several depths whose features are concatenated, as [1,2,3]; the depth follows.
         features: a slice of the features, as 'start:stop'; all of them if left out.
         final_norm: apply the model's final norm to the features (of the last depth).
-        output: hidden_states; or keys_values, keys or values that the block behind the depth keeps
+        output: hidden_states; or keys_values, keys or values that the block after the depth keeps
             for attention (of the first block: depth 0).
         weights: trained, or untrained as initialised by the model's own rules.
         weights_seed: seed of untrained weights; the same whatever the depth.

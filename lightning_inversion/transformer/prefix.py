@@ -1,4 +1,4 @@
-"""What each row of a batch begins with, run once; and what follows it, run behind it."""
+"""What each row of a batch begins with, run once; and what follows it, run after it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 
 class KnownPrefix:
-    """The known first vectors of B sequences; runs what comes next behind them.
+    """The known first vectors of B sequences; runs what comes next after them.
 
     Where the model takes it, keys and values of the known vectors are kept, and candidates for a
     row's next token lie side by side in one forward. Other models (ALiBi, state spaces, sliding
@@ -90,7 +90,7 @@ class KnownPrefix:
     def ahead(self, rows: Tensor, embeds: Tensor) -> Tensor:
         """Features ``[R, W, K, F]`` of candidates ``[R, W, K, D]`` for the next W positions.
 
-        At each position the candidates stand behind the first ones of the positions before. The
+        At each position the candidates come after the first ones of the positions before. The
         latest call is what `keep` chooses from. More than one position asks for `reaches`.
         """
         R, W, K = embeds.shape[:3]

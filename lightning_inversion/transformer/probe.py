@@ -1,4 +1,4 @@
-"""What a model is seen to do when it is run: read vectors alone, obey masks behind a cache."""
+"""What a model is seen to do when it is run: read vectors alone, obey masks after a cache."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _refused(kind: str, reason: str) -> InputError:
 
 @dataclass(frozen=True)
 class CacheCheck:
-    """Whether a model obeys masks behind kept keys and values."""
+    """Whether a model obeys masks after kept keys and values."""
 
     works: bool
 
@@ -148,7 +148,7 @@ def check_caches(
     run: Callable[..., Tensor],
     candidates: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> CacheCheck:
-    """Compare candidates behind kept keys and values with plain forwards.
+    """Compare candidates after kept keys and values with plain forwards.
 
     Models that take positions from the order of the keys (the ALiBi of BLOOM and MPT) do not
     agree. The difference allowed is a hundredth of what the prefix does to the features, plus
@@ -167,13 +167,13 @@ def check_caches(
     lengths = torch.tensor([4, 3], device=device)
     cache, rows = RaggedCache(2, layers, device), torch.arange(2, device=device)
 
-    def behind(embeds: Tensor, sees: Tensor) -> Tensor:
+    def after(embeds: Tensor, sees: Tensor) -> Tensor:
         return cache.run(partial(run, embeds), rows, sees)
 
     try:
-        behind(prefix, one_after_another(4, device))
+        after(prefix, one_after_another(4, device))
         cache.begin(lengths)
-        behind_kept = behind(tried, torch.eye(3, dtype=torch.bool, device=device))
+        behind_kept = after(tried, torch.eye(3, dtype=torch.bool, device=device))
     except FAILURES:
         # Takes no such mask, or keeps something else than keys and values.
         return CacheCheck(False)

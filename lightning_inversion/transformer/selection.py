@@ -18,7 +18,7 @@ from lightning_inversion.transformer.blocks import block_count, block_output, te
 
 DEFAULT_DEPTH = 1
 Output = Literal["hidden_states", "keys_values", "keys", "values"]
-"""Hidden states, or what the block behind them keeps of each position for attention."""
+"""Hidden states, or what the block after them keeps of each position for attention."""
 
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?")
 
@@ -33,7 +33,7 @@ class Selection:
         final_norm: whether the model's final norm is applied to the last depth's features.
         centred: whether each depth's features lose their mean over the features.
         output: hidden states; or keys, values, or both (all keys first, head by head) that the
-            block behind each depth computes of them, as they lie in its cache.
+            block after each depth computes of them, as they lie in its cache.
     """
 
     layers: tuple[int, ...]
@@ -64,8 +64,8 @@ class Selection:
         chosen = tuple(layers) if layers else (total if depth is None else depth,)
         if chosen[-1] > total and output != "hidden_states":
             raise InputError(
-                f"--model.transformer.{'layers' if layers else 'depth'}: {output} behind "
-                f"{chosen[-1]} blocks were asked for, and the last block is behind {total}; choose "
+                f"--model.transformer.{'layers' if layers else 'depth'}: {output} after "
+                f"{chosen[-1]} blocks were asked for, and the last block is after {total}; choose "
                 f"{total} or fewer."
             )
         if chosen[-1] > total:
@@ -141,7 +141,7 @@ class Selection:
         """Keys and values `[B, T, H d]` of a forward's own tokens."""
         if layer.fresh is None:
             raise InputError(
-                f"--model.transformer.output {self.output}: the block behind depth {self.depth} "
+                f"--model.transformer.output {self.output}: the block after depth {self.depth} "
                 "keeps no keys and values; choose another depth, or hidden_states."
             )
         keys, values = (part.transpose(1, 2).flatten(2) for part in layer.fresh)
@@ -175,7 +175,7 @@ def check_depths(
     """Raise InputError if the depths make no sense, whatever the model.
 
     With `layers` the depth follows: it may be left at its default, be None, or be equal. Keys and
-    values may be those of the first block, behind depth 0.
+    values may be those of the first block, after depth 0.
     """
     least = 0 if output != "hidden_states" else 1
     if depth is not None and depth < least:

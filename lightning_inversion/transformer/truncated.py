@@ -119,7 +119,7 @@ class TruncatedTransformer(nn.Module):
             layers: several depths, their features concatenated.
             features: a slice of the features, 'start:stop'.
             final_norm: apply the model's final norm to the (last) features.
-            output: hidden states, or keys and values of the block behind them.
+            output: hidden states, or keys and values of the block after them.
             surgery: parts of the blocks to switch off.
             embedding: another token embedding instead of the model's own.
 

@@ -1,4 +1,4 @@
-"""Logits -> the states behind the final norm that gave them, by least squares.
+"""Logits -> the states after the final norm that gave them, by least squares.
 
 A model has more tokens than features, so that its logits determine the state: V equations for D
 numbers. Log-probabilities do too: they differ from logits by one constant for each position.
@@ -43,7 +43,7 @@ class Unembedding:
         """The head of a model, checked on a few tokens.
 
         Raises:
-            InputError: its logits do not follow from the states behind its final norm in this way.
+            InputError: its logits do not follow from the states after its final norm in this way.
         """
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         weight = getattr(head, "weight", None)

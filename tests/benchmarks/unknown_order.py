@@ -1,7 +1,7 @@
 """``python -m tests.benchmarks.unknown_order``: rows of each prompt in an order that nobody tells.
 
 Prints a markdown table: prompts whose order is found, tokens that are right and verified, and the
-CPU seconds for the order and for the recovery behind it.
+CPU seconds for the order and for the recovery after it.
 """
 
 from __future__ import annotations

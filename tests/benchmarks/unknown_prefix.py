@@ -1,6 +1,6 @@
-"""``python -m tests.benchmarks.unknown_prefix``: rows behind a prefix that is not known.
+"""``python -m tests.benchmarks.unknown_prefix``: rows after a prefix that is not known.
 
-The protocol's prompts stand behind prefixes of several lengths, of which nothing is told. Prints
+The protocol's prompts come after prefixes of several lengths, of which nothing is told. Prints
 for each depth and length how many of the prompts' tokens are read right, by the linear probe alone
 and together with the language model; the mean probability; and of the tokens with a probability of
 0.9 or more those that are right. Each result is a line of JSON in --out; with --figure
@@ -47,7 +47,7 @@ def draw(rows: Path, figure: Path) -> None:
 
 
 def main() -> None:
-    """Read every prompt behind every prefix."""
+    """Read every prompt after every prefix."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 4, 8, 15, 24, 30])
     parser.add_argument("--prefixes", type=int, nargs="+", default=[4, 16, 64])

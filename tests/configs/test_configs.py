@@ -150,7 +150,7 @@ def fit(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     ],
 )
 def test_a_config_runs(config: Path, fit: Callable[..., Any]) -> None:
-    rows, module = fit(f"--config={config}")
+    rows, module = fit(f"--config={config}", "--model.transformer.depth=1")  # the tiny model has 4
     assert [len(row["recovered_ids"]) for row in rows] == [len(row["ids"]) for row in rows]
     assert len(rows) == 2
     assert module.frozen.depth == 1

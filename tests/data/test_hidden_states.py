@@ -386,7 +386,7 @@ def test_the_folder_of_sipit(hs: tuple[Tensor, ...], tmp_path: Path) -> None:
 
 
 def test_a_folder_with_a_file_for_each_row(hs: tuple[Tensor, ...], tmp_path: Path) -> None:
-    """In the order of the numbers, in which 10 stands behind 9."""
+    """In the order of the numbers, in which 10 comes after 9."""
     rows = hs[2].flatten(0, 1)
     for number, row in enumerate(rows):
         numpy_file(tmp_path / f"token_{number}.npy", row.numpy())

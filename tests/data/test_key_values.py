@@ -122,7 +122,7 @@ def test_padding_is_dropped() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], Output, str]] = {
-    "another block": (lambda: {"key_cache.1": pairs()[1][0]}, "keys", "behind depths 1, and depth"),
+    "another block": (lambda: {"key_cache.1": pairs()[1][0]}, "keys", "after depths 1, and depth"),
     "keys alone": (
         lambda: {"key_cache.2": pairs()[2][0]}, "keys_values", "no values .*output keys"
     ),
@@ -166,7 +166,7 @@ def test_options_that_change_hidden_states_are_refused() -> None:
     with pytest.raises(InputError, match="choose 1 or more"):
         TransformerSpec(depth=0)
     model = shared_tiny_model("llama")
-    with pytest.raises(InputError, match="last block is behind 3; choose 3 or fewer"):
+    with pytest.raises(InputError, match="last block is after 3; choose 3 or fewer"):
         TruncatedTransformer.from_model(model, depth=4, output="keys_values")
 
 

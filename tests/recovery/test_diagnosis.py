@@ -206,7 +206,7 @@ def test_where_rows_stop_fitting_is_reported(
     prompts = recover_captured(policy, measurements, mixed, [6])
     report_breaks(prompts, measurements, "x")
     assert [token.verified for token in prompts[0].tokens] == [True] * 3 + [False] * 3
-    assert "x, prompt 1: no token fits position 3 or one behind it" in messages[-1]
+    assert "x, prompt 1: no token fits position 3 or one after it" in messages[-1]
     whole = recover_captured(policy, measurements, features()[:1], [6])
     report_breaks(whole, measurements, "x")
     assert len([line for line in messages if "no token fits" in line]) == 1

@@ -95,10 +95,10 @@ def test_a_margin_is_the_rivals_residual_over_the_tokens_own() -> None:
 
 def test_behind_a_token_that_is_not_verified_the_next_is_conditional() -> None:
     verified = certificate(state="verified")
-    assert verified.behind(True).verified
-    assert verified.behind(False).state == "conditional"
-    assert not verified.behind(False).verified
-    assert certificate(state="group").behind(True).state == "group"
+    assert verified.after(True).verified
+    assert verified.after(False).state == "conditional"
+    assert not verified.after(False).verified
+    assert certificate(state="group").after(True).state == "group"
 
 
 def test_known_tokens_need_no_certificate() -> None:

@@ -35,7 +35,7 @@ PROXY = GradientProxy(waits=1, rounds_alone=1, proxies=3)
 def begun(
     proposer: Proposer, measurements: Measurements, position: int, ids: Tensor = IDS
 ) -> tuple[PrefixSearch, Proposals]:
-    """Proposals for the token at ``position``, behind the right tokens before it."""
+    """Proposals for the token at ``position``, after the right tokens before it."""
     search = PrefixSearch(measurements, measurements.transformer.features_of(ids))
     vectors, rows = measurements.transformer.embedding(ids), torch.arange(len(ids))
     search.prefix.begin(rows, vectors, torch.full_like(rows, position))

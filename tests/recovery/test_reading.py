@@ -1,4 +1,4 @@
-"""Rows behind a prefix that is not known are read, with a probability, and never verified."""
+"""Rows after a prefix that is not known are read, with a probability, and never verified."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PREFIX = 4
 
 
 def behind_prefix(measurements: Measurements) -> tuple[Tensor, Tensor]:
-    """Ids of the model's own text, and their rows behind a prefix that nobody is told."""
+    """Ids of the model's own text, and their rows after a prefix that nobody is told."""
     assert measurements.text is not None
     ids = measurements.text[:6, : PREFIX + 10]
     return ids[:, PREFIX:], measurements.transformer.features_of(ids)[:, PREFIX:]

@@ -62,7 +62,7 @@ def test_positions_are_verified_together_up_to_the_first_wrong_guess(
     search = PrefixSearch(headless, headless.transformer.features_of(ids))
     guesses = torch.stack([ids, ids + 20], dim=2)  # of two candidates the first is right
     guesses[1, 2] = torch.tensor([40, 41])  # neither is
-    guesses[2, 1] = guesses[2, 1].flip(0)  # the second is: those behind stand behind a wrong one
+    guesses[2, 1] = guesses[2, 1].flip(0)  # the second is: those after come after a wrong one
     trials = list(search._run(rows, guesses, torch.full((3,), 4)))
     assert [trial.rows.tolist() for trial in trials] == [[0, 1, 2], [0, 1, 2], [0, 1], [0]]
     assert search.positions(rows).tolist() == [4, 2, 2]
@@ -88,14 +88,14 @@ def test_prompts_that_end_are_run_with_longer_ones(
     monkeypatch.setattr("lightning_inversion.recovery.search._FEW_ROWS", few)
     ids = torch.tensor([[3, 4, 5, 6], [9, 8, 0, 0]])
     one_each, vectors = torch.ones(2).long(), headless.transformer.embedding(ids)
-    vectors[1, 2:] = torch.nan  # a fit holds nothing behind a prompt's end
+    vectors[1, 2:] = torch.nan  # a fit holds nothing after a prompt's end
     search = PrefixSearch(headless, headless.transformer.features_of(ids))
     search.reach[:] = torch.tensor([3, 64])
     proposals = NearestToInput(search, vectors)
     trials = list(search.step(proposals, ROWS, one_each, torch.tensor([4, 2])))
     assert [trial.rows.tolist() for trial in trials] == rows  # of few, all at one width
     assert search.positions(ROWS).tolist() == [4, 2]
-    ids = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])  # the last token is behind the second's end
+    ids = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])  # the last token is after the second's end
     search = PrefixSearch(headless, headless.transformer.features_of(ids))
     proposals = NearestToInput(search, headless.transformer.embedding(ids))
     trials = list(search.step(proposals, ROWS, one_each, torch.tensor([4, 3])))

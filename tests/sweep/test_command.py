@@ -160,7 +160,7 @@ def test_only_what_is_not_done_runs_again(
         InputInversion, "begin", lambda s, b: (begun.append(s.spec.depth), begin(s, b))[1]
     )
     before = {cell.name: rows_of(cell) for cell in finished.folder.glob("depth=*")}
-    (finished.folder / "depth=2" / "cell.json").unlink()  # killed behind its last row
+    (finished.folder / "depth=2" / "cell.json").unlink()  # killed after its last row
     shutil.rmtree(finished.folder / "depth=4")
     with counted_loads() as loads:
         assert run([*finished.options, *finished.over]) == 0

@@ -86,7 +86,7 @@ def test_duplicates_are_found() -> None:
 @pytest.mark.parametrize("k", [1, 5])
 def test_the_best_of_blocks_are_the_best_of_all(vocabulary: int, k: int) -> None:
     scores = torch.randn(3, 7, vocabulary, generator=torch.Generator().manual_seed(k))
-    scores[0, 0, -1] = 9.0  # behind the last whole block, if there is anything
+    scores[0, 0, -1] = 9.0  # after the last whole block, if there is anything
     scores[0, 1, :k] = 8.0 + torch.arange(k)  # all in one block
     found, expected = best_tokens(scores, k), scores.topk(k)
     assert torch.equal(found.indices, expected.indices)

@@ -1,4 +1,4 @@
-"""Candidates behind a kept prefix equal plain forwards of the whole text, in every family."""
+"""Candidates after a kept prefix equal plain forwards of the whole text, in every family."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ def test_what_follows_is_as_in_the_whole_text(family: str) -> None:
     prefix.begin(SOME, vectors[SOME], LENGTHS)
 
     pick = (SOME[:, None], LENGTHS[:, None] + torch.arange(2))
-    behind = prefix.followed_by(SOME, vectors[pick])
-    torch.testing.assert_close(behind, whole[pick], atol=1e-4, rtol=1e-4)
+    after = prefix.followed_by(SOME, vectors[pick])
+    torch.testing.assert_close(after, whole[pick], atol=1e-4, rtol=1e-4)
     (expected,) = torch.autograd.grad(whole[pick].square().sum(), vectors)
-    (gradient,) = torch.autograd.grad(behind.square().sum(), vectors)
+    (gradient,) = torch.autograd.grad(after.square().sum(), vectors)
     size = float(expected[pick].abs().max())
     torch.testing.assert_close(gradient[pick], expected[pick], atol=1e-4 * size, rtol=1e-3)
 
@@ -130,9 +130,9 @@ def test_a_prefix_that_outgrows_a_window_is_run_plainly(family: str, window: str
     prefix = KnownPrefix(transformer, 3)
     vectors = transformer.embedding(TEXTS)
     prefix.begin(torch.arange(3), vectors, torch.tensor([3, 3, 3]))
-    behind = prefix.followed_by(torch.arange(3), vectors[:, 3:])
+    after = prefix.followed_by(torch.arange(3), vectors[:, 3:])
     whole = transformer.features_of(TEXTS)[:, 3:]
-    torch.testing.assert_close(behind, whole, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(after, whole, atol=2e-4, rtol=1e-4)
 
 
 def test_a_tree_that_is_too_wide_leaves_what_is_kept() -> None:

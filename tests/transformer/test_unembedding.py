@@ -1,4 +1,4 @@
-"""Logits determine the states behind the final norm, and those the text."""
+"""Logits determine the states after the final norm, and those the text."""
 
 from __future__ import annotations
 
