@@ -169,6 +169,7 @@ def survive(plan: Plan, root: Path, rows: Rows) -> None:
         for depth in sorted({1, min(8, blocks)}):
             for setting in SETTINGS if depth <= 2 else SETTINGS[::3]:
                 names = {name: subject.names[name] for name in ("model", "share")}
+                names["features"] = slice_of_share(subject.names["width"], setting.kept)
                 if not rows.has(kind="survival", **names, depth=depth, channel=setting.name):
                     row = survival_row(subject, depth, setting)
                     rows.add(row)

@@ -3,6 +3,8 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from lightning_inversion.api import invert
 from lightning_inversion.decoding import PinvDecoder
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput, NormalInitializer
+from lightning_inversion.ladder import channel
 from lightning_inversion.ladder import train as training
 from lightning_inversion.ladder.channel import fano, slice_of_share
 from lightning_inversion.ladder.measure import Rows, intervene, measure
@@ -217,3 +220,28 @@ def test_fano_bounds_what_can_be_right() -> None:
     assert 0.4 < fano(5, 1024) < 0.6
     assert slice_of_share(64, 1) is None
     assert slice_of_share(64, 0.5) == "0:32"
+
+
+def test_a_stopped_survey_measures_no_setting_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, measured = shared_tiny_model("llama"), []
+    names = {"model": "tiny", "share": 1.0, "width": 32}
+
+    def row_of(_: Any, depth: int, setting: channel.Setting) -> dict[str, Any]:
+        measured.append((depth, setting.name))
+        read = dict.fromkeys(("probe_top1", "probe_read_bits", "recovery_right"), 1.0)
+        features = slice_of_share(32, setting.kept)
+        return {"kind": "survival", **names, "depth": depth, "features": features,
+                "channel": setting.name, **read, "recovery_verified": 1.0,
+                "recovery_false": 0}  # fmt: skip
+
+    monkeypatch.setattr(channel, "survival_row", row_of)
+    subject = SimpleNamespace(model=model, names=names)
+    monkeypatch.setattr(channel, "subjects", lambda *_: [subject])
+    plan: Any = None
+    channel.survive(plan, tmp_path, Rows(tmp_path / "rows.jsonl"))
+    assert len(measured) == len(set(measured)) >= len(channel.SETTINGS)
+    before = len(measured)
+    channel.survive(plan, tmp_path, Rows(tmp_path / "rows.jsonl"))
+    assert len(measured) == before
