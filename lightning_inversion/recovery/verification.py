@@ -171,7 +171,8 @@ class Verifier:
                     rest = rest[torch.isin(rest, ids[row], invert=True)]
                 crowded[row] = not whole
                 missing[row] = rest if len(rest) else None
-            rare = calibration.unseen(smallest, positions, vocabulary) <= RISK
+            # Where all features were looked through, no token is left that was not.
+            rare = scanned | (calibration.unseen(smallest, positions, vocabulary) <= RISK)
         else:
             rare = compared >= vocabulary
         waiting = torch.tensor([some is not None for some in missing], device=ids.device)
