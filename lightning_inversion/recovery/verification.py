@@ -182,8 +182,8 @@ class Verifier:
                     rest = rest[torch.isin(rest, ids[row], invert=True)]
                 crowded[row] = not whole
                 missing[row] = rest if len(rest) else None
-            rare = calibration.unseen(smallest, positions, vocabulary) <= RISK
-            rare |= scanned & (vocabulary <= SMALL_VOCABULARY)
+            # Where all tokens are compared, or all features looked through, none is left unseen.
+            rare = scanned | (calibration.unseen(smallest, positions, vocabulary) <= RISK)
         else:
             rare = compared >= vocabulary
         waiting = torch.tensor([some is not None for some in missing], device=ids.device)
