@@ -32,7 +32,7 @@ from lightning_inversion.recovery.proposals import (
     Proposer,
 )
 from lightning_inversion.recovery.search import PrefixSearch, Trial
-from lightning_inversion.recovery.verification import SMALL_VOCABULARY
+from lightning_inversion.recovery.verification import compares_all
 
 _AT_LEAST = 2
 """Candidates of a position at least, so that a certificate can name a runner-up."""
@@ -55,8 +55,8 @@ class TokenRecovery(RecoveryPolicy):
         budget: tokens run for a position before it is left unresolved with its best candidate;
             null runs the whole vocabulary.
         certify: compare a token that reproduces the target with the tokens ``near`` it, or with the
-            whole vocabulary (``exhaustive``), before it is verified. A vocabulary of up to 16,384
-            tokens is compared whole in any case where the near ones do not suffice.
+            whole vocabulary (``exhaustive``), before it is verified. Where 64 features or more are
+            kept, up to 16,384 tokens are compared in any case where the near ones do not suffice.
     """
 
     uses_fit = True
@@ -134,8 +134,8 @@ class _Batch:
     ) -> None:
         exhaustive, verifies = policy.certify == "exhaustive", measurements.calibration.verifies
         if not verifies:  # so few tokens cost less than an answer without a certificate
-            embedding = measurements.transformer.embedding
-            exhaustive |= embedding.vocabulary_size <= SMALL_VOCABULARY
+            vocabulary = measurements.transformer.embedding.vocabulary_size
+            exhaustive |= compares_all(measurements.calibration, vocabulary)
         if exhaustive and not verifies:
             calibration = measurements.calibration.comparing_all()
             measurements = replace(measurements, calibration=calibration)

@@ -13,10 +13,22 @@ from lightning_inversion.recovery.calibration import CLEARANCE, RISK, Calibratio
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.rivals import NearFirstTokens, NearTokens
 
-SMALL_VOCABULARY = 16384
+_SMALL_VOCABULARY = 16384
 """Tokens that are all compared where the near ones do not suffice."""
+_MANY_FEATURES = 64
+"""Of fewer features a target that is of no token may be as near to one token, and to no other."""
 _AT_A_TIME = 512
 """Prompts of one forward in which a token is replaced by one that is near it."""
+
+
+def compares_all(calibration: Calibration, vocabulary: int) -> bool:
+    """Whether all tokens are compared with each other where the near ones do not suffice."""
+    return vocabulary <= _SMALL_VOCABULARY and has_many_features(calibration)
+
+
+def has_many_features(calibration: Calibration) -> bool:
+    """Whether features are so many that none is matched by chance where all are compared."""
+    return calibration.std.shape[1] >= _MANY_FEATURES
 
 
 @dataclass(frozen=True)
@@ -121,11 +133,12 @@ class Verifier:
         """
         calibration, vocabulary = self.calibration, self.vocabulary
         common = calibration.unseen(residuals, positions, vocabulary) > RISK
+        small = compares_all(calibration, vocabulary)
         within = calibration.within(residuals, positions, vocabulary).tolist()
         bar = calibration.bar(residuals, positions, vocabulary)[1].maximum(CLEARANCE * residuals)
         for row, token in enumerate(tokens.tolist()):
             ids, whole = self.near.of_token(token, within[row])
-            if vocabulary <= SMALL_VOCABULARY and (not whole or bool(common[row])):
+            if small and (not whole or bool(common[row])):
                 every = torch.arange(vocabulary, device=ids.device)
                 yield every[every != token], True, True
                 continue
@@ -183,7 +196,9 @@ class Verifier:
                 crowded[row] = not whole
                 missing[row] = rest if len(rest) else None
             # Where all tokens are compared, or all features looked through, none is left unseen.
-            rare = scanned | (calibration.unseen(smallest, positions, vocabulary) <= RISK)
+            rare = calibration.unseen(smallest, positions, vocabulary) <= RISK
+            if has_many_features(calibration):
+                rare |= scanned
         else:
             rare = compared >= vocabulary
         waiting = torch.tensor([some is not None for some in missing], device=ids.device)

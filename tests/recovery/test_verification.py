@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_inversion.data.storage import Storage
-from lightning_inversion.recovery import held_out, rivals, token_recovery, verification
+from lightning_inversion.recovery import held_out, rivals, verification
 from lightning_inversion.recovery.calibration import CLEARANCE, RISK, Calibration
 from lightning_inversion.recovery.certificate import Certificate
 from lightning_inversion.recovery.measurements import Measurements
@@ -28,13 +28,6 @@ from tests.tiny import shared_tiny_model
 
 def calibrate(measurements: Measurements, storage: Storage) -> Calibration:
     return Calibration.measure(measurements.transformer, measurements.probe, storage)
-
-
-@pytest.fixture
-def large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny models' tokens are too many to compare all where the near ones do not suffice."""
-    for module in (verification, token_recovery):
-        monkeypatch.setattr(module, "SMALL_VOCABULARY", 0)
 
 
 def verdict_of(
@@ -87,7 +80,6 @@ def test_noise_that_hides_tokens_verifies_nothing(measurements: Measurements) ->
     assert (strong.plausible > 1).all()
 
 
-@pytest.mark.usefixtures("large_vocabulary")
 def test_strong_noise_leaves_tokens_that_are_compared_with_all(measurements: Measurements) -> None:
     """Noise in which one more token could pass for the target hides nothing that was run."""
     usual = measurements.calibration
@@ -245,7 +237,6 @@ def test_of_too_many_near_tokens_those_that_may_be_right_are_enough(
     assert torch.equal(wide[0], order[:5])
 
 
-@pytest.mark.usefixtures("large_vocabulary")
 def test_a_token_with_more_near_tokens_than_can_be_compared_is_not_verified(
     headless: Measurements,
 ) -> None:
@@ -278,7 +269,6 @@ def test_the_nearest_of_many_embeddings_are_known_exactly(
     assert not near.of_token(7, float(distances[order[8]]))[1]
 
 
-@pytest.mark.usefixtures("large_vocabulary")
 def test_a_low_precision_looks_through_the_features_of_first_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -369,7 +359,6 @@ def test_few_features_leave_open_what_rounding_does_not_explain(headless: Measur
     assert few.apart(unexplained, far + 1.1 * factor * unexplained, at, 300).all()
 
 
-@pytest.mark.usefixtures("large_vocabulary")
 def test_one_feature_verifies_nothing_but_by_the_whole_vocabulary() -> None:
     """Among many tokens some have the same one feature; it does not show that none was missed."""
     model = shared_tiny_model("llama")
@@ -385,23 +374,28 @@ def test_one_feature_verifies_nothing_but_by_the_whole_vocabulary() -> None:
     assert trial.verified.all() or trial.group.all()
 
 
-def test_all_tokens_of_a_small_vocabulary_are_compared_where_the_near_ones_do_not_suffice() -> None:
-    """Where few features are kept, tokens do not get rare near the target."""
-    model = shared_tiny_model("llama")
-    transformer = TruncatedTransformer.from_model(model, depth=2, features="0:6")
-    storage = Storage("bfloat16")
-    measurements = Measurements.measure(transformer, None, storage)
-    ids = torch.randint(100, (4, 6), generator=torch.Generator().manual_seed(5))
-    target = storage(transformer.features_of(ids), torch.Generator())
-    mask, positions = torch.ones_like(ids, dtype=torch.bool), torch.arange(6).expand(4, 6)
-    small = measurements.calibration.right[positions.clamp(max=1)]
-    assert (measurements.calibration.unseen(small, positions, 300) > RISK).any()
-    verdict = verdict_of(measurements, ids, target, mask)
-    assert verdict.verified.float().mean() > 0.8
+@pytest.mark.parametrize("many", [32, 33])
+def test_all_tokens_of_a_small_vocabulary_are_compared_where_the_near_ones_do_not_suffice(
+    measurements: Measurements, monkeypatch: pytest.MonkeyPatch, many: int
+) -> None:
+    """Tokens that training never saw lie together; then random tokens look common everywhere."""
+    monkeypatch.setattr(verification, "_MANY_FEATURES", many)
+    common = dataclasses.replace(
+        measurements.calibration, dimension=torch.tensor([0.8, 0.8]), common=torch.ones(2)
+    )
+    measurements = dataclasses.replace(measurements, calibration=common)
+    ids = torch.randint(300, (4, 6), generator=torch.Generator().manual_seed(5))
+    target = measurements.transformer.features_of(ids)
+    verdict = verdict_of(measurements, ids, target, torch.ones_like(ids, dtype=torch.bool))
+    assert verdict.verified.all() == verdict.verified.any() == (many <= 32)
     found = recover_prompts(TokenRecovery(ProbeProposer()), measurements, target, [6] * 4)
     assert [prompt.ids for prompt in found] == ids.tolist()
-    assert all(token.verified for prompt in found for token in prompt.tokens)
-    assert max(token.compared for prompt in found for token in prompt.tokens) == 300
+    tokens = [token for prompt in found for token in prompt.tokens]
+    assert {token.verified for token in tokens} == {many <= 32}
+    if many <= 32:
+        assert {token.compared for token in tokens} == {300}
+    wrong = recover_prompts(TokenRecovery(ProbeProposer()), measurements, 1.1 * target, [6] * 4)
+    assert not any(token.verified for prompt in wrong for token in prompt.tokens)
 
 
 def test_a_dead_feature_verifies_nothing(headless: Measurements) -> None:
