@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
+from typing import NoReturn
 
 from lightning_inversion import __version__
-from lightning_inversion.cli.ending import exit_code
+from lightning_inversion.cli.ending import end_process, exit_code
 from lightning_inversion.cli.options import (
     asked_help,
     check_files,
@@ -180,5 +181,10 @@ def _starting() -> Iterator[None]:
         yield
 
 
+def program() -> NoReturn:
+    """Run the process's own command line; what the console script calls."""
+    end_process(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

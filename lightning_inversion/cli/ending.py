@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from lightning_inversion.errors import InputError, ProcessLostError
@@ -16,6 +17,8 @@ from lightning_inversion.files import ended_by, printable
 _log = logging.getLogger("lightning_inversion")
 MOST_LETTERS = 500
 """Letters of an error's sentence."""
+_asked_to_end: list[bool] = []
+"""Not empty once a SIGTERM has ended a command of this process."""
 _NO_MEMORY = re.compile(r"can't allocate memory|CUDA out of memory|Cannot allocate memory")
 
 
@@ -41,6 +44,20 @@ def exit_code(name: str, command: Callable[[], int | None]) -> int:
             code, sentence = ending
             _log.error("%s: %s", name, shortened(sentence))
             return code
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with an exit code.
+
+    After a SIGTERM the interpreter is not shut down: what the signal interrupted may hold what a
+    thread waits for, and the process would never end.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    if _asked_to_end:
+        os._exit(code)
+    sys.exit(code)
 
 
 def shortened(sentence: str) -> str:
@@ -98,6 +115,7 @@ def ended_by_sigterm(ending: type[SystemExit] = SystemExit) -> Iterator[None]:
     """
 
     def end(*_: Any) -> NoReturn:
+        _asked_to_end.append(True)
         raise ending(1)
 
     before = signal.signal(signal.SIGTERM, end)

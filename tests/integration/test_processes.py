@@ -155,7 +155,7 @@ def test_asked_to_end(processes: int, predict: bool, tiny_folder: Path, tmp_path
     run.wait_for(2, process)
     children = children_of(process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 1
+    assert process.wait(60) == 1
     messages = run.messages.read_text()
     assert f"of {len(run.prompts)} prompts are finished, in" in messages
     assert "resume with the same command and --ckpt_path last" in messages
