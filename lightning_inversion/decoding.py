@@ -61,8 +61,7 @@ class L2Decoder(Decoder):
     """
 
     def __call__(self, vectors: Tensor, embedding: TokenEmbedding) -> Tensor:
-        # Computed in place: a second tensor of scores would take as much memory again.
-        return embedding.dot(vectors).sub_(embedding.norms.square() / 2)
+        return embedding.nearness(vectors)
 
 
 @dataclass(frozen=True)

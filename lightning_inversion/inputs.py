@@ -279,7 +279,7 @@ def nearest_other(token: int, embedding: TokenEmbedding) -> Tensor:
     rounding of scores is larger than the distance of rows that are nearly alike.
     """
     own = embedding(torch.tensor([token], device=embedding.matrix.device))
-    scores = embedding.dot(own)[0] - embedding.norms.square() / 2
+    scores = embedding.nearness(own)[0]
     scores[embedding.first_duplicate == embedding.first_duplicate[token]] = -torch.inf
     near = scores.topk(min(64, len(scores) - 1)).indices
     return near[(embedding(near) - own).norm(dim=1).argmin()]

@@ -18,7 +18,8 @@ _log = logging.getLogger("lightning_inversion")
 MOST_LETTERS = 500
 """Letters of an error's sentence."""
 _asked_to_end: list[bool] = []
-"""Not empty once a SIGTERM has ended a command of this process."""
+"""Not empty once a SIGTERM has ended a command of this process. Appending takes no lock, which a
+second signal could find held."""
 _NO_MEMORY = re.compile(r"can't allocate memory|CUDA out of memory|Cannot allocate memory")
 
 

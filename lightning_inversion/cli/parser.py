@@ -80,7 +80,18 @@ class OneSentenceParser(ArgumentParser):
         """Raise an `InputError` of one sentence."""
         ours = input_error_behind(ex)
         absent = self._unrecognized(str(ours) if ours else " ".join(message.split()))
-        raise absent or ours or InputError(one_sentence(message, options_of(self))) from ex
+        raise (
+            absent or ours or InputError(self._as_typed(one_sentence(message, options_of(self))))
+        ) from ex
+
+    def _as_typed(self, sentence: str) -> str:
+        """The sentence with an option named as it was typed, not by its last part alone."""
+        own = re.match(r"--(\w+):", sentence)
+        if own is None or f"--{own[1]}" in options_of(self):
+            return sentence
+        typed = (word.partition("=")[0] for word in self._typed)
+        option = next((word for word in typed if word.endswith(f".{own[1]}")), None)
+        return sentence if option is None else f"{option}:{sentence[own.end() :]}"
 
     def _unrecognized(self, message: str) -> InputError | None:
         """For an option that the command, or a class that it was given, does not have."""

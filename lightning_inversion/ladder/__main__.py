@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_inversion.cli.ending import ended_by_sigterm, exit_code
+from lightning_inversion.cli.ending import end_process, ended_by_sigterm, exit_code
 from lightning_inversion.ladder.channel import channel, survive
 from lightning_inversion.ladder.measure import Rows, intervene, measure
 from lightning_inversion.ladder.page import write
@@ -68,4 +68,4 @@ def run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    end_process(main())

@@ -297,7 +297,7 @@ def _rarity(residuals: Tensor) -> tuple[Tensor, Tensor]:
         return residuals.new_zeros(()), residuals.new_full((), 1e-30)
     nearest = finite.sort().values[: max(2, round(_NEAREST_SHARE * len(finite)))].double()
     common = nearest[-1].clamp_min(1e-30)
-    return _power(common, nearest).to(residuals), common.to(residuals)
+    return rarity_power(common, nearest).to(residuals), common.to(residuals)
 
 
 def _rarity_around_each(residuals: Tensor) -> tuple[Tensor, Tensor]:
@@ -313,12 +313,12 @@ def _rarity_around_each(residuals: Tensor) -> tuple[Tensor, Tensor]:
     if not nearest.numel():
         return residuals.new_zeros(()), residuals.new_full((), 1e-30)
     farthest = nearest[:, -1:].clamp_min(1e-30)
-    power = _power(farthest, nearest[:, :-1])
+    power = rarity_power(farthest, nearest[:, :-1])
     share = (_NEAREST / residuals.shape[1] / _NEAREST_SHARE) ** (-1 / float(power))
     return power.to(residuals), (farthest.min() * share).to(residuals)
 
 
-def _power(common: Tensor, nearest: Tensor) -> Tensor:
+def rarity_power(common: Tensor, nearest: Tensor) -> Tensor:
     """The power by which residuals get rare below ``common``, by the mean of their logs."""
     return 1 / (common / nearest.clamp_min(1e-30)).log().mean().clamp_min(1e-3)
 

@@ -51,7 +51,7 @@ class _FirstTokens(Proposals):
             return super().propose(rows, count)
         embedding, tried = self.search.transformer.embedding, self.search.tried[rows]
         best = best_untried(self.scores(rows), tried, (count + 1) // 2)
-        near = embedding.dot(embedding(best[:, 0])) - embedding.norms.square() / 2
+        near = embedding.nearness(embedding(best[:, 0]))
         near = best_untried(near, tried.scatter(1, best, True), count // 2)
         ids = torch.cat([best, near], dim=1)
         return Candidates(ids, (self.name,) * ids.shape[1])
@@ -59,5 +59,4 @@ class _FirstTokens(Proposals):
     def _nearness(self, rows: Tensor) -> Tensor:
         search, scan = self.search, self.search.measurements.derived(FirstTokenFeatures)
         target = search.probe.standardize(search.target_at(rows), search.positions(rows))
-        distances = torch.cdist(target @ scan.directions, scan.projected)
-        return -distances.nan_to_num(nan=torch.inf)  # of tokens whose features overflow
+        return -scan.distances(target)

@@ -37,6 +37,14 @@ class FirstTokenFeatures:
         of = measurements.probe.std[0], measurements.calibration.left_out[0]
         return measurements.kept(cls, lambda: cls._scan(measurements), *of)
 
+    def distances(self, standard: Tensor) -> Tensor:
+        """``[N, V]`` of each token's features to standardised ones ``[N, F]``.
+
+        They are right up to the error of the projection; infinite where features overflow.
+        """
+        distances = torch.cdist(standard @ self.directions, self.projected)
+        return distances.nan_to_num(nan=torch.inf)
+
     @classmethod
     @torch.no_grad()
     def _scan(cls, measurements: Measurements) -> FirstTokenFeatures:

@@ -110,7 +110,7 @@ class DescendingProxies(Proposals):
         embedding, tried = self.search.transformer.embedding, self.search.tried[rows]
         nearest = torch.full(tried.shape, -torch.inf, device=rows.device)
         for proxy in self.proxies[rows, :count].unbind(1):
-            near = (embedding.dot(proxy) - embedding.norms.square() / 2).masked_fill_(tried, -1e9)
+            near = embedding.nearness(proxy).masked_fill_(tried, -1e9)
             # Each proxy's nearest untried token is as good as another's: one that has come to rest
             # beside a wrong token must not hide what the others are near to.
             nearest = torch.maximum(nearest, near - near.amax(1, keepdim=True))

@@ -191,7 +191,7 @@ def _in_context(
 def _right_and_wrong(transformer: TruncatedTransformer, right: Tensor, seed: int) -> Tensor:
     """The right token, its nearest neighbours, and random tokens, ``[R, 1 + 15 + 16]``."""
     embedding = transformer.embedding
-    near = embedding.dot(embedding(right)) - embedding.norms.square() / 2
+    near = embedding.nearness(embedding(right))
     count = min(_NEIGHBOURS, embedding.vocabulary_size - 1)
     near.scatter_(1, right[:, None], -torch.inf)
     neighbours = best_tokens(near, count).indices

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.calibration import CLEARANCE, RISK
+from lightning_inversion.recovery.calibration import CLEARANCE, RISK, rarity_power
 from lightning_inversion.recovery.certificate import State, TokenCertificate
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import ALTERNATIVES, RecoveredPrompt, RecoveryPolicy
@@ -39,7 +39,7 @@ class LastPosition(RecoveryPolicy):
     run in its place is at least 1.5 times as far and beyond rounding: for each token the nearest
     embeddings and random tokens in its place, neighbours exchanged, and all that the search ran.
     Texts that differ otherwise are not compared; how many of them may be as near by chance is
-    bounded by how fast texts get rare.
+    estimated from how fast texts get rare.
 
     Args:
         tokens: how many the text has; null takes the number of rows, or tries 1, 2, 3 and so on
@@ -161,7 +161,7 @@ class _Judge:
     def _near(self, text: Tensor) -> Tensor:
         """Texts ``[N, T]`` that have one near token, or two neighbours exchanged."""
         vectors = self.embedding(text)
-        nearness = self.embedding.dot(vectors) - self.embedding.norms.square() / 2
+        nearness = self.embedding.nearness(vectors)
         near = best_tokens(nearness, min(_NEAR, self.embedding.vocabulary_size)).indices
         made = []
         for position, token in enumerate(text.tolist()):
@@ -209,7 +209,7 @@ def _share(residuals: Tensor, nearest: int, bar: float) -> float:
     Of each of the N the ``nearest`` ones are used; the N with the closest decides.
     """
     near = residuals.sort(dim=1).values[:, :nearest].double().clamp_min(1e-30)
-    power = 1 / float((near[:, -1:] / near[:, :-1]).log().mean().clamp_min(1e-3))
+    power = float(rarity_power(near[:, -1:], near[:, :-1]))
     common = float(near[:, -1].min())
     return float(max(nearest / residuals.shape[1] * min(1.0, bar / common) ** power, 1e-300))
 

@@ -177,8 +177,7 @@ class _Ordering:
         """``[N, V]`` distances of each row that is left to the features of first tokens."""
         scan, rows = self.measurements.derived(FirstTokenFeatures), self.rows[self.left]
         at = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-        standard = self.measurements.probe.standardize(rows, at) @ scan.directions
-        return torch.cdist(standard, scan.projected).nan_to_num(nan=torch.inf)
+        return scan.distances(self.measurements.probe.standardize(rows, at))
 
 
 def _distinct(ids: Tensor) -> Tensor:

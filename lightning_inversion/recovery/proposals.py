@@ -242,7 +242,7 @@ class NearestToInput(Proposals):
     def _nearness(self, vectors: Tensor) -> Tensor:
         embedding = self.search.transformer.embedding
         given = ~vectors.isnan().any(dim=1, keepdim=True)
-        near = embedding.dot(vectors.nan_to_num()) - embedding.norms.square() / 2
+        near = embedding.nearness(vectors.nan_to_num())
         return torch.where(given, near * (2 * NEARNESS / embedding.std**2), 0.0)
 
 

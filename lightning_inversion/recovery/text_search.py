@@ -310,8 +310,8 @@ class TextSearch:
                 (vectors.grad,) = torch.autograd.grad(distance, vectors)
                 optimizer.step()
         self.forwards += _STEPS
-        nearness = self.embedding.dot(vectors.detach().flatten(0, 1))
-        nearest = best_tokens(nearness - self.embedding.norms.square() / 2, 1).indices
+        nearness = self.embedding.nearness(vectors.detach().flatten(0, 1))
+        nearest = best_tokens(nearness, 1).indices
         found = nearest.view(starts.shape)
         changed = (found != starts).nonzero()
         single = starts[changed[:, 0]].clone()

@@ -59,13 +59,12 @@ class FirstTokens:
     """
 
     def __init__(self, measurements: Measurements) -> None:
-        index, device = measurements.derived(FirstTokenFeatures), measurements.transformer.device
-        self.directions, self.projected = index.directions.to(device), index.projected.to(device)
+        self.index = measurements.derived(FirstTokenFeatures)
         self.mean, self.std = measurements.probe.mean[0], measurements.probe.std[0]
 
     def distances(self, rows: Tensor) -> Tensor:
         """``[N, V]`` of each token to rows ``[N, F]``, up to the error of the projection."""
-        return torch.cdist((rows - self.mean) / self.std @ self.directions, self.projected)
+        return self.index.distances((rows - self.mean) / self.std)
 
     def nearest(self, rows: Tensor, count: int) -> Tensor:
         """Ids ``[N, K]`` of the tokens nearest to rows ``[N, F]``."""
@@ -74,8 +73,8 @@ class FirstTokens:
 
     def nearest_in_direction(self, row: Tensor, count: int) -> Tensor:
         """Ids ``[K]`` of the tokens nearest to a multiple of a row ``[F]``."""
-        vectors = self.projected + self.mean / self.std @ self.directions
-        own = row / self.std @ self.directions
+        vectors = self.index.projected + self.mean / self.std @ self.index.directions
+        own = row / self.std @ self.index.directions
         factors = vectors @ own / vectors.square().sum(-1).clamp_min(1e-12)
         distances = (own - factors[:, None] * vectors).square().sum(-1) / factors.square()
         distances = distances.masked_fill(factors <= 0, torch.inf)
@@ -279,7 +278,7 @@ class Variants:
         embedding = self.transformer.embedding
         if len(row) != embedding.width or self.selection.of_cache:
             return None
-        near = embedding.dot(row[None]) - embedding.norms.square() / 2
+        near = embedding.nearness(row[None])
         closest = embedding(best_tokens(near, 1).indices[0])[0]
         if float((closest - row).square().mean().sqrt()) > _TOLERANCE * float(embedding.std):
             return None

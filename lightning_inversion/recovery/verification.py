@@ -22,7 +22,7 @@ _AT_A_TIME = 512
 
 
 def compares_all(calibration: Calibration, vocabulary: int) -> bool:
-    """Whether all tokens are compared with each other where the near ones do not suffice."""
+    """Whether all tokens are compared where the near ones do not suffice."""
     return vocabulary <= _SMALL_VOCABULARY and has_many_features(calibration)
 
 

@@ -110,6 +110,14 @@ class TokenEmbedding(nn.Module):
         parts = [vectors @ rows.float().T for rows in torch.split(self.matrix, _ROWS)]
         return torch.cat(parts, dim=-1)
 
+    def nearness(self, vectors: Tensor) -> Tensor:
+        """Vectors [..., D] -> scores of every token [..., V]; the nearest has the highest.
+
+        It is half of a vector's square minus half of the squared distance to each token.
+        """
+        # Computed in place: a second tensor of scores would take as much memory again.
+        return self.dot(vectors).sub_(self.norms.square() / 2)
+
     @property
     def at_a_time(self) -> int:
         """How many vectors `dot` should score together, so that the scores stay small."""

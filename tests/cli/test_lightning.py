@@ -58,6 +58,7 @@ WRONG_USE = [
 MORE_WRONG_USE = [
     (["--model.iteration=3"], "did you mean --model.iterations?"),
     (["--model.iterations=x"], "--model.iterations: x is not a whole number"),
+    (["--model.recovery=SIPIT", "--model.recovery.budget=x"], "--model.recovery.budget: x is"),
     (["--model.transformer.depth=x"], "depth: x is not a whole number or null"),
     (["--data.tokens_per_batch=x"], "tokens_per_batch: x is not a whole number or auto"),
     (["--nothing_like_it=1"], "see lightning-inversion fit --help"),
