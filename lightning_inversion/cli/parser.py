@@ -80,9 +80,8 @@ class OneSentenceParser(ArgumentParser):
         """Raise an `InputError` of one sentence."""
         ours = input_error_behind(ex)
         absent = self._unrecognized(str(ours) if ours else " ".join(message.split()))
-        raise (
-            absent or ours or InputError(self._as_typed(one_sentence(message, options_of(self))))
-        ) from ex
+        sentence = str(ours) if ours else one_sentence(message, options_of(self))
+        raise (absent or InputError(self._as_typed(sentence))) from ex
 
     def _as_typed(self, sentence: str) -> str:
         """The sentence with an option named as it was typed, not by its last part alone."""

@@ -83,9 +83,9 @@ FAULTS = (
     ),
     Fault(
         "the nearest embedding forgets half of its norm",
-        "decoding.py",
-        "embedding.norms.square() / 2",
-        "embedding.norms.square() / 4",
+        "transformer/embedding.py",
+        "self.norms.square() / 2",
+        "self.norms.square() / 4",
         "tests/test_decoding.py",
     ),
     Fault(
