@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import recover_prompts
+from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
@@ -24,7 +24,7 @@ def test_a_sentence_comes_back_token_by_token_from_two_blocks() -> None:
     ids = transformer.tokenizer(TEXT, return_tensors="pt").input_ids
     measurements = Measurements.measure(transformer, LanguageModel(whole, transformer.caches))
     target = transformer.features_of(ids)
-    (prompt,) = recover_prompts(TokenRecovery(), measurements, target, [ids.shape[1]])
+    (prompt,) = recover_prompts(TokenRecovery(), measurements, Targets(target, [ids.shape[1]]))
     assert prompt.ids == ids[0].tolist()
     assert prompt.verified
     assert sum(token.compared for token in prompt.tokens) < 64 * len(prompt.tokens)
