@@ -37,7 +37,7 @@ from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.linear_probe import LinearProbe
 from lightning_inversion.transformer.loading import TransformerSpec
-from lightning_inversion.transformer.prefix import KnownPrefix
+from lightning_inversion.transformer.prefix import FixedPrefix
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ class Inversion(nn.Module):
     def _prepare(self) -> None:
         self._features = self.distances = None
         if self.frozen.causal:
-            self.state.prefix = KnownPrefix(self.frozen, len(self.state.batch.index))
+            self.state.prefix = FixedPrefix(self.frozen, len(self.state.batch.index))
         self.objective.calibrate(self.probe)
 
     def _fix_known_prefix(self) -> None:

@@ -23,7 +23,7 @@ from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.probe_proposer import ProbeRanking
 from lightning_inversion.transformer.embedding import best_tokens
-from lightning_inversion.transformer.prefix import KnownPrefix
+from lightning_inversion.transformer.prefix import FixedPrefix
 
 _ROUNDS = (0, 1, 4, 16, 64, 256)
 """Readings of each row that are run, the best first, until a row fits."""
@@ -79,7 +79,7 @@ class _Ordering:
     def __init__(self, measurements: Measurements, rows: Tensor) -> None:
         self.measurements, self.rows = measurements, rows
         self.embedding = measurements.transformer.embedding
-        self.prefix = KnownPrefix(measurements.transformer, 1)
+        self.prefix = FixedPrefix(measurements.transformer, 1)
         self.row = torch.zeros(1, dtype=torch.long, device=rows.device)
         stored = rows.isfinite().all(-1)
         self.order: list[int] = (~stored).nonzero()[:, 0].tolist()

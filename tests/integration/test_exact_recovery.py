@@ -10,7 +10,7 @@ from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
-from lightning_inversion.transformer.prefix import KnownPrefix
+from lightning_inversion.transformer.prefix import FixedPrefix
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 pytestmark = pytest.mark.integration
@@ -41,7 +41,7 @@ def test_of_a_hundred_thousand_wrong_candidates_none_is_verified(
     everything = torch.arange(embedding.vocabulary_size)
     offered = 0
     for position in (0, 3, 9):
-        prefix = KnownPrefix(smollm2, 1)
+        prefix = FixedPrefix(smollm2, 1)
         prefix.begin(torch.tensor([0]), embedding(ids), torch.tensor([position]))
         right = int(ids[0, position])
         wrong = everything[embedding.first_duplicate != embedding.first_duplicate[right]]
