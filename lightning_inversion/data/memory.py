@@ -72,7 +72,7 @@ class ModelSize:
 
     @classmethod
     def of(cls, config: PretrainedConfig, blocks: int | None) -> ModelSize:
-        """The shape of a model of this configuration, cut after ``blocks`` blocks (None: whole).
+        """The size of a model of this configuration, cut after ``blocks`` blocks (None: whole).
 
         Raises:
             InputError: the model's code needs numbers to run.
