@@ -92,8 +92,9 @@ class Plan:
         for rung in self.rungs:
             if rung.shape not in get_args(ShapeName) or rung.width % 16 or rung.blocks < 1:
                 raise InputError(
-                    f"--plan {str(path)!r}: {rung.name} cannot be made; shapes "
-                    f"are {' and '.join(get_args(ShapeName))}, widths multiples of 16, blocks at least 1."
+                    f"--plan {str(path)!r}: {rung.name} cannot be made; shapes are "
+                    f"{' and '.join(get_args(ShapeName))}, widths multiples of 16, "
+                    "blocks at least 1."
                 )
         if min(self.steps, self.batch, self.length) < 1 or not self.checkpoints:
             raise InputError(f"--plan {str(path)!r}: steps, batch and length must be positive.")
