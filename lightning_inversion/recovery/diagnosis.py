@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -26,6 +25,7 @@ from lightning_inversion.recovery.likely_first import (
     ScannedFirstTokens,
 )
 from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.variants import CLEAR, OtherCuts, Variants
 
 _SAMPLE, _OF_A_ROW = 16, 4
@@ -95,29 +95,25 @@ class Diagnosis:
 @torch.no_grad()
 def diagnose(
     measurements: Measurements,
-    target: Tensor,
-    lengths: Sequence[int],
+    targets: Targets,
     cuts: OtherCuts | None = None,
     channel: Channel | None = None,
-    known: Tensor | None = None,
 ) -> list[Diagnosis | None]:
     """What is wrong with each prompt; None where a token fits position 0.
 
     Args:
         measurements: of a causal model.
-        target: ``[B, T, F]``.
-        lengths: tokens of each prompt.
+        targets: of prompts from position 0 on.
         cuts: the model at other depths; without it only this one is scanned.
         channel: what has happened to the targets.
-        known: ``[N]`` tokens with which every prompt begins.
     """
-    given = known if known is not None and len(known) else None
-    read = _Scans(measurements, ReadFirstTokens(measurements), cuts, channel, given)
-    found = read.explained(target, lengths)
+    known = targets.known_ids if targets.known else None
+    read = _Scans(measurements, ReadFirstTokens(measurements), cuts, channel, known)
+    found = read.explained(targets)
     failed = [one for one in found if one is not None]
     if len(failed) > _SCANNED or not all(one.cause for one in failed):
         every = measurements.derived(ScannedFirstTokens)
-        found = _Scans(measurements, every, cuts, channel, given).explained(target, lengths)
+        found = _Scans(measurements, every, cuts, channel, known).explained(targets)
     return _with_common_noise(found)
 
 
@@ -156,8 +152,9 @@ class _Scans:
         """The model, cut otherwise."""
         return Variants(self.measurements, self.tokens, self.cuts, self.channel)
 
-    def explained(self, target: Tensor, lengths: Sequence[int]) -> list[Diagnosis | None]:
-        """The diagnosis of each prompt with features ``[B, T, F]``; None where a token fits."""
+    def explained(self, targets: Targets) -> list[Diagnosis | None]:
+        """The diagnosis of each prompt; None where a token fits."""
+        target, lengths = targets.features, targets.lengths
         found = self.unfit(target[:, 0])
         failed = [(row, one) for row, one in enumerate(found) if one is not None]
         for row, unfit in failed[:_SCANNED]:
