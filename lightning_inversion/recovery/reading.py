@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -113,7 +114,8 @@ class Reading(RecoveryPolicy):
         self, measurements: Measurements, targets: Targets
     ) -> Iterator[list[RecoveredPrompt]]:
         """Read B prompts; see ``RecoveryPolicy``. Rows of known tokens are left out."""
-        scale = measurements.kept(ReadingScale, lambda: ReadingScale.of(measurements))
+        build = partial(ReadingScale.of, measurements)
+        scale = measurements.kept(ReadingScale, build, measurements.text)
         ranking = measurements.derived(ProbeRanking)
         prompts = [RecoveredPrompt(known=targets.known) for _ in targets.lengths]
         given = len(targets.known)

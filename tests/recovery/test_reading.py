@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,15 +55,25 @@ def test_rows_are_read_and_never_verified(measurements: Measurements, beams: int
     assert not any(prompt.verified for prompt in found)
 
 
-def test_probabilities_are_calibrated_once(measurements: Measurements) -> None:
-    scale = measurements.kept(ReadingScale, lambda: ReadingScale.of(measurements))
+def test_probabilities_are_calibrated_once_and_apart_without_text(
+    measurements: Measurements, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_INVERSION_CACHE", str(tmp_path))
+    of, made = ReadingScale.of, []
+
+    def counted(own: Measurements) -> ReadingScale:
+        made.append(of(own))
+        return made[-1]
+
+    monkeypatch.setattr(ReadingScale, "of", counted)
+    _, rows = behind_prefix(measurements)
+    random = replace(measurements, language_model=None, text=None)
+    for own in (random, measurements, random, measurements):
+        recover_prompts(Reading(0), own, Targets(rows[:1], [10]))
+    without, scale = made
+    assert scale != without
     assert 0 < scale.temperature <= 2
     assert 0 < scale.share_beside_prior < 1
-
-    def never() -> ReadingScale:
-        raise AssertionError
-
-    assert measurements.kept(ReadingScale, never) == scale
 
 
 def test_without_a_language_model_rows_are_read_alone(headless: Measurements) -> None:
