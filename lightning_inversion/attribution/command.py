@@ -18,7 +18,7 @@ from lightning_inversion.attribution.many_texts import Request, RowFile, run_tex
 from lightning_inversion.attribution.render import score_lines
 from lightning_inversion.attribution.replacement import Replacement
 from lightning_inversion.attribution.result import AttributionResult
-from lightning_inversion.data.texts import read_prompts
+from lightning_inversion.data.texts import ModelLimits, read_prompts
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_processes, check_writable
 from lightning_inversion.transformer.loading import WHAT_IS_LOADED, TransformerSpec
@@ -207,10 +207,11 @@ def _check_tokens(request: Request, texts: Sequence[str], file: Path | None) -> 
     """Check what needs the model's tokenizer and configuration, and no weights."""
     tokenizer, choices = request.spec.load_tokenizer(), request.choices
     config = request.spec.config()
+    vocabulary = ModelLimits.of(config).vocabulary
     for option, name in (("token", choices.token), ("against", choices.against)):
         if name is not None:
-            named_token(tokenizer, name, option)
-    Replacement.named(tokenizer, choices.replacement)
+            named_token(tokenizer, name, option, vocabulary)
+    Replacement.named(tokenizer, choices.replacement, vocabulary)
     for number, text in enumerate(texts, start=1):
         name = "The text" if file is None else f"--prompts {str(file)!r}, line {number}"
         encode(tokenizer, text, config, name)

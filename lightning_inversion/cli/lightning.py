@@ -260,7 +260,7 @@ class InversionCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Report what the classes, Lightning's too, refuse as wrong input."""
-        with wrong_values():
+        with wrong_values("", RuntimeError):  # Lightning's, of two callbacks of one kind
             super().instantiate_classes()
 
     def after_instantiate_classes(self) -> None:
