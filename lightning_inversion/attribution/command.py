@@ -25,6 +25,8 @@ from lightning_inversion.transformer.loading import WHAT_IS_LOADED, TransformerS
 from lightning_inversion.transformer.tokens import named_token
 
 _log = logging.getLogger(__name__)
+_MOST_LETTERS = 10_000_000
+"""Of a text on stdin, which may never end."""
 _STDIO = Path("-")
 _ROWS = "rows.jsonl"
 """The file of rows in a folder of pages."""
@@ -146,7 +148,12 @@ def _texts(options: Namespace) -> list[str]:
         )
     if options.prompts is not None:
         return read_prompts(options.prompts, "--prompts")
-    return [sys.stdin.read().removesuffix("\n") if options.text == str(_STDIO) else options.text]
+    if options.text != str(_STDIO):
+        return [options.text]
+    text = sys.stdin.read(_MOST_LETTERS + 1)
+    if len(text) > _MOST_LETTERS:
+        raise InputError(f"The text on stdin has over {_MOST_LETTERS} characters; shorten it.")
+    return [text.removesuffix("\n")]
 
 
 def _check_files(options: Namespace) -> None:
