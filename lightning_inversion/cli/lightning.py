@@ -155,7 +155,7 @@ class InversionCLI(LightningCLI):
         """Turn ``--ckpt_path last`` into the newest run, which ``fit`` and ``predict`` continue."""
         config = self.config[self.subcommand]
         compute_in_precision(config)
-        with wrong_values("--trainer", TypeError):
+        with wrong_values("--trainer", TypeError, RuntimeError):  # this one in a SLURM job
             share_prompts_out(config.trainer)
         root = Path(config.trainer.default_root_dir or ".") / "lightning_logs"
         if self.subcommand == "validate":
