@@ -20,7 +20,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests import hostile
 from tests.tiny import save_tiny, tiny_model
@@ -482,7 +482,8 @@ def _as_transformers(place: Place) -> None:
         depth = json.loads(file.metadata()["manifest"])["transformer"]["depth"]
     folder = place.folder / "m"
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa",
+        folder, config=AutoConfig.from_pretrained(folder), dtype=torch.float32,
+        attn_implementation="sdpa",
         ignore_mismatched_sizes=True,  # of the head, or of blocks that are not read
     ).eval()  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(folder)
