@@ -74,8 +74,8 @@ def test_pipes(
     assert json.loads(printed.out)["text"] == SENTENCE
     assert "predicted next token" in printed.err
     monkeypatch.setattr("sys.stdin", io.StringIO("a" * 10_000_001))
-    assert run("-", "--model", tiny_folder, "--json", "-") == 2
-    assert "on stdin has over 10000000 characters; shorten it" in capsys.readouterr().err
+    with pytest.raises(InputError, match="on stdin has over 10000000 characters; shorten it"):
+        run("-", "--model", tiny_folder, "--json", "-")
 
 
 @pytest.mark.parametrize("text", ["# Heading", "null", "~", "[1]", "'x'", "a: b", "12", " #", "\n"])
