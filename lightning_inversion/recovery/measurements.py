@@ -49,6 +49,7 @@ class Measurements:
         text: ``[N, T]`` ids that it wrote; None without it.
         identity: what they were measured of, by which the cache folder keeps them; None where it
             does not.
+        channel: what has happened to the targets.
     """
 
     transformer: TruncatedTransformer
@@ -57,6 +58,7 @@ class Measurements:
     language_model: LanguageModel | None = None
     text: Tensor | None = None
     identity: dict[str, Any] | None = None
+    channel: Channel | None = None
     _derived: dict[type, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def derived(self, kind: type[D]) -> D:
@@ -67,7 +69,10 @@ class Measurements:
         return found
 
     def kept(self, kind: type[T], build: Callable[[], T], *tensors: Tensor | None) -> T:
-        """What ``build`` computes from the model and from tensors, kept in the cache folder."""
+        """What ``build`` computes from the model and from tensors, kept in the cache folder.
+
+        The tensors tell apart what is computed of one model: name all that it depends on.
+        """
         return _kept(self.identity, kind, build, self.transformer, tensors=_digest(*tensors))
 
     @classmethod
@@ -104,7 +109,7 @@ class Measurements:
             identity if plain else None, Calibration, calibrate, transformer,
             text=digest, channel=None if channel is None else repr(channel),
         )  # fmt: skip
-        return cls(transformer, probe, calibration, language_model, text, identity)
+        return cls(transformer, probe, calibration, language_model, text, identity, channel)
 
 
 class _Runs:
