@@ -65,7 +65,7 @@ class HeldOut:
         A model that is not causal runs them whole twice, alone and beside others. ``stored`` is
         what has happened to features ``[..., F]``; see ``Calibration.measure`` for the others.
         """
-        ids = _held_out(transformer, text, seed)
+        ids = held_out_prompts(transformer, text, seed)
         runs = (_roundings(transformer, _first_tokens(transformer, seed), seed),
                 _roundings(transformer, ids, seed))  # fmt: skip
         errors = [
@@ -161,7 +161,8 @@ def _runs(
         yield position, candidates, features
 
 
-def _held_out(transformer: TruncatedTransformer, text: Tensor | None, seed: int) -> Tensor:
+def held_out_prompts(transformer: TruncatedTransformer, text: Tensor | None, seed: int) -> Tensor:
+    """Prompts ``[N, T]`` of random tokens, half of them of text ``[M, S]`` where there is some."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = transformer.embedding.vocabulary_size
     length = min(_LENGTH, most_positions(transformer.model.config) or _LENGTH)
