@@ -28,7 +28,7 @@ from lightning_inversion.inputs import (
 from lightning_inversion.objectives import Objective, Standardized, Window
 from lightning_inversion.recovery.calibration import Channel
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import RecoveryPolicy, check_known_prefix
+from lightning_inversion.recovery.policy import RecoveryPolicy, Targets, check_known_prefix
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.recovery.verification import Verdict, Verifier
 from lightning_inversion.schedules import Schedule, VerifiedPrefix
@@ -37,7 +37,7 @@ from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.linear_probe import LinearProbe
 from lightning_inversion.transformer.loading import TransformerSpec
-from lightning_inversion.transformer.prefix import KnownPrefix
+from lightning_inversion.transformer.prefix import FixedPrefix
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ class Inversion(nn.Module):
     def _prepare(self) -> None:
         self._features = self.distances = None
         if self.frozen.causal:
-            self.state.prefix = KnownPrefix(self.frozen, len(self.state.batch.index))
+            self.state.prefix = FixedPrefix(self.frozen, len(self.state.batch.index))
         self.objective.calibrate(self.probe)
 
     def _fix_known_prefix(self) -> None:
@@ -273,10 +273,11 @@ class Inversion(nn.Module):
         batch = self.state.batch
         if not batch.known_prefix or not isinstance(self.learnable, EmbeddingInput):
             return
-        known = torch.tensor(batch.known_prefix, dtype=torch.long, device=self.frozen.device)
-        if batch.target is not None and self.state.target is not None:
-            check_known_prefix(self.measurements, self.state.target, known)
-        values = self.learnable.encode(known, self.embedding)
+        assert self.state.target is not None
+        targets = Targets(self.state.target, batch.lengths, batch.known_prefix)
+        if batch.target is not None:
+            check_known_prefix(self.measurements, targets)
+        values = self.learnable.encode(targets.known_ids, self.embedding)
         rows = torch.arange(len(batch.index), device=self.frozen.device)
         for position, value in enumerate(values):
             self.state.fix(rows, torch.full_like(rows, position), value)

@@ -25,14 +25,8 @@ from lightning_inversion.data.targets import OPTION, Captured
 from lightning_inversion.errors import InputError
 from lightning_inversion.inversion import Inversion
 from lightning_inversion.recovery.calibration import Channel
-from lightning_inversion.recovery.captured import (
-    recover_captured,
-    report_breaks,
-    report_diagnoses,
-)
-from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
-from lightning_inversion.recovery.order import RowOrder, in_order, report_orders
-from lightning_inversion.recovery.policy import RecoveredPrompt
+from lightning_inversion.recovery.captured import Origin, explain, recover_captured
+from lightning_inversion.recovery.policy import RecoveredPrompt, Targets, recover_prompts
 from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.state import BatchState
 from lightning_inversion.strategy import check_strategy
@@ -51,7 +45,7 @@ class InputInversion(Inversion, LightningModule):
     ``record_ratio``, ``top_tokens``, ``verify`` and ``report``; they set no attribute.
     """
 
-    _diagnosed = False
+    _recovered_before = False
 
     # -- before the first batch --------------------------------------------------------------
 
@@ -153,8 +147,9 @@ class InputInversion(Inversion, LightningModule):
         with self._halving_if_too_large():
             if self.state.batch.index != batch.index:
                 self.begin(batch)
-                assert self.state.target is not None
-                self._diagnose(batch, self.state.target)
+                if batch.target is not None:
+                    explain(self.measurements, self._targets(batch), self._origin(batch))
+                    self._recovered_before = True
                 self.trainer.strategy.setup_optimizers(self.trainer)  # of the new values
             elif self.state.target is None:
                 self.resume(batch)
@@ -230,24 +225,24 @@ class InputInversion(Inversion, LightningModule):
         """Recover the prompts of a batch token by token, with certificates."""
         # Lightning predicts in inference mode, where no gradient can ever be taken.
         with torch.inference_mode(False), torch.no_grad():
-            if batch.target is not None:
-                target = self.captured_target(self._solved(batch))
-            else:
-                assert batch.ids is not None
-                target = self.frozen.features_of(batch.ids.clone(), batch.mask.clone())
-            known = torch.tensor(batch.known_prefix, dtype=torch.long, device=target.device)
-            target, orders = self._in_order(batch, target, known)
-            found = self._diagnose(batch, target)
+            targets = self._targets(batch)
+            if batch.target is None:
+                return recover_prompts(self.recovery, self.measurements, targets, self._after_round)
             prompts = recover_captured(
-                self.recovery, self.measurements, target, batch.lengths, known,
-                self._fitted(batch), self._after_round, found,
-            )  # fmt: skip
-            if self._captured is not None:
-                where = f"{OPTION} {self._captured.name!r}"
-                report_breaks(prompts, self.measurements, where, batch.index)
-            for prompt, order in zip(prompts, orders, strict=False):
-                prompt.order = order.rows
+                self.recovery, self.measurements, targets, self._origin(batch), self._after_round
+            )
+            self._recovered_before = True
             return prompts
+
+    def _targets(self, batch: PromptBatch) -> Targets:
+        """The features of a batch from position 0 on."""
+        if batch.target is None:
+            assert batch.ids is not None
+            features = self.frozen.features_of(batch.ids.clone(), batch.mask.clone())
+        else:
+            features = self.captured_target(self._solved(batch))
+        fitted = self._fitted(batch) if self._predicting else None
+        return Targets(features, batch.lengths, batch.known_prefix, fitted)
 
     def _solved(self, batch: PromptBatch) -> PromptBatch:
         """A batch of captured states, where logits are captured."""
@@ -258,43 +253,16 @@ class InputInversion(Inversion, LightningModule):
         states = Unembedding.of(self.whole).states(batch.target.nan_to_num())
         return replace(batch, target=states.masked_fill(missing, torch.nan))
 
-    def _in_order(
-        self, batch: PromptBatch, target: Tensor, known: Tensor
-    ) -> tuple[Tensor, list[RowOrder]]:
-        """Captured features in the order of the text, where theirs is unknown."""
-        captured = self._captured
-        if captured is None or captured.in_order or not self.recovery.needs_first_position:
-            return target, []
-        target, orders = in_order(self.measurements, target, batch.lengths, known)
-        report_orders(orders, f"{OPTION} {captured.name!r}", batch.index)
-        return target, orders
-
-    def _diagnose(self, batch: PromptBatch, target: Tensor) -> list[Diagnosis | None]:
-        """Diagnose captured features before they are searched.
-
-        Raises:
-            InputError: an option would make those of every prompt of the first batch fit.
-        """
-        data = self._data
-        wanted = data is not None and data.diagnose and batch.target is not None
-        wanted = wanted and self.frozen.causal and self._begins_at_first
-        if data is None or data.captured is None or not wanted:
-            return []
-        found = diagnose(
-            self.measurements,
-            target,
-            batch.lengths,
-            self._other_cuts(),
-            self.channel,
-            torch.tensor(batch.known_prefix, dtype=torch.long, device=target.device),
-        )
-        first, self._diagnosed = not self._diagnosed, True
-        report_diagnoses(found, f"{OPTION} {data.captured.name!r}", first, batch.index)
-        return found
-
-    @property
-    def _begins_at_first(self) -> bool:
-        return not self._predicting or self.recovery.needs_first_position
+    def _origin(self, batch: PromptBatch) -> Origin:
+        """Where the captured features of a batch come from."""
+        data, captured = self._data, self._captured
+        assert data is not None
+        assert captured is not None
+        cuts = self._other_cuts() if data.diagnose and self.frozen.causal else None
+        return Origin(
+            f"{OPTION} {captured.name!r}", batch.index, cuts, self.channel, captured.in_order,
+            first=not self._recovered_before,
+        )  # fmt: skip
 
     def _other_cuts(self) -> OtherCuts:
         """The same model at other depths; it is loaded only where a scan asks for it."""

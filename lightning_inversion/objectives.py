@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.linear_probe import LinearProbe
-from lightning_inversion.transformer.prefix import KnownPrefix
+from lightning_inversion.transformer.prefix import FixedPrefix
 from lightning_inversion.transformer.selection import check_slice, slice_of
 
 _SMALLEST_NORM = 1e-8
@@ -289,7 +289,7 @@ class Window:
         return None if 2 * width > compared.shape[1] else cls(compared, rows, lengths, width)
 
     def distances(
-        self, vectors: Tensor, prefix: KnownPrefix, objective: Objective, target: Tensor
+        self, vectors: Tensor, prefix: FixedPrefix, objective: Objective, target: Tensor
     ) -> Tensor:
         """The distance of each row ``[B]``, 0 where it does not move; differentiable.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.recovery.proposals import Proposals
 from lightning_inversion.recovery.search import PrefixSearch
-from lightning_inversion.transformer.prefix import KnownPrefix
+from lightning_inversion.transformer.prefix import FixedPrefix
 
 _STORED = ("values", "fixed", "verified", "focus", "stopped_at", "criterion_met_at", "ratio")
 
@@ -61,7 +61,7 @@ class BatchState(nn.Module):
         self.register_buffer("criterion_met_at", torch.full((B,), -1, device=device))
         self.register_buffer("ratio", torch.full((B,), torch.nan, device=device))
         self.iteration = 0
-        self.prefix: KnownPrefix | None = None
+        self.prefix: FixedPrefix | None = None
         self.search: PrefixSearch | None = None
         self.proposals: Proposals | None = None
         self.stored_search: dict[str, Tensor] = {}

@@ -19,16 +19,10 @@ from lightning_inversion.data.storage import Storage
 from lightning_inversion.data.targets import Captured
 from lightning_inversion.data.texts import ModelLimits, tokenize
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.captured import (
-    recover_captured,
-    report_breaks,
-    report_diagnoses,
-)
+from lightning_inversion.recovery.captured import Origin, recover_captured
 from lightning_inversion.recovery.certificate import Certificate, CertificateCheck
-from lightning_inversion.recovery.diagnosis import diagnose
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.order import RowOrder, in_order, report_orders
-from lightning_inversion.recovery.policy import RecoveryPolicy
+from lightning_inversion.recovery.policy import RecoveryPolicy, Targets
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.transformer.language_model import LanguageModel
@@ -170,29 +164,21 @@ def recover(
         with errors_name_arguments():
             unembedding = Unembedding.of(model)
             targets = [unembedding.states(one.to(transformer.device)) for one in targets]
-    target = pad_sequence(targets, batch_first=True).to(transformer.device)
-    known = torch.tensor(list(known_prefix), dtype=torch.long, device=transformer.device)
-    found, orders = [], list[RowOrder]()
-    if order == "unknown" and policy.needs_first_position:
-        with errors_name_arguments():
-            target, orders = in_order(measurements, target, captured.lengths, known)
-        report_orders(orders, "hidden_states")
-    if diagnose_first and not first_position and policy.needs_first_position:
-        cuts = OtherCuts(
-            lambda depths, norm: TruncatedTransformer.from_model(
-                model, tokenizer, layers=depths, final_norm=norm
-            ),
-            shape.blocks,
-        )
-        found = diagnose(measurements, target, captured.lengths, cuts, captured.storage, known)
-        with errors_name_arguments():
-            report_diagnoses(found, "hidden_states")
-    prompts = recover_captured(
-        policy, measurements, target, captured.lengths, known, diagnoses=found
+    features = pad_sequence(targets, batch_first=True).to(transformer.device)
+    cuts = OtherCuts(
+        lambda depths, norm: TruncatedTransformer.from_model(
+            model, tokenizer, layers=depths, final_norm=norm
+        ),
+        shape.blocks,
     )
-    report_breaks(prompts, measurements, "hidden_states")
-    for prompt, own in zip(prompts, orders, strict=False):
-        prompt.order = own.rows
+    explained = diagnose_first and not first_position
+    origin = Origin(
+        "hidden_states", None, cuts if explained else None, captured.storage, captured.in_order
+    )
+    with errors_name_arguments():
+        prompts = recover_captured(
+            policy, measurements, Targets(features, captured.lengths, given.known_prefix), origin
+        )
     storage = asdict(captured.storage)
     return Recoveries(
         Recovered.of(

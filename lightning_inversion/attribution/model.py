@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 import lightning_inversion
 from lightning_inversion.errors import InputError
-from lightning_inversion.transformer.probe import check_reads_vectors
+from lightning_inversion.transformer.load_checks import check_reads_vectors
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 _PRECISE_ROWS = 4

@@ -53,7 +53,7 @@ _PROMPT = 32
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelSize:
     """What a model's first blocks cost.
 
     Attributes:
@@ -71,8 +71,8 @@ class Shape:
     saved: float
 
     @classmethod
-    def of(cls, config: PretrainedConfig, blocks: int | None) -> Shape:
-        """The shape of a model of this configuration, cut after ``blocks`` blocks (None: whole).
+    def of(cls, config: PretrainedConfig, blocks: int | None) -> ModelSize:
+        """The size of a model of this configuration, cut after ``blocks`` blocks (None: whole).
 
         Raises:
             InputError: the model's code needs numbers to run.
@@ -99,7 +99,7 @@ class Memory:
 
 
 def memory(
-    shape: Shape,
+    shape: ModelSize,
     tokens: int,
     rows: int,
     value_size: int | None = None,
@@ -149,7 +149,7 @@ def tokens_that_fit(spec: TransformerSpec, available: float, learnable: Any = No
         available: bytes of the device.
         learnable: of the experiment; None for an ``EmbeddingInput``.
     """
-    shape = Shape.of(spec.config(), spec.blocks_needed())
+    shape = ModelSize.of(spec.config(), spec.blocks_needed())
     value_size = shape.vocabulary if isinstance(learnable, VocabularyInput) else shape.width
     for exponent in range(24, 0, -1):
         tokens = 1 << exponent
@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("|---|---|---|---|---|---|")
     for name, config in configs.items():
         for depth in (8, None) if options.depth is None else (options.depth,):
-            shape = Shape.of(config, depth)
+            shape = ModelSize.of(config, depth)
             needed = [
                 memory(shape, options.tokens, -(-options.tokens // _PROMPT), None, kind, "bfloat16")
                 for kind in ("bfloat16", "int8", "nf4")

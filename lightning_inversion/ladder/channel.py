@@ -166,8 +166,8 @@ def survive(plan: Plan, root: Path, rows: Rows) -> None:
     """Rows of every setting and depth; the same call resumes."""
     for subject in subjects(plan, root):
         blocks = block_count(subject.model.config)
-        for depth in sorted({1, min(8, blocks)}):
-            for setting in SETTINGS if depth <= 2 else SETTINGS[::3]:
+        for depth in sorted({1, min(8, blocks), blocks}):
+            for setting in SETTINGS if depth <= 8 else SETTINGS[::3]:
                 names = {name: subject.names[name] for name in ("model", "share")}
                 names["features"] = slice_of_share(subject.names["width"], setting.kept)
                 if not rows.has(kind="survival", **names, depth=depth, channel=setting.name):

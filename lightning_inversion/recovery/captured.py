@@ -1,71 +1,169 @@
-"""Recovery of captured features: diagnosed first, then searched, or only read in bounded time."""
+"""Captured features: put in order, diagnosed, then searched, or read in bounded time."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections.abc import Callable, Sequence
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.diagnosis import Diagnosis
+from lightning_inversion.recovery.calibration import Channel
+from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy, recover_prompts
+from lightning_inversion.recovery.order import RowOrder, in_order
+from lightning_inversion.recovery.policy import (
+    RecoveredPrompt,
+    RecoveryPolicy,
+    Targets,
+    recover_prompts,
+)
+from lightning_inversion.recovery.variants import OtherCuts
 
 _log = logging.getLogger(__name__)
 _BUDGET = 64
 """Tokens run for a position of a prompt whose position 0 fits no token."""
 
 
-def report_diagnoses(
-    diagnoses: Sequence[Diagnosis | None],
-    where: str,
-    first: bool = True,
-    index: Sequence[int] | None = None,
-) -> None:
-    """Report what is wrong with prompts, each finding once.
+@dataclass(frozen=True)
+class Origin:
+    """Where captured features come from, and what is to be found out about them.
+
+    Attributes:
+        name: of the file or the argument, for messages.
+        index: the number of each prompt in it, from 0; None where they are all there is.
+        cuts: the model at other depths, by which features that fit no token are explained; None to
+            explain none.
+        channel: what has happened to the features.
+        in_order: whether the rows are in the order of the text; else it is found.
+        first: whether nothing was recovered before.
+    """
+
+    name: str
+    index: Sequence[int] | None = None
+    cuts: OtherCuts | None = None
+    channel: Channel | None = None
+    in_order: bool = True
+    first: bool = True
+
+    def number(self, row: int) -> int:
+        """The number of a prompt in messages, from 1."""
+        return 1 + (row if self.index is None else self.index[row])
+
+
+def recover_captured(
+    policy: RecoveryPolicy,
+    measurements: Measurements,
+    targets: Targets,
+    origin: Origin,
+    after_round: Callable[[list[RecoveredPrompt]], None] | None = None,
+) -> list[RecoveredPrompt]:
+    """As ``recover_prompts``, of features that may not be what their description says.
 
     Args:
-        diagnoses: of each prompt.
-        where: names the file in messages.
-        first: whether nothing was recovered before.
-        index: the number of each prompt, from 0.
+        policy: which tokens are run, in which order.
+        measurements: of the model.
+        targets: the features to reproduce.
+        origin: where they come from.
+        after_round: called with the prompts as they stand.
+
+    Raises:
+        InputError: an option would make the features of every prompt fit.
+    """
+    orders: list[RowOrder] = []
+    diagnoses: list[Diagnosis | None] = []
+    if policy.needs_first_position:
+        if not origin.in_order:
+            targets, orders = in_order(measurements, targets)
+            _report_orders(orders, origin)
+        diagnoses = explain(measurements, targets, origin)
+    prompts = _search(policy, measurements, targets, diagnoses, after_round)
+    _report_breaks(prompts, measurements, origin)
+    for prompt, order in zip(prompts, orders, strict=False):
+        prompt.order = order.rows
+    return prompts
+
+
+def explain(measurements: Measurements, targets: Targets, origin: Origin) -> list[Diagnosis | None]:
+    """What is wrong with each prompt, reported once for each finding; nothing without ``cuts``.
 
     Raises:
         InputError: nothing was recovered before, and options would help every prompt.
     """
+    if origin.cuts is None:
+        return []
+    diagnoses = diagnose(measurements, targets, origin.cuts, origin.channel)
     found: dict[str, list[int]] = {}
     for row, diagnosis in enumerate(diagnoses):
         if diagnosis is not None:
             found.setdefault(diagnosis.finding, []).append(row)
     messages = []
     for rows in found.values():
-        numbers = [str(1 + (row if index is None else index[row])) for row in rows]
+        numbers = [str(origin.number(row)) for row in rows]
         listed = ", ".join(numbers[:10]) + ("" if len(numbers) <= 10 else ", ...")
         prompts = f"prompt{'s' * (len(numbers) > 1)} {listed}"
-        messages.append(f"{where}, {prompts}: {diagnoses[rows[0]]}")
-    if first and all(one is not None and one.has_option for one in diagnoses):
+        messages.append(f"{origin.name}, {prompts}: {diagnoses[rows[0]]}")
+    if origin.first and all(one is not None and one.has_option for one in diagnoses):
         raise InputError(f"{'. '.join(messages)}.")
     for message in messages:
         _log.warning("%s.", message)
+    return diagnoses
 
 
-def report_breaks(
-    prompts: Sequence[RecoveredPrompt],
+def _search(
+    policy: RecoveryPolicy,
     measurements: Measurements,
-    where: str,
-    index: Sequence[int] | None = None,
-) -> None:
-    """Report the position from which on nothing fits, in prompts whose beginning is verified.
+    targets: Targets,
+    diagnoses: Sequence[Diagnosis | None],
+    after_round: Callable[[list[RecoveredPrompt]], None] | None,
+) -> list[RecoveredPrompt]:
+    """Recover prompts; those whose position 0 fits no token get a small budget.
 
-    Args:
-        prompts: as they were recovered.
-        measurements: of the model.
-        where: names the file in messages.
-        index: the number of each prompt, from 0.
+    After a token that is wrong, no later one reproduces the target: a search of the vocabulary
+    could verify nothing.
     """
+    hopeless = [row for row, found in enumerate(diagnoses) if found is not None and not found.near]
+    if not hopeless:
+        return recover_prompts(policy, measurements, targets, after_round)
+    prompts = [RecoveredPrompt(known=targets.known) for _ in targets.lengths]
+    others = [row for row in range(len(prompts)) if row not in set(hopeless)]
+    for rows, chosen in ((others, policy), (hopeless, _bounded(policy))):
+        if not rows:
+            continue
+
+        def merge(some: list[RecoveredPrompt], rows: list[int] = rows) -> None:
+            for row, prompt in zip(rows, some, strict=True):
+                prompts[row] = prompt
+            if after_round is not None:
+                after_round(prompts)
+
+        merge(recover_prompts(chosen, measurements, targets.of(rows), merge))
+    return prompts
+
+
+def _bounded(policy: RecoveryPolicy) -> RecoveryPolicy:
+    """The policy with a small budget, where it has one."""
+    budget = getattr(policy, "budget", _BUDGET)
+    bounded = copy.copy(policy)
+    bounded.budget = min(budget or _BUDGET, _BUDGET)  # type: ignore[attr-defined]
+    return bounded
+
+
+def _report_orders(orders: Sequence[RowOrder], origin: Origin) -> None:
+    """Report prompts whose order was not found to the end."""
+    for row, order in enumerate(orders):
+        if order.found < len(order.rows):
+            _log.warning(
+                "%s, prompt %d: the order of %d of %d rows was found; the others come after them "
+                "as in the file.",
+                origin.name, origin.number(row), order.found, len(order.rows),
+            )  # fmt: skip
+
+
+def _report_breaks(
+    prompts: Sequence[RecoveredPrompt], measurements: Measurements, origin: Origin
+) -> None:
+    """Report the position from which on nothing fits, in prompts whose beginning is verified."""
     plausible = measurements.calibration.plausible.tolist()
     for row, prompt in enumerate(prompts):
         verified = [token.verified for token in prompt.tokens]
@@ -77,70 +175,5 @@ def report_breaks(
             _log.warning(
                 "%s, prompt %d: no token fits position %d or one after it, and all before it are "
                 "verified; rows of another text may begin there, or rows may be missing.",
-                where, 1 + (row if index is None else index[row]), position,
+                origin.name, origin.number(row), position,
             )  # fmt: skip
-
-
-def recover_captured(
-    policy: RecoveryPolicy,
-    measurements: Measurements,
-    target: Tensor,
-    lengths: list[int],
-    known: Tensor | None = None,
-    fitted: Tensor | None = None,
-    after_round: Callable[[list[RecoveredPrompt]], None] | None = None,
-    diagnoses: Sequence[Diagnosis | None] = (),
-) -> list[RecoveredPrompt]:
-    """As ``recover_prompts``; prompts whose position 0 fits no token get a small budget.
-
-    After a token that is wrong, no later one reproduces the target: a search of the vocabulary
-    could verify nothing.
-
-    Args:
-        policy: which tokens are run, in which order.
-        measurements: of the model.
-        target: ``[B, T, F]`` features to reproduce.
-        lengths: tokens of each prompt.
-        known: ``[N]`` tokens with which every prompt begins.
-        fitted: ``[B, T, D]`` vectors that a fit has optimised.
-        after_round: called with the prompts as they stand.
-        diagnoses: of each prompt; none where all are searched.
-    """
-    hopeless = [row for row, found in enumerate(diagnoses) if found is not None and not found.near]
-    if not hopeless:
-        return recover_prompts(policy, measurements, target, lengths, known, fitted, after_round)
-    beginning = () if known is None else tuple(known.tolist())
-    prompts = [RecoveredPrompt(known=beginning) for _ in lengths]
-    others = [row for row in range(len(lengths)) if row not in set(hopeless)]
-    for rows, chosen in ((others, policy), (hopeless, _bounded(policy))):
-        if not rows:
-            continue
-
-        def merge(some: list[RecoveredPrompt], rows: list[int] = rows) -> None:
-            for row, prompt in zip(rows, some, strict=True):
-                prompts[row] = prompt
-            if after_round is not None:
-                after_round(prompts)
-
-        part = torch.tensor(rows, device=target.device)
-        longest = max(lengths[row] for row in rows)
-        some = recover_prompts(
-            chosen,
-            measurements,
-            target[part, :longest],
-            [lengths[row] for row in rows],
-            known,
-            None if fitted is None else fitted[part, :longest],
-            merge,
-        )
-        for row, prompt in zip(rows, some, strict=True):
-            prompts[row] = prompt
-    return prompts
-
-
-def _bounded(policy: RecoveryPolicy) -> RecoveryPolicy:
-    """The policy with a small budget, where it has one."""
-    budget = getattr(policy, "budget", _BUDGET)
-    bounded = copy.copy(policy)
-    bounded.budget = min(budget or _BUDGET, _BUDGET)  # type: ignore[attr-defined]
-    return bounded

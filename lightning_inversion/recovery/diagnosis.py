@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from lightning_inversion.recovery.calibration import Channel
 from lightning_inversion.recovery.later_rows import LaterRows
 from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.probe_proposer import ProbeRanking
 from lightning_inversion.recovery.variants import CLEAR, FirstTokens, OtherCuts, Variants
 from lightning_inversion.transformer.embedding import best_tokens
@@ -93,30 +93,25 @@ class Diagnosis:
 @torch.no_grad()
 def diagnose(
     measurements: Measurements,
-    target: Tensor,
-    lengths: Sequence[int],
+    targets: Targets,
     cuts: OtherCuts | None = None,
     channel: Channel | None = None,
-    known: Tensor | None = None,
 ) -> list[Diagnosis | None]:
     """What is wrong with each prompt; None where a token fits position 0.
 
     Args:
         measurements: of a causal model.
-        target: ``[B, T, F]``.
-        lengths: tokens of each prompt.
+        targets: of prompts from position 0 on.
         cuts: the model at other depths; without it only this one is scanned.
         channel: what has happened to the targets.
-        known: ``[N]`` tokens with which every prompt begins.
     """
-    given = known if known is not None and len(known) else None
-    scans = _Scans(measurements, cuts, channel, given)
-    found = scans.unfit(target[:, 0])
+    scans = _Scans(measurements, cuts, channel, targets.known_ids if targets.known else None)
+    found = scans.unfit(targets.features[:, 0])
     failed = [row for row, diagnosis in enumerate(found) if diagnosis is not None]
     for row in failed[:_SCANNED]:
         diagnosis = found[row]
         assert diagnosis is not None
-        found[row] = scans.explain(target[row, : lengths[row]], diagnosis)
+        found[row] = scans.explain(targets.features[row, : targets.lengths[row]], diagnosis)
     scanned = Counter((one.cause, one.way_out) for one in found if one is not None and one.scanned)
     for row in failed[_SCANNED:]:
         diagnosis = found[row]

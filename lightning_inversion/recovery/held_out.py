@@ -12,7 +12,7 @@ from lightning_inversion.progress import counted
 from lightning_inversion.transformer.blocks import most_positions
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.linear_probe import LinearProbe
-from lightning_inversion.transformer.prefix import KnownPrefix
+from lightning_inversion.transformer.prefix import FixedPrefix
 from lightning_inversion.transformer.rounding import rounded_differently
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
@@ -148,7 +148,7 @@ def _runs(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For each position, candidates ``[N, K]``, the right one first, and features ``[N, K, F]``."""
     rows = torch.arange(len(ids), device=ids.device)
-    prefix = KnownPrefix(transformer, len(ids))
+    prefix = FixedPrefix(transformer, len(ids))
     # Without a causal mask each candidate takes a forward of its own: fewer positions must do.
     positions = range(0, ids.shape[1], 1 if transformer.causal else _LENGTH // 2)
     for position in counted(positions, "calibrating thresholds"):

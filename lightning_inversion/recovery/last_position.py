@@ -18,7 +18,12 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.calibration import CLEARANCE, RISK, rarity_power
 from lightning_inversion.recovery.certificate import State, TokenCertificate
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import ALTERNATIVES, RecoveredPrompt, RecoveryPolicy
+from lightning_inversion.recovery.policy import (
+    ALTERNATIVES,
+    RecoveredPrompt,
+    RecoveryPolicy,
+    Targets,
+)
 from lightning_inversion.recovery.rivals import NearTokens
 from lightning_inversion.recovery.text_search import TextSearch, in_place
 from lightning_inversion.recovery.token_recovery import TokenRecovery
@@ -61,22 +66,16 @@ class LastPosition(RecoveryPolicy):
         self.tokens, self.most, self.budget = tokens, most, budget
 
     def recover(
-        self,
-        measurements: Measurements,
-        target: Tensor,
-        lengths: list[int],
-        known: Tensor | None = None,
-        fitted: Tensor | None = None,
+        self, measurements: Measurements, targets: Targets
     ) -> Iterator[list[RecoveredPrompt]]:
         """Recover B prompts, one after the other, from the last row of each."""
         if not measurements.transformer.causal:
             raise InputError("LastPosition needs a causal model; leave --model.recovery out.")
-        given = target.new_empty(0, dtype=torch.long) if known is None else known
-        prompts = [RecoveredPrompt(known=tuple(given.tolist())) for _ in lengths]
-        for prompt, rows, length in zip(prompts, target, lengths, strict=True):
-            began, unknown = time.monotonic(), length - len(given)
+        prompts = [RecoveredPrompt(known=targets.known) for _ in targets.lengths]
+        for prompt, rows, length in zip(prompts, targets.features, targets.lengths, strict=True):
+            began, unknown = time.monotonic(), length - len(targets.known)
             for tokens in self._lengths(unknown) if unknown else ():  # none of nan
-                found = self._text(measurements, rows[length - 1], tokens, given)
+                found = self._text(measurements, rows[length - 1], tokens, targets.known_ids)
                 prompt.forwards += found.forwards
                 if not prompt.tokens or _residual(found) < _residual(prompt):
                     prompt.tokens = found.tokens
@@ -98,7 +97,9 @@ class LastPosition(RecoveryPolicy):
             rows = row.new_full((1, len(known) + 1, len(row)), torch.nan)
             rows[0, -1] = row
             alone = TokenRecovery(budget=min(self.budget, _ALONE))
-            *_, (prompt,) = alone.recover(measurements, rows, [len(known) + 1], known)
+            *_, (prompt,) = alone.recover(
+                measurements, Targets(rows, [len(known) + 1], tuple(known.tolist()))
+            )
             return prompt
         began = time.monotonic()
         search = TextSearch(measurements, row, tokens, known, self.budget)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_inversion.recovery.evidence import Evidence
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.transformer.prefix import KnownPrefix
+from lightning_inversion.transformer.prefix import FixedPrefix
 
 _STORED = ("tried", "count", "rounds", "reach", "_rivals", "_rival_residuals")
 FARTHEST = 64
@@ -32,12 +32,12 @@ class OpenPositions:
     """
 
     def __init__(
-        self, measurements: Measurements, target: Tensor, prefix: KnownPrefix | None = None
+        self, measurements: Measurements, target: Tensor, prefix: FixedPrefix | None = None
     ) -> None:
         self.measurements, self.target = measurements, target
         self.transformer, self.probe = measurements.transformer, measurements.probe
         B, device, embedding = len(target), target.device, self.transformer.embedding
-        self.prefix = prefix or KnownPrefix(self.transformer, B)
+        self.prefix = prefix or FixedPrefix(self.transformer, B)
         self.tried = torch.zeros(B, embedding.vocabulary_size, dtype=torch.bool, device=device)
         self.count = torch.zeros(B, dtype=torch.long, device=device)
         self.rounds = torch.zeros(B, dtype=torch.long, device=device)

@@ -9,9 +9,8 @@ candidates where each first reading is right.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -21,11 +20,11 @@ from torch import Tensor
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
 from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.probe_proposer import ProbeRanking
 from lightning_inversion.transformer.embedding import best_tokens
-from lightning_inversion.transformer.prefix import KnownPrefix
+from lightning_inversion.transformer.prefix import FixedPrefix
 
-_log = logging.getLogger(__name__)
 _ROUNDS = (0, 1, 4, 16, 64, 256)
 """Readings of each row that are run, the best first, until a row fits."""
 _NEAREST = 4
@@ -46,23 +45,16 @@ class RowOrder:
 
 
 @torch.no_grad()
-def in_order(
-    measurements: Measurements,
-    target: Tensor,
-    lengths: Sequence[int],
-    known: Tensor | None = None,
-) -> tuple[Tensor, list[RowOrder]]:
+def in_order(measurements: Measurements, targets: Targets) -> tuple[Targets, list[RowOrder]]:
     """Put the rows of each prompt in the order of its text.
 
     Args:
         measurements: of a causal model.
-        target: ``[B, T, F]`` whose rows are in any order; nan where rows of known tokens are not
-            stored, which are the first ones.
-        lengths: tokens of each prompt.
-        known: ``[N]`` tokens with which every prompt begins.
+        targets: their rows are in any order; those of known tokens that are not stored are the
+            first ones.
 
     Returns:
-        The target, and the order of each prompt.
+        The targets, and the order of each prompt.
 
     Raises:
         InputError: the model is not causal.
@@ -72,32 +64,13 @@ def in_order(
             "--data.order unknown needs a causal model: without a causal mask every row depends on "
             "the whole prompt, and no order can be found."
         )
-    given = torch.empty(0, dtype=torch.long, device=target.device) if known is None else known
-    ordered, orders = target.clone(), []
-    for number, length in enumerate(lengths):
-        order = _Ordering(measurements, target[number, :length]).find(given)
-        ordered[number, :length] = target[number, list(order.rows)]
+    features, orders = targets.features.clone(), []
+    for number, length in enumerate(targets.lengths):
+        rows = targets.features[number, :length]
+        order = _Ordering(measurements, rows).find(targets.known_ids)
+        features[number, :length] = rows[list(order.rows)]
         orders.append(order)
-    return ordered, orders
-
-
-def report_orders(
-    orders: Sequence[RowOrder], where: str, index: Sequence[int] | None = None
-) -> None:
-    """Report prompts whose order was not found to the end.
-
-    Args:
-        orders: of each prompt.
-        where: names the file in messages.
-        index: the number of each prompt, from 0.
-    """
-    for row, order in enumerate(orders):
-        if order.found < len(order.rows):
-            _log.warning(
-                "%s, prompt %d: the order of %d of %d rows was found; the others come after them "
-                "as in the file.",
-                where, 1 + (row if index is None else index[row]), order.found, len(order.rows),
-            )  # fmt: skip
+    return replace(targets, features=features), orders
 
 
 class _Ordering:
@@ -106,7 +79,7 @@ class _Ordering:
     def __init__(self, measurements: Measurements, rows: Tensor) -> None:
         self.measurements, self.rows = measurements, rows
         self.embedding = measurements.transformer.embedding
-        self.prefix = KnownPrefix(measurements.transformer, 1)
+        self.prefix = FixedPrefix(measurements.transformer, 1)
         self.row = torch.zeros(1, dtype=torch.long, device=rows.device)
         stored = rows.isfinite().all(-1)
         self.order: list[int] = (~stored).nonzero()[:, 0].tolist()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,44 @@ from lightning_inversion.recovery.measurements import Measurements
 
 ALTERNATIVES = 5
 """Candidates that are kept beside a token that is not verified."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The features of B prompts, which a policy is to reproduce.
+
+    Attributes:
+        features: ``[B, T, F]``; nan in rows that are not stored.
+        lengths: tokens of each prompt, the known ones among them.
+        known: tokens with which every prompt begins.
+        fitted: ``[B, T, D]`` vectors that a fit has optimised, nan where there are none; None
+            without a fit.
+    """
+
+    features: Tensor
+    lengths: Sequence[int]
+    known: tuple[int, ...] = ()
+    fitted: Tensor | None = None
+
+    @property
+    def known_ids(self) -> Tensor:
+        """``[N]`` the known tokens."""
+        return torch.tensor(self.known, dtype=torch.long, device=self.features.device)
+
+    @property
+    def finite(self) -> list[bool]:
+        """Whether the rows of each prompt's unknown tokens hold numbers."""
+        begin = len(self.known)
+        rows = zip(self.features, self.lengths, strict=True)
+        return [bool(own[begin:length].isfinite().all()) for own, length in rows]
+
+    def of(self, rows: Sequence[int]) -> Targets:
+        """Some of the prompts, without the padding that they do not need."""
+        lengths = [self.lengths[row] for row in rows]
+        part = torch.tensor(rows, device=self.features.device)
+        fitted = None if self.fitted is None else self.fitted[part, : max(lengths)]
+        features = self.features[part, : max(lengths)]
+        return replace(self, features=features, lengths=lengths, fitted=fitted)
 
 
 @dataclass
@@ -70,58 +108,36 @@ class RecoveryPolicy(ABC):
 
     @abstractmethod
     def recover(
-        self,
-        measurements: Measurements,
-        target: Tensor,
-        lengths: list[int],
-        known: Tensor | None = None,
-        fitted: Tensor | None = None,
+        self, measurements: Measurements, targets: Targets
     ) -> Iterator[list[RecoveredPrompt]]:
-        """Recover B prompts; yields the same list after each round, to the end.
-
-        Args:
-            measurements: of the model.
-            target: ``[B, T, F]`` features to reproduce.
-            lengths: tokens of each prompt.
-            known: ``[N]`` tokens with which every prompt begins.
-            fitted: ``[B, T, D]`` vectors that a fit has optimised, nan where there are none; only
-                where ``uses_fit``.
-        """
+        """Recover B prompts; yields the same list after each round, to the end."""
 
 
 def recover_prompts(
     policy: RecoveryPolicy,
     measurements: Measurements,
-    target: Tensor,
-    lengths: list[int],
-    known: Tensor | None = None,
-    fitted: Tensor | None = None,
+    targets: Targets,
     after_round: Callable[[list[RecoveredPrompt]], None] | None = None,
 ) -> list[RecoveredPrompt]:
-    """What a policy recovers in the end; see ``RecoveryPolicy.recover``.
+    """What a policy recovers in the end; nothing of a prompt whose features are not finite.
 
     Args:
         policy: which tokens are run, in which order.
         measurements: of the model.
-        target: ``[B, T, F]`` features to reproduce.
-        lengths: tokens of each prompt.
-        known: ``[N]`` tokens with which every prompt begins.
-        fitted: ``[B, T, D]`` vectors that a fit has optimised.
+        targets: the features to reproduce.
         after_round: called with the prompts as they stand.
 
     Raises:
         InputError: the known tokens do not reproduce the target.
     """
     prompts: list[RecoveredPrompt] = []
-    given = 0 if known is None else len(known)
-    if known is not None and given:
-        check_known_prefix(measurements, target, known)
-    finite = [
-        bool(target[row, given:length].isfinite().all()) for row, length in enumerate(lengths)
+    check_known_prefix(measurements, targets)
+    finite, given = targets.finite, len(targets.known)
+    lengths = [
+        length if whole else given for length, whole in zip(targets.lengths, finite, strict=True)
     ]
-    lengths = [length if whole else given for length, whole in zip(lengths, finite, strict=True)]
     with torch.no_grad():
-        for prompts in policy.recover(measurements, target, lengths, known, fitted):
+        for prompts in policy.recover(measurements, replace(targets, lengths=lengths)):
             if after_round is not None:
                 after_round(prompts)
     for prompt, whole in zip(prompts, finite, strict=True):
@@ -130,8 +146,8 @@ def recover_prompts(
 
 
 @torch.no_grad()
-def check_known_prefix(measurements: Measurements, target: Tensor, known: Tensor) -> None:
-    """Refuse known tokens ``[N]`` whose features are not those of the target ``[B, T, F]``.
+def check_known_prefix(measurements: Measurements, targets: Targets) -> None:
+    """Refuse known tokens whose features are not those of the targets.
 
     Without a causal mask features depend on what follows, and are not compared.
 
@@ -139,10 +155,11 @@ def check_known_prefix(measurements: Measurements, target: Tensor, known: Tensor
         InputError: names the prompt and the position.
     """
     transformer, calibration = measurements.transformer, measurements.calibration
-    if not transformer.causal:
+    if not targets.known or not transformer.causal:
         return
-    own, stored = transformer.features_of(known[None]), target[:, : len(known)]
-    positions = torch.arange(len(known), device=target.device).expand(stored.shape[:2])
+    stored = targets.features[:, : len(targets.known)]
+    own = transformer.features_of(targets.known_ids[None])
+    positions = torch.arange(stored.shape[1], device=stored.device).expand(stored.shape[:2])
     residuals = calibration.residual(own, stored, positions)
     allowed = calibration.plausible[positions.clamp(max=1)]
     wrong = ((residuals > allowed) & stored.isfinite().all(-1)).nonzero()

@@ -17,7 +17,12 @@ from torch import Tensor
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.certificate import TokenCertificate
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import ALTERNATIVES, RecoveredPrompt, RecoveryPolicy
+from lightning_inversion.recovery.policy import (
+    ALTERNATIVES,
+    RecoveredPrompt,
+    RecoveryPolicy,
+    Targets,
+)
 from lightning_inversion.recovery.probe_proposer import ProbeRanking
 from lightning_inversion.recovery.proposals import mix_with_uniform
 from lightning_inversion.transformer.embedding import best_tokens
@@ -105,21 +110,16 @@ class Reading(RecoveryPolicy):
         self.needs_language_model = beams > 0
 
     def recover(
-        self,
-        measurements: Measurements,
-        target: Tensor,
-        lengths: list[int],
-        known: Tensor | None = None,
-        fitted: Tensor | None = None,
+        self, measurements: Measurements, targets: Targets
     ) -> Iterator[list[RecoveredPrompt]]:
         """Read B prompts; see ``RecoveryPolicy``. Rows of known tokens are left out."""
         scale = measurements.kept(ReadingScale, lambda: ReadingScale.of(measurements))
         ranking = measurements.derived(ProbeRanking)
-        given = () if known is None else tuple(known.tolist())
-        prompts = [RecoveredPrompt(known=given) for _ in lengths]
-        for prompt, rows, length in zip(prompts, target, lengths, strict=True):
+        prompts = [RecoveredPrompt(known=targets.known) for _ in targets.lengths]
+        given = len(targets.known)
+        for prompt, rows, length in zip(prompts, targets.features, targets.lengths, strict=True):
             began = time.monotonic()
-            likelihood = _likelihood(ranking, measurements.probe, rows[len(given) : length])
+            likelihood = _likelihood(ranking, measurements.probe, rows[given:length])
             if self.beams and measurements.language_model is not None:
                 temperature, share = scale.temperature_beside_prior, scale.share_beside_prior
                 chances = _scaled(likelihood, temperature, share)

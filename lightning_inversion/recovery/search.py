@@ -17,7 +17,7 @@ from lightning_inversion.recovery.open_positions import FARTHEST, OpenPositions
 from lightning_inversion.recovery.proposals import Candidates, Proposals
 from lightning_inversion.recovery.rivals import NearTokens
 from lightning_inversion.recovery.verification import Judgement, Verifier
-from lightning_inversion.transformer.prefix import KnownPrefix
+from lightning_inversion.transformer.prefix import FixedPrefix
 
 _FEW_ROWS = 32
 """Rows up to which all are run at one width."""
@@ -82,7 +82,7 @@ class PrefixSearch(OpenPositions):
         self,
         measurements: Measurements,
         target: Tensor,
-        prefix: KnownPrefix | None = None,
+        prefix: FixedPrefix | None = None,
         exhaustive: bool = False,
     ) -> None:
         super().__init__(measurements, target, prefix)

@@ -12,7 +12,12 @@ from torch.nn.functional import mse_loss
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.certificate import State, TokenCertificate
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import ALTERNATIVES, RecoveredPrompt, RecoveryPolicy
+from lightning_inversion.recovery.policy import (
+    ALTERNATIVES,
+    RecoveredPrompt,
+    RecoveryPolicy,
+    Targets,
+)
 from lightning_inversion.recovery.verification import Verifier
 
 _RESET_EVERY = 50
@@ -59,22 +64,18 @@ class SIPIT(RecoveryPolicy):
         self.tolerance, self.budget, self.deadline, self.seed = tolerance, budget, deadline, seed
 
     def recover(
-        self,
-        measurements: Measurements,
-        target: Tensor,
-        lengths: list[int],
-        known: Tensor | None = None,
-        fitted: Tensor | None = None,
+        self, measurements: Measurements, targets: Targets
     ) -> Iterator[list[RecoveredPrompt]]:
         """Recover B prompts, one after the other; a round is one candidate."""
         began = time.monotonic()
         generator = torch.Generator().manual_seed(self.seed)
-        beginning = () if known is None else tuple(known.tolist())
-        prompts = [RecoveredPrompt(known=beginning) for _ in lengths]
+        prompts = [RecoveredPrompt(known=targets.known) for _ in targets.lengths]
         limit = measurements.transformer.embedding.vocabulary_size
         limit = min(self.budget or limit, limit)
-        for prompt, features, length in zip(prompts, target, lengths, strict=True):
-            for position in range(len(beginning), length):
+        for prompt, features, length in zip(
+            prompts, targets.features, targets.lengths, strict=True
+        ):
+            for position in range(len(targets.known), length):
                 search = _Position(
                     self.tolerance, measurements, features[position], prompt, generator
                 )

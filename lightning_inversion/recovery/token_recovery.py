@@ -21,7 +21,12 @@ from lightning_inversion.recovery.first_position import FirstTokenScan
 from lightning_inversion.recovery.gradient_proxy import GradientProxy
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.plausible import PlausibleTokens
-from lightning_inversion.recovery.policy import ALTERNATIVES, RecoveredPrompt, RecoveryPolicy
+from lightning_inversion.recovery.policy import (
+    ALTERNATIVES,
+    RecoveredPrompt,
+    RecoveryPolicy,
+    Targets,
+)
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.proposals import (
     LanguageModelPrior,
@@ -93,15 +98,10 @@ class TokenRecovery(RecoveryPolicy):
         return f"TokenRecovery({self.proposer.name})"
 
     def recover(
-        self,
-        measurements: Measurements,
-        target: Tensor,
-        lengths: list[int],
-        known: Tensor | None = None,
-        fitted: Tensor | None = None,
+        self, measurements: Measurements, targets: Targets
     ) -> Iterator[list[RecoveredPrompt]]:
         """Recover B prompts; see ``RecoveryPolicy``."""
-        batch = _Batch(self, measurements, target, lengths, known, fitted)
+        batch = _Batch(self, measurements, targets)
         while len(rows := batch.unfinished()):
             batch.round(rows)
             yield batch.prompts
@@ -123,27 +123,19 @@ class TokenRecovery(RecoveryPolicy):
 class _Batch:
     """The prompts of one batch while they are recovered."""
 
-    def __init__(
-        self,
-        policy: TokenRecovery,
-        measurements: Measurements,
-        target: Tensor,
-        lengths: list[int],
-        known: Tensor | None,
-        fitted: Tensor | None,
-    ) -> None:
+    def __init__(self, policy: TokenRecovery, measurements: Measurements, targets: Targets) -> None:
         exhaustive, verifies = policy.certify == "exhaustive", measurements.calibration.verifies
         if not verifies:  # so few tokens cost less than an answer without a certificate
             vocabulary = measurements.transformer.embedding.vocabulary_size
             exhaustive |= compares_all(measurements.calibration, vocabulary)
         self.policy, self.calibration = policy, measurements.calibration
-        self.search = search = PrefixSearch(measurements, target, exhaustive=exhaustive)
-        B, device = len(target), target.device
+        self.search = search = PrefixSearch(measurements, targets.features, exhaustive=exhaustive)
+        B, device = len(targets.features), targets.features.device
         self.embedding = measurements.transformer.embedding
         limit = min(policy.budget or self.embedding.vocabulary_size, self.embedding.vocabulary_size)
         self.limits = torch.full((B,), limit, device=device)
-        self.totals = torch.tensor(lengths, device=device)
-        self.prompts = [RecoveredPrompt() for _ in range(B)]
+        self.totals = torch.tensor(targets.lengths, device=device)
+        self.prompts = [RecoveredPrompt(known=targets.known) for _ in range(B)]
         self.plausible = PlausibleTokens(B)
         self.began = time.monotonic()
         self.spent = [0.0] * B
@@ -152,15 +144,13 @@ class _Batch:
         self.best_residuals = torch.full(shape, torch.inf, device=device)
         self.best_proposers = torch.zeros(shape, dtype=torch.long, device=device)
         self.names: list[str] = []
-        given = known is not None and len(known) > 0
-        self.first = None if given else policy.first.begin(search)
+        self.first = None if targets.known else policy.first.begin(search)
         self.proposals = policy.proposer.begin(search)
-        if fitted is not None:
-            parts = [NearestToInput(search, fitted), self.proposals]
+        if targets.fitted is not None:
+            parts = [NearestToInput(search, targets.fitted), self.proposals]
             self.proposals = MixedProposals(search, parts, [0, 0], share_alone=0.5)
-        if given:
-            assert known is not None
-            self._begin_with(known)
+        if targets.known:
+            self._begin_with(targets.known_ids)
 
     def _begin_with(self, known: Tensor) -> None:
         rows = torch.arange(len(self.prompts), device=known.device)
@@ -168,8 +158,6 @@ class _Batch:
         self.search.prefix.begin(rows, vectors, torch.full_like(rows, len(known)))
         for token in known:
             self.proposals.accept(rows, token.expand(len(rows)))
-        for prompt in self.prompts:
-            prompt.known = tuple(known.tolist())
 
     def unfinished(self) -> Tensor:
         """Rows ``[R]`` with tokens to find."""

@@ -32,7 +32,7 @@ from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import Record, append_records, read_records
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy
+from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy, Targets
 from lightning_inversion.replication.claims import fingerprint_of
 from lightning_inversion.replication.tables import BASELINE, PROTOCOL
 from lightning_inversion.transformer.language_model import LanguageModel
@@ -142,7 +142,7 @@ def run_policy(
     capped = False
     began = time.monotonic()
     with torch.no_grad():
-        for prompts in policy.recover(measurements, target, [ids.shape[1]] * len(ids)):
+        for prompts in policy.recover(measurements, Targets(target, [ids.shape[1]] * len(ids))):
             if cap is not None and time.monotonic() - began > cap:
                 capped = any(len(prompt.tokens) < ids.shape[1] for prompt in prompts)
                 break

@@ -18,7 +18,7 @@ import pandas as pd
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import visible
 from lightning_inversion.report.labels import LABEL
-from lightning_inversion.report.unfinished import config_of, unfinished_runs
+from lightning_inversion.report.unfinished import settings_of, unfinished_runs
 from lightning_inversion.results import FITTED, PREDICTED, ResultRow, names
 from lightning_inversion.untrusted import check_regular, read_json
 
@@ -284,7 +284,7 @@ def _plain(value: Any) -> str | int | float:
 
 def _settings_of(path: Path) -> Settings:
     """The keys of a config that decide a result, flat; {} where none can be read."""
-    config = config_of(path)
+    config = settings_of(path)
     parts = {part: config[part] for part in _PARTS_OF_A_CONFIG if part in config}
     flat = {key.removeprefix("model."): value for key, value in _flat(parts, "")}
     return {key: value for key, value in flat.items() if not key.startswith("transformer.")}

@@ -11,7 +11,7 @@ from lightning_inversion.results import FILE, FITTED, PREDICTED
 from lightning_inversion.untrusted import read_file, read_yaml
 
 
-def config_of(path: Path) -> dict[str, Any]:
+def settings_of(path: Path) -> dict[str, Any]:
     """The settings beside a run's rows; {} where none can be read. Not to be changed."""
     try:
         return _parsed(read_file(path))
@@ -40,7 +40,7 @@ def unfinished_runs(paths: Iterable[Path], found: dict[Path, int]) -> list[tuple
                     folders.setdefault(settings.parent, 0)
     unfinished = []
     for folder, rows in folders.items():
-        config = config_of(folder / FITTED) or config_of(folder / PREDICTED)
+        config = settings_of(folder / FITTED) or settings_of(folder / PREDICTED)
         if not isinstance(config.get("data"), dict) or "model" not in config:
             continue  # the settings of something else
         prompts = _prompts_of(config["data"])

@@ -25,7 +25,7 @@ from lightning_inversion.transformer.kv_cache import (
     one_after_another,
     serves,
 )
-from lightning_inversion.transformer.probe import FAILURES
+from lightning_inversion.transformer.load_checks import FAILURES
 
 _NEAR = 0.02
 """How far logits of a kept cache may be off, relative to the largest; half precision rounds."""

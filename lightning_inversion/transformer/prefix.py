@@ -14,10 +14,10 @@ from lightning_inversion.transformer.kv_cache import (
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 
-class KnownPrefix:
-    """The known first vectors of B sequences; runs what comes next after them.
+class FixedPrefix:
+    """The fixed first vectors of B sequences; runs what comes next after them.
 
-    Where the model takes it, keys and values of the known vectors are kept, and candidates for a
+    Where the model takes it, keys and values of the fixed vectors are kept, and candidates for a
     row's next token lie side by side in one forward. Other models (ALiBi, state spaces, sliding
     windows once a sequence outgrows them) run each candidate with its whole prefix: slower, with
     the same results.
@@ -27,7 +27,7 @@ class KnownPrefix:
         rows: B.
 
     Attributes:
-        vectors: ``[B, T, D]``, of which each row's first ``lengths`` are known.
+        vectors: ``[B, T, D]``, of which each row's first ``lengths`` are fixed.
         lengths: ``[B]``.
     """
 
@@ -42,9 +42,9 @@ class KnownPrefix:
 
     @torch.no_grad()
     def begin(self, rows: Tensor, vectors: Tensor, lengths: Tensor) -> None:
-        """Replace what is known by the first ``lengths`` [R] of vectors ``[R, T, D]`` of ``rows``.
+        """Replace what is fixed by the first ``lengths`` [R] of vectors ``[R, T, D]`` of ``rows``.
 
-        What is kept follows from the arguments alone, not from how they came to be known, so that a
+        What is kept follows from the arguments alone, not from how they came to be fixed, so that a
         resumed run continues bit for bit. A second call with equal rows and lengths runs nothing.
         """
         if self._begun is not None and all(map(torch.equal, self._begun, (rows, lengths))):
@@ -121,7 +121,7 @@ class KnownPrefix:
         return features[each, positions]
 
     def keep(self, rows: Tensor, slots: Tensor) -> None:
-        """Of the latest candidates, those at ``slots`` [R] (-1: none) are known from now on.
+        """Of the latest candidates, those at ``slots`` [R] (-1: none) are fixed from now on.
 
         After `ahead`, candidate k of the w-th position is at w K + k.
 
@@ -146,7 +146,7 @@ class KnownPrefix:
 
     @torch.no_grad()
     def take_back(self, rows: Tensor) -> None:
-        """The last known vector of each of ``rows`` [R] is not known any more."""
+        """The last fixed vector of each of ``rows`` [R] is not fixed any more."""
         self._begun = None
         self.lengths[rows] -= 1
         if self._cache is not None:

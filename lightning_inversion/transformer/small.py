@@ -8,13 +8,13 @@ from typing import Any, Literal
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-Shape = Literal["gpt2", "llama"]
+ShapeName = Literal["gpt2", "llama"]
 """Learned positions, LayerNorm and a tied head; or rotary ones, RMSNorm, SwiGLU, a head apart."""
 _END = "<|endoftext|>"
 
 
 def small_config(
-    shape: Shape, width: int, blocks: int, vocabulary: int, positions: int
+    shape: ShapeName, width: int, blocks: int, vocabulary: int, positions: int
 ) -> PretrainedConfig:
     """The configuration of a model of a shape and a width, without dropout.
 

@@ -32,7 +32,11 @@ from lightning_inversion.transformer.kv_cache import (
     one_after_another,
     recording_cache,
 )
-from lightning_inversion.transformer.probe import CacheCheck, check_caches, check_reads_vectors
+from lightning_inversion.transformer.load_checks import (
+    CacheCheck,
+    check_caches,
+    check_reads_vectors,
+)
 from lightning_inversion.transformer.selection import Output, Selection
 from lightning_inversion.transformer.surgery import Surgery, check_bidirectional, operate_
 
@@ -205,7 +209,7 @@ class TruncatedTransformer(nn.Module):
         positions: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """One forward of the model; `forward`, `candidates` and `KnownPrefix` call it.
+        """One forward of the model; `forward`, `candidates` and `FixedPrefix` call it.
 
         Args:
             embeds: [B, T, D].
@@ -245,7 +249,7 @@ class TruncatedTransformer(nn.Module):
     ) -> Tensor:
         """Features [B, K, F] of K candidates at the position after each row's prefix.
 
-        Each candidate is run with its whole prefix, which every model takes; `KnownPrefix` is the
+        Each candidate is run with its whole prefix, which every model takes; `FixedPrefix` is the
         fast way. Differentiable in the candidates.
 
         Args:
@@ -272,7 +276,7 @@ class TruncatedTransformer(nn.Module):
 
     @module_property
     def caches(self) -> bool:
-        """Whether `KnownPrefix` may keep keys and values: compared once with plain forwards."""
+        """Whether `FixedPrefix` may keep keys and values: compared once with plain forwards."""
         if not self.causal:
             return False  # the prefix would see the candidates
         return kept(CacheCheck, self.identity, self._caching).works

@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_inversion.data.storage import Storage
 from lightning_inversion.recovery.last_position import LastPosition
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import RecoveryPolicy, recover_prompts
+from lightning_inversion.recovery.policy import RecoveryPolicy, Targets, recover_prompts
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.surgery import Surgery
@@ -79,7 +79,7 @@ def attacked(case: Case, kinds: tuple[str, ...] = TARGETS, last: bool = False) -
             policy, ids = LastPosition(budget=2000), ids[:_TEXTS]
             lengths = [2 + number % 2 for number in range(_TEXTS)]
             ids = [own[:length] for own, length in zip(ids.tolist(), lengths, strict=True)]
-        found = recover_prompts(policy, measurements, target[: len(ids)], lengths)
+        found = recover_prompts(policy, measurements, Targets(target[: len(ids)], lengths))
         truths = ids if isinstance(ids, list) else ids.tolist()
         for prompt, truth in zip(found, truths, strict=True):
             for token, right in zip(prompt.tokens, truth, strict=True):

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import recover_prompts
+from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.replication.policies import scores
 from lightning_inversion.transformer.language_model import LanguageModel
@@ -127,7 +127,7 @@ def run(case: Case, device: torch.device) -> dict[str, Any]:
     target = transformer.features_of(ids.to(device))
     prompts, seconds = timed(
         lambda: recover_prompts(
-            TokenRecovery(budget=4096), measurements, target, [LENGTH] * case.prompts
+            TokenRecovery(budget=4096), measurements, Targets(target, [LENGTH] * case.prompts)
         )
     )
     return {

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_inversion.data.storage import Storage
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import RecoveredPrompt, recover_prompts
+from lightning_inversion.recovery.policy import RecoveredPrompt, Targets, recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.replication.policies import protocol_prompts
 from lightning_inversion.transformer.language_model import LanguageModel
@@ -82,7 +82,7 @@ def main() -> None:
             some = [torch.tensor(text) for text in texts[start : start + _AT_A_TIME]]
             lengths = [len(text) for text in some]
             target = channel(transformer.features_of(pad_sequence(some, True)), generator)
-            found += recover_prompts(policy, measurements, target, lengths)
+            found += recover_prompts(policy, measurements, Targets(target, lengths))
             print(f"{name}: {len(found)} of {len(texts)} prompts", file=sys.stderr)
         seconds = time.monotonic() - began
         pairs = [

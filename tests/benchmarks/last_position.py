@@ -19,6 +19,7 @@ from torch.nn.functional import cosine_similarity
 
 from lightning_inversion.recovery.last_position import LastPosition
 from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.replication.policies import protocol_prompts
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.language_model import LanguageModel
@@ -87,7 +88,7 @@ def main() -> None:
                 began = time.process_time()
                 policy = LastPosition(tokens, budget=options.budget)
                 with torch.no_grad():
-                    *_, (found,) = policy.recover(measurements, row, [1])
+                    *_, (found,) = policy.recover(measurements, Targets(row, [1]))
                 seconds, began = time.process_time() - began, time.process_time()
                 alone = None
                 if options.steps:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
@@ -34,7 +35,7 @@ def main() -> None:
     began = time.monotonic()
     length = ids.shape[1]
     with torch.no_grad():
-        for (found,) in TokenRecovery().recover(measurements, target, [length]):
+        for (found,) in TokenRecovery().recover(measurements, Targets(target, [length])):
             if len(found.tokens) >= (len(marks) + 1) * length // 4:
                 marks.append((len(found.tokens), time.monotonic() - began))
     right = sum(ours == theirs for ours, theirs in zip(found.ids, ids[0].tolist(), strict=True))

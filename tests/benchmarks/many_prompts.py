@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import recover_prompts
+from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.replication.policies import scores
 from lightning_inversion.transformer.language_model import LanguageModel
@@ -46,7 +46,7 @@ def main() -> None:
     measurements = Measurements.measure(transformer, LanguageModel(whole, transformer.caches))
     policy = TokenRecovery()
     warm = transformer.features_of(pieces[:1])  # what is computed once is computed
-    recover_prompts(policy, measurements, warm, [LENGTH])
+    recover_prompts(policy, measurements, Targets(warm, [LENGTH]))
     heads = ("prompts", "tokens", "recovering: s", "tokens a second", "one forward: s",
              "tokens a second", "in forwards", "verified", "wrong")  # fmt: skip
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|", flush=True)
@@ -59,7 +59,9 @@ def main() -> None:
             lambda targets=targets: [
                 prompt
                 for target in targets
-                for prompt in recover_prompts(policy, measurements, target, [LENGTH] * len(target))
+                for prompt in recover_prompts(
+                    policy, measurements, Targets(target, [LENGTH] * len(target))
+                )
             ]
         )
         found, tokens = scores(prompts, ids.tolist()), ids.numel()

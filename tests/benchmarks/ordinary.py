@@ -26,7 +26,7 @@ from lightning_inversion.data.storage import Storage
 from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.files import append_records, read_records
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import recover_prompts
+from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.recovery.verification import Verifier
 from lightning_inversion.transformer.embedding import best_tokens
@@ -120,7 +120,7 @@ def _recovered(
         return {}
     policy = TokenRecovery(budget=1024)
     aims, lengths = pad_sequence(target, batch_first=True), [len(one) for one in ids]
-    found = recover_prompts(policy, measurements, aims, lengths)
+    found = recover_prompts(policy, measurements, Targets(aims, lengths))
     pairs = [
         (token, right)
         for prompt, truth in zip(found, ids, strict=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
 from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.replication.policies import protocol_prompts
 from lightning_inversion.transformer.language_model import LanguageModel
@@ -89,7 +90,9 @@ def main() -> None:
         for ids in torch.tensor(prompts):
             target = features(ids)
             began = time.process_time()
-            found += diagnose(measurements, target[None], [len(target)], OtherCuts(cut, blocks))
+            found += diagnose(
+                measurements, Targets(target[None], [len(target)]), OtherCuts(cut, blocks)
+            )
             seconds = max(seconds, time.process_time() - began)
         ways = [None if one is None else one.way_out for one in found]
         named = sum(way is not None and way.startswith(wanted) for way in ways)

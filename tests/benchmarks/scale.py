@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from lightning_inversion.data.memory import LIBRARIES, Shape, memory
+from lightning_inversion.data.memory import LIBRARIES, ModelSize, memory
 from lightning_inversion.transformer.loading import TransformerSpec
 
 PEAK = """
@@ -42,7 +42,7 @@ def compare_memory() -> None:
             [sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=True
         )
         measured = int(done.stdout.split()[-1]) * 2**20
-        predicted = memory(Shape.of(config, depth), tokens, tokens // 64).total
+        predicted = memory(ModelSize.of(config, depth), tokens, tokens // 64).total
         print(f"depth {depth}, {tokens} tokens: peak {measured / 2**20:.0f} MB, predicted "
               f"{predicted / 2**20:.0f} MB, ratio {predicted / measured:.2f} (of it libraries "
               f"{LIBRARIES / 2**20:.0f} MB)", flush=True)  # fmt: skip

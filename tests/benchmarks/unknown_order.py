@@ -15,7 +15,7 @@ import torch
 
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.order import in_order
-from lightning_inversion.recovery.policy import recover_prompts
+from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.replication.policies import protocol_prompts
 from lightning_inversion.transformer.language_model import LanguageModel
@@ -49,9 +49,9 @@ def main() -> None:
         target = transformer.features_of(ids).detach()[rows, shuffles]
         lengths = [ids.shape[1]] * len(ids)
         began = time.process_time()
-        target, orders = in_order(measurements, target, lengths)
+        targets, orders = in_order(measurements, Targets(target, lengths))
         middle = time.process_time()
-        found = recover_prompts(TokenRecovery(budget=1024), measurements, target, lengths)
+        found = recover_prompts(TokenRecovery(budget=1024), measurements, targets)
         ended = time.process_time()
         right = [
             order.rows == tuple(shuffle.argsort().tolist())

@@ -20,6 +20,7 @@ import seaborn as sns
 import torch
 
 from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.reading import Reading
 from lightning_inversion.replication.policies import protocol_prompts
 from lightning_inversion.transformer.language_model import LanguageModel
@@ -81,7 +82,7 @@ def main() -> None:
             for beams in options.beams:
                 began = time.process_time()
                 lengths = [texts.shape[1]] * len(texts)
-                *_, found = Reading(beams).recover(measurements, target, lengths)
+                *_, found = Reading(beams).recover(measurements, Targets(target, lengths))
                 pairs = [
                     (token.id == right, token.probability or 0.0)
                     for prompt, ids in zip(found, texts.tolist(), strict=True)

@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from lightning_inversion.data.memory import Shape, main, memory, tokens_that_fit
+from lightning_inversion.data.memory import ModelSize, main, memory, tokens_that_fit
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.embedding import scored_at_a_time
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.tiny import CONFIGS, shared_tiny_model
 
-SHAPE = Shape(1000, 64, 2, 50_000, 800.0)
+SHAPE = ModelSize(1000, 64, 2, 50_000, 800.0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "falcon", "mpt"])
 def test_a_block_is_counted_as_it_is_loaded(family: str) -> None:
-    shape = Shape.of(CONFIGS[family](), 3)
+    shape = ModelSize.of(CONFIGS[family](), 3)
     two, one = (
         sum(
             parameter.numel()
@@ -33,7 +33,7 @@ def test_a_block_is_counted_as_it_is_loaded(family: str) -> None:
 
 def test_a_model_that_needs_numbers_is_refused() -> None:
     with pytest.raises(InputError, match=r"name --data\.tokens_per_batch"):
-        Shape.of(CONFIGS["bloom"](), 1)
+        ModelSize.of(CONFIGS["bloom"](), 1)
 
 
 def test_more_of_anything_needs_more() -> None:
@@ -60,7 +60,7 @@ def test_the_batch_that_fits(tiny_folder: Path) -> None:
     spec = TransformerSpec(model=str(tiny_folder), depth=2)
     large, small = tokens_that_fit(spec, 8 * 2**30), tokens_that_fit(spec, 2**30)
     assert large > small > 1
-    shape = Shape.of(spec.config(), 2)
+    shape = ModelSize.of(spec.config(), 2)
     assert memory(shape, small, small // 32).total < 2**30 < memory(shape, 4 * small, 256).total
 
 

@@ -14,7 +14,7 @@ from lightning_inversion.cache import ENVIRONMENT
 from lightning_inversion.data.storage import Storage
 from lightning_inversion.recovery.calibration import Calibration
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import RecoveredPrompt, recover_prompts
+from lightning_inversion.recovery.policy import RecoveredPrompt, Targets, recover_prompts
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.language_model import LanguageModel
@@ -65,7 +65,9 @@ def test_tokens_that_training_never_saw() -> None:
         calibration = Calibration.measure(transformer, kept.probe, storage, kept.text)
         measurements = replace(kept, calibration=calibration)
         target = storage(transformer.features_of(ids))
-        found = recover_prompts(TokenRecovery(), measurements, target, [len(row) for row in truth])
+        found = recover_prompts(
+            TokenRecovery(), measurements, Targets(target, [len(row) for row in truth])
+        )
         assert false(found, truth) == 0
         for prompt, row in zip(found, truth, strict=True):
             for token, right in zip(prompt.tokens, row, strict=True):
@@ -87,7 +89,7 @@ def test_another_machines_rounding_is_within_the_threshold() -> None:
     ids = torch.randint(300, (30, 6), generator=torch.Generator().manual_seed(0))
     target = storage(wide.features_of(ids))
     measurements = Measurements.measure(transformer, None, storage)
-    found = recover_prompts(POLICY, measurements, target, [6] * 30)
+    found = recover_prompts(POLICY, measurements, Targets(target, [6] * 30))
     assert false(found, ids.tolist()) == 0
     assert sum(prompt.tokens[0].verified for prompt in found) == 30
     assert sum(token.verified for prompt in found for token in prompt.tokens[1:]) >= 149
@@ -98,7 +100,7 @@ def test_a_model_that_reads_few_positions(positions: int) -> None:
     transformer = TruncatedTransformer.from_model(small(positions), depth=1)
     measurements = Measurements.measure(transformer)
     ids = torch.randint(300, (2, 8), generator=torch.Generator().manual_seed(0))
-    found = recover_prompts(POLICY, measurements, transformer.features_of(ids), [8, 8])
+    found = recover_prompts(POLICY, measurements, Targets(transformer.features_of(ids), [8, 8]))
     assert [prompt.ids for prompt in found] == ids.tolist()
     assert all(prompt.verified for prompt in found)
 
@@ -118,7 +120,7 @@ def test_features_that_overflow_spoil_no_other_prompt(
     assert not target[1:].isfinite().all()
     language_model = LanguageModel(half, transformer.caches)
     measurements = Measurements.measure(transformer, language_model, Storage("float16"))
-    found = recover_prompts(TokenRecovery(candidates=64), measurements, target, [3, 3, 3])
+    found = recover_prompts(TokenRecovery(candidates=64), measurements, Targets(target, [3, 3, 3]))
     assert [prompt.finite for prompt in found] == [True, *target[1:].isfinite().all(-1).all(-1)]
     assert found[0].ids == [5, 9, 8]
     assert not any(prompt.verified for prompt in found if not prompt.finite)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import recover_prompts
+from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
-from lightning_inversion.transformer.prefix import KnownPrefix
+from lightning_inversion.transformer.prefix import FixedPrefix
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 pytestmark = pytest.mark.integration
@@ -24,7 +24,7 @@ def test_a_sentence_comes_back_token_by_token_from_two_blocks() -> None:
     ids = transformer.tokenizer(TEXT, return_tensors="pt").input_ids
     measurements = Measurements.measure(transformer, LanguageModel(whole, transformer.caches))
     target = transformer.features_of(ids)
-    (prompt,) = recover_prompts(TokenRecovery(), measurements, target, [ids.shape[1]])
+    (prompt,) = recover_prompts(TokenRecovery(), measurements, Targets(target, [ids.shape[1]]))
     assert prompt.ids == ids[0].tolist()
     assert prompt.verified
     assert sum(token.compared for token in prompt.tokens) < 64 * len(prompt.tokens)
@@ -41,7 +41,7 @@ def test_of_a_hundred_thousand_wrong_candidates_none_is_verified(
     everything = torch.arange(embedding.vocabulary_size)
     offered = 0
     for position in (0, 3, 9):
-        prefix = KnownPrefix(smollm2, 1)
+        prefix = FixedPrefix(smollm2, 1)
         prefix.begin(torch.tensor([0]), embedding(ids), torch.tensor([position]))
         right = int(ids[0, position])
         wrong = everything[embedding.first_duplicate != embedding.first_duplicate[right]]

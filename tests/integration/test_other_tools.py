@@ -17,6 +17,7 @@ from lightning_inversion.__main__ import main as run
 from lightning_inversion.api.recovered import Recoveries
 from lightning_inversion.recovery.diagnosis import diagnose
 from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.reading import Reading
 from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.transformer.language_model import LanguageModel
@@ -137,7 +138,7 @@ def test_mistakes_are_named_and_right_features_are_not(loaded: Loaded) -> None:
     ids = tokenizer(PROMPTS[7] + " " + PROMPTS[9], return_tensors="pt").input_ids[0]
     for name, (features, wanted) in kinds(cut, DEPTH, 30).items():
         target = features(ids)
-        (found,) = diagnose(measurements, target[None], [len(target)], OtherCuts(cut, 30))
+        (found,) = diagnose(measurements, Targets(target[None], [len(target)]), OtherCuts(cut, 30))
         if name == "none":
             assert found is None
             continue

@@ -30,7 +30,7 @@ from lightning_inversion.ladder.mechanism import (
     without_largest,
 )
 from lightning_inversion.ladder.plan import Plan
-from lightning_inversion.ladder.recipe import RATES, Outcome, Recipe, run_recipe, tuned_rate
+from lightning_inversion.ladder.recipe import RATES, Recipe, RecipeResult, run_recipe, tuned_rate
 from lightning_inversion.ladder.train import Texts, is_trained, model_folder, train, train_rung
 from lightning_inversion.objectives import L1
 from lightning_inversion.schedules import AllPositions
@@ -164,7 +164,7 @@ def test_a_rate_of_a_row_is_the_learning_rate() -> None:
 def test_the_tuned_rate_is_the_nearest_of_the_best() -> None:
     right = torch.zeros(len(RATES), 2)
     right[2] = right[4] = 1.0
-    outcome = Outcome({"pinv": right}, right, right, right)
+    outcome = RecipeResult({"pinv": right}, right, right, right)
     assert tuned_rate(outcome, RATES) == RATES[2]
 
 

@@ -59,7 +59,8 @@ def folder(tmp_path: Path) -> Path:
 
 def test_intervals_are_students() -> None:
     low, high = t_interval([0.4, 0.5, 0.6])
-    assert (low, high) == pytest.approx((0.5 - 4.303 * 0.1 / 3**0.5, 0.5 + 4.303 * 0.1 / 3**0.5))
+    half = 4.302653 * 0.1 / 3**0.5
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half))
     assert t_interval([0.9, 1.0])[1] == 1.0
 
 

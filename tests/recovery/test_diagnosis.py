@@ -11,14 +11,11 @@ from torch import Tensor
 
 from lightning_inversion import recover
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.captured import (
-    recover_captured,
-    report_breaks,
-    report_diagnoses,
-)
+from lightning_inversion.recovery.captured import Origin, explain, recover_captured
 from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
 from lightning_inversion.recovery.later_rows import LaterRows
 from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.proposals import Exhaustive
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.recovery.variants import OtherCuts
@@ -42,14 +39,18 @@ def features(depth: int = DEPTH, final_norm: bool = False) -> Tensor:
     return at((depth,), final_norm).features_of(IDS)
 
 
+def whole(target: Tensor) -> Targets:
+    return Targets(target, [target.shape[1]] * len(target))
+
+
 def diagnosed(measurements: Measurements, target: Tensor) -> list[Diagnosis | None]:
-    return diagnose(measurements, target, [target.shape[1]] * len(target), CUTS)
+    return diagnose(measurements, whole(target), CUTS)
 
 
 def test_features_that_fit_are_not_diagnosed(measurements: Measurements) -> None:
     assert diagnosed(measurements, features()) == [None, None]
-    known = IDS[0, :1]
-    assert diagnose(measurements, features()[:1], [6], CUTS, known=known) == [None]
+    known = (int(IDS[0, 0]),)
+    assert diagnose(measurements, Targets(features()[:1], [6], known), CUTS) == [None]
 
 
 MISTAKES: dict[str, tuple[Callable[[], Tensor], str]] = {
@@ -94,11 +95,14 @@ def test_a_planted_mistake_is_named(
 def test_a_mistake_of_every_prompt_that_an_option_corrects_ends_the_run(
     measurements: Measurements, messages: list[str]
 ) -> None:
-    found = diagnosed(measurements, features(2))
     with pytest.raises(InputError, match=r"x, prompts 1, 2: position 0 fits no .*depth 2\."):
-        report_diagnoses(found, "x")
-    report_diagnoses([None, *found], "x", index=(7, 8, 9))
-    assert messages == [f"x, prompts 9, 10: {found[0]}."]
+        explain(measurements, whole(features(2)), Origin("x", cuts=CUTS))
+    mixed = whole(torch.cat([features()[:1], features(2)]))
+    _, found, _ = explain(measurements, mixed, Origin("x", (7, 8, 9), CUTS))
+    assert messages == [f"x, prompts 9, 10: {found}."]
+    messages.clear()
+    explain(measurements, whole(features(2)), Origin("x", cuts=CUTS, first=False))
+    assert messages == [f"x, prompts 1, 2: {found}."]
 
 
 def no_text() -> Tensor:
@@ -174,7 +178,7 @@ def test_noise_that_was_not_told_is_estimated(measurements: Measurements) -> Non
 
 
 def test_a_wrong_known_prefix_is_named(measurements: Measurements) -> None:
-    (found,) = diagnose(measurements, features()[:1], [6], CUTS, known=torch.tensor([12]))
+    (found,) = diagnose(measurements, Targets(features()[:1], [6], (12,)), CUTS)
     assert found is not None
     assert "does not reproduce its own rows" in str(found)
 
@@ -183,14 +187,12 @@ def test_prompts_without_an_option_are_reported_and_searched_in_bounded_time(
     measurements: Measurements, messages: list[str]
 ) -> None:
     target = torch.cat([features()[:1], no_text()[:1]])
-    found = diagnosed(measurements, target)
-    report_diagnoses(found, "x")
-    assert messages == [f"x, prompt 2: {found[1]}."]
-    rounds = []
+    policy, rounds = TokenRecovery(Exhaustive(), candidates=64), []
     prompts = recover_captured(
-        TokenRecovery(Exhaustive(), candidates=64), measurements, target, [6, 6], diagnoses=found,
-        after_round=lambda some: rounds.append(len(some)),
+        policy, measurements, whole(target), Origin("x", cuts=CUTS),
+        lambda some: rounds.append(len(some)),
     )  # fmt: skip
+    assert messages == [f"x, prompt 2: {diagnosed(measurements, target)[1]}."]
     assert prompts[0].ids == IDS[0].tolist()
     assert prompts[0].verified
     assert not any(token.verified for token in prompts[1].tokens)
@@ -203,12 +205,10 @@ def test_where_rows_stop_fitting_is_reported(
 ) -> None:
     mixed = torch.cat([features()[:1, :3], features()[1:, 3:]], dim=1)
     policy = TokenRecovery(Exhaustive(), candidates=64)
-    prompts = recover_captured(policy, measurements, mixed, [6])
-    report_breaks(prompts, measurements, "x")
+    prompts = recover_captured(policy, measurements, whole(mixed), Origin("x"))
     assert [token.verified for token in prompts[0].tokens] == [True] * 3 + [False] * 3
     assert "x, prompt 1: no token fits position 3 or one after it" in messages[-1]
-    whole = recover_captured(policy, measurements, features()[:1], [6])
-    report_breaks(whole, measurements, "x")
+    recover_captured(policy, measurements, whole(features()[:1]), Origin("x"))
     assert len([line for line in messages if "no token fits" in line]) == 1
 
 

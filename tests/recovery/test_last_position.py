@@ -18,7 +18,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.certificate import Certificate
 from lightning_inversion.recovery.last_position import LastPosition
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import recover_prompts
+from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.text_search import TextSearch
 from tests.tiny import shared_tiny_model
 
@@ -65,7 +65,9 @@ def test_behind_known_tokens(other_measurements: Measurements) -> None:
     measurements, ids = other_measurements, torch.tensor([[5, 6, 90]])
     rows = measurements.transformer.features_of(ids)
     policy = LastPosition(budget=512)
-    (found,) = recover_prompts(policy, measurements, rows, [3], ids[0, :2])
+    (found,) = recover_prompts(
+        policy, measurements, Targets(rows, [3], (int(ids[0, 0]), int(ids[0, 1])))
+    )
     assert found.ids == ids[0].tolist()
     assert found.verified
     search = TextSearch(measurements, rows[0, -1], 2, ids[0, :1], 4096)
@@ -108,8 +110,7 @@ def test_settings_and_models_that_do_not_fit(measurements: Measurements) -> None
     (found,) = recover_prompts(
         LastPosition(2, budget=256),
         loose,
-        measurements.transformer.features_of(torch.ones(1, 2).long()),
-        [2],
+        Targets(measurements.transformer.features_of(torch.ones(1, 2).long()), [2]),
     )
     assert len(found.tokens) == 2
 

@@ -15,7 +15,7 @@ from lightning_inversion.data.storage import Storage
 from lightning_inversion.recovery.calibration import Calibration
 from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import recover_prompts
+from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.probe_proposer import ProbeRanking
 from lightning_inversion.recovery.recognition import recognised
 from lightning_inversion.recovery.token_recovery import TokenRecovery
@@ -71,7 +71,7 @@ def test_what_is_kept_is_what_was_measured(
     text = first.text
     direct = LinearProbe.fit(first.transformer, text=text, noise=channel.noise if channel else 0.0)
     target = first.transformer.features_of(IDS)
-    found = recover_prompts(TokenRecovery(), first, target, [6, 6])
+    found = recover_prompts(TokenRecovery(), first, Targets(target, [6, 6]))
     nothing_is_measured(monkeypatch)
     again = measure(channel)
     assert same(again.probe, first.probe)
@@ -79,7 +79,7 @@ def test_what_is_kept_is_what_was_measured(
     assert all(torch.equal(getattr(direct, f.name), getattr(again.probe, f.name))
                for f in fields(direct))  # fmt: skip
     for one, two in zip(
-        found, recover_prompts(TokenRecovery(), again, target, [6, 6]), strict=True
+        found, recover_prompts(TokenRecovery(), again, Targets(target, [6, 6])), strict=True
     ):
         one.seconds = two.seconds = 0.0
         assert [{**vars(token), "seconds": 0} for token in one.tokens] == [

@@ -17,6 +17,7 @@ from lightning_inversion.__main__ import main as run
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.order import in_order
+from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.reading import Reading
 from lightning_inversion.transformer.surgery import Surgery
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -46,10 +47,10 @@ def test_the_order_is_found(model: str, request: pytest.FixtureRequest) -> None:
         given[number], place = shuffled(own)
         places.append(tuple(place.tolist()))
     lengths = [9, 9, 9, 9]
-    found, orders = in_order(measurements, given, lengths)
+    found, orders = in_order(measurements, Targets(given, lengths))
     assert [order.rows for order in orders] == places
     assert [order.found for order in orders] == lengths
-    assert torch.equal(found, rows)
+    assert torch.equal(found.features, rows)
 
 
 @pytest.mark.parametrize("stored", [True, False])
@@ -62,19 +63,19 @@ def test_behind_a_known_prefix(measurements: Measurements, stored: bool) -> None
     else:
         given[0, 2:], _ = shuffled(rows[0, 2:])
         given[:, :2] = torch.nan
-    found, (order,) = in_order(measurements, given, [9], ids[0, :2])
+    found, (order,) = in_order(measurements, Targets(given, [9], (int(ids[0, 0]), int(ids[0, 1]))))
     assert order.found == 9
-    assert torch.equal(found[:, 2:], rows[:, 2:])
+    assert torch.equal(found.features[:, 2:], rows[:, 2:])
 
 
 def test_rows_that_fit_nowhere_stand_at_the_end(measurements: Measurements) -> None:
     rows = measurements.transformer.features_of(texts(measurements)[:1])
     given = rows[:, [3, 5, 0, 4, 1, 2]]
     given[0, 1] += 1  # position 5
-    _, (order,) = in_order(measurements, given, [6])
+    _, (order,) = in_order(measurements, Targets(given, [6]))
     assert order.rows == (2, 4, 5, 0, 3, 1)
     assert order.found == 5
-    _, (order,) = in_order(measurements, given[:, :2], [2])
+    _, (order,) = in_order(measurements, Targets(given[:, :2], [2]))
     assert order.found == 0
 
 
@@ -82,7 +83,7 @@ def test_a_model_that_is_not_causal_is_refused(measurements: Measurements) -> No
     model = shared_tiny_model("llama")
     whole = TruncatedTransformer.from_model(model, depth=1, surgery=Surgery(causal=False))
     with pytest.raises(InputError, match="order unknown needs a causal model"):
-        in_order(replace(measurements, transformer=whole), torch.zeros(1, 2, 32), [2])
+        in_order(replace(measurements, transformer=whole), Targets(torch.zeros(1, 2, 32), [2]))
 
 
 def test_python_finds_the_order_and_verifies(messages: list[str]) -> None:

@@ -10,7 +10,12 @@ import torch
 
 from lightning_inversion.recovery.certificate import TokenCertificate
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy, recover_prompts
+from lightning_inversion.recovery.policy import (
+    RecoveredPrompt,
+    RecoveryPolicy,
+    Targets,
+    recover_prompts,
+)
 from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 
@@ -40,8 +45,11 @@ def test_two_recoveries_round_by_round_with_one_policy(
 ) -> None:
     """Different prompts, models and numbers of rounds."""
     cases = [
-        (measurements, measurements.transformer.features_of(IDS), lengths[0]),
-        (other_measurements, other_measurements.transformer.features_of(OTHERS), lengths[1]),
+        (measurements, Targets(measurements.transformer.features_of(IDS), lengths[0])),
+        (
+            other_measurements,
+            Targets(other_measurements.transformer.features_of(OTHERS), lengths[1]),
+        ),
     ]
     expected = [comparable(recover_prompts(policy, *case)) for case in cases]
     prompts: list[list[RecoveredPrompt]] = [[], []]
@@ -65,9 +73,11 @@ def test_each_round_is_reported(measurements: Measurements) -> None:
     target = measurements.transformer.features_of(IDS[:1])
     found: list[int] = []
     (prompt,) = recover_prompts(
-        TokenRecovery(candidates=8), measurements, target, [5], IDS[0, :2],
-        after_round=lambda prompts: found.append(len(prompts[0].ids)),
-    )  # fmt: skip
+        TokenRecovery(candidates=8),
+        measurements,
+        Targets(target, [5], (7, 40)),
+        lambda prompts: found.append(len(prompts[0].ids)),
+    )
     assert prompt.known == (7, 40)
     assert found[-1] == 5
     assert found == sorted(found)

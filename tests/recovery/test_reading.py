@@ -16,7 +16,7 @@ from lightning_inversion.data.storage import Storage
 from lightning_inversion.data.targets import Captured
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import recover_prompts
+from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.reading import Reading, ReadingScale, beam_search
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
@@ -35,7 +35,7 @@ def behind_prefix(measurements: Measurements) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("beams", [0, 3])
 def test_rows_are_read_and_never_verified(measurements: Measurements, beams: int) -> None:
     ids, rows = behind_prefix(measurements)
-    found = recover_prompts(Reading(beams), measurements, rows, [10, 10, 10, 10, 10, 7])
+    found = recover_prompts(Reading(beams), measurements, Targets(rows, [10, 10, 10, 10, 10, 7]))
     pairs = [
         (token, right)
         for prompt, own in zip(found, ids.tolist(), strict=True)
@@ -68,7 +68,7 @@ def test_probabilities_are_calibrated_once(measurements: Measurements) -> None:
 def test_without_a_language_model_rows_are_read_alone(headless: Measurements) -> None:
     ids = torch.randint(300, (2, 8), generator=torch.Generator().manual_seed(0))
     rows = headless.transformer.features_of(ids)[:, 3:]
-    found = recover_prompts(Reading(), headless, rows, [5, 5])
+    found = recover_prompts(Reading(), headless, Targets(rows, [5, 5]))
     assert {token.state for prompt in found for token in prompt.tokens} == {"read"}
 
 

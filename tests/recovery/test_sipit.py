@@ -8,7 +8,7 @@ import torch
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import RecoveredPrompt, recover_prompts
+from lightning_inversion.recovery.policy import RecoveredPrompt, Targets, recover_prompts
 from lightning_inversion.recovery.sipit import SIPIT, _Position
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
@@ -25,7 +25,7 @@ def target(tiny_transformer: TruncatedTransformer) -> torch.Tensor:
 def test_short_prompts_are_recover_prompts(
     headless: Measurements, target: torch.Tensor, tolerance: float | None
 ) -> None:
-    prompts = recover_prompts(SIPIT(tolerance), headless, target, LENGTHS)
+    prompts = recover_prompts(SIPIT(tolerance), headless, Targets(target, LENGTHS))
     assert [prompt.ids for prompt in prompts] == PROMPTS
     for prompt in prompts:
         assert prompt.verified
@@ -41,7 +41,7 @@ def test_short_prompts_are_recover_prompts(
 def test_the_proxy_finds_tokens_sooner_than_chance(
     headless: Measurements, target: torch.Tensor
 ) -> None:
-    prompts = recover_prompts(SIPIT(), headless, target, LENGTHS)
+    prompts = recover_prompts(SIPIT(), headless, Targets(target, LENGTHS))
     tried = [token.compared for prompt in prompts for token in prompt.tokens]
     assert sum(tried) / len(tried) < 100  # 150 by chance
 
@@ -50,7 +50,7 @@ def test_the_proxy_finds_tokens_sooner_than_chance(
 def test_no_token_is_tried_twice_and_the_vocabulary_ends_it(
     headless: Measurements, target: torch.Tensor
 ) -> None:
-    (prompt,) = recover_prompts(SIPIT(), headless, target[:1] + 1.0, [1])  # no token fits
+    (prompt,) = recover_prompts(SIPIT(), headless, Targets(target[:1] + 1.0, [1]))  # no token fits
     (token,) = prompt.tokens
     assert token.compared == 300
     assert not token.verified
@@ -59,7 +59,7 @@ def test_no_token_is_tried_twice_and_the_vocabulary_ends_it(
 def test_a_budget_leaves_the_best_candidate_unresolved(
     headless: Measurements, target: torch.Tensor
 ) -> None:
-    (prompt,) = recover_prompts(SIPIT(budget=4), headless, target[:1] + 1.0, [3])
+    (prompt,) = recover_prompts(SIPIT(budget=4), headless, Targets(target[:1] + 1.0, [3]))
     assert len(prompt.tokens) == 3
     for token in prompt.tokens:
         assert token.compared == 4
@@ -82,7 +82,7 @@ def test_after_the_deadline_each_position_gets_one_try(
 
     clock = ticks()
     monkeypatch.setattr("lightning_inversion.recovery.sipit.time.monotonic", lambda: next(clock))
-    prompts = recover_prompts(SIPIT(deadline=10.0), headless, target + 1.0, LENGTHS)
+    prompts = recover_prompts(SIPIT(deadline=10.0), headless, Targets(target + 1.0, LENGTHS))
     assert [len(prompt.tokens) for prompt in prompts] == LENGTHS
     tried = [token.compared for prompt in prompts for token in prompt.tokens]
     assert 1 < tried[0] < 300
@@ -93,15 +93,17 @@ def test_after_the_deadline_each_position_gets_one_try(
 def test_known_tokens_are_the_beginning_of_every_prompt(
     headless: Measurements, target: torch.Tensor
 ) -> None:
-    known = torch.tensor(PROMPTS[0][:2])
-    (prompt,) = recover_prompts(SIPIT(), headless, target[:1], [4], known)
+    (prompt,) = recover_prompts(SIPIT(), headless, Targets(target[:1], [4], tuple(PROMPTS[0][:2])))
     assert prompt.ids == PROMPTS[0]
     assert len(prompt.tokens) == 2
 
 
 def test_the_same_seed_tries_the_same_tokens(headless: Measurements, target: torch.Tensor) -> None:
     runs = [
-        [token.compared for token in recover_prompts(policy, headless, target[:1], [2])[0].tokens]
+        [
+            token.compared
+            for token in recover_prompts(policy, headless, Targets(target[:1], [2]))[0].tokens
+        ]
         for policy in (SIPIT(), SIPIT(), SIPIT(seed=1))
     ]
     assert runs[0] == runs[1] != runs[2]

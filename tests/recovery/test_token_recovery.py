@@ -12,7 +12,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.calibration import CLEARANCE
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.plausible import PlausibleTokens
-from lightning_inversion.recovery.policy import RecoveredPrompt, recover_prompts
+from lightning_inversion.recovery.policy import RecoveredPrompt, Targets, recover_prompts
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.proposals import (
     Exhaustive,
@@ -38,12 +38,12 @@ def run(
     lengths: list[int],
     policy: TokenRecovery | None = None,
     noise: float = 0.0,
-    known: torch.Tensor | None = None,
+    known: tuple[int, ...] = (),
 ) -> list[RecoveredPrompt]:
     target = measurements.transformer.features_of(ids)
     target = target + noise * torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
     policy = policy or TokenRecovery(candidates=8, max_candidates=32)
-    return recover_prompts(policy, measurements, target, lengths, known)
+    return recover_prompts(policy, measurements, Targets(target, lengths, known))
 
 
 def test_prompts_of_several_lengths_come_back_with_certificates(
@@ -82,7 +82,7 @@ def test_every_proposer_ends_at_the_same_prompt(
 def test_a_known_prefix_is_not_looked_for(measurements: Measurements, ids: torch.Tensor) -> None:
     same_start = ids.clone()
     same_start[:, :2] = ids[0, :2]
-    prompts = run(measurements, same_start, LENGTHS, known=ids[0, :2])
+    prompts = run(measurements, same_start, LENGTHS, known=tuple(ids[0, :2].tolist()))
     assert [prompt.ids for prompt in prompts] == [
         row[:length] for row, length in zip(same_start.tolist(), LENGTHS, strict=True)
     ]
@@ -223,7 +223,7 @@ def test_what_follows_decides_between_plausible_tokens(
         measurements, calibration=dataclasses.replace(calibration, plausible=plausible)
     )
     policy = TokenRecovery(BothEarly([40, wrong]), candidates=16, max_candidates=64)
-    (prompt,) = recover_prompts(policy, blurred, target, [5])
+    (prompt,) = recover_prompts(policy, blurred, Targets(target, [5]))
     assert prompt.ids == ids[0].tolist()
     assert [token.verified for token in prompt.tokens] == [True, False, False, False, False]
     assert [token.state for token in prompt.tokens[2:]] == ["conditional"] * 3

@@ -14,7 +14,7 @@ from lightning_inversion.recovery import held_out, rivals, verification
 from lightning_inversion.recovery.calibration import CLEARANCE, RISK, Calibration
 from lightning_inversion.recovery.certificate import Certificate
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import recover_prompts
+from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.rivals import NearTokens
 from lightning_inversion.recovery.search import PrefixSearch
@@ -93,7 +93,7 @@ def test_strong_noise_leaves_tokens_that_are_compared_with_all(measurements: Mea
     shown: dict[str, list[bool]] = {}
     for certify in ("near", "exhaustive"):
         policy = TokenRecovery(ProbeProposer(), candidates=64, certify=certify)
-        found = recover_prompts(policy, strong, target, [5] * 6)
+        found = recover_prompts(policy, strong, Targets(target, [5] * 6))
         pairs = [
             (token, right)
             for prompt, row in zip(found, ids.tolist(), strict=True)
@@ -286,7 +286,9 @@ def test_a_low_precision_looks_through_the_features_of_first_tokens(
     verdict = verdict_of(measurements, ids, target, torch.ones_like(ids, dtype=torch.bool))
     assert verdict.verified.tolist() == [[True, False, False], [False] * 3]
     assert verdict.state(1, 0) == "group"
-    first, second = recover_prompts(TokenRecovery(ProbeProposer()), measurements, target, [1, 1])
+    first, second = recover_prompts(
+        TokenRecovery(ProbeProposer()), measurements, Targets(target, [1, 1])
+    )
     assert first.tokens[0].verified
     assert first.tokens[0].compared == 300  # all were run as the first of a prompt
     assert second.tokens[0].state == "group"
@@ -386,13 +388,15 @@ def test_all_tokens_of_a_small_vocabulary_are_compared_where_the_near_ones_do_no
     target = measurements.transformer.features_of(ids)
     verdict = verdict_of(measurements, ids, target, torch.ones_like(ids, dtype=torch.bool))
     assert verdict.verified.all() == verdict.verified.any() == (many <= 32)
-    found = recover_prompts(TokenRecovery(ProbeProposer()), measurements, target, [6] * 4)
+    found = recover_prompts(TokenRecovery(ProbeProposer()), measurements, Targets(target, [6] * 4))
     assert [prompt.ids for prompt in found] == ids.tolist()
     tokens = [token for prompt in found for token in prompt.tokens]
     assert {token.verified for token in tokens} == {many <= 32}
     if many <= 32:
         assert {token.compared for token in tokens} == {300}
-    wrong = recover_prompts(TokenRecovery(ProbeProposer()), measurements, 1.1 * target, [6] * 4)
+    wrong = recover_prompts(
+        TokenRecovery(ProbeProposer()), measurements, Targets(1.1 * target, [6] * 4)
+    )
     assert not any(token.verified for prompt in wrong for token in prompt.tokens)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_inversion.transformer.loading import TransformerSpec
-from lightning_inversion.transformer.prefix import KnownPrefix
+from lightning_inversion.transformer.prefix import FixedPrefix
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -55,7 +55,7 @@ def test_checkpointing_behind_a_kept_prefix(tiny_folder: Path) -> None:
         spec = TransformerSpec(model=str(tiny_folder), depth=2, checkpointing=checkpointing)
         transformer = spec.load()
         assert transformer.caches
-        prefix = KnownPrefix(transformer, 2)
+        prefix = FixedPrefix(transformer, 2)
         rows = torch.arange(2)
         prefix.begin(rows, transformer.embedding(IDS), torch.tensor([3, 5]))
         vectors = transformer.embedding(IDS[:, 6:8]).requires_grad_()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lightning_inversion.transformer.prefix import KnownPrefix
+from lightning_inversion.transformer.prefix import FixedPrefix
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.architectures import tiny_config
 from tests.tiny import CONFIGS, FAMILIES, VOCABULARY, each, shared_tiny_model, tiny_model
@@ -20,7 +20,7 @@ def walked(transformer: TruncatedTransformer, rows: torch.Tensor) -> torch.Tenso
 
     Row 1 is left two tokens behind, so that rows of different lengths are run together.
     """
-    prefix = KnownPrefix(transformer, len(TEXTS))
+    prefix = FixedPrefix(transformer, len(TEXTS))
     found = torch.zeros(*TEXTS.shape, transformer.feature_size)
     while len(rows):
         at = prefix.lengths[rows]
@@ -55,7 +55,7 @@ def test_most_families_keep_keys_and_values() -> None:
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_gradient_of_a_candidate(family: str) -> None:
     transformer = TruncatedTransformer.from_model(shared_tiny_model(family), depth=2)
-    prefix = KnownPrefix(transformer, 2)
+    prefix = FixedPrefix(transformer, 2)
     prefix.begin(torch.arange(2), transformer.embedding(TEXTS[:2]), torch.tensor([5, 5]))
     embeds = transformer.embedding(TEXTS[:2, 5:6]).requires_grad_()
     prefix.candidates(torch.arange(2), embeds).square().sum().backward()
@@ -76,7 +76,7 @@ def test_what_follows_is_as_in_the_whole_text(family: str) -> None:
     ids = torch.randint(VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(1))
     vectors = transformer.embedding(ids).requires_grad_()
     whole = transformer(vectors)
-    prefix = KnownPrefix(transformer, 4)
+    prefix = FixedPrefix(transformer, 4)
     prefix.begin(SOME, vectors[SOME], LENGTHS)
 
     pick = (SOME[:, None], LENGTHS[:, None] + torch.arange(2))
@@ -92,7 +92,7 @@ def test_what_follows_is_as_in_the_whole_text(family: str) -> None:
 def test_a_token_can_be_taken_back(family: str) -> None:
     transformer = TruncatedTransformer.from_model(shared_tiny_model(family), depth=2)
     rows = torch.arange(3)
-    prefix = KnownPrefix(transformer, 3)
+    prefix = FixedPrefix(transformer, 3)
     prefix.begin(rows, transformer.embedding(TEXTS), torch.tensor([2, 3, 4]))
     prefix.candidates(rows[1:], transformer.embedding(OTHERS[1:]))
     prefix.keep(rows[1:], torch.tensor([2, 1]))
@@ -107,7 +107,7 @@ def test_a_token_can_be_taken_back(family: str) -> None:
 def test_the_same_beginning_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     transformer = TruncatedTransformer.from_model(tiny_model("llama"), depth=2)
     vectors, lengths = transformer.embedding(TEXTS), torch.tensor([3, 3, 2])
-    prefix, rows = KnownPrefix(transformer, 3), torch.arange(3)
+    prefix, rows = FixedPrefix(transformer, 3), torch.arange(3)
     prefix.begin(rows, vectors, lengths)
     runs: list[None] = []
     monkeypatch.setattr(transformer, "run", lambda *args: runs.append(None))
@@ -127,7 +127,7 @@ def test_a_prefix_that_outgrows_a_window_is_run_plainly(family: str, window: str
     transformer = TruncatedTransformer.from_model(model, depth=2)
     found = walked(transformer, torch.arange(3))
     torch.testing.assert_close(found, transformer.features_of(TEXTS), atol=2e-4, rtol=1e-4)
-    prefix = KnownPrefix(transformer, 3)
+    prefix = FixedPrefix(transformer, 3)
     vectors = transformer.embedding(TEXTS)
     prefix.begin(torch.arange(3), vectors, torch.tensor([3, 3, 3]))
     after = prefix.followed_by(torch.arange(3), vectors[:, 3:])
@@ -140,7 +140,7 @@ def test_a_tree_that_is_too_wide_leaves_what_is_kept() -> None:
     config.n_positions = 16  # the causal mask's size: candidates side by side count one by one
     model = AutoModelForCausalLM.from_config(config).eval()
     transformer = TruncatedTransformer.from_model(model, depth=2)
-    prefix, rows = KnownPrefix(transformer, 3), torch.arange(3)
+    prefix, rows = FixedPrefix(transformer, 3), torch.arange(3)
     prefix.begin(rows, transformer.embedding(TEXTS), torch.tensor([3, 3, 2]))
     assert not prefix.reaches(rows, 8, 2)
     assert prefix.reaches(rows, 4, 2)
@@ -155,7 +155,7 @@ def test_more_candidates_than_a_mask_has_room_for(family: str, limit: str) -> No
     model = AutoModelForCausalLM.from_config(config).eval()
     transformer = TruncatedTransformer.from_model(model, depth=2)
     assert transformer.caches
-    prefix, rows = KnownPrefix(transformer, 3), torch.arange(3)
+    prefix, rows = FixedPrefix(transformer, 3), torch.arange(3)
     vectors = transformer.embedding(TEXTS)
     prefix.begin(rows, vectors, torch.tensor([3, 3, 2]))
     ids = torch.arange(3 * 12).reshape(3, 12) * 7

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_inversion.transformer import TransformerSpec, TruncatedTransformer
-from lightning_inversion.transformer.prefix import KnownPrefix
+from lightning_inversion.transformer.prefix import FixedPrefix
 
 pytestmark = pytest.mark.integration
 
@@ -42,7 +42,7 @@ def test_duplicate_tokens_and_decoding(smollm2: TruncatedTransformer) -> None:
 
 def test_candidates_behind_kept_keys_are_plain_rows(smollm2: TruncatedTransformer) -> None:
     assert smollm2.caches
-    prefix, rows = KnownPrefix(smollm2, 2), torch.arange(2)
+    prefix, rows = FixedPrefix(smollm2, 2), torch.arange(2)
     vectors = smollm2.embedding(torch.arange(200, 212).reshape(2, 6))
     tried = smollm2.embedding(torch.arange(1000, 1128).reshape(2, 64))
     lengths = torch.tensor([6, 3])

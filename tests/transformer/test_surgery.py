@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer import Surgery, TransformerSpec, TruncatedTransformer
-from lightning_inversion.transformer.prefix import KnownPrefix
+from lightning_inversion.transformer.prefix import FixedPrefix
 from lightning_inversion.transformer.surgery import FAMILIES as ROWS
 from lightning_inversion.transformer.surgery import family_of
 from tests.tiny import FAMILIES, each, shared_tiny_model, tiny_model
@@ -196,7 +196,7 @@ def test_candidates_after_surgery_are_run_behind_kept_keys(
         shared_tiny_model(family), depth=3, surgery=Surgery(**parts)
     )
     assert transformer.caches
-    prefix, rows = KnownPrefix(transformer, 2), torch.arange(2)
+    prefix, rows = FixedPrefix(transformer, 2), torch.arange(2)
     embeds = transformer.embedding(IDS)
     prefix.begin(rows, embeds, torch.tensor([2, 2]))
     prefix.candidates(rows, embeds[:, 2:])

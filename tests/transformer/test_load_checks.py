@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor, nn
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.transformer.probe import check_reads_vectors
+from lightning_inversion.transformer.load_checks import check_reads_vectors
 
 EMBEDDING = nn.Embedding(40, 8)
 
