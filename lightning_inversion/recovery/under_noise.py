@@ -14,7 +14,7 @@ from lightning_inversion.recovery.calibration import RISK, Calibration
 from lightning_inversion.recovery.held_out import held_out_prompts
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.rivals import NearTokens
-from lightning_inversion.transformer.prefix import KnownPrefix
+from lightning_inversion.transformer.prefix import FixedPrefix
 
 _log = logging.getLogger(__name__)
 _LENGTH = 6
@@ -53,9 +53,9 @@ class VocabularyFeatures:
         prompts = held_out_prompts(transformer, measurements.text, seed=3)[[0, -1], :_LENGTH]
         ids = torch.arange(transformer.embedding.vocabulary_size, device=prompts.device)
         row = torch.zeros(1, dtype=torch.long, device=prompts.device)
-        prefixes = [KnownPrefix(transformer, 1)]
+        prefixes = [FixedPrefix(transformer, 1)]
         for context in prompts:
-            prefixes.append(KnownPrefix(transformer, 1))
+            prefixes.append(FixedPrefix(transformer, 1))
             vectors = transformer.embedding(context[None])
             prefixes[-1].begin(row, vectors, row + len(context))
         parts = [
@@ -103,7 +103,9 @@ class HiddenTokens:
             middles.append(middle)
             usual.append(sizes.median())
             odd.append(~(sizes <= _ODD * usual[-1]))
-        self._middle, self._usual = torch.stack(middles), torch.stack(usual)
+        self._middle = torch.stack(middles[1:])
+        shift = _distances(self._middle[:1], self._middle[1], calibration.std[1])
+        self._usual = (torch.stack(usual[1:]).square() + shift.square()).sqrt()
         self._odd = torch.stack(odd)
         self._found: dict[tuple[int, bool], tuple[Tensor, bool]] = {}
 
@@ -145,8 +147,8 @@ class HiddenTokens:
 
     def _is_odd(self, target: Tensor) -> bool:
         """Whether a target ``[F]`` after other tokens is far from all usual features."""
-        squares = ((target - self._middle[1:]) / self.calibration.std[1]).square().sum(1)
-        return bool((squares > (_ODD * self._usual[1:]).square() + len(target)).any())
+        distances = _distances(self._middle, target, self.calibration.std[1])
+        return bool((distances.square() > (_ODD * self._usual).square() + len(target)).any())
 
     def _apart(self, token: int, first: bool) -> Tensor:
         """The smallest distance ``[V]`` to other tokens in the contexts where neither is odd.
@@ -175,7 +177,7 @@ class HiddenTokens:
         generator = torch.Generator().manual_seed(5)
         near = NearTokens.at(self.calibration, transformer.embedding)
         near.prepare(ids)
-        prefix = KnownPrefix(transformer, len(ids))
+        prefix = FixedPrefix(transformer, len(ids))
         shares = [torch.ones(1, device=ids.device)]
         for position in counted(range(ids.shape[1]), "comparing contexts"):
             right = ids[:, position].tolist()
