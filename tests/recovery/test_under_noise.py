@@ -67,9 +67,7 @@ def test_tokens_are_verified_under_strong_noise(
     monkeypatch.setattr(calibration, "_MANY_FEATURES", 0)
     ids = torch.randint(300, (6, 5), generator=torch.Generator().manual_seed(3))
     target = storage(measurements.transformer.features_of(ids), torch.Generator().manual_seed(4))
-    found = recover_prompts(
-        TokenRecovery(ProbeProposer()), measurements, Targets(target, [5] * 6)
-    )
+    found = recover_prompts(TokenRecovery(ProbeProposer()), measurements, Targets(target, [5] * 6))
     pairs = [
         (token, right)
         for prompt, row in zip(found, ids.tolist(), strict=True)
