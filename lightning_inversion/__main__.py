@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from lightning_inversion import __version__
-from lightning_inversion.cli.ending import end_process, exit_code
+from lightning_inversion.cli.ending import end_process, exit_code, open_streams
 from lightning_inversion.cli.options import (
     asked_help,
     check_files,
@@ -183,6 +183,7 @@ def _starting() -> Iterator[None]:
 
 def program() -> NoReturn:
     """Run the process's own command line; what the console script calls."""
+    open_streams()
     end_process(main())
 
 

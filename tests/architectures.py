@@ -35,13 +35,14 @@ _SIZES: dict[Any, str] = {
         qk_nope_head_dim qk_rope_head_dim v_head_dim index_head_dim mamba_n_heads mamba_d_head
         mamba_d_state mamba_chunk_size mamba_num_heads mamba_head_dim ssm_state_size state_size
         n_groups chunk_size mamba_headdim adapter_rank linear_key_head_dim linear_value_head_dim
-        kda_head_dim hidden_size_per_layer_input laurel_rank sliding_window attention_chunk_size""",
+        kda_head_dim linear_head_dim hidden_size_per_layer_input laurel_rank sliding_window
+        attention_chunk_size""",
     4: """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers
         num_decoder_layers num_encoder_layers num_blocks num_attention_heads n_head n_heads
         num_heads decoder_attention_heads encoder_attention_heads num_decoder_attention_heads
         num_encoder_attention_heads num_experts num_local_experts n_routed_experts moe_num_experts
         num_routed_experts mamba_dt_rank time_step_rank linear_num_value_heads linear_attn_num_heads
-        kda_num_heads""",
+        kda_num_heads linear_num_heads""",
     2: """num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts
         o_groups index_n_heads mamba_expand n_mamba_heads linear_num_key_heads max_window_layers""",
     1: """n_group topk_group num_expert_group mamba_n_groups mamba_ngroups first_k_dense_replace

@@ -189,12 +189,13 @@ class _Attribution:
                 f"{len(ids)} tokens are more than {choices.occlusion_limit} (occlusion_limit): "
                 "gradient x input alone, without occlusion."
             )
-        self.replacement = Replacement.named(tokenizer, choices.replacement)
+        vocabulary = ModelLimits.of(whole_model(model).config).vocabulary
+        self.replacement = Replacement.named(tokenizer, choices.replacement, vocabulary)
         if self.replacement.note and self.replaces:
             self._note(self.replacement.note)
         # Named tokens are looked up before anything is run.
         token, self._against = (
-            None if name is None else named_token(tokenizer, name, option)
+            None if name is None else named_token(tokenizer, name, option, vocabulary)
             for option, name in (("token", choices.token), ("against", choices.against))
         )
         reader = reader_of(model, choices.depth)

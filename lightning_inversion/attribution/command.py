@@ -18,13 +18,15 @@ from lightning_inversion.attribution.many_texts import Request, RowFile, run_tex
 from lightning_inversion.attribution.render import score_lines
 from lightning_inversion.attribution.replacement import Replacement
 from lightning_inversion.attribution.result import AttributionResult
-from lightning_inversion.data.texts import read_prompts
+from lightning_inversion.data.texts import ModelLimits, read_prompts
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_processes, check_writable
 from lightning_inversion.transformer.loading import WHAT_IS_LOADED, TransformerSpec
 from lightning_inversion.transformer.tokens import named_token
 
 _log = logging.getLogger(__name__)
+_MOST_LETTERS = 10_000_000
+"""Of a text on stdin, which may never end."""
 _STDIO = Path("-")
 _ROWS = "rows.jsonl"
 """The file of rows in a folder of pages."""
@@ -146,7 +148,12 @@ def _texts(options: Namespace) -> list[str]:
         )
     if options.prompts is not None:
         return read_prompts(options.prompts, "--prompts")
-    return [sys.stdin.read().removesuffix("\n") if options.text == str(_STDIO) else options.text]
+    if options.text != str(_STDIO):
+        return [options.text]
+    text = sys.stdin.read(_MOST_LETTERS + 1)
+    if len(text) > _MOST_LETTERS:
+        raise InputError(f"The text on stdin has over {_MOST_LETTERS} characters; shorten it.")
+    return [text.removesuffix("\n")]
 
 
 def _check_files(options: Namespace) -> None:
@@ -207,10 +214,11 @@ def _check_tokens(request: Request, texts: Sequence[str], file: Path | None) -> 
     """Check what needs the model's tokenizer and configuration, and no weights."""
     tokenizer, choices = request.spec.load_tokenizer(), request.choices
     config = request.spec.config()
+    vocabulary = ModelLimits.of(config).vocabulary
     for option, name in (("token", choices.token), ("against", choices.against)):
         if name is not None:
-            named_token(tokenizer, name, option)
-    Replacement.named(tokenizer, choices.replacement)
+            named_token(tokenizer, name, option, vocabulary)
+    Replacement.named(tokenizer, choices.replacement, vocabulary)
     for number, text in enumerate(texts, start=1):
         name = "The text" if file is None else f"--prompts {str(file)!r}, line {number}"
         encode(tokenizer, text, config, name)

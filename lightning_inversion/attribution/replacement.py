@@ -33,8 +33,13 @@ class Replacement:
     note: str = ""
 
     @classmethod
-    def named(cls, tokenizer: PreTrainedTokenizerBase, name: str) -> Replacement:
+    def named(cls, tokenizer: PreTrainedTokenizerBase, name: str, vocabulary: int) -> Replacement:
         """The replacement that an option names; 'pad', 'eos', 'unk', 'bos' fall back to each other.
+
+        Args:
+            tokenizer: of the model.
+            name: one of these, 'zero', or that of a token.
+            vocabulary: tokens that the model has embeddings for; a tokenizer may have more.
 
         Raises:
             InputError: the tokenizer has none of them, or `name` is not one token.
@@ -42,12 +47,12 @@ class Replacement:
         if name == "zero":
             return cls("a zero vector", None)
         if name not in _SPECIAL:
-            token = named_token(tokenizer, name, "replacement")
+            token = named_token(tokenizer, name, "replacement", vocabulary)
             return cls(repr(token_text(tokenizer, token)), token)
         for special in (name, *(other for other in _SPECIAL if other != name)):
             token_or_none = getattr(tokenizer, f"{special}_token_id")
-            if token_or_none is not None:
-                note = f"The tokenizer has no {name} token: {special} is used."
+            if token_or_none is not None and token_or_none < vocabulary:
+                note = f"The model has no {name} token: {special} is used."
                 text = f"{special} {token_text(tokenizer, token_or_none)!r}"
                 return cls(text, token_or_none, "" if special == name else note)
         raise InputError(

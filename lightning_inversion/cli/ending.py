@@ -9,6 +9,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning_inversion.errors import InputError, ProcessLostError
@@ -21,6 +23,21 @@ _asked_to_end: list[bool] = []
 """Not empty once a SIGTERM has ended a command of this process. Appending takes no lock, which a
 second signal could find held."""
 _NO_MEMORY = re.compile(r"can't allocate memory|CUDA out of memory|Cannot allocate memory")
+
+
+def open_streams() -> None:
+    """Make stdin, stdout and stderr usable, whatever the process was started with.
+
+    One that is closed is empty and takes all, and its number is no other file's. What an encoding
+    lacks is written as an escape.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            nothing = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, nothing)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def exit_code(name: str, command: Callable[[], int | None]) -> int:

@@ -155,7 +155,7 @@ class InversionCLI(LightningCLI):
         """Turn ``--ckpt_path last`` into the newest run, which ``fit`` and ``predict`` continue."""
         config = self.config[self.subcommand]
         compute_in_precision(config)
-        with wrong_values("--trainer", TypeError):
+        with wrong_values("--trainer", TypeError, RuntimeError):  # this one in a SLURM job
             share_prompts_out(config.trainer)
         root = Path(config.trainer.default_root_dir or ".") / "lightning_logs"
         if self.subcommand == "validate":
@@ -260,7 +260,7 @@ class InversionCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Report what the classes, Lightning's too, refuse as wrong input."""
-        with wrong_values():
+        with wrong_values("", RuntimeError):  # Lightning's, of two callbacks of one kind
             super().instantiate_classes()
 
     def after_instantiate_classes(self) -> None:

@@ -12,7 +12,14 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from lightning_inversion.cli.options import SHORT, check_names, unknown
 from lightning_inversion.errors import InputError
-from lightning_inversion.untrusted import MOST_LEVELS, HostileError, check_yaml, read_file
+from lightning_inversion.untrusted import (
+    MOST_LEVELS,
+    HostileError,
+    RepeatedKeyError,
+    check_yaml,
+    read_file,
+    read_yaml,
+)
 
 MOST_ENTRIES = 2000
 """Values in one list: jsonargparse takes a quarter of a minute for so many, a minute for twice."""
@@ -67,7 +74,9 @@ class OneSentenceParser(ArgumentParser):
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """Parse a file of options, once it is known that it ends and is not too large."""
         try:
-            check_yaml(read_file(Path(path)), MOST_ENTRIES)
+            text = read_file(Path(path))
+            check_yaml(text, MOST_ENTRIES)
+            _check_keys(text)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(
@@ -112,6 +121,16 @@ class OneSentenceParser(ArgumentParser):
         """The name of the command, the last word of its program's that is no placeholder."""
         words = [word for word in str(self.prog).split() if not word.startswith("[")]
         return " ".join(words[1:])
+
+
+def _check_keys(text: bytes) -> None:
+    """Raise RepeatedKeyError for a key that stands twice; what else is wrong is found later."""
+    try:
+        read_yaml(text)
+    except RepeatedKeyError:
+        raise
+    except ValueError:
+        return
 
 
 def _check_values(words: Sequence[str]) -> None:

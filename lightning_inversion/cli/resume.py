@@ -122,6 +122,8 @@ def unfinished_checkpoint(path: Path, trainer: Trainer, questions: Sequence[str]
     Raises:
         InputError: the checkpoint is of other prompts, or cannot be read and is of no run.
     """
+    if not path.name:
+        raise InputError(f"--ckpt_path {str(path)!r} is a folder; name a checkpoint, or last.")
     mine = strategy.checkpoint_of(str(path), strategy.rank_of(trainer))
     if strategy.rank_of(trainer) == 0:
         for rank in range(trainer.world_size, len(list(path.parent.glob("*"))) + 1):

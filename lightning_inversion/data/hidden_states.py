@@ -30,6 +30,7 @@ from lightning_inversion.data.layout import (
     Beside,
     Wanted,
     arrange,
+    check_dense,
     floating,
     named,
     rows_of_prompts,
@@ -95,7 +96,10 @@ def read_hidden_states(given: Any, wanted: Wanted) -> HiddenStates:
             reading is possible.
     """
     reader = _Reader(wanted)
-    prompts = reader.prompts(given, "", Beside())
+    try:
+        prompts = reader.prompts(given, "", Beside())
+    except RecursionError as error:
+        raise wanted.error(" holds itself, or is nested too deep; give tensors.") from error
     for number, prompt in enumerate(prompts, start=1):
         where = f"{wanted.where}: prompt {number}"
         if prompt.shape[1] != prompts[0].shape[1]:
@@ -187,6 +191,7 @@ class _Reader:
 
     def _tensor(self, value: Tensor | np.ndarray) -> Tensor:
         if isinstance(value, Tensor):
+            check_dense(self.wanted, value)
             return value.detach().cpu()
         if value.dtype.kind not in "fiub" or value.dtype.itemsize > 8:
             raise self.wanted.error(f" holds NumPy values of type {value.dtype}; store numbers.")
@@ -301,10 +306,11 @@ class _Reader:
         """Nested lists, as a server answers: [T, D], or the prompt [T, D] and [D] for each step."""
         try:
             if isinstance(given[0][0], Sequence) and not isinstance(given[-1][0], Sequence):
-                return self._of_tensor(torch.tensor([*given[0], *given[1:]]), name, beside)
-            return self._of_tensor(torch.tensor(given), name, beside)
+                given = [*given[0], *given[1:]]
+            tensor = torch.tensor(given)
         except (TypeError, ValueError, IndexError) as error:
             raise self.wanted.error(" holds lists of different lengths; give tensors.") from error
+        return self._of_tensor(tensor, name, beside)
 
     def _of_layers(self, tensors: list[Tensor], name: str, beside: Beside) -> list[Tensor]:
         depths = self.depths.of_layers(len(tensors), name)

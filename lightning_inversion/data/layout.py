@@ -153,10 +153,16 @@ def arrange(wanted: Wanted, tensor: Tensor, name: str, beside: Beside) -> Tensor
     return tensor
 
 
+def check_dense(wanted: Wanted, tensor: Tensor, name: str = "") -> None:
+    """Raise InputError for a tensor that is sparse, nested or quantised, or has no values."""
+    strided = tensor.layout == torch.strided and not tensor.is_nested
+    if not strided or tensor.is_meta or tensor.is_quantized:
+        raise wanted.error(f"{named(name)} is no dense tensor with values; save a plain one.")
+
+
 def floating(wanted: Wanted, tensor: Tensor, name: str) -> Tensor:
     """The tensor as floating point; integers are taken as its bits where the layout has a type."""
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        raise wanted.error(f"{named(name)} is no dense tensor with values; save a plain one.")
+    check_dense(wanted, tensor, name)
     tensor = tensor.detach()
     if tensor.is_floating_point():
         return tensor

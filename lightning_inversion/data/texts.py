@@ -47,6 +47,8 @@ def read_prompts(path: Path, option: str) -> list[str]:
         )
     try:
         lines = read_file(path).decode("utf-8-sig").split("\n")
+        if any("\0" in line for line in lines):  # UTF-16 of English letters is UTF-8 as well
+            raise ValueError("it has NUL characters, as UTF-16 has")
     except UnicodeDecodeError as error:
         raise InputError(f"{where} cannot be read: it is not UTF-8 text.") from error
     except (OSError, ValueError) as error:
@@ -95,10 +97,19 @@ class ModelLimits:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> ModelLimits:
-        """The limits in a model's configuration."""
+        """The limits in a model's configuration.
+
+        Raises:
+            InputError: it is of no language model.
+        """
         language = text_config(config)
         named = (getattr(config, name, None) for name in _PLACEHOLDERS)
         placeholders = frozenset(token for token in named if isinstance(token, int))
+        if not hasattr(language, "vocab_size"):
+            raise InputError(
+                f"--model.transformer.model: a model of type {config.model_type} has no "
+                "vocabulary; choose a causal language model."
+            )
         return cls(most_positions(config), language.vocab_size, placeholders)
 
     def check(self, ids: list[int]) -> None:

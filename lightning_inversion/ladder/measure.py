@@ -78,7 +78,7 @@ class Subject:
         noise = 0.0 if channel is None else channel.noise
         probe = LinearProbe.fit(transformer, text=text, noise=noise)
         calibration = Calibration.measure(transformer, probe, channel, text)
-        return Measurements(transformer, probe, calibration, language_model, text)
+        return Measurements(transformer, probe, calibration, language_model, text, channel=channel)
 
 
 def prompts_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.held_out import HeldOut, size_of
+from lightning_inversion.recovery.held_out import HeldOut, HeldOutRuns, size_of
 from lightning_inversion.transformer.linear_probe import LinearProbe
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
@@ -241,7 +241,7 @@ class Calibration:
         probe: LinearProbe,
         channel: Channel | None = None,
         text: Tensor | None = None,
-        seed: int = 1,
+        runs: HeldOutRuns | None = None,
     ) -> Calibration:
         """Run held-out prompts; decide by their residuals.
 
@@ -250,10 +250,11 @@ class Calibration:
             probe: for the std of each feature.
             channel: what has happened to the targets.
             text: ``[N, T]`` ids of text to use beside random tokens.
-            seed: of the random tokens and roundings.
+            runs: of the prompts, where they were run before.
         """
         stored = Tensor.clone if channel is None else channel.without_noise
-        kinds = HeldOut.measure(transformer, probe, stored, text, seed)
+        runs = runs or HeldOutRuns.measure(transformer, text)
+        kinds = HeldOut.measure(transformer, probe, stored, runs)
         parts = [_thresholds(kind) for kind in kinds]
         measured = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
         calibration = cls(mean=probe.mean, std=probe.std, **measured)

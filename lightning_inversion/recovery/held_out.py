@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,53 @@ _NEIGHBOURS = 15
 _RANDOM = 16
 _ROUNDINGS = 2
 """Draws of another rounding."""
+
+
+@dataclass(frozen=True)
+class HeldOutRuns:
+    """What a model makes of held-out prompts, before anything happens to the features.
+
+    Attributes:
+        first: ``[1 + roundings, M, 1, F]`` features of first tokens, as the model rounds, then as
+            others might.
+        prompts: ``[1 + roundings, N, T, F]`` the same of the prompts.
+        positions: ``[P]`` at which candidates were run in the prompts.
+        candidates: ``[P, N, K]`` the right token, its nearest neighbours and random tokens.
+        features: ``[P, N, K, F]`` of the candidates.
+    """
+
+    first: Tensor
+    prompts: Tensor
+    positions: Tensor
+    candidates: Tensor
+    features: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def measure(
+        cls, transformer: TruncatedTransformer, text: Tensor | None = None, seed: int = 1
+    ) -> HeldOutRuns:
+        """Run prompts whole, with other roundings, and token by token.
+
+        Args:
+            transformer: the frozen model; one that is not causal runs candidates in whole prompts.
+            text: ``[N, T]`` ids of text to use beside random tokens.
+            seed: of the random tokens and roundings.
+        """
+        ids = held_out_prompts(transformer, text, seed)
+        first = _roundings(transformer, _first_tokens(transformer, seed), seed)
+        prompts = _roundings(transformer, ids, seed)
+        positions, *parts = zip(*_runs(transformer, ids, seed), strict=True)
+        return cls(first, prompts, ids.new_tensor(positions), *map(torch.stack, parts))
+
+    def of_slice(self, features: slice) -> HeldOutRuns:
+        """The runs with a slice of the features."""
+        return replace(
+            self,
+            first=self.first[..., features],
+            prompts=self.prompts[..., features],
+            features=self.features[..., features],
+        )
 
 
 @dataclass(frozen=True)
@@ -57,27 +104,25 @@ class HeldOut:
         transformer: TruncatedTransformer,
         probe: LinearProbe,
         stored: Callable[[Tensor], Tensor],
-        text: Tensor | None,
-        seed: int,
+        runs: HeldOutRuns,
     ) -> list[HeldOut]:
-        """Run prompts whole, with other roundings, and token by token; for each kind of position.
+        """Compare what held-out prompts gave, for each kind of position.
 
-        A model that is not causal runs them whole twice, alone and beside others. ``stored`` is
-        what has happened to features ``[..., F]``; see ``Calibration.measure`` for the others.
+        ``stored`` is what has happened to features ``[..., F]`` of targets.
         """
-        ids = held_out_prompts(transformer, text, seed)
-        runs = (_roundings(transformer, _first_tokens(transformer, seed), seed),
-                _roundings(transformer, ids, seed))  # fmt: skip
+        whole = (runs.first, runs.prompts)
         errors = [
             ((run[1:] - run[:1])[:, :, kind:] / probe.std[kind]).flatten(0, 2).nan_to_num(0, 0, 0)
-            for kind, run in enumerate(runs)
+            for kind, run in enumerate(whole)
         ]
         left_out = [_most_erring(some, transformer.dtype) for some in errors]
-        first, targets = map(stored, runs)
+        first, targets = map(stored, whole)
         found: list[tuple[list[Tensor], ...]] = [([], [], [], []), ([], [], [], [])]
-        found[0][0].append(size_of((runs[0][:1] - first) / probe.std[0], left_out[0]).flatten())
-        first_duplicate = transformer.embedding.first_duplicate.to(ids.device)
-        for position, candidates, features in _runs(transformer, ids, seed):
+        found[0][0].append(size_of((runs.first[:1] - first) / probe.std[0], left_out[0]).flatten())
+        first_duplicate = transformer.embedding.first_duplicate.to(transformer.device)
+        for position, candidates, features in zip(
+            runs.positions.tolist(), runs.candidates, runs.features, strict=True
+        ):
             kind = min(position, 1)
             right, wrong, drawn, gains = found[kind]
             difference = (features - targets[:, :, position, None]) / probe.std[kind]

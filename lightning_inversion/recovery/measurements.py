@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, is_dataclass
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from lightning_inversion.recovery.calibration import Calibration, Channel
+from lightning_inversion.recovery.held_out import HeldOutRuns
 from lightning_inversion.recovery.recognition import recognised
 from lightning_inversion.transformer.cached import kept
 from lightning_inversion.transformer.language_model import LanguageModel, own_text
-from lightning_inversion.transformer.linear_probe import LinearProbe
+from lightning_inversion.transformer.linear_probe import LinearProbe, Moments
+from lightning_inversion.transformer.selection import slice_of
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 _log = logging.getLogger(__name__)
+_NARROW = 1024
+"""Features up to which sums and features of runs are kept; those of wide models take gigabytes."""
 T = TypeVar("T")
 
 
@@ -44,6 +49,7 @@ class Measurements:
         text: ``[N, T]`` ids that it wrote; None without it.
         identity: what they were measured of, by which the cache folder keeps them; None where it
             does not.
+        channel: what has happened to the targets.
     """
 
     transformer: TruncatedTransformer
@@ -52,6 +58,7 @@ class Measurements:
     language_model: LanguageModel | None = None
     text: Tensor | None = None
     identity: dict[str, Any] | None = None
+    channel: Channel | None = None
     _derived: dict[type, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def derived(self, kind: type[D]) -> D:
@@ -62,7 +69,10 @@ class Measurements:
         return found
 
     def kept(self, kind: type[T], build: Callable[[], T], *tensors: Tensor | None) -> T:
-        """What ``build`` computes from the model and from tensors, kept in the cache folder."""
+        """What ``build`` computes from the model and from tensors, kept in the cache folder.
+
+        The tensors tell apart what is computed of one model: name all that it depends on.
+        """
         return _kept(self.identity, kind, build, self.transformer, tensors=_digest(*tensors))
 
     @classmethod
@@ -83,14 +93,15 @@ class Measurements:
         text = None if language_model is None else own_text(language_model)
         noise = 0.0 if channel is None else channel.noise
         identity, digest = recognised(transformer), _digest(text)
+        runs = _Runs(transformer)
 
         def fit() -> LinearProbe:
             _log.info("fitting the linear probe from hidden states to embeddings ...")
-            return LinearProbe.fit(transformer, text=text, noise=noise)
+            return LinearProbe.fit(transformer, text=text, noise=noise, sums=runs.moments)
 
         def calibrate() -> Calibration:
             _log.info("calibrating verification thresholds ...")
-            return Calibration.measure(transformer, probe, channel, text)
+            return Calibration.measure(transformer, probe, channel, text, runs.held_out(text))
 
         probe = _kept(identity, LinearProbe, fit, transformer, text=digest, noise=noise)
         plain = channel is None or is_dataclass(channel)
@@ -98,7 +109,44 @@ class Measurements:
             identity if plain else None, Calibration, calibrate, transformer,
             text=digest, channel=None if channel is None else repr(channel),
         )  # fmt: skip
-        return cls(transformer, probe, calibration, language_model, text, identity)
+        return cls(transformer, probe, calibration, language_model, text, identity, channel)
+
+
+class _Runs:
+    """What a model was run on to be measured, for every channel and slice of its features.
+
+    Args:
+        transformer: the frozen model.
+    """
+
+    def __init__(self, transformer: TruncatedTransformer) -> None:
+        cut = transformer.selection.features
+        self._slice = slice(None) if cut is None else slice_of(cut)
+        self._whole = transformer if cut is None else transformer.uncut()
+
+    @cached_property
+    def _identity(self) -> dict[str, Any] | None:
+        return recognised(self._whole) if self._whole.feature_size <= _NARROW else None
+
+    def moments(
+        self, transformer: TruncatedTransformer, sequences: Sequence[Tensor], first: int
+    ) -> Moments:
+        """``Moments.of`` ids."""
+        whole = self._whole
+        found = _kept(
+            self._identity, Moments, lambda: Moments.of(whole, sequences, first), whole,
+            ids=_digest(*sequences), first=first,
+        )  # fmt: skip
+        return found.of_slice(self._slice)
+
+    def held_out(self, text: Tensor | None) -> HeldOutRuns:
+        """Held-out prompts, half of them of text ``[N, T]``."""
+        whole = self._whole
+        found = _kept(
+            self._identity, HeldOutRuns, lambda: HeldOutRuns.measure(whole, text), whole,
+            text=_digest(text),
+        )  # fmt: skip
+        return found.of_slice(self._slice)
 
 
 def _kept(

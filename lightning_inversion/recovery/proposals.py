@@ -52,9 +52,11 @@ class Proposals(ABC):
     Attributes:
         stages: rounds at a position after which those that follow are proposed in the same way;
             rows at different stages are not run together.
+        slow: whether its scores cost more than running a few candidates.
     """
 
     stages: int = 1
+    slow: bool = False
 
     def __init__(self, search: OpenPositions, name: str) -> None:
         self.search, self.name = search, name
@@ -180,6 +182,8 @@ class _Prior(Proposals):
         assert language_model is not None
         rows, device = len(search.target), search.target.device
         self._uniform_share = uniform_share
+        # Each token that it sees runs through all blocks, a candidate through those that are kept.
+        self.slow = 2 * search.transformer.depth <= language_model.layers
         self._continuations = Continuations(language_model, rows)
         self._begun = torch.zeros(rows, dtype=torch.bool, device=device)
         # By how much likelier each prompt is as text than as tokens drawn evenly: the log.
@@ -322,11 +326,11 @@ class MixedProposals(Proposals):
         return next((candidates for candidates in found if candidates is not None), None)
 
     def scores(self, rows: Tensor) -> Tensor:
-        return torch.stack([part.scores(rows) for part in self._summed()]).sum(0)
+        return torch.stack([part.scores(rows) for part in self._summed(rows)]).sum(0)
 
     def propose(self, rows: Tensor, count: int) -> Candidates:
         """The best tokens by the sum, then each part's own best."""
-        summed = self._summed()
+        summed = self._summed(rows)
         ready = [*summed, *(part for part in self._ready(rows) if part not in summed)]
         scores = [part.scores(rows) for part in ready]
         tried = self.search.tried[rows]
@@ -346,11 +350,18 @@ class MixedProposals(Proposals):
         """The rounds that have failed at the position of each of ``rows``, at least."""
         return int(self.search.rounds[rows].min())
 
-    def _summed(self) -> list[Proposals]:
+    def _summed(self, rows: Tensor) -> list[Proposals]:
         """The parts whose log-likelihoods are summed: those that rank tokens from the beginning."""
-        first = min(self.waits)
-        return [part for part, waits in zip(self.parts, self.waits, strict=True) if waits == first]
+        return self._that_have_waited(rows, min(self.waits))
 
     def _ready(self, rows: Tensor) -> list[Proposals]:
-        failed = self._failed(rows)
-        return [part for part, waits in zip(self.parts, self.waits, strict=True) if waits <= failed]
+        return self._that_have_waited(rows, self._failed(rows))
+
+    def _that_have_waited(self, rows: Tensor, rounds: int) -> list[Proposals]:
+        """The parts that wait for so many rounds at most; slow ones wait for one where others can
+        name the first candidates."""
+        parts = [
+            part for part, waits in zip(self.parts, self.waits, strict=True) if waits <= rounds
+        ]
+        quick = [part for part in parts if not part.slow]
+        return parts if self._failed(rows) or not quick else quick

@@ -56,6 +56,15 @@ class ReadingScale:
     share_beside_prior: float
 
     @classmethod
+    def kept(cls, measurements: Measurements) -> ReadingScale:
+        """Read them from the cache folder, or measure them once.
+
+        They depend on the text, without which there is no prior, and on noise, as the probe does.
+        """
+        of = measurements.probe.matrix, measurements.text
+        return measurements.kept(cls, lambda: cls.of(measurements), *of)
+
+    @classmethod
     @torch.no_grad()
     def of(cls, measurements: Measurements) -> ReadingScale:
         """Measure them on the model's own text, or on random tokens, by a probe fitted on others.
@@ -63,19 +72,25 @@ class ReadingScale:
         The temperature and the share are those under which the right tokens are likeliest.
         """
         transformer, text = measurements.transformer, measurements.text
+        channel = measurements.channel
+        noise = 0.0 if channel is None else channel.noise
+        drawn = torch.Generator().manual_seed(11)
         if text is None:
             generator = torch.Generator().manual_seed(6)
             size = (64, 16)
             text = torch.randint(transformer.embedding.vocabulary_size, size, generator=generator)
         held = max(1, round(_HELD_OUT * len(text)))
         fitted = None if measurements.text is None else text[:-held]
-        probe = LinearProbe.fit(transformer, text=fitted)
+        probe = LinearProbe.fit(transformer, text=fitted, noise=noise)
         ranking = ProbeRanking(replace(measurements, probe=probe))
         grid = [(t, share) for t in _TEMPERATURES for share in _SHARES]
         alone, beside = torch.zeros(2, len(grid), dtype=torch.float64)
         rows = max(1, min(held, -(-_POSITIONS // (text.shape[1] - 1))))
         for ids in text[-rows:, None].to(transformer.device):
             features = transformer.features_of(ids)[0, 1:]
+            if channel is not None:
+                added = noise * torch.randn(features.shape, generator=drawn).to(features)
+                features = channel.without_noise(features + added)
             prior = None
             if measurements.language_model is not None:
                 prior = _prior(measurements.language_model.log_probabilities(ids)[0, :-1])
@@ -113,7 +128,7 @@ class Reading(RecoveryPolicy):
         self, measurements: Measurements, targets: Targets
     ) -> Iterator[list[RecoveredPrompt]]:
         """Read B prompts; see ``RecoveryPolicy``. Rows of known tokens are left out."""
-        scale = measurements.kept(ReadingScale, lambda: ReadingScale.of(measurements))
+        scale = ReadingScale.kept(measurements)
         ranking = measurements.derived(ProbeRanking)
         prompts = [RecoveredPrompt(known=targets.known) for _ in targets.lengths]
         given = len(targets.known)

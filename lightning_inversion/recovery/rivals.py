@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -106,7 +107,8 @@ class NearTokens:
             ordered = [self._nearest(one, some) for one, some in zip(ids, shortlist, strict=True)]
             return [_Found(near[: self.count], far, torch.inf) for near, far in ordered]
         crowded = (nearness >= 0).sum(1) > 4 * _MOST
-        shortlists = zip(*self._shortlists(ids[crowded]), strict=True)
+        some = ids[crowded]  # of most tokens none
+        shortlists = zip(*self._shortlists(some), strict=True) if len(some) else iter(())
         found = []
         for token, near, many in zip(ids, nearness, crowded.tolist(), strict=True):
             others, reach = (near >= 0).nonzero()[:, 0], self.radius
@@ -116,16 +118,20 @@ class NearTokens:
             found.append(self._within(token, others, reach))
         return found
 
+    @cached_property
+    def _half_squares(self) -> Tensor:
+        """Half the square ``[V, 1]`` of each vector."""
+        parts = torch.split(self.vectors, 8192)
+        return torch.cat([rows.float().square().sum(1, keepdim=True) / 2 for rows in parts])
+
     def _shortlists(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest 2048 tokens ``[R, N]`` of each, and a distance ``[R]`` below all others'.
 
         Where projections leave many tokens, one product with all vectors is as good as exact.
         """
         own = self.vectors[ids].float()
-        nearness = torch.cat([
-            rows.float() @ own.T - rows.float().square().sum(1, keepdim=True) / 2
-            for rows in torch.split(self.vectors, 8192)
-        ])  # fmt: skip
+        nearness = torch.cat([rows.float() @ own.T for rows in torch.split(self.vectors, 8192)])
+        nearness -= self._half_squares
         nearness = nearness.scatter(0, ids[None], -torch.inf).T
         values, shortlist = best_tokens(nearness, min(4 * _MOST, nearness.shape[1] - 1))
         squares = own.square().sum(1)

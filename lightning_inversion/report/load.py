@@ -7,6 +7,7 @@ memory because the table keeps one letter per token instead.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -145,7 +146,8 @@ def _begun(path: Path) -> float:
 def _events(path: Path) -> Iterator[Any]:
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-    yield from LegacyEventFileLoader(str(path)).Load()
+    if path.is_file():  # a pipe would never end
+        yield from LegacyEventFileLoader(str(path)).Load()
 
 
 def _logged(path: Path) -> Iterator[tuple[str, int, float]]:
@@ -163,7 +165,7 @@ def _result_files(paths: Sequence[Path], labels: Sequence[str]) -> dict[Path, st
         if not path.exists():
             raise InputError(f"{str(path)!r} does not exist; give a folder of runs, or a file.")
         for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-            found.setdefault(file.resolve(), (file, str(label)))
+            found.setdefault(Path(os.path.realpath(file)), (file, str(label)))
     return dict(found.values())
 
 

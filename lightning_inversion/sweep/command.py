@@ -109,10 +109,10 @@ def root_of(arguments: Sequence[str]) -> Path:
 
 def print_cells(sweep: Sweep) -> None:
     """List the cells on stdout, with what is done."""
-    left = sweep.unfinished()
+    left = {cell.name for cell in sweep.unfinished()}
     print(printable(str(sweep.path)))
     for cell in sweep.cells:
-        done = "" if cell in left else ": done"
+        done = "" if cell.name in left else ": done"
         print(printable(f"  {cell.name}{done}\n    {cell.command} {shlex.join(cell.arguments)}"))
     print(f"{len(left)} of {len(sweep.cells)} cells to run")
 

@@ -53,6 +53,19 @@ class Cell:
     arguments: tuple[str, ...]
     values: dict[str, str] = field(hash=False)
 
+    @property
+    def seed(self) -> int | None:
+        """The seed that its arguments give, where it is a plain number that any run can have."""
+        given = [one for one in self.arguments if one.startswith(f"--{SEED}=")]
+        text = given[-1].partition("=")[2] if given else ""
+        return int(text) if re.fullmatch(r"0|[1-9][0-9]{0,8}", text) else None
+
+    def apart_from_seed(self) -> tuple[str, tuple[str, ...]]:
+        """What it has in common with the same run of another seed."""
+        seed = f"--{SEED}={self.seed}"
+        plain = self.seed is not None
+        return self.command, tuple(x for x in self.arguments if not (plain and x == seed))
+
     @classmethod
     def from_record(cls, record: Any) -> Cell:
         """The cell that a JSON object describes.

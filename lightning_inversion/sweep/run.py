@@ -27,13 +27,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_inversion.cli.ending import ended_by_sigterm
 from lightning_inversion.cli.lightning import InversionCLI
-from lightning_inversion.cli.resume import differences, read_settings
+from lightning_inversion.cli.resume import deciding, differences, read_settings
 from lightning_inversion.cli.trainer import quiet_lightning
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_of, claimed, readable_time
 from lightning_inversion.module import InputInversion
 from lightning_inversion.results import FILE, FITTED, PREDICTED, ResultRow, read_rows
-from lightning_inversion.sweep.grid import Cell, check_count
+from lightning_inversion.sweep.grid import SEED, Cell, check_count
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.shared import SharedModels
 from lightning_inversion.untrusted import read_file, read_json
@@ -158,26 +158,42 @@ def spec_of(command: str, arguments: Sequence[str]) -> TransformerSpec:
 
 
 def check(sweep: Sweep) -> list[TransformerSpec]:
-    """Parse and check every cell before the first one runs; returns the specs of their models.
+    """Check every cell before the first one runs; returns the specs of their models.
+
+    Half a second is needed to check one, so cells that differ in a seed alone are checked once.
 
     Raises:
         InputError: a cell's options are wrong, or its folder holds a run with others.
     """
     quiet_lightning()
-    specs = []
+    alike: dict[Any, list[Cell]] = {}
     for cell in sweep.cells:
-        run = _Checked(_arguments(sweep, cell))
-        stored = sweep.folder(cell) / (PREDICTED if cell.command == "predict" else FITTED)
-        if stored.exists():
-            different = differences(read_settings(stored), run.settings())
-            if different:
-                raise InputError(
-                    f"{str(stored.parent)!r} was made with another {different[0]}; "
-                    "give the sweep another --name, or remove the folder."
-                )
-        run.check_folder(sweep.folder(cell))
+        alike.setdefault(cell.apart_from_seed(), []).append(cell)
+    specs = []
+    for cells in alike.values():
+        run = _Checked(_arguments(sweep, cells[0]))
         specs.append(run.model.spec)
+        settings = run.settings()
+        for cell in cells:
+            if sweep.folder(cell).exists():
+                seed = settings[SEED] if cell.seed is None else cell.seed
+                _check_folder(sweep.folder(cell), run, {**settings, SEED: seed})
     return specs
+
+
+def _check_folder(folder: Path, run: InversionCLI, settings: dict[str, Any]) -> None:
+    """Refuse the folder of a run that was made with other settings or prompts."""
+    command = run.subcommand
+    assert command is not None
+    stored = folder / (PREDICTED if command == "predict" else FITTED)
+    different = differences(read_settings(stored), settings) if stored.exists() else []
+    if different:
+        raise InputError(
+            f"{str(folder)!r} was made with another {different[0]}; "
+            "give the sweep another --name, or remove the folder."
+        )
+    run.writer.asked = deciding(command, settings)
+    run.check_folder(folder)
 
 
 def _arguments(sweep: Sweep, cell: Cell) -> list[str]:

@@ -10,7 +10,8 @@ are massive, and the covariance of its errors gives each token's likelihood.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +35,74 @@ _SMALLEST_STD = 1e-6
 _SMALLEST_ERROR = 1e-3
 """Variance of the error in any direction at least, as a share of the mean: a guess that looks
 perfect on what it was fitted on is not so elsewhere."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over tokens and their features, from which a probe follows for any noise.
+
+    Attributes:
+        count: ``[]`` tokens.
+        features: ``[F]`` sum of the features.
+        squares: ``[F, F]`` sum of their products with each other.
+        products: ``[F, D]`` sum of their products with embeddings.
+        embeddings: ``[D]`` sum of the embeddings.
+        variation: ``[D, D]`` sum of their products with each other.
+    """
+
+    count: Tensor
+    features: Tensor
+    squares: Tensor
+    products: Tensor
+    embeddings: Tensor
+    variation: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, transformer: TruncatedTransformer, sequences: Sequence[Tensor], first: int
+    ) -> Moments:
+        """Run ids ``[N, T]`` each; their tokens from position ``first`` on count, in float64."""
+        device = transformer.device
+        F, D = transformer.feature_size, transformer.embedding.width
+        shapes = ((), (F,), (F, F), (F, D), (D,), (D, D))
+        found = cls(*(torch.zeros(one, dtype=torch.float64, device=device) for one in shapes))
+        chunks = [
+            chunk
+            for ids in sequences
+            for chunk in torch.split(ids.to(device), max(1, TOKENS_AT_A_TIME // ids.shape[1]))
+        ]
+        for chunk in counted(chunks, "fitting the linear probe"):
+            vectors = transformer.embedding(chunk)
+            x = transformer(vectors)[:, first:].reshape(-1, F).double()
+            y = vectors[:, first:].reshape(-1, D).double()
+            finite = x.isfinite().all(1)  # a few tokens may overflow float16
+            x, y = x[finite], y[finite]
+            found.count.add_(len(x))
+            found.features.add_(x.sum(0))
+            found.squares.addmm_(x.T, x)
+            found.products.addmm_(x.T, y)
+            found.embeddings.add_(y.sum(0))
+            found.variation.addmm_(y.T, y)
+        return found
+
+    def add_(self, other: Moments) -> Moments:
+        """Add the sums of other tokens, in place."""
+        for field in fields(self):
+            getattr(self, field.name).add_(getattr(other, field.name))
+        return self
+
+    def of_slice(self, features: slice) -> Moments:
+        """The sums of a slice of the features."""
+        return replace(
+            self,
+            features=self.features[features],
+            squares=self.squares[features, features],
+            products=self.products[features],
+        )
+
+
+Sums = Callable[["TruncatedTransformer", Sequence[Tensor], int], Moments]
 
 
 @dataclass(frozen=True)
@@ -92,6 +161,7 @@ class LinearProbe:
         seed: int = 0,
         text: Tensor | None = None,
         noise: float = 0.0,
+        sums: Sums = Moments.of,
     ) -> LinearProbe:
         """Fit on random tokens: 16,384 later ones and 4,096 first ones, more for wide features.
 
@@ -106,18 +176,19 @@ class LinearProbe:
             text: ``[N, T]`` ids of text to fit on in place of half of the tokens drawn as in text.
             noise: std of the Gaussian noise in the features that the probe is for. The probe then
                 reads the features in which a token stands out from it (a Wiener filter).
+            sums: gives the moments of ids; ``Moments.of`` runs them.
         """
         generator = torch.Generator().manual_seed(seed)
         enough = max(4096, 2 * transformer.feature_size)
         vocabulary = transformer.embedding.vocabulary_size
         singles = torch.randint(vocabulary, (enough, 1), generator=generator)
         sequences = torch.randint(vocabulary, (2 * enough // _LENGTH, _LENGTH), generator=generator)
-        first = _regression(transformer, [singles], slice(0, None), noise)
-        count = 2 * enough if text is None else enough
-        frequent = _as_frequent_as_in_text(vocabulary, count, generator)
+        frequent, more = _as_frequent_as_in_text(vocabulary, 2 * enough, generator).chunk(2)
         most = most_positions(transformer.model.config)
-        read = [ids[:, :most] for ids in (sequences, frequent, text) if ids is not None]
-        later = _regression(transformer, read, slice(1, None), noise)
+        drawn = sums(transformer, [sequences[:, :most], frequent[:, :most]], 1)
+        added = sums(transformer, [(more if text is None else text)[:, :most]], 1)
+        first = _regression(sums(transformer, [singles], 0), noise)
+        later = _regression(drawn.add_(added), noise)
         return cls(*(torch.stack(pair) for pair in zip(first, later, strict=True)))
 
 
@@ -130,44 +201,17 @@ def _as_frequent_as_in_text(vocabulary: int, tokens: int, generator: torch.Gener
     return ((vocabulary + 1.0) ** even).long().sub(1).clamp(max=vocabulary - 1)
 
 
-def _regression(
-    transformer: TruncatedTransformer, sequences: list[Tensor], positions: slice, noise: float
-) -> tuple[Tensor, ...]:
-    """A probe's parts for one kind of position, from sums over chunks of tokens."""
-    device = transformer.device
-    F, D = transformer.feature_size, transformer.embedding.width
-    count = 0
-    sums = torch.zeros(F, dtype=torch.float64, device=device)
-    squares = torch.zeros(F, F, dtype=torch.float64, device=device)
-    products = torch.zeros(F, D, dtype=torch.float64, device=device)
-    embeds = torch.zeros(D, dtype=torch.float64, device=device)
-    variation = torch.zeros(D, D, dtype=torch.float64, device=device)
-    chunks = [
-        chunk
-        for ids in sequences
-        for chunk in torch.split(ids.to(device), max(1, TOKENS_AT_A_TIME // ids.shape[1]))
-    ]
-    for chunk in counted(chunks, "fitting the linear probe"):
-        vectors = transformer.embedding(chunk)
-        x = transformer(vectors)[:, positions].reshape(-1, F).double()
-        y = vectors[:, positions].reshape(-1, D).double()
-        finite = x.isfinite().all(1)  # a few tokens may overflow float16
-        x, y = x[finite], y[finite]
-        count += len(x)
-        sums += x.sum(0)
-        squares.addmm_(x.T, x)
-        products.addmm_(x.T, y)
-        embeds += y.sum(0)
-        variation.addmm_(y.T, y)
-    mean, bias = sums / count, embeds / count
+def _regression(sums: Moments, noise: float) -> tuple[Tensor, ...]:
+    """A probe's parts for one kind of position; the sums are used up."""
+    mean, bias = sums.features / sums.count, sums.embeddings / sums.count
     # In place, as a wide model's matrix in float64 takes hundreds of megabytes.
-    covariance = squares.div_(count).sub_(torch.outer(mean, mean))
+    covariance = sums.squares.div_(sums.count).sub_(torch.outer(mean, mean))
     std = covariance.diagonal().clamp_min(0).sqrt() + _SMALLEST_STD
     correlation = covariance.div_(torch.outer(std, std))
     correlation.diagonal().add_(_RIDGE + (noise / std).square())
-    shared = products.div_(count).sub_(torch.outer(mean, bias)).div_(std[:, None])
+    shared = sums.products.div_(sums.count).sub_(torch.outer(mean, bias)).div_(std[:, None])
     matrix = torch.linalg.solve(correlation, shared)
-    variation.div_(count).sub_(torch.outer(bias, bias))
+    variation = sums.variation.div_(sums.count).sub_(torch.outer(bias, bias))
     split = _signal_and_error(variation, variation - shared.T @ matrix)
     return tuple(part.float() for part in (mean, std, matrix, bias, *split))
 

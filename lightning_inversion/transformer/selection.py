@@ -74,10 +74,11 @@ class Selection:
                 f"were asked for and the model has {total}; choose {total} or fewer."
             )
         size = text_config(config).hidden_size * len(chosen)
-        if features is not None and not range(size)[slice_of(features)]:
+        chosen_features = slice_of(features) if features is not None else slice(None)
+        if not range(size)[chosen_features] or (chosen_features.stop or 0) > size:
             raise InputError(
-                f"--model.transformer.features: {features!r} selects nothing of {size} "
-                f"features; choose a slice within 0:{size}."
+                f"--model.transformer.features: {features!r} is not within {size} features, or "
+                f"selects none; choose a slice within 0:{size}."
             )
         return cls(chosen, features, final_norm, output=output)
 

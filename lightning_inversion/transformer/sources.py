@@ -24,6 +24,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,11 @@ def check_source(name: str, revision: str | None = None) -> None:
         if not _path(name).is_file():
             raise InputError(f"{OPTION}: there is no file {name!r}; give the path of a .gguf file.")
     elif name and _is_folder(name):
+        if (_path(name) / "adapter_config.json").exists():
+            raise InputError(
+                f"{OPTION}: the folder {name!r} holds an adapter of a model; merge it into the "
+                "model (merge_and_unload of peft), and give the folder of what comes out."
+            )
         if not (_path(name) / "config.json").is_file():
             raise InputError(
                 f"{OPTION}: the folder {name!r} holds no config.json; "
@@ -104,6 +110,11 @@ def check_source(name: str, revision: str | None = None) -> None:
                 raise InputError(
                     f"{OPTION}: {str(file)!r} cannot be read: {error.strerror}; remove it."
                 ) from error
+    elif name and _path(name).is_file():
+        raise InputError(
+            f"{OPTION}: {name!r} is a file, and no .gguf file; give the folder that "
+            "save_pretrained wrote."
+        )
     elif not _HUB_ID.fullmatch(name):
         raise InputError(
             f"{OPTION}: {name!r} is neither a folder, nor a .gguf file, nor the id of a model on "
@@ -339,8 +350,10 @@ def is_converted(folder: Path) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    line = (str(error).strip().splitlines() or [""])[0]
+    """The first line of an error's message and what it announces; its type where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    announcing = len(list(takewhile(lambda line: line.endswith(":"), lines)))
+    line = " ".join(lines[: announcing + 1])
     return line if " " in line else f"{type(error).__name__} {line}".strip()
 
 

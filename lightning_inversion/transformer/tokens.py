@@ -75,28 +75,35 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     return decoded(tokenizer, [token])
 
 
-def named_token(tokenizer: PreTrainedTokenizerBase, name: str, option: str) -> int:
+def named_token(tokenizer: PreTrainedTokenizerBase, name: str, option: str, vocabulary: int) -> int:
     """The id of one token.
 
     Args:
         tokenizer: of the model.
         name: the token's text, or id:NUMBER.
         option: the option of the command line that names it, for messages.
+        vocabulary: tokens that the model has embeddings for.
 
     Raises:
-        InputError: the name is not that of one token.
+        InputError: the name is not that of one token, or the model has no such token.
     """
     if name.startswith("id:"):
         number = name.removeprefix("id:")
-        if not number.isdecimal() or len(number) > 9 or int(number) >= len(tokenizer):
+        known = min(len(tokenizer), vocabulary)
+        if not number.isdecimal() or len(number) > 9 or int(number) >= known:
             raise InputError(
                 f"--{option} {name!r} is not the id of a token; "
-                f"give a number from id:0 to id:{len(tokenizer) - 1}."
+                f"give a number from id:0 to id:{known - 1}."
             )
         return int(number)
     if not is_text(name):
         raise InputError(f"--{option} {name!r} has a byte that is no UTF-8; correct it.")
     ids = tokenizer.encode(name, add_special_tokens=False)
+    if len(ids) == 1 and ids[0] >= vocabulary:
+        raise InputError(
+            f"--{option} {name!r} is token {ids[0]}, and the model has embeddings for tokens 0 to "
+            f"{vocabulary - 1}; give another."
+        )
     if len(ids) == 1:
         return int(ids[0])
     parts = ", ".join(repr(token_text(tokenizer, part)) for part in ids[:8])

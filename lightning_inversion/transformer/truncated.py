@@ -144,8 +144,16 @@ class TruncatedTransformer(nn.Module):
 
     def centred(self) -> TruncatedTransformer:
         """The same model, whose features lose their mean over the features; it shares all parts."""
+        return self._selecting(replace(self.selection, centred=True))
+
+    def uncut(self) -> TruncatedTransformer:
+        """The same model, without the slice of its features; it shares all parts."""
+        return self._selecting(replace(self.selection, features=None))
+
+    def _selecting(self, selection: Selection) -> TruncatedTransformer:
         other = copy(self)
-        other.selection = replace(self.selection, centred=True)
+        other.selection = selection
+        other.__dict__.pop("feature_size", None)  # the only cached value that follows from it
         return other
 
     def train(self, mode: bool = True) -> TruncatedTransformer:

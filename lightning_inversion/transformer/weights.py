@@ -133,21 +133,22 @@ def readable(model: str) -> Iterator[None]:
 def _check_complete(
     name: str, model: PreTrainedModel, report: dict[str, Any], depth: int | None
 ) -> None:
-    """Weights that a file lacks are drawn at random by transformers: never silently.
+    """Weights that a file lacks, or has in another shape, are drawn at random by transformers.
 
     With `depth` a head is not used, and need not be there.
     """
     used = model if depth is None else without_head(model)
     path = next(path for path, module in model.named_modules() if module is used)
     prefix = f"{path}." if path else ""
-    lacking = sorted(
-        str(key)
-        for kind in ("missing_keys", "mismatched_keys")
-        for key in report[kind]
-        if str(key).startswith(prefix)
-    )
+    lacking = sorted(key for key in report["missing_keys"] if key.startswith(prefix))
     if lacking:
         raise InputError(
             f"--model.transformer.model: {name!r} lacks {len(lacking)} weights, "
             f"{lacking[0]} the first; give a complete model, or ask for untrained weights."
         )
+    for key, stored, built in sorted(report["mismatched_keys"]):
+        if key.startswith(prefix):
+            raise InputError(
+                f"--model.transformer.model: {name!r} stores {key} in shape {list(stored)}, and "
+                f"its config.json asks for {list(built)}; correct its config.json."
+            )

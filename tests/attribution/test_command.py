@@ -73,6 +73,9 @@ def test_pipes(
     printed = capsys.readouterr()
     assert json.loads(printed.out)["text"] == SENTENCE
     assert "predicted next token" in printed.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("a" * 10_000_001))
+    with pytest.raises(InputError, match="on stdin has over 10000000 characters; shorten it"):
+        run("-", "--model", tiny_folder, "--json", "-")
 
 
 @pytest.mark.parametrize("text", ["# Heading", "null", "~", "[1]", "'x'", "a: b", "12", " #", "\n"])

@@ -7,14 +7,18 @@ The gpu tests; 100 prompts of 20 tokens of GPT-2 small's shape (the setting of S
 2510.15511); models of the shapes of Llama 2 7B and Llama 3 8B in bfloat16 at 1, 8 and 32 blocks;
 and 8 blocks of the first with int8 and nf4 weights. The JSON has an entry for each: seconds of
 measuring and of recovering, tokens a second, tokens right, verified and verified wrongly, peak
-memory, the device's name. An entry begins while time is left, and says where it did not run.
+memory, the device's name. It is written after each entry. An entry begins while time is left, is
+stopped where it takes too long, and says so; after ``--minutes`` the command ends in any case.
 """
 
 import argparse
+import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,16 +34,22 @@ from transformers import (
     PreTrainedModel,
 )
 
+from lightning_inversion.cache import ENVIRONMENT
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.replication.policies import scores
+from lightning_inversion.replication.policies import run_policy
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.quantization import prepare_quantized_, quantization_config
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 LENGTH = 20
 LEFT_OUT = "no time was left"
+FEWEST = 60.0
+"""Seconds that must be left for an entry to begin: the largest model is made and measured."""
+LONGEST = 60.0
+"""Seconds of recovering the prompts of an entry."""
+TESTS = 150.0
+"""Seconds of the gpu tests."""
 
 
 @dataclass(frozen=True)
@@ -111,58 +121,87 @@ def made(case: Case, device: torch.device) -> PreTrainedModel:
     return model.eval()
 
 
-def run(case: Case, device: torch.device) -> dict[str, Any]:
+def run(case: Case, device: torch.device, cap: float = LONGEST) -> dict[str, Any]:
     """Recover random prompts; what it took, as plain values."""
     cuda = device.type == "cuda"
     if cuda:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     model = made(case, device)
     transformer = TruncatedTransformer.from_model(model, depth=case.depth)
     measurements, measuring = timed(
-        lambda: Measurements.measure(transformer, LanguageModel(model, transformer.caches))
+        lambda: Measurements.measure(transformer, LanguageModel(model, transformer.caches)), device
     )
     generator = torch.Generator().manual_seed(1)
     size = (case.prompts, LENGTH)
     ids = torch.randint(transformer.embedding.vocabulary_size, size, generator=generator)
-    target = transformer.features_of(ids.to(device))
-    prompts, seconds = timed(
-        lambda: recover_prompts(
-            TokenRecovery(budget=4096), measurements, Targets(target, [LENGTH] * case.prompts)
-        )
+    ids = ids.to(device)
+    _, forward = timed(lambda: transformer.features_of(ids), device)
+    found, seconds = timed(
+        lambda: run_policy(TokenRecovery(budget=4096), measurements, ids, cap), device
     )
     return {
+        **found,
         "measuring_seconds": round(measuring, 2),
+        "forward_seconds": round(forward, 4),
         "seconds": round(seconds, 2),
-        "tokens_per_second": round(ids.numel() / seconds, 1),
-        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
-        **scores(prompts, ids.tolist()),
+        "tokens_per_second": round(found["done"] / seconds, 1),
+        "peak_memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+        if cuda
+        else None,
     }
 
 
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What work returns, and its wall seconds; a GPU has finished then."""
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """What work returns, and its wall seconds; the device has finished before and after."""
+
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    finish()
     began = time.monotonic()
     result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    finish()
     return result, time.monotonic() - began
 
 
-def all_cases(small: bool, device: torch.device, minutes: float) -> dict[str, Any]:
-    """An entry for each case; one that fails says why, and the others run."""
-    began, entries = time.monotonic(), {}
+def all_cases(
+    small: bool, device: torch.device, ends: float, keep: Callable[[str, Any], None]
+) -> None:
+    """An entry for each case; one that fails says why, and the others run.
+
+    Args:
+        small: shapes for a CPU.
+        device: where the models are made.
+        ends: when the time is up, by the monotonic clock.
+        keep: is called with the name of each entry, and the entry.
+    """
     for case in cases(small):
-        if time.monotonic() - began > 60 * minutes:
-            entries[case.name] = {"left_out": LEFT_OUT}
+        left = ends - time.monotonic()
+        if left < (0 if small else FEWEST):
+            keep(case.name, {"left_out": LEFT_OUT})
             continue
         try:
-            entries[case.name] = run(case, device)
-        except (RuntimeError, ImportError, ValueError) as error:  # too little memory, no kernels
-            entries[case.name] = {"left_out": " ".join(str(error).split())[:300]}
-        print(case.name, json.dumps(entries[case.name]), flush=True)
+            entry = run(case, device, min(LONGEST, left / 2))
+        except Exception as error:  # too little memory, no kernels, what no CPU has shown
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            entry = {"left_out": reason[:300]}
+        keep(case.name, entry)
+        gc.collect()  # a model's hooks hold it in cycles
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return entries
+
+
+def gpu_tests(seconds: float) -> str:
+    """The last line of the gpu tests."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", "gpu", "tests/gpu"]
+    try:
+        tests = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return f"not ended after {seconds:.0f} s"
+    return (tests.stdout.strip() or tests.stderr.strip()).splitlines()[-1]
 
 
 def main() -> None:
@@ -171,20 +210,38 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="shapes for a CPU")
-    parser.add_argument("--minutes", type=float, default=6, help="after which no model begins")
+    parser.add_argument("--minutes", type=float, default=8, help="after which it ends")
     options = parser.parse_args()
+    ends = time.monotonic() + 60 * options.minutes
+    # What the main thread waits for, a kernel or a download, does not hold up the clock.
+    clock = threading.Timer(60 * options.minutes, lambda: os._exit(1))
+    clock.daemon = True
+    clock.start()
     device = torch.device(options.device)
     cuda = device.type == "cuda"
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "torch": torch.__version__,
-        "entries": all_cases(options.small, device, options.minutes),
+        "entries": {},
     }
+
+    def keep(name: str, entry: Any) -> None:
+        print(name, json.dumps(entry), flush=True)
+        found["entries"][name] = entry
+        write()
+
+    def write() -> None:
+        part = options.out.with_name(f"{options.out.name}.part")
+        part.write_text(json.dumps(found, indent=1) + "\n")
+        part.replace(options.out)
+
     if cuda:
-        command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", "gpu", "tests"]
-        tests = subprocess.run(command, capture_output=True, text=True, check=False)
-        found["tests"] = tests.stdout.strip().splitlines()[-1:]
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+        found["tests"] = gpu_tests(min(TESTS, 15 * options.minutes))
+        write()
+    with tempfile.TemporaryDirectory() as cache:  # all is measured, and nothing is read
+        os.environ[ENVIRONMENT] = cache
+        all_cases(options.small, device, ends - 5, keep)
+    clock.cancel()
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def test_a_picture_is_bright_where_a_token_is_near() -> None:
 
 
 @pytest.mark.integration  # a whole fit
+@pytest.mark.usefixtures("shared_parsers")
 def test_a_short_fit_is_shown_at_several_iterations(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -398,6 +398,28 @@ def test_a_fit_resumes_behind_a_batch_that_ended_early(
 
 
 @pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("model: {seed: 1, seed: 2}", "cannot be read: it has the key 'seed' twice"),
+        (
+            "trainer: {callbacks: [{class_path: ModelCheckpoint}, {class_path: ModelCheckpoint}]}",
+            "more than one stateful callback of type `ModelCheckpoint`",
+        ),
+        ("ckpt_path: ''", "--ckpt_path '.' is a folder; name a checkpoint, or last"),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_one_sentence(
+    content: str, sentence: str, tiny_folder: Path, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "c.yaml").write_text(content)
+    assert run(fit(tiny_folder, tmp_path, f"--config={tmp_path / 'c.yaml'}")) == 2
+    message = capsys.readouterr().err
+    assert sentence in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+@pytest.mark.parametrize(
     ("command", "content"),
     [
         ("validate", "missing"),

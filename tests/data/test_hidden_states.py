@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -410,6 +411,18 @@ class Harmful:
         return open, ("unpickled", "w")
 
 
+def holding_itself() -> list[Any]:
+    held: list[Any] = [torch.ones(3, 32)]
+    held.append(held)
+    return held
+
+
+def nested() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([torch.ones(3, 32)])
+
+
 def damaged(data: bytes) -> Callable[[Path], Path]:
     def make(path: Path) -> Path:
         (path / "x").write_bytes(data)
@@ -466,6 +479,20 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a pickle": (lambda p: write(p / "x", Harmful()), "holds more than tensors"),
     "text in an array": (
         lambda p: numpy_file(p / "x", np.array([["a"]])), "NumPy values of type"
+    ),
+    "lists of another width": (
+        lambda p: text(p / "x.json", "[[NaN, 1], [2, 3]]"), "the features are 2 in the file and 32"
+    ),
+    "lists of lengths": (lambda p: text(p / "x.json", "[[1, 2], [1]]"), "of different lengths"),
+    "a list that holds itself": (
+        lambda p: write(p / "x.pt", holding_itself()), "holds itself, or is nested too deep"
+    ),
+    "a tensor without values": (
+        lambda p: write(p / "x.pt", torch.empty(3, 32, device="meta")), "no dense tensor"
+    ),
+    "a nested tensor": (
+        lambda p: write(p / "x.pt", nested()),
+        "no dense tensor",
     ),
     "an empty folder": (lambda p: p, "a folder without files of tensors"),
     "a folder with a damaged file": (

@@ -38,6 +38,7 @@ def test_prompt_files_are_read(
     [
         ("p.txt", b"", "holds no text"),
         ("p.txt", b"\xff\xfe", "cannot be read: it is not UTF-8 text"),
+        ("p.txt", b"T\0h\0e\0", "cannot be read: it has NUL characters, as UTF-16 has"),
         ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "line 2 is not a JSON object"),
         ("p.jsonl", b'{"prompt": 12}\n', "line 1: .*not a string; quote it"),
         ("p.jsonl", b"{", "line 1 is not"),

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from lightning_inversion.cache import ENVIRONMENT, measured_files
 from lightning_inversion.data.storage import Storage
+from lightning_inversion.recovery import measurements
 from lightning_inversion.recovery.calibration import Calibration
 from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
+from lightning_inversion.recovery.held_out import HeldOutRuns
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.probe_proposer import ProbeRanking
 from lightning_inversion.recovery.recognition import recognised
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.language_model import LanguageModel
-from lightning_inversion.transformer.linear_probe import LinearProbe
+from lightning_inversion.transformer.linear_probe import LinearProbe, Moments
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.tiny import tiny_model
@@ -33,10 +35,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
 
 
-def measure(channel: Any = None, depth: int = 2) -> Measurements:
+def measure(channel: Any = None, depth: int = 2, features: str | None = None) -> Measurements:
     torch.manual_seed(0)
     model = tiny_model("llama")
-    transformer = TruncatedTransformer.from_model(model, depth=depth)
+    transformer = TruncatedTransformer.from_model(model, depth=depth, features=features)
     return Measurements.measure(transformer, LanguageModel(model, transformer.caches), channel)
 
 
@@ -166,3 +168,40 @@ def test_a_channel_that_cannot_be_told_from_others_is_measured_each_time(
     monkeypatch.setattr(Calibration, "measure", lambda *given: measured.append(1) or whole(*given))
     assert same(measure(Halved()).calibration, first.calibration)
     assert measured
+
+
+@pytest.mark.parametrize(
+    ("channel", "features"),
+    [(Storage(noise=0.5), None), (Storage("bfloat16"), None), (Storage("float16"), "4:20")],
+)
+def test_other_channels_and_slices_of_a_depth_run_nothing_again(
+    channel: Storage, features: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = measure(channel, features=features)
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "other"))
+    measure()
+    for kind, name in ((Moments, "of"), (HeldOutRuns, "measure")):
+        monkeypatch.setattr(kind, name, lambda *_: pytest.fail("run again"))
+    after = measure(channel, features=features)
+    assert same(after.probe, alone.probe)
+    assert same(after.calibration, alone.calibration)
+    assert after.probe.mean.shape == (2, after.transformer.feature_size)
+
+
+def test_a_slice_is_measured_as_if_its_features_were_all() -> None:
+    cut = measure(features="4:20")
+    probe = LinearProbe.fit(cut.transformer, text=cut.text)
+    calibration = Calibration.measure(cut.transformer, probe, text=cut.text)
+    for ours, theirs in ((cut.probe, probe), (cut.calibration, calibration)):
+        for one in ("mean", "std"):
+            assert torch.allclose(getattr(ours, one), getattr(theirs, one), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(cut.probe.matrix, probe.matrix, rtol=1e-2, atol=1e-4)
+    assert torch.allclose(cut.calibration.threshold, calibration.threshold, rtol=1e-2)
+
+
+def test_of_wide_models_no_runs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurements, "_NARROW", 8)
+    measure()
+    kinds = {entry.path.name.partition("-")[0] for entry in measured_files()}
+    assert {"LinearProbe", "Calibration"} <= kinds
+    assert not kinds & {"Moments", "HeldOutRuns"}

@@ -102,6 +102,7 @@ def test_python_finds_the_order_and_verifies(messages: list[str]) -> None:
     assert any("the order of 0 of 7 rows was found" in line for line in messages)
 
 
+@pytest.mark.usefixtures("shared_parsers")
 def test_a_file_whose_rows_are_in_any_order(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,7 @@ from lightning_inversion.recovery.proposals import (
 )
 from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.transformer.language_model import Continuations
+from tests.recovery.conftest import measured
 from tests.tiny import VOCABULARY
 
 ROWS = torch.arange(2)
@@ -114,6 +115,24 @@ def test_a_mixture_names_no_token_twice_and_names_the_proposer(measurements: Mea
         new = set(later.ids[row].tolist())
         assert len(new) == 12
         assert new.isdisjoint(tried[row].tolist())
+
+
+def test_a_prior_of_many_more_blocks_waits_for_the_probes_first_candidates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shallow = measured("llama", 2)
+    search, proposals = begun(Mixture([ProbeProposer(), LanguageModelPrior()]), shallow, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Continuations, "log_probabilities", lambda *_: pytest.fail("asked"))
+        first = proposals.propose(ROWS, 4)
+    assert set(first.proposers) == {"ProbeProposer"}
+    search.run(ROWS, wrong(first.ids, 2))
+    later = proposals.propose(ROWS, 4)
+    assert set(later.proposers) == {
+        "ProbeProposer+LanguageModelPrior", "ProbeProposer", "LanguageModelPrior",
+    }  # fmt: skip
+    _, alone = begun(Mixture([LanguageModelPrior()]), shallow, 2)
+    assert set(alone.propose(ROWS, 4).proposers) == {"LanguageModelPrior"}
 
 
 def test_the_prior_is_that_of_the_whole_prompt(measurements: Measurements) -> None:

@@ -20,6 +20,7 @@ from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.reading import Reading, ReadingScale, beam_search
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.transformer.truncated import TruncatedTransformer
 from tests.tiny import shared_tiny_model
 
 PREFIX = 4
@@ -55,14 +56,45 @@ def test_rows_are_read_and_never_verified(measurements: Measurements, beams: int
 
 
 def test_probabilities_are_calibrated_once(measurements: Measurements) -> None:
-    scale = measurements.kept(ReadingScale, lambda: ReadingScale.of(measurements))
+    scale = ReadingScale.kept(measurements)
     assert 0 < scale.temperature <= 2
     assert 0 < scale.share_beside_prior < 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReadingScale, "of", lambda _: pytest.fail("it was measured again"))
+        assert ReadingScale.kept(measurements) == scale
 
-    def never() -> ReadingScale:
-        raise AssertionError
 
-    assert measurements.kept(ReadingScale, never) == scale
+@pytest.mark.parametrize("first", [0, 1])
+def test_probabilities_with_and_without_a_language_model_are_kept_apart(first: int) -> None:
+    """Without one the scale is measured on random tokens, and there is no prior to add."""
+    model = shared_tiny_model("gpt2")
+    transformer = TruncatedTransformer.from_model(model, depth=1 + first)
+    both = [
+        Measurements.measure(transformer),
+        Measurements.measure(transformer, LanguageModel(model, transformer.caches)),
+    ]
+    for one in (both[first], both[1 - first]):
+        assert ReadingScale.kept(one) == ReadingScale.of(one)
+
+
+def test_probabilities_know_the_noise() -> None:
+    """Of rows under strong noise few tokens are right, and few are thought to be."""
+    model = shared_tiny_model("llama")
+    transformer = TruncatedTransformer.from_model(model, depth=1)
+    ids = torch.randint(300, (8, 24), generator=torch.Generator().manual_seed(3))
+    rows = transformer.features_of(ids)
+    storage = Storage(noise=float(rows.std()))
+    noisy = storage(rows, torch.Generator().manual_seed(4))[:, 4:]
+    measurements = Measurements.measure(transformer, None, storage)
+    found = recover_prompts(Reading(0), measurements, Targets(noisy, [20] * 8))
+    pairs = [
+        (token.id == right, token.probability or 0.0)
+        for prompt, own in zip(found, ids[:, 4:].tolist(), strict=True)
+        for token, right in zip(prompt.tokens, own, strict=True)
+    ]
+    share, thought = (sum(one) / len(pairs) for one in zip(*pairs, strict=True))
+    assert 0.1 < share < 0.5
+    assert thought == pytest.approx(share, abs=0.05)  # 0.1 less where the noise is not told
 
 
 def test_without_a_language_model_rows_are_read_alone(headless: Measurements) -> None:

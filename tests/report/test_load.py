@@ -1,13 +1,14 @@
 """Result files as they are found: whole, torn, foreign, of other versions."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.report.load import load_results, marks_of
+from lightning_inversion.report.load import load_curves, load_results, marks_of
 from lightning_inversion.results import ResultRow
 from tests.report.rows import predicted, row, write_run
 
@@ -72,6 +73,15 @@ def test_nothing_to_report_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("{}\n")
     with pytest.raises(InputError, match=r"No results in .*line 1 is not a row of results"):
         load_results([tmp_path])
+
+
+def test_a_link_to_itself_and_a_pipe_are_passed_over(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", [row(0)])
+    (tmp_path / "run" / "more.jsonl").symlink_to("more.jsonl")
+    os.mkfifo(tmp_path / "run" / "events.out.tfevents.1.x")
+    loaded = load_results([tmp_path])
+    assert [path.name for path, _ in loaded.skipped] == ["more.jsonl"]
+    assert load_curves(loaded.results).empty
 
 
 @pytest.mark.parametrize(

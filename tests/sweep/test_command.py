@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_inversion.__main__ import main
 from lightning_inversion.module import InputInversion
 from lightning_inversion.sweep import command
+from lightning_inversion.sweep import run as sweep_run
 from lightning_inversion.transformer.loading import TransformerSpec
 
 pytestmark = pytest.mark.usefixtures("shared_parsers")
@@ -229,6 +231,35 @@ def test_a_dry_run_lists_the_cells_and_leaves_nothing(
     assert "  depth=2,objective=L1,seed=1\n    fit " in plan
     assert plan.endswith("2 of 2 cells to run\n")
     assert not (tmp_path / "lightning_logs").exists()
+
+
+def test_cells_that_differ_in_a_seed_alone_are_checked_once(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    checked: list[list[str]] = []
+
+    class Counted(sweep_run._Checked):
+        def __init__(self, args: list[str]) -> None:
+            checked.append(args)
+            super().__init__(args)
+
+    monkeypatch.setattr(sweep_run, "_Checked", Counted)
+    sweep = [*options, "--over=transformer.depth=1,2", "--seeds=5000", "--name=many"]
+    assert run([*sweep, "--dry-run"]) == 0
+    assert len(checked) == 2
+    assert capsys.readouterr().out.endswith("10000 of 10000 cells to run\n")
+    # A seed that may be wrong is checked, and so is a folder that is there already.
+    assert run([*options, f"--over=seed_everything=1,2,{2**32}", "--dry-run"]) == 2
+    assert "--over seed_everything must be between 0 and" in capsys.readouterr().err
+    kept = tmp_path / "lightning_logs" / "many" / "depth=2,seed=4000"
+    kept.mkdir(parents=True)
+    run_with = sweep_run._Checked(["fit", *options, "--model.transformer.depth=2"])
+    settings = {**run_with.settings(), "seed_everything": 4000}
+    (kept / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert run([*sweep, "--dry-run"]) == 0
+    (kept / "config.yaml").write_text(yaml.safe_dump({**settings, "seed_everything": 3}))
+    assert run([*sweep, "--dry-run"]) == 2
+    assert "seed=4000' was made with another seed_everything" in capsys.readouterr().err
 
 
 def test_a_dry_run_of_what_is_done(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config
 
+from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer import TransformerSpec, TruncatedTransformer
 from tests.test_fuzz import RAN, Runs
@@ -245,6 +246,35 @@ def test_a_configuration_of_nothing_is_one_sentence(config: str, tmp_path: Path)
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(InputError, match="could not be loaded"):
         TransformerSpec(model=str(tmp_path)).load()
+
+
+@pytest.mark.parametrize("depth", [1, None])
+@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size"])
+def test_weights_of_another_shape_are_never_drawn_at_random(
+    key: str, depth: int | None, tiny_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings[key] += 8
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    spec = TransformerSpec(model=str(tmp_path), depth=depth)
+    for load in (spec.load, spec.load_with_head):
+        with pytest.raises(InputError, match=r"stores \S+ in shape .* correct its config"):
+            load()
+
+
+def test_an_adapter_is_not_left_out_silently(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(InputError, match="holds an adapter of a model; merge it"):
+        TransformerSpec(model=str(tmp_path)).load()
+
+
+def test_a_model_of_images_has_no_vocabulary(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(InputError, match="a model of type vit has no vocabulary"):
+        PromptDataModule(["The sky"], tokenizer=str(tmp_path)).setup()
 
 
 def test_a_hub_id_offline_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

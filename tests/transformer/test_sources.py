@@ -31,6 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("pypi:unknown==1.0#sha256=12", "64 hexadecimal digits"),
         ("nowhere.gguf", "give the path of a .gguf file"),
         ("./no such folder", "misspelling"),
+        (__file__, "is a file, and no .gguf file; give the folder"),
         ("/no/such/folder", "misspelling"),
         ("", "misspelling"),
     ],

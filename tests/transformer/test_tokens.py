@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from lightning_inversion.attribution.replacement import Replacement
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.tokens import decoded, named_token, shown_tokens, token_texts
 from tests.tiny import tiny_tokenizer
@@ -81,6 +83,18 @@ def test_shown_tokens_are_of_one_line(tokenizer: PreTrainedTokenizerFast) -> Non
 
 @pytest.mark.parametrize("name", ["id:300", "id:-1", "id:" + "9" * 5000, "two words", "", "\udcff"])
 def test_a_name_of_no_token_is_refused(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-    assert named_token(tokenizer, "id:7", "token") == 7
+    assert named_token(tokenizer, "id:7", "token", 300) == 7
     with pytest.raises(InputError, match=r"^--token"):
-        named_token(tokenizer, name, "token")
+        named_token(tokenizer, name, "token", 300)
+
+
+@pytest.mark.parametrize("name", ["id:290", "<extra>"])
+def test_a_token_beyond_the_embedding_is_refused(
+    tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["<extra>"])
+    with pytest.raises(InputError, match=r"is not the id of|has embeddings for tokens 0 to"):
+        named_token(larger, name, "token", 290)
+    larger.pad_token = "<extra>"
+    assert Replacement.named(larger, "pad", 290).token == larger.eos_token_id

@@ -63,6 +63,7 @@ def test_python_recovers_from_logits() -> None:
         recover(model, None, logits, depth=BLOCKS, final_norm=True)
 
 
+@pytest.mark.usefixtures("shared_parsers")
 def test_a_file_of_logits(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
