@@ -116,7 +116,7 @@ class HiddenTokens:
         calibration = measurements.calibration
         unmeasured = cls(calibration, table, 1.0)
         measured = measurements.kept(
-            KeptShare, lambda: unmeasured.measured(measurements), calibration.std
+            KeptShare, lambda: unmeasured.measured(measurements), calibration.std, measurements.text
         )
         return cls(calibration, table, float(measured.share))
 
