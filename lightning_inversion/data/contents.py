@@ -8,17 +8,61 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, unpack_sequence
+
+_WRAPPERS = ("output", "value")
+"""Attributes in which baukit's traces and saved values of nnsight hold what a module put out."""
+
+
+def opened(given: Any) -> Any:
+    """The tensors, or the dict or list of them, in what a tool or a library wraps them in."""
+    if isinstance(given, PackedSequence):
+        return unpack_sequence(given)
+    if isinstance(given, Tensor):
+        return list(given.unbind()) if given.is_nested else given
+    if isinstance(given, np.ma.MaskedArray) and given.dtype.kind == "f":
+        return given.filled(np.nan)
+    if isinstance(given, np.ndarray):
+        if given.dtype.names:  # a table of named columns
+            return {name: given[name] for name in given.dtype.names}
+        return list(given) if given.dtype == object else given
+    if hasattr(given, "__array__") or isinstance(given, memoryview):  # pandas, JAX, xarray
+        return opened(np.asarray(given))
+    for name in _WRAPPERS:
+        inner = getattr(given, name, None)
+        if isinstance(inner, Tensor | tuple):
+            return opened(inner)
+    if isinstance(given, tuple | list):  # blocks return None where they have no cache
+        return [one for one in given if one is not None]
+    return given
+
+
+def output_of_block(given: Any) -> Any:
+    """The first entry where a block's output is a tuple, whose others are no hidden states."""
+    if isinstance(given, list) and given and isinstance(given[0], Tensor | np.ndarray):
+        width = given[0].shape[-1:]
+        if any(getattr(one, "shape", ())[-1:] != width for one in given[1:]):
+            return given[0]
+    return given
 
 
 def flat(held: Any) -> dict[str, Any]:
-    """A dict of names; nested dicts have names with dots."""
+    """A dict of names; nested dicts and keys that are tuples have names with dots."""
     found: dict[str, Any] = {}
     for key, value in held.items():
+        parts = key if isinstance(key, tuple) else (key,)
+        name = ".".join(str(part) for part in parts if part is not None)
         if isinstance(value, Mapping):
-            found.update({f"{key}.{inner}": own for inner, own in flat(value).items()})
+            found.update({f"{name}.{inner}": own for inner, own in flat(value).items()})
         else:
-            found[str(key)] = value
+            found[name] = opened(value)
     return found
+
+
+_LENGTHS = (
+    "lengths", "seq_lens", "seqlens", "seq_lengths", "sequence_lengths", "prompt_lens",
+)  # fmt: skip
+_CUMULATIVE = ("cu_seqlens", "cu_seqlens_q")
 
 
 def number_in(value: Any) -> int | None:
@@ -51,6 +95,27 @@ def holds_states(value: Any) -> bool:
     return getattr(value, "hidden_states", None) is not None
 
 
+def lengths_in(name: str, value: Any) -> tuple[int, ...] | None:
+    """The tokens of each prompt, from what servers and packed batches call them; else None.
+
+    Args:
+        name: of the value, without what comes before its last dot.
+        value: lengths, cumulative lengths from 0 on, or positions ``[N]`` that begin again at 0.
+    """
+    if not holds_ids(value) or name not in (*_LENGTHS, *_CUMULATIVE, "position_ids"):
+        return None
+    numbers = np.asarray(value).reshape(-1).astype(np.int64)
+    if name in _CUMULATIVE:
+        numbers = np.diff(numbers)
+    elif name == "position_ids":
+        begins = np.flatnonzero(numbers == 0)
+        numbers = np.diff([*begins, len(numbers)])
+        expected = np.concatenate([np.arange(size) for size in numbers] or [numbers])
+        if len(begins) < 2 or not np.array_equal(expected, np.asarray(value).reshape(-1)):
+            return None
+    return tuple(numbers.tolist()) if numbers.size and numbers.min() > 0 else None
+
+
 def leaves(value: Any) -> list[Any]:
     """What nested lists hold in the end."""
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -65,6 +130,23 @@ def is_tensors(value: Any) -> bool:
         and bool(value)
         and all(isinstance(one, Tensor | np.ndarray) and one.ndim >= 2 for one in value)
     )
+
+
+def prompts_of_layers(given: Sequence[Any], layers: int) -> list[list[Any]] | None:
+    """``[layer][prompt]`` as ``[prompt][layer]``; None where the number of entries is another."""
+    if len(given) != layers or len(given[0]) == layers or not all(map(is_tensors, given)):
+        return None
+    shapes = {tuple(tuple(one.shape) for one in own) for own in given}
+    return [list(own) for own in zip(*given, strict=True)] if len(shapes) == 1 else None
+
+
+def rows_of_layers(given: Sequence[Any], layers: int) -> Tensor | None:
+    """``[position][layer]`` of rows ``[D]`` as one tensor; None where the lists are others."""
+    if not all(isinstance(own, Sequence) and len(own) == layers for own in given):
+        return None
+    if not all(isinstance(one, Tensor) and one.ndim == 1 for own in given for one in own):
+        return None
+    return torch.stack([torch.stack(list(own)) for own in given])
 
 
 def is_generated(steps: Sequence[Any]) -> bool:

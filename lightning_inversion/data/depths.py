@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_inversion.data.layout import Wanted, named
-from lightning_inversion.data.names import FINAL
+from lightning_inversion.data.layout import Layout, Wanted, named
+from lightning_inversion.data.names import FINAL, counted_number
 
 
 class Depths:
@@ -38,6 +38,41 @@ class Depths:
                 f"--data.layout.depths [1,2,...,{len(tensors)}]."
             )
         return len(tensors) == self.wanted.sizes.blocks + 1
+
+    def are_numbered(self, names: Sequence[str]) -> bool:
+        """Whether numbers alone name the tensors: depths, blocks or prompts; a manifest decides.
+
+        Raises:
+            InputError: numbers that may be depths leave a choice.
+        """
+        if len(names) < 2 or not all(map(str.isdecimal, names)) or not self.wanted.checks_width:
+            return False
+        first, layout = int(names[0]), self.wanted.layout
+        in_a_row = list(map(int, names)) == list(range(first, first + len(names)))
+        if (first > 1 or not in_a_row) and layout == Layout(dtype=layout.dtype):
+            raise self.wanted.error(
+                f" holds tensors named {', '.join(names[:5])}, which may be depths or prompts; set "
+                f"--data.layout.depths [{','.join(names[:5])}], or --data.layout.axes "
+                "prompts,positions,features."
+            )
+        return True
+
+    def of_numbered_layer(self, names: Sequence[str]) -> int | None:
+        """The depth of one numbered layer, where it is the one asked for by one way of counting.
+
+        Raises:
+            InputError: it is another by any.
+        """
+        number = counted_number(names[0]) if len(names) == 1 else None
+        asked = self.wanted.depths
+        if number is None or asked is None or self.wanted.layout.depths is not None:
+            return None
+        if asked[0] not in (number, number + 1):
+            raise self.wanted.error(
+                f" holds {names[0]!r}, and depth {asked[0]} is asked for; set "
+                f"--model.transformer.depth {number + 1} if blocks count from 0, or {number}."
+            )
+        return asked[0]
 
     def of_layers(self, layers: int, name: str) -> list[int]:
         """The depth of each layer that a tensor holds.

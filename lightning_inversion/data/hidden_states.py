@@ -7,6 +7,7 @@ states are reported, and nothing reads them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_inversion.data.axes import arrange, check_dense, floating, refuse_quantised
 from lightning_inversion.data.contents import (
     flat,
     holds_ids,
@@ -22,19 +24,16 @@ from lightning_inversion.data.contents import (
     is_generated,
     is_tensors,
     leaves,
+    lengths_in,
     number_in,
+    opened,
+    output_of_block,
+    prompts_of_layers,
+    rows_of_layers,
 )
 from lightning_inversion.data.depths import Depths
 from lightning_inversion.data.key_values import arrange_heads, caches_in, prompts_of
-from lightning_inversion.data.layout import (
-    Beside,
-    Wanted,
-    arrange,
-    check_dense,
-    floating,
-    named,
-    rows_of_prompts,
-)
+from lightning_inversion.data.layout import Beside, Wanted, named
 from lightning_inversion.data.names import (
     FINAL,
     NamedDepth,
@@ -43,6 +42,7 @@ from lightning_inversion.data.names import (
     is_other_hook,
     natural,
 )
+from lightning_inversion.data.padding import rows_of_prompts
 from lightning_inversion.errors import InputError
 
 _IDS = (
@@ -50,6 +50,7 @@ _IDS = (
 )  # fmt: skip
 _MASKS = ("attention_mask", "mask")
 _LAYER = ("layer_idx", "layer_index")
+_STEP = re.compile(r"(?:^|[._/-])step[._/-]?\d+$")
 _OUTPUTS = ("logits", "past_key_values", "attentions", "loss", "scores", "cross_attentions")
 """What a model's output holds beside hidden states."""
 
@@ -132,10 +133,7 @@ class _Reader:
     def prompts(self, given: Any, name: str, beside: Beside) -> list[Tensor]:
         if self.wanted.output != "hidden_states":
             return self._of_cache(given, name, beside)
-        if hasattr(given, "to_numpy"):  # a table of pandas: a row a position
-            given = given.to_numpy()
-        if isinstance(given, np.ndarray) and given.dtype == object:
-            given = list(given)
+        given = opened(given)
         if isinstance(given, Tensor | np.ndarray):
             return self._of_tensor(self._tensor(given), name, beside)
         if self.wanted.logits and isinstance(getattr(given, "logits", None), Tensor):
@@ -193,6 +191,8 @@ class _Reader:
         if isinstance(value, Tensor):
             check_dense(self.wanted, value)
             return value.detach().cpu()
+        if value.dtype.kind == "V" and value.dtype.itemsize <= 2:  # NumPy has no bfloat16
+            value = value.view(f"u{value.dtype.itemsize}")
         if value.dtype.kind not in "fiub" or value.dtype.itemsize > 8:
             raise self.wanted.error(f" holds NumPy values of type {value.dtype}; store numbers.")
         return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
@@ -204,6 +204,8 @@ class _Reader:
             last = name.rsplit(".", 1)[-1].lower()
             if last in _MASKS and isinstance(value, Tensor | np.ndarray):
                 beside = replace(beside, mask=self._tensor(value).bool())
+            elif (lengths := lengths_in(last, value)) is not None:
+                beside = replace(beside, lengths=lengths)
             elif last in _LAYER and number_in(value) is not None:
                 index = number_in(value)
                 assert index is not None
@@ -222,6 +224,7 @@ class _Reader:
 
     def _of_dict(self, held: dict[str, Any], beside: Beside) -> list[Tensor]:
         beside, states = self._beside(held, beside)
+        refuse_quantised(self.wanted, held)
         if self.wanted.logits and "logits" in held:
             states = {"logits": held["logits"]}
         elif "hidden_states" in states:
@@ -247,7 +250,14 @@ class _Reader:
                 f" holds {other!r}, which is no residual stream; save the output of a block."
             )
         names = sorted(states, key=natural)
-        if all(getattr(states[name], "ndim", 2) == 1 for name in names):  # a row each
+        if (counted_depth := self.depths.of_numbered_layer(names)) is not None:
+            beside = replace(beside, depth=counted_depth)
+        if all(map(_STEP.search, names)) and is_generated([[states[name]] for name in names]):
+            rows = torch.cat([self._tensor(states[name]) for name in names], dim=-2)
+            return self._of_tensor(rows, "", beside)
+        if all(getattr(states[name], "ndim", 2) == 1 for name in names) or self.depths.are_numbered(
+            names
+        ):
             return self._of_sequence([states[name] for name in names], "", beside)
         return [prompt for name in names for prompt in self.prompts(states[name], name, beside)]
 
@@ -266,7 +276,7 @@ class _Reader:
             self.depths.sources.extend(own[names[index]].source for index in picked)
             parts = [
                 self.prompts(
-                    states[names[index]],
+                    output_of_block(states[names[index]]),
                     names[index],
                     replace(beside, depth=own[names[index]].depth),
                 )
@@ -289,6 +299,11 @@ class _Reader:
                     for layer in range(len(given[0]))
                 ]
                 return self._of_sequence(given, name, beside)
+            if self.wanted.shape is not None and self.layout.depths is None:
+                layers = self.wanted.sizes.blocks + 1
+                if (stacked := rows_of_layers(given, layers)) is not None:
+                    return self._of_tensor(stacked, name, beside)
+                given = prompts_of_layers(given, layers) or given
             return [prompt for one in given for prompt in self.prompts(one, name, beside)]
         tensors = [self._tensor(one) for one in given]
         if tensors[-1].dim() == 1 and tensors[0].dim() <= 2:  # a prompt, then a row a step
@@ -305,6 +320,8 @@ class _Reader:
     def _of_numbers(self, given: Sequence[Any], name: str, beside: Beside) -> list[Tensor]:
         """Nested lists, as a server answers: [T, D], or the prompt [T, D] and [D] for each step."""
         try:
+            if not isinstance(given[0], Sequence):
+                return self._of_tensor(torch.tensor(given), name, beside)
             if isinstance(given[0][0], Sequence) and not isinstance(given[-1][0], Sequence):
                 given = [*given[0], *given[1:]]
             tensor = torch.tensor(given)

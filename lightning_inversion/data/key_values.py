@@ -15,7 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_inversion.data.layout import Beside, Wanted, floating, named, rows_of_prompts
+from lightning_inversion.data.axes import floating
+from lightning_inversion.data.layout import Beside, Wanted, named
+from lightning_inversion.data.padding import rows_of_prompts
 
 Kind = Literal["keys", "values"]
 _KINDS: dict[str, Kind] = {"keys": "keys", "key": "keys", "k": "keys", "0": "keys",

@@ -13,13 +13,18 @@ from dataclasses import dataclass
 FINAL = -1
 """Stands for the depth of all blocks, after the final norm."""
 _ENTRY = r"[\[._/-]?(\d+)\]?"
+_NUMBER = r"(?:(?:blocks?|layers?|l)[._/-]?)?(\d+)[._/-]"
 _OUTPUT = r"(?:[./](?:nns_)?output(?:[\[._]0\]?)?)?"
 _INPUT = r"[./](?:nns_)?input(?:[\[._]0\]?)*"
 _PATH = r"(?:(?:base_model|language_model|model|transformer|decoder|gpt_neox|backbone)[./])*"
-_BLOCK = _PATH + r"(?:h|layers|blocks|block)[./](\d+)"
+_BLOCK = _PATH + r"(?:h|layers|blocks|block)[./\[](\d+)\]?"
 _PATTERNS: tuple[tuple[str, int, str], ...] = (
-    (r"blocks\.(\d+)\.hook_resid_pre", 0, "from hook names"),
-    (r"blocks\.(\d+)\.hook_resid_post", 1, "from hook names"),
+    (_NUMBER + r"(?:hook_)?resid_pre", 0, "from hook names"),
+    (_NUMBER + r"(?:hook_)?resid_post", 1, "from hook names"),
+    (r"(?:hook_)?resid_pre" + _ENTRY, 0, "from hook names"),
+    (r"(?:hook_)?resid_post" + _ENTRY, 1, "from hook names"),
+    (r"layer[._](\d+)[._](?:repr|comp)[._]block_input\S*", 0, "from names of pyvene"),
+    (r"layer[._](\d+)[._](?:repr|comp)[._]block_output\S*", 1, "from names of pyvene"),
     (_BLOCK + _INPUT, 0, "from module names"),
     (_BLOCK + _OUTPUT, 1, "from module names"),
     (r"layers?_outputs?" + _ENTRY, 1, "from module names"),
@@ -33,8 +38,10 @@ _FINAL_NAMES = (
     r"ln_final\.hook_normalized", r"last_hidden_state", r"result_norm",
     _PATH + r"(?:norm|ln_f|final_layer_?norm|final_norm)" + _OUTPUT,
 )  # fmt: skip
-_COUNTED = re.compile(r"(?:^|[./_-])layers?" + _ENTRY + r"$")
-_OTHER_HOOK = re.compile(r"\bhook_\w+|\.(?:attn|mlp|self_attn|self_attention)\b")
+_COUNTED = re.compile(r"(?:^|[./_-])(?:layers?|blocks?|resid(?:ual)?|L)" + _ENTRY + r"$")
+_OTHER_HOOK = re.compile(
+    r"\bhook_\w+|\b(?:resid_mid|mlp_out|attn_out)\b|\.(?:attn|mlp|self_attn|self_attention)\b"
+)
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,12 @@ def depths_of_counted(
         for name, depth in zip(own, meant, strict=True):
             named[name] = NamedDepth(depth, prompt, "from numbered layers")
     return named
+
+
+def counted_number(name: str) -> int | None:
+    """The number in a name such as layer_8, which counts blocks or what they put out."""
+    found = _COUNTED.search(name)
+    return None if found is None else int(found[1])
 
 
 def is_other_hook(name: str) -> bool:

@@ -25,8 +25,10 @@ _SUFFIXES = (".safetensors", ".npy", ".npz", ".pt", ".pth", ".bin")
 _OTHERS = {
     b"\x89HDF": "an HDF5 file", b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file",
     b"\x1f\x8b": "packed by gzip", b"GGUF": "a model's file", b"\xfd7zXZ": "packed by xz",
+    b"\x28\xb5\x2f\xfd": "packed by zstd", b"BZh": "packed by bzip2", b"MATLAB": "a MATLAB file",
 }  # fmt: skip
 """How files begin that are not read."""
+_ZARR = (".zarray", ".zgroup", "zarr.json")
 _DAMAGED = (
     *(ValueError, EOFError, MemoryError, KeyError, NotImplementedError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error),
@@ -66,6 +68,8 @@ def read_tensors(path: Path, where: str) -> tuple[Any, dict[str, str]]:
         for magic, kind in _OTHERS.items():
             if begins.startswith(magic):
                 raise InputError(f"{where} is {kind}; give {KINDS}.")
+        if begins and begins.isascii() and " ".join(begins.decode().split()).isprintable():
+            raise InputError(f"{where} is text; give {KINDS}.")
         with safe_open(path, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             return tensors, dict(stored.metadata() or {})
@@ -138,6 +142,8 @@ def _read_folder(path: Path, where: str) -> Any:
         return {**known, **held} if isinstance(held, dict) else {**known, "hidden_states": held}
     files = [file for file in path.iterdir() if file.suffix in _SUFFIXES]
     files.sort(key=lambda file: natural(file.name))
+    if any((path / name).exists() for name in _ZARR):
+        raise InputError(f"{where} is a Zarr store; give {KINDS}.")
     if not files:
         raise InputError(f"{where} is a folder without files of tensors; give {KINDS}.")
     return [read_tensors(file, f"{where}, {file.name!r}")[0] for file in files]

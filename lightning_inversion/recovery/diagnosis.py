@@ -3,7 +3,8 @@
 The commonest mistakes look alike: nothing is verified. A first token sees no other, so its features
 follow from the token alone, and a few tokens run in other ways tell the mistakes apart: one block
 less or more, with and without the final norm, minus the mean over the features, times a factor.
-A first row that is no first position looks like a later one.
+A first row that is no first position looks like a later one. The tokens to run are those that the
+linear probe reads; where they explain nothing, the whole vocabulary is scanned for others.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from torch import Tensor
 
 from lightning_inversion.recovery.calibration import Channel
 from lightning_inversion.recovery.later_rows import LaterRows
+from lightning_inversion.recovery.likely_first import (
+    FirstTokens,
+    ReadFirstTokens,
+    ScannedFirstTokens,
+)
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import Targets
-from lightning_inversion.recovery.probe_proposer import ProbeRanking
-from lightning_inversion.recovery.variants import CLEAR, FirstTokens, OtherCuts, Variants
-from lightning_inversion.transformer.embedding import best_tokens
+from lightning_inversion.recovery.variants import CLEAR, OtherCuts, Variants
 
-_BY_PROBE = 16
-"""Tokens of the linear probe that are run before the vocabulary is scanned."""
-_SAMPLE = 4
-"""Tokens that are run for position 0 before the scans."""
+_SAMPLE, _OF_A_ROW = 16, 4
+"""Tokens that are run for position 0, and for each row that may be the first one."""
 _SCANNED = 8
 """Prompts of a batch that are scanned; what most of them have is taken for the others'."""
 _ROWS = 256
@@ -105,19 +107,13 @@ def diagnose(
         cuts: the model at other depths; without it only this one is scanned.
         channel: what has happened to the targets.
     """
-    scans = _Scans(measurements, cuts, channel, targets.known_ids if targets.known else None)
-    found = scans.unfit(targets.features[:, 0])
-    failed = [row for row, diagnosis in enumerate(found) if diagnosis is not None]
-    for row in failed[:_SCANNED]:
-        diagnosis = found[row]
-        assert diagnosis is not None
-        found[row] = scans.explain(targets.features[row, : targets.lengths[row]], diagnosis)
-    scanned = Counter((one.cause, one.way_out) for one in found if one is not None and one.scanned)
-    for row in failed[_SCANNED:]:
-        diagnosis = found[row]
-        assert diagnosis is not None
-        cause, way_out = scanned.most_common(1)[0][0]
-        found[row] = replace(diagnosis, cause=cause, way_out=way_out)
+    known = targets.known_ids if targets.known else None
+    read = _Scans(measurements, ReadFirstTokens(measurements), cuts, channel, known)
+    found = read.explained(targets)
+    failed = [one for one in found if one is not None]
+    if len(failed) > _SCANNED or not all(one.cause for one in failed):
+        every = measurements.derived(ScannedFirstTokens)
+        found = _Scans(measurements, every, cuts, channel, known).explained(targets)
     return _with_common_noise(found)
 
 
@@ -141,31 +137,37 @@ class _Scans:
     def __init__(
         self,
         measurements: Measurements,
+        tokens: FirstTokens,
         cuts: OtherCuts | None,
         channel: Channel | None,
         known: Tensor | None,
     ) -> None:
-        self.measurements, self.known = measurements, known
-        self.transformer, self.probe = measurements.transformer, measurements.probe
+        self.measurements, self.tokens, self.known = measurements, tokens, known
+        self.transformer = measurements.transformer
         self.threshold = float(measurements.calibration.plausible[0])
         self.cuts, self.channel = cuts, channel
-
-    @cached_property
-    def tokens(self) -> FirstTokens:
-        """The features of all first tokens; made where the linear probe names none that fits."""
-        return FirstTokens(self.measurements)
 
     @cached_property
     def variants(self) -> Variants:
         """The model, cut otherwise."""
         return Variants(self.measurements, self.tokens, self.cuts, self.channel)
 
+    def explained(self, targets: Targets) -> list[Diagnosis | None]:
+        """The diagnosis of each prompt; None where a token fits."""
+        target, lengths = targets.features, targets.lengths
+        found = self.unfit(target[:, 0])
+        failed = [(row, one) for row, one in enumerate(found) if one is not None]
+        for row, unfit in failed[:_SCANNED]:
+            found[row] = self.explain(target[row, : lengths[row]], unfit)
+        scanned = Counter((one.cause, one.way_out) for one in found if one and one.scanned)
+        for row, unfit in failed[_SCANNED:]:
+            cause, way_out = scanned.most_common(1)[0][0]
+            found[row] = replace(unfit, cause=cause, way_out=way_out)
+        return found
+
     def unfit(self, rows: Tensor) -> list[Diagnosis | None]:
         """What is wrong at position 0, not yet explained; None where a token fits rows [B, F]."""
         if self.known is None:
-            ids = self._by_probe(rows)
-            if bool((self._residuals(ids, rows).amin(1) <= self.threshold).all()):
-                return [None] * len(rows)
             ids = self.tokens.nearest(rows, _SAMPLE)
         else:
             ids = self.known[:1].expand(len(rows), 1)
@@ -228,16 +230,6 @@ class _Scans:
                 return None
         return float(std)
 
-    def _by_probe(self, rows: Tensor) -> Tensor:
-        """Ids ``[B, K]`` of the tokens that explain rows ``[B, F]`` best as first ones."""
-        ranking = self.measurements.derived(ProbeRanking)
-        found = []
-        for some in torch.split(rows, self.transformer.embedding.at_a_time):
-            first = torch.zeros(len(some), dtype=torch.long, device=rows.device)
-            scores = ranking.likelihood(self.probe(some, first), first)
-            found.append(best_tokens(scores, min(_BY_PROBE, scores.shape[1])).indices)
-        return torch.cat(found)
-
     @cached_property
     def _directions(self) -> Tensor:
         """``[K, F]`` the directions in which first tokens differ, the most first."""
@@ -263,9 +255,9 @@ class _Scans:
         some = rows[1:_ROWS]
         if not len(some):
             return None
-        row = int(self.tokens.distances(some).min(dim=1).values.argmin()) + 1
-        nearest = self.tokens.nearest(rows[row, None], _SAMPLE)
-        if float(self._residuals(nearest, rows[row, None]).min()) > self.threshold:
+        residuals = self._residuals(self.tokens.nearest(some, _OF_A_ROW), some).amin(1)
+        row = int(residuals.argmin()) + 1
+        if float(residuals.min()) > self.threshold:
             return None
         before = "row 0 is" if row == 1 else f"rows 0 to {row - 1} are"
         return (

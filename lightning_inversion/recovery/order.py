@@ -4,7 +4,8 @@ Attention determines the order. A first token sees no other, so that one row alo
 a token at position 0; after it, one row alone is reproduced by a token at position 1; and so on.
 The linear probe reads the tokens of each row without knowing its position (a bag of tokens), and
 the readings of all rows that are left are run after the prefix. For T rows that is about T * T / 2
-candidates where each first reading is right.
+candidates where each first reading is right. Where none of 256 readings fits, the token of each row
+is searched for as if it were the next one.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.probe_proposer import ProbeRanking
+from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.prefix import FixedPrefix
 
 _ROUNDS = (0, 1, 4, 16, 64, 256)
 """Readings of each row that are run, the best first, until a row fits."""
+_SEARCHED = 1024
+"""Tokens that are run for each row that is left, where no reading fits."""
 _NEAREST = 4
 """First tokens of the scan that are run for each row."""
 
@@ -82,13 +86,15 @@ class _Ordering:
         self.prefix = FixedPrefix(measurements.transformer, 1)
         self.row = torch.zeros(1, dtype=torch.long, device=rows.device)
         stored = rows.isfinite().all(-1)
+        self.found = torch.empty(0, dtype=torch.long, device=rows.device)
         self.order: list[int] = (~stored).nonzero()[:, 0].tolist()
         self.left = stored.nonzero()[:, 0]
 
     def find(self, known: Tensor) -> RowOrder:
         """Take the row that fits best, position by position, until none fits."""
         if self.order:  # rows of known tokens that are not stored
-            vectors = self.embedding(known[None, : len(self.order)])
+            self.found = known[: len(self.order)]
+            vectors = self.embedding(self.found[None])
             self.prefix.begin(self.row, vectors, self.row + len(self.order))
         while len(self.left):
             for ids in self._candidates(known):
@@ -114,6 +120,8 @@ class _Ordering:
         readings = self._later if position else self._readings(kind=0)
         for begin, end in pairwise(_ROUNDS):
             yield _distinct(readings[self.left, begin:end])
+        if position and self.measurements.language_model is not None:
+            yield _distinct(self._searched())
         if not position:
             yield _distinct(self._scan().topk(_NEAREST, largest=False).indices)
 
@@ -129,6 +137,7 @@ class _Ordering:
         if not bool(calibration.passes(residuals[row, token], position)):
             return None
         self.prefix.keep(self.row, self.row + token)
+        self.found = torch.cat([self.found, ids[token, None]])
         return int(self.left[row])
 
     # -- the bag of tokens -------------------------------------------------------------------
@@ -145,6 +154,15 @@ class _Ordering:
             at = torch.full((len(rows),), kind, device=rows.device)
             found.append(best_tokens(ranking.likelihood(probe(rows, at), at), count).indices)
         return torch.cat(found)
+
+    def _searched(self) -> Tensor:
+        """``[N]`` the token that the search finds for each row that is left, as the next one."""
+        rows, length = self.rows[self.left], len(self.order) + 1
+        features = rows.new_full((len(rows), length, rows.shape[1]), torch.nan)
+        features[:, -1] = rows
+        targets = Targets(features, [length] * len(rows), tuple(self.found.tolist()))
+        *_, found = TokenRecovery(budget=_SEARCHED).recover(self.measurements, targets)
+        return torch.tensor([one.tokens[-1].id for one in found], device=rows.device)
 
     def _scan(self) -> Tensor:
         """``[N, V]`` distances of each row that is left to the features of first tokens."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.recovery.calibration import Channel
-from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
+from lightning_inversion.recovery.likely_first import FirstTokens
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -49,36 +49,6 @@ class _Variant:
     """``[C, F]`` of likely tokens as first ones."""
     reference: Tensor = field(repr=False)
     """``[N, F]`` of random tokens."""
-
-
-class FirstTokens:
-    """Which tokens have features near to a row as the first of a prompt.
-
-    Args:
-        measurements: of the model.
-    """
-
-    def __init__(self, measurements: Measurements) -> None:
-        self.index = measurements.derived(FirstTokenFeatures)
-        self.mean, self.std = measurements.probe.mean[0], measurements.probe.std[0]
-
-    def distances(self, rows: Tensor) -> Tensor:
-        """``[N, V]`` of each token to rows ``[N, F]``, up to the error of the projection."""
-        return self.index.distances((rows - self.mean) / self.std)
-
-    def nearest(self, rows: Tensor, count: int) -> Tensor:
-        """Ids ``[N, K]`` of the tokens nearest to rows ``[N, F]``."""
-        distances = self.distances(rows)
-        return distances.topk(min(count, distances.shape[1]), largest=False).indices
-
-    def nearest_in_direction(self, row: Tensor, count: int) -> Tensor:
-        """Ids ``[K]`` of the tokens nearest to a multiple of a row ``[F]``."""
-        vectors = self.index.projected + self.mean / self.std @ self.index.directions
-        own = row / self.std @ self.index.directions
-        factors = vectors @ own / vectors.square().sum(-1).clamp_min(1e-12)
-        distances = (own - factors[:, None] * vectors).square().sum(-1) / factors.square()
-        distances = distances.masked_fill(factors <= 0, torch.inf)
-        return distances.topk(min(count, len(distances)), largest=False).indices
 
 
 class Variants:

@@ -3,8 +3,8 @@
 The protocol's prompts come after prefixes of several lengths, of which nothing is told. Prints
 for each depth and length how many of the prompts' tokens are read right, by the linear probe alone
 and together with the language model; the mean probability; and of the tokens with a probability of
-0.9 or more those that are right. Each result is a line of JSON in --out; with --figure
-the lines that are there are drawn, and nothing is run.
+0.9 or more those that are right. Each result is a line of JSON in --out, and what is there is not
+run again; with --figure the lines are drawn, and nothing is run.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import argparse
 import dataclasses
 import json
 import time
+from itertools import pairwise, product
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 import torch
@@ -34,17 +36,33 @@ SYSTEM = (
 )
 
 
+EDGES = (0.0, 0.5, 0.9, 0.99, 1.0)
+"""Of the intervals of probability whose tokens are counted together."""
+
+
 def draw(rows: Path, figure: Path) -> None:
-    """The share of tokens that are read right, by depth; a line for each prefix and reading."""
+    """Tokens that are read right, by depth and by the probability that they were given."""
     table = pd.DataFrame(json.loads(line) for line in rows.read_text().splitlines())
     table["read right"] = table["right"] / table["tokens"]
     table["read by"] = table["beams"].map({0: "probe alone", 8: "probe and language model"})
     table["prefix"] = table["prefix"].map("{} tokens".format)
-    lines = sns.relplot(
-        table, x="depth", y="read right", hue="prefix", style="read by", kind="line", markers=True,
-        palette="colorblind", height=3.5, aspect=1.6,
+    binned = table.explode("bins")
+    tokens, right, probability = (binned["bins"].str[at].astype(float) for at in range(3))
+    binned["tokens of the interval"] = tokens
+    binned["read right"], binned["mean probability"] = right / tokens, probability / tokens
+    _, (left, beside) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    sns.lineplot(
+        table, x="depth", y="read right", hue="prefix", style="read by", markers=True,
+        palette="colorblind", ax=left,
     )  # fmt: skip
-    lines.savefig(figure)
+    sns.scatterplot(
+        binned[tokens > 0], x="mean probability", y="read right", hue="prefix", style="read by",
+        size="tokens of the interval", palette="colorblind", ax=beside, legend=False,
+    )  # fmt: skip
+    beside.axline((0, 0), slope=1, color="gray", linewidth=1, zorder=0)
+    left.set_title("Tokens right, by depth")
+    beside.set_title("Tokens right, by their probability (a point for each interval)")
+    plt.savefig(figure)
 
 
 def main() -> None:
@@ -61,12 +79,19 @@ def main() -> None:
     if options.figure is not None:
         draw(options.out, options.figure)
         return
+    there = set()
+    if options.out is not None and options.out.exists():
+        lines = map(json.loads, options.out.read_text().splitlines())
+        there = {(row["depth"], row["prefix"], row["beams"]) for row in lines}
     print(
         "| depth | prefix | beams | read right | mean probability "
         "| right of those with 0.9 or more | CPU seconds |"
     )
     print("|---|---|---|---|---|---|---|")
     for depth in options.depths:
+        wanted = set(product([depth], options.prefixes, options.beams)) - there
+        if not wanted:
+            continue
         transformer, whole = dataclasses.replace(TransformerSpec(), depth=depth).load_with_head()
         tokenizer = transformer.tokenizer
         assert tokenizer is not None
@@ -80,6 +105,8 @@ def main() -> None:
             assert prefix.shape[1] == length
             target = transformer.features_of(torch.cat([prefix, texts], dim=1))[:, length:]
             for beams in options.beams:
+                if (depth, length, beams) not in wanted:
+                    continue
                 began = time.process_time()
                 lengths = [texts.shape[1]] * len(texts)
                 *_, found = Reading(beams).recover(measurements, Targets(target, lengths))
@@ -88,16 +115,25 @@ def main() -> None:
                     for prompt, ids in zip(found, texts.tolist(), strict=True)
                     for token, right in zip(prompt.tokens, ids, strict=True)
                 ]
+                bins = [
+                    [(right, chance) for right, chance in pairs if low <= chance < high]
+                    for low, high in pairwise((*EDGES[:-1], 1.1))
+                ]
                 sure = [right for right, chance in pairs if chance >= 0.9]
                 row = {
                     "depth": depth,
                     "prefix": length,
+                    "prompts": len(texts),
                     "beams": beams,
                     "tokens": len(pairs),
                     "right": sum(right for right, _ in pairs),
                     "mean_probability": sum(chance for _, chance in pairs) / len(pairs),
                     "sure": len(sure),
                     "sure_right": sum(sure),
+                    "bins": [
+                        [len(one), sum(right for right, _ in one), sum(chance for _, chance in one)]
+                        for one in bins
+                    ],
                     "cpu_seconds": time.process_time() - began,
                 }
                 print(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import struct
-import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_inversion.data.layout import Layout, ModelShape
 from lightning_inversion.data.prompts import PromptDataModule
@@ -76,6 +76,18 @@ def as_objects(values: Any) -> Any:
     return held
 
 
+def padded(states: Tensor, value: float) -> Tensor:
+    """Two prompts, the second of four tokens."""
+    states = states.clone()
+    states[1, 4:] = value
+    return states
+
+
+def packed(states: Tensor) -> Tensor:
+    """Rows of two prompts, the second of four tokens, one after the other."""
+    return torch.cat([states[0], states[1, :4]])
+
+
 Holds = Callable[[tuple[Tensor, ...]], Any]
 ONE: dict[str, Holds] = {
     "[T, D]": lambda hs: hs[2][0],
@@ -119,6 +131,26 @@ ONE: dict[str, Holds] = {
     },
     "SIPIT's dict": lambda hs: {"hidden_states": hs[2][0], "input_ids": IDS[0], "layer_idx": 2},
     "any name": lambda hs: {"activations_of_my_system": hs[2][0]},
+    "a trace of baukit": lambda hs: {
+        f"model.layers.{i}": SimpleNamespace(output=(hs[i + 1][:1], None)) for i in range(N - 1)
+    },
+    "saved values of nnsight": lambda hs: {
+        f"model.layers[{i}].output[0]": SimpleNamespace(value=hs[i + 1][:1]) for i in range(N - 1)
+    },
+    "a block's tuple": lambda hs: {"transformer.h.1": (hs[2][:1], (hs[1], hs[1]), None)},
+    "pyvene's names": lambda hs: {"layer.1.comp.block_output.unit.pos.nunit.1#0": [hs[2][:1]]},
+    "names without hook": lambda hs: {"layer1_resid_post": hs[2][0], "layer1_resid_pre": hs[1][0]},
+    "keys that are tuples": lambda hs: {("resid_post", 1): hs[2][:1], ("resid_pre", 1): hs[1][:1]},
+    "numbers of all depths": lambda hs: {i: hs[i][0] for i in range(N + 1)},
+    "one numbered layer": lambda hs: {"transformer_layer_1": hs[2][:1]},
+    "a layer of a trainer": lambda hs: {"_orig_mod.model.layers.1": hs[2][0].requires_grad_()},
+    "steps": lambda hs: {f"step_{i}": own for i, own in enumerate(hs[2][0].split([4, 1, 1]))},
+    "[1, 1, T, D]": lambda hs: hs[2][None, :1],
+    "a column-major view": lambda hs: hs[2][0].T.contiguous().T,
+    "a masked array": lambda hs: np.ma.masked_equal(
+        np.pad(hs[2][0].numpy(), ((0, 2), (0, 0)), constant_values=9.0), 9.0
+    ),
+    "a memoryview": lambda hs: memoryview(hs[2][0].numpy()),
     "padding of zeros": lambda hs: torch.nn.functional.pad(hs[2][0], (0, 0, 2, 3)),
     "padding of nan": lambda hs: torch.nn.functional.pad(hs[2][0], (0, 0, 1, 0), value=torch.nan),
 }  # fmt: skip
@@ -177,6 +209,45 @@ TWO: dict[str, tuple[Holds, dict[str, Any]]] = {
     "padded on the left, with lengths": (
         lambda hs: torch.stack([hs[2][0], hs[2][1].roll(2, 0)]),
         {"lengths": [6, 4], "padding": "left"},
+    ),
+    "padded with nan": (lambda hs: padded(hs[2], torch.nan), {}),
+    "a masked batch": (
+        lambda hs: np.ma.masked_invalid(padded(hs[2], torch.nan).numpy()), {}
+    ),
+    "lengths beside": (
+        lambda hs: {"hidden": padded(hs[2], 1.0), "seq_lens": torch.tensor([6, 4])}, {}
+    ),
+    "one after the other": (lambda hs: packed(hs[2]), {"lengths": [6, 4]}),
+    "cumulative lengths": (
+        lambda hs: {"hidden": packed(hs[2]), "cu_seqlens": torch.tensor([0, 6, 10])}, {}
+    ),
+    "positions of a packed batch": (
+        lambda hs: {"hidden": packed(hs[2]), "position_ids": torch.tensor([*range(6), *range(4)])},
+        {},
+    ),
+    "a nested tensor": (
+        lambda hs: torch.nested.nested_tensor([hs[2][0], hs[2][1, :4]], layout=torch.jagged), {}
+    ),
+    "a packed sequence": (
+        lambda hs: pack_padded_sequence(hs[2], torch.tensor([6, 4]), batch_first=True), {}
+    ),
+    "a table of named columns": (
+        lambda hs: np.array(
+            [(own.numpy(), [1] * 4 + [fill] * 2) for own, fill in zip(hs[2], (1, 0), strict=True)],
+            dtype=[("hidden", "f4", (T, D)), ("attention_mask", "i8", (T,))],
+        ), {}
+    ),
+    "[prompts, layers, T, D]": (
+        lambda hs: {"states": torch.stack(hs, dim=1), "lengths": [6, 4]}, {}
+    ),
+    "[layer][prompt]": (
+        lambda hs: [
+            [torch.nn.functional.pad(own[0], (0, 0, 0, 1)),
+             torch.nn.functional.pad(own[1, :4], (0, 0, 1, 0))] for own in hs
+        ], {}
+    ),
+    "fairseq's states": (
+        lambda hs: {"inner_states": [padded(own, 0.0).transpose(0, 1) for own in hs]}, {}
     ),
     "axes told": (
         lambda hs: torch.nn.functional.pad(hs[2][:, :4], (0, 0, 0, 2)).permute(1, 2, 0),
@@ -274,6 +345,28 @@ REFUSED: dict[str, tuple[Holds, str]] = {
     "a mask of others": (
         lambda hs: {"hidden": hs[2][:1], "mask": torch.ones(2, 6)}, "a mask of shape"
     ),
+    "8-bit integers and scales": (
+        lambda hs: {"q": hs[2][0].to(torch.int8), "scales": torch.ones(T, 1)},
+        r"8-bit values \(q\) and scales; multiply them, store float32, .* --data.noise",
+    ),
+    "float8 and a scale": (
+        lambda hs: {"q": hs[2][0].to(torch.float8_e4m3fn), "scale": torch.tensor(0.01)},
+        "leave it out of the file, and set --data.scale 100",
+    ),
+    "depths or prompts": (
+        lambda hs: {"2": hs[2][0], "3": hs[3][0]},
+        r"named 2, 3, which may be depths or prompts; set --data.layout.depths \[2,3\]",
+    ),
+    "another numbered layer": (
+        lambda hs: {"block_3": hs[4][0]}, "'block_3', and depth 2 is asked for; set .*depth 4 if"
+    ),
+    "a row of layers at a time": (
+        lambda hs: [[layer[0, at] for layer in hs] for at in range(T)], "axes are not clear"
+    ),
+    "bytes that NumPy does not know": (
+        lambda hs: hs[2][0].bfloat16().view(torch.int16).numpy().view("V2"), "the bits of bfloat16"
+    ),
+    "a sparse tensor": (lambda hs: hs[2][0].to_sparse(), "no dense tensor with values"),
     "only ids": (lambda hs: {"token_ids": IDS}, "holds token_ids, and no hidden states"),
     "objects": (lambda hs: [object()], "holds a object; give tensors"),
     "ragged lists": (lambda hs: [[1.0, 2.0], [1.0]], "lists of different lengths"),
@@ -417,12 +510,6 @@ def holding_itself() -> list[Any]:
     return held
 
 
-def nested() -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.nested.nested_tensor([torch.ones(3, 32)])
-
-
 def damaged(data: bytes) -> Callable[[Path], Path]:
     def make(path: Path) -> Path:
         (path / "x").write_bytes(data)
@@ -449,7 +536,9 @@ PACKED = zipped({"a.npy": numpy_header("<f4", "32") + bytes(128)}, zipfile.ZIP_D
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no file": (lambda p: p / "none.pt", "No such file"),
     "an empty file": (damaged(b""), "is damaged"),
-    "text": (damaged(b"The sky is blue."), "is damaged"),
+    "text": (damaged(b"0.1\n0.2,0.3\n"), "is text; give a .safetensors, .npy"),
+    "MATLAB's file": (damaged(b"MATLAB 5.0 MAT-file"), "is a MATLAB file; give a .safetensors"),
+    "Zarr": (lambda p: text(p / ".zarray", "{}").parent, "is a Zarr store; give a .safetensors"),
     "no JSON": (damaged(b'{"a": '), "is not JSON"),
     "HDF5": (damaged(b"\x89HDF\r\n\x1a\n"), "is an HDF5 file; give a .safetensors, .npy"),
     "Parquet": (damaged(b"PAR1 PAR1"), "is a Parquet file; give a .safetensors, .npy"),
@@ -490,9 +579,8 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a tensor without values": (
         lambda p: write(p / "x.pt", torch.empty(3, 32, device="meta")), "no dense tensor"
     ),
-    "a nested tensor": (
-        lambda p: write(p / "x.pt", nested()),
-        "no dense tensor",
+    "a sparse tensor": (
+        lambda p: write(p / "x.pt", torch.ones(3, 32).to_sparse()), "no dense tensor"
     ),
     "an empty folder": (lambda p: p, "a folder without files of tensors"),
     "a folder with a damaged file": (

@@ -16,7 +16,7 @@ from lightning_inversion import recover
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.order import in_order
+from lightning_inversion.recovery.order import _Ordering, in_order
 from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.reading import Reading
 from lightning_inversion.transformer.surgery import Surgery
@@ -51,6 +51,25 @@ def test_the_order_is_found(model: str, request: pytest.FixtureRequest) -> None:
     assert [order.rows for order in orders] == places
     assert [order.found for order in orders] == lengths
     assert torch.equal(found.features, rows)
+
+
+def test_where_no_reading_fits_the_next_token_is_searched_for(
+    measurements: Measurements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = measurements.transformer.features_of(texts(measurements)[:1])
+    given, place = shuffled(rows[0])
+    readings = _Ordering._readings
+
+    def unlikely(self: _Ordering, kind: int) -> Tensor:
+        found = readings(self, kind)
+        return found if kind == 0 else found[:, -1:].expand_as(found)
+
+    monkeypatch.setattr(_Ordering, "_readings", unlikely)
+    _, (order,) = in_order(measurements, Targets(given[None], [9]))
+    assert order.rows == tuple(place.tolist())
+    without = replace(measurements, language_model=None)
+    _, (order,) = in_order(without, Targets(given[None], [9]))
+    assert order.found == 1
 
 
 @pytest.mark.parametrize("stored", [True, False])
