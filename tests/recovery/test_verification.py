@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_inversion.data.storage import Storage
-from lightning_inversion.recovery import held_out, rivals, verification
+from lightning_inversion.recovery import held_out, rivals
 from lightning_inversion.recovery.calibration import CLEARANCE, RISK, Calibration
 from lightning_inversion.recovery.certificate import Certificate
 from lightning_inversion.recovery.measurements import Measurements
@@ -379,7 +379,7 @@ def test_all_tokens_of_a_small_vocabulary_are_compared_where_the_near_ones_do_no
     measurements: Measurements, monkeypatch: pytest.MonkeyPatch, many: int
 ) -> None:
     """Tokens that training never saw lie together; then random tokens look common everywhere."""
-    monkeypatch.setattr(verification, "_MANY_FEATURES", many)
+    monkeypatch.setattr("lightning_inversion.recovery.calibration._MANY_FEATURES", many)
     common = dataclasses.replace(
         measurements.calibration, dimension=torch.tensor([0.8, 0.8]), common=torch.ones(2)
     )
