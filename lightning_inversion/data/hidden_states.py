@@ -32,7 +32,12 @@ from lightning_inversion.data.contents import (
     rows_of_layers,
 )
 from lightning_inversion.data.depths import Depths
-from lightning_inversion.data.key_values import arrange_heads, caches_in, prompts_of
+from lightning_inversion.data.key_values import (
+    arrange_heads,
+    caches_in,
+    caches_of_blocks,
+    prompts_of,
+)
 from lightning_inversion.data.layout import Beside, Wanted, named
 from lightning_inversion.data.names import (
     FINAL,
@@ -151,6 +156,12 @@ class _Reader:
 
     def _of_cache(self, given: Any, name: str, beside: Beside) -> list[Tensor]:
         """Keys and values: a cache, tensors ``[T, F]`` as ``capture`` writes them, or several."""
+        held = flat(given) if isinstance(given, Mapping) else given
+        if isinstance(held, Mapping):
+            beside, _ = self._beside(held, beside)
+        blocks = 0 if self.wanted.shape is None else self.wanted.sizes.blocks
+        if caches := caches_of_blocks(held, blocks):
+            return [one for cache in caches for one in prompts_of(cache, self.wanted, beside)]
         if isinstance(given, Tensor | np.ndarray):
             tensor = self._tensor(given)
             if tensor.dim() == 2:
@@ -161,11 +172,6 @@ class _Reader:
                     "--model.transformer.output to one of them."
                 )
             return rows_of_prompts(self.wanted, arrange_heads(self.wanted, tensor, name), beside)
-        held = flat(given) if isinstance(given, Mapping) else given
-        if isinstance(held, Mapping):
-            beside, _ = self._beside(held, beside)
-        if caches := caches_in(held):
-            return [one for cache in caches for one in prompts_of(cache, self.wanted, beside)]
         if isinstance(held, Mapping):
             parts = [value for _, value in sorted(held.items(), key=lambda one: natural(one[0]))
                      if holds_states(value) and not holds_ids(value)]  # fmt: skip

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,9 +43,35 @@ Blocks = dict[int | None, dict[Kind, tuple[str, Any]]]
 """By block (None where nothing tells it) and kind: the name, and the tensor."""
 
 
+def caches_of_blocks(given: Any, blocks: int) -> list[Blocks]:
+    """The keys and values in what holds nothing else, one of each prompt or batch.
+
+    Blocks that lie one by one, without a name, are of one cache where there are as many as the
+    model has, and all alike.
+    """
+    if isinstance(given, Tensor | np.ndarray):  # [blocks, 2, ...]
+        stacked = given.ndim > 4 and tuple(given.shape[:2]) == (blocks, 2)
+        return _of_pairs(list(given)) if stacked else []
+    if isinstance(given, Sequence) and _are_pairs(given, axes=(3, 4)):
+        return _of_pairs(given)
+    caches = caches_in(given)
+    parts = caches
+    if not parts and isinstance(given, list | tuple):
+        parts = [cache for one in given for cache in caches_in(one)]
+    alone = [cache[None] for cache in parts if set(cache) == {None}]
+    alike = {
+        tuple(sorted((kind, tuple(one.shape)) for kind, (_, one) in own.items())) for own in alone
+    }
+    if len(alone) == len(parts) == blocks and len(alike) == 1:
+        return [dict(enumerate(alone))]
+    return caches
+
+
 def caches_in(given: Any) -> list[Blocks]:
     """The keys and values in what may hold caches, one of each prompt or batch."""
     layers = getattr(given, "layers", None)
+    if isinstance(given, Sequence) and given and all(map(_is_block, given)):
+        layers = given
     if isinstance(layers, Sequence) and all(hasattr(one, "keys") for one in layers):
         return _of_pairs([(layer.keys, layer.values) for layer in layers])
     if hasattr(given, "key_cache") and hasattr(given, "value_cache"):
@@ -129,24 +156,29 @@ def arrange_heads(wanted: Wanted, tensor: Any, name: str = "") -> Tensor:
     return states.flatten(2)
 
 
+def _is_block(given: Any) -> bool:
+    return all(isinstance(getattr(given, kind, None), Tensor | np.ndarray)
+               for kind in ("keys", "values"))  # fmt: skip
+
+
 def _of_pairs(pairs: Sequence[Any]) -> list[Blocks]:
     """Some layers of a model may keep other things than keys and values."""
     return [
         {
             block: {"keys": ("", pair[0]), "values": ("", pair[1])}
             for block, pair in enumerate(pairs)
-            if isinstance(pair[0], Tensor) and isinstance(pair[1], Tensor)
+            if isinstance(pair[0], Tensor | np.ndarray) and isinstance(pair[1], Tensor | np.ndarray)
         }
     ]
 
 
-def _are_pairs(given: Sequence[Any]) -> bool:
-    """Whether this is the older tuple: for each block a pair of tensors of four axes."""
+def _are_pairs(given: Sequence[Any], axes: tuple[int, ...] = (4,)) -> bool:
+    """Whether this is the older tuple: for each block a pair of tensors of so many axes."""
     return bool(given) and all(
         isinstance(pair, Sequence)
         and not isinstance(pair, str)
         and len(pair) >= 2
-        and all(isinstance(part, Tensor) and part.dim() == 4 for part in pair[:2])
+        and all(isinstance(part, Tensor | np.ndarray) and part.ndim in axes for part in pair[:2])
         and pair[0].shape[:3] == pair[1].shape[:3]
         for pair in given
     )
@@ -169,7 +201,7 @@ def _of_names(held: Mapping[str, Any]) -> list[Blocks]:
         elif (whole := _WHOLE.search(name)) is not None:
             blocks = caches.setdefault(name[: whole.start()], {})
             kind = _KINDS[whole["kind"].lower()]
-            several = isinstance(value, Sequence)
+            several = isinstance(value, Sequence) or getattr(value, "ndim", 0) == 5
             for block, one in enumerate(value) if several else [(None, value)]:
                 blocks.setdefault(block, {})[kind] = (name, one)
     return list(caches.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,6 +90,15 @@ HELD: dict[str, Callable[[], Any]] = {
         for row in (0, 1)
         for kind, part in zip(("key", "value"), pairs()[BLOCK], strict=True)
     },
+    "NumPy's pairs": lambda: [tuple(part.numpy() for part in pair) for pair in pairs()],
+    "blocks as dicts": lambda: {i: {"k": k, "v": v} for i, (k, v) in enumerate(pairs())},
+    "a list of blocks as dicts": lambda: [{"keys": k, "values": v} for k, v in pairs()],
+    "a list of blocks": lambda: [SimpleNamespace(keys=k, values=v) for k, v in pairs()],
+    "one tensor": lambda: torch.stack([torch.stack(pair) for pair in pairs()]),
+    "a tensor of each kind": lambda: {
+        "k": torch.stack([k for k, _ in pairs()]),
+        "v": torch.stack([v for _, v in pairs()]),
+    },
     "features": lambda: list(torch.cat([p.transpose(1, 2).flatten(2) for p in pairs()[BLOCK]], -1)),
 }
 
@@ -100,6 +110,12 @@ def test_caches_are_understood(held: Callable[[], Any]) -> None:
     for target, own in zip(captured.targets, wanted, strict=True):
         torch.testing.assert_close(target, own)
     assert "2 prompts, 7 positions, depth 2, keys and values, float32" in captured.understood
+
+
+def test_pairs_without_an_axis_of_prompts() -> None:
+    held = [(keys[0], values[0]) for keys, values in pairs()]
+    (target,) = read(held).targets
+    assert torch.equal(target, read(pairs()).targets[0])
 
 
 def test_keys_and_values_alone() -> None:
