@@ -219,14 +219,14 @@ def _checks() -> dict[str, Callable[[Any], bool]]:
     return {name: check_of(wanted) for name, wanted in get_type_hints(ResultRow).items()}
 
 
-def read_rows(path: Path) -> list[ResultRow]:
+def read_rows(path: Path | str) -> list[ResultRow]:
     """The rows of a run, in the order of the prompts; [] where there is no file.
 
     Raises:
         InputError: a line is no row; names the file and what is wrong.
     """
     rows = []
-    for record in read_records(path):
+    for record in read_records(Path(path)):
         try:
             rows.append(ResultRow.from_record(record))
         except ValueError as error:

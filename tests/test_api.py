@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +87,27 @@ def test_one_tensor_behind_a_known_prefix() -> None:
 def test_what_does_not_fit_is_refused(given, message: str) -> None:
     with pytest.raises(InputError, match=message):
         recover(shared_tiny_model("llama"), None, given, depth=2, policy=POLICY)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"order": "x"}, "^order: 'x' is unknown; choose from given, unknown"),
+        ({"output": "x"}, "^output: 'x' is unknown; choose from hidden_states"),
+        ({"output": "keys"}, "the features are 32 and 16 in the model"),
+        ({"scale": 0.0}, "^scale is a factor other than 0"),
+        ({"model": None}, "model is a NoneType; give a causal language model"),
+        (
+            {"model": shared_tiny_model("llama").model, "policy": TokenRecovery()},
+            "model is a LlamaModel, without its head",
+        ),
+        ({"tokenizer": "gpt2"}, "tokenizer is a str; give a tokenizer of transformers, or None"),
+    ],
+)
+def test_wrong_arguments_are_refused(told: dict[str, Any], message: str) -> None:
+    given = {"model": shared_tiny_model("llama"), "tokenizer": None, "policy": POLICY, **told}
+    with pytest.raises(InputError, match=message):
+        recover(hidden_states=torch.ones(3, 32), depth=2, **given)
 
 
 def test_a_prefix_longer_than_a_prompt_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def capture(
-    model: PreTrainedModel | str,
+    model: PreTrainedModel | str | Path,
     tokenizer: PreTrainedTokenizerBase | None,
     prompts: str | Sequence[str],
     *,
@@ -84,7 +85,7 @@ def capture(
 
 
 def recover(
-    model: PreTrainedModel | str,
+    model: PreTrainedModel | str | Path,
     tokenizer: PreTrainedTokenizerBase | None,
     hidden_states: Any,
     *,
@@ -153,6 +154,8 @@ def recover(
         hidden_states, depth, final_norm, tuple(known_prefix), first_position, centred, scale,
         noise, layout, attention_mask, output, order, logits,
     )  # fmt: skip
+    if policy.needs_language_model and model.base_model is model:
+        raise InputError(f"model is a {type(model).__name__}, without its head; give it whole.")
     transformer, shape = given.cut(model, tokenizer), ModelShape.of(model.config)
     captured = given.read(transformer, shape)
     language_model = (
@@ -194,7 +197,7 @@ def recover(
 
 def verify(
     certificate: Certificate,
-    model: PreTrainedModel | str,
+    model: PreTrainedModel | str | Path,
     hidden_states: Any,
 ) -> CertificateCheck:
     """Check a certificate of ``recover`` again: run its tokens and those near to them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def invert(
-    model: PreTrainedModel | str,
+    model: PreTrainedModel | str | Path,
     tokenizer: PreTrainedTokenizerBase | None,
     hidden_states: Any,
     *,

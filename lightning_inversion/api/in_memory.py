@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -38,17 +39,25 @@ def errors_name_arguments() -> Iterator[None]:
 
 
 def in_memory(
-    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None
+    model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A model and its tokenizer, loaded where only a name is given.
 
     Raises:
-        InputError: the model cannot be had.
+        InputError: the model cannot be had, or is none, or the tokenizer is none.
     """
-    if not isinstance(model, str):
+    if tokenizer is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
+        kind = type(tokenizer).__name__
+        raise InputError(f"tokenizer is a {kind}; give a tokenizer of transformers, or None.")
+    if not isinstance(model, str | Path):
+        if not hasattr(model, "base_model"):
+            raise InputError(
+                f"model is a {type(model).__name__}; give a causal language model of transformers, "
+                "or its name."
+            )
         return model, tokenizer
     with errors_name_arguments():
-        loaded, own = TransformerSpec(model=model).load_causal_lm()
+        loaded, own = TransformerSpec(model=str(model)).load_causal_lm()
     return loaded, tokenizer or own
 
 
@@ -94,17 +103,22 @@ class Given:
         Raises:
             InputError: they do not fit the model, or can be read in several ways.
         """
-        request = Request(
-            (self.depth,), self.final_norm, lambda: shape, self.layout, self.first_position,
-            self.known_prefix, self.centred, self.scale, self.noise, self.read_output,
-            self.order, self.logits,
-        )  # fmt: skip
         held = self.hidden_states
         if self.attention_mask is not None:
             name = "hidden_states" if self.read_output == "hidden_states" else "past_key_values"
             held = {name: held, "attention_mask": self.attention_mask}
         with errors_name_arguments():
+            request = Request(
+                (self.depth,), self.final_norm, lambda: shape, self.layout, self.first_position,
+                self.known_prefix, self.centred, self.scale, self.noise, self.read_output,
+                self.order, self.logits,
+            )  # fmt: skip
             captured = Captured.of_objects(held, request)
+        if not self.logits and captured.width != transformer.feature_size:
+            raise InputError(
+                f"hidden_states does not fit the model: the features are {captured.width} and "
+                f"{transformer.feature_size} in the model; give the model that made it."
+            )
         _log.info("hidden_states: %s.", captured.understood)
         for warning in captured.warnings:
             _log.warning("%s", warning)

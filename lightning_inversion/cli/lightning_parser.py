@@ -41,7 +41,7 @@ class LightningParser(OneSentenceParser, LightningArgumentParser):
         self._action_groups = sorted(
             self._action_groups, key=lambda group: "every aspect of training" in str(group.title)
         )
-        return super().format_help(formatter)
+        return super().format_help(formatter).replace(" \b", "")  # jsonargparse's, for a terminal
 
 
 def hide_unused(parser: LightningArgumentParser, command: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from lightning_inversion.data.layout import Layout, ModelShape, Wanted
 from lightning_inversion.data.storage import MOST_NOISE
@@ -47,6 +47,12 @@ class Request:
     logits: bool = False
 
     def __post_init__(self) -> None:
+        for name, value, known in (
+            ("--data.order", self.order, get_args(Order)),
+            ("--model.transformer.output", self.output, get_args(Output)),
+        ):
+            if value not in known:
+                raise InputError(f"{name}: {value!r} is unknown; choose from {', '.join(known)}.")
         if not 0 < abs(self.scale) < float("inf"):
             raise InputError(f"--data.scale is a factor other than 0, and is {self.scale}.")
         if not 0 <= self.noise <= MOST_NOISE:

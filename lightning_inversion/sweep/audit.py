@@ -136,7 +136,7 @@ def run_audit(options: Namespace) -> int:
     if not cells:
         raise InputError(f"--config {str(options.config)!r} leaves nothing to run.")
     sweep = Sweep(folder, cells)
-    specs = _specs_to_capture(sweep, plan, options.prompts, passed_on)
+    specs = _specs_to_capture(sweep, plan, options.prompts)
     if options.dry_run:
         print_cells(sweep)
         return 0
@@ -197,18 +197,31 @@ def _transformer(channel: ChannelSpec, depth: int) -> list[str]:
 
 
 def _specs_to_capture(
-    sweep: Sweep, plan: AuditPlan, prompts: Path, passed_on: list[str]
+    sweep: Sweep, plan: AuditPlan, prompts: Path
 ) -> dict[Path, tuple[ChannelSpec, TransformerSpec]]:
-    """The files of activations that are not there yet, and the model of each."""
+    """The files of activations that are not there yet, and the model of each.
+
+    Raises:
+        InputError: a channel, or the options of fit or predict, are wrong.
+    """
+    from lightning_inversion.data.storage import MOST_NOISE
     from lightning_inversion.sweep.run import spec_of
 
     wanted: dict[Path, tuple[ChannelSpec, TransformerSpec]] = {}
+    checked: set[str] = set()
     for cell in sweep.cells:
         path = Path(cell.arguments[-1].partition("=")[2])
-        if not path.exists() and path not in wanted:
-            channel, depth = plan.channels[cell.values["channel"]], int(cell.values["depth"])
-            arguments = [*passed_on, *_transformer(channel, depth), f"--data.file={prompts}"]
-            wanted[path] = channel, spec_of(cell.command, arguments)
+        if path.exists() or (path in wanted and cell.command in checked):
+            continue
+        channel = plan.channels[cell.values["channel"]]
+        if not 0 <= channel.noise <= MOST_NOISE:
+            raise InputError(
+                f"--config: channel {cell.values['channel']!r} has noise {channel.noise}; give a "
+                f"standard deviation between 0 and {MOST_NOISE:.0e}."
+            )
+        arguments = [*cell.arguments[:-1], f"--data.file={prompts}"]
+        wanted[path] = channel, spec_of(cell.command, arguments)
+        checked.add(cell.command)
     return wanted
 
 

@@ -74,11 +74,10 @@ class Selection:
                 f"were asked for and the model has {total}; choose {total} or fewer."
             )
         size = text_config(config).hidden_size * len(chosen)
-        chosen_features = slice_of(features) if features is not None else slice(None)
-        if not range(size)[chosen_features] or (chosen_features.stop or 0) > size:
+        if features is not None and not range(size)[slice_of(features)]:
             raise InputError(
-                f"--model.transformer.features: {features!r} is not within {size} features, or "
-                f"selects none; choose a slice within 0:{size}."
+                f"--model.transformer.features: {features!r} selects nothing of {size} "
+                f"features; choose a slice within 0:{size}."
             )
         return cls(chosen, features, final_norm, output=output)
 

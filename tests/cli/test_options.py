@@ -160,3 +160,7 @@ def test_help_all_of_predict_leaves_out_what_a_fit_has(capsys) -> None:
     assert "--trainer.devices" in shown
     assert "--model.objective" not in shown
     assert "--learning_rate" not in shown
+
+
+def test_the_whole_help_holds_no_control_character() -> None:
+    assert all(letter.isprintable() or letter == "\n" for letter in parser_of("fit").format_help())

@@ -149,7 +149,8 @@ def test_the_plan_in_the_package_can_be_run() -> None:
         ),
         ({}, ["--prompts=nowhere.txt"], "--prompts 'nowhere.txt' does not exist"),
         ({}, ["--config=nowhere.yaml"], "--config 'nowhere.yaml' does not exist"),
-        ({"channels": {"a": {"noise": -1.0}}}, ["--depth=1"], "--noise is a standard deviation"),
+        ({"channels": {"a": {"noise": -1.0}}}, ["--depth=1"], "channel 'a' has noise -1.0"),
+        ({"predict": {"options": {"model.recovery.budget": "x"}}}, [], "--model.recovery.budget"),
         ({"channels": {"a": {"store": "int8"}}}, [], "is no plan of an audit"),
         *(
             pytest.param(change, [], sentence, marks=pytest.mark.integration)
@@ -175,7 +176,7 @@ def test_wrong_use_ends_before_a_run(
     message = capsys.readouterr().err
     assert sentence in message
     assert message.count("\n") == 1, message
-    assert not list(tmp_path.rglob("results.jsonl"))
+    assert not [*tmp_path.rglob("results.jsonl"), *tmp_path.rglob("*.safetensors")]
 
 
 @pytest.mark.parametrize(
