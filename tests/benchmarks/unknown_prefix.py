@@ -38,6 +38,8 @@ SYSTEM = (
 
 EDGES = (0.0, 0.5, 0.9, 0.99, 1.0)
 """Of the intervals of probability whose tokens are counted together."""
+FEW = 10
+"""Tokens below which an interval is not drawn."""
 
 
 def draw(rows: Path, figure: Path) -> None:
@@ -56,7 +58,7 @@ def draw(rows: Path, figure: Path) -> None:
         palette="colorblind", ax=left,
     )  # fmt: skip
     sns.scatterplot(
-        binned[tokens > 0], x="mean probability", y="read right", hue="prefix", style="read by",
+        binned[tokens >= FEW], x="mean probability", y="read right", hue="prefix", style="read by",
         size="tokens of the interval", palette="colorblind", ax=beside, legend=False,
     )  # fmt: skip
     beside.axline((0, 0), slope=1, color="gray", linewidth=1, zorder=0)
