@@ -133,7 +133,9 @@ def check_counts(name: str, config: Any) -> None:
     for key, value in entries:
         check_counts(name, value)
         counts = str(key).endswith(("layer", "layers", "experts", "block_count", "expert_count"))
-        if counts and isinstance(value, int | float) and not -1 <= value <= MOST_BLOCKS:
+        # -2 is the last layer but one that an image's features are taken from.
+        least = -MOST_BLOCKS if str(key).endswith("feature_layer") else -1
+        if counts and isinstance(value, int | float) and not least <= value <= MOST_BLOCKS:
             raise InputError(
                 f"{OPTION}: {name!r} has {key} {value!r}, and at most {MOST_BLOCKS} can be "
                 "built; correct its configuration, or give another model."

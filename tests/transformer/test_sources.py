@@ -13,7 +13,7 @@ import pytest
 from lightning_inversion.cache import cached_folder
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer import check_source, resolve_source, sources
-from lightning_inversion.transformer.sources import is_converted
+from lightning_inversion.transformer.sources import check_counts, is_converted
 
 
 @pytest.fixture(autouse=True)
@@ -170,3 +170,10 @@ def test_a_build_that_dies_leaves_nothing(cache: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         cached_folder("key", build, lambda folder: folder.is_dir())
     assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("key", ["feature_layer", "vision_feature_layer"])
+def test_a_layer_counted_from_the_end_is_no_number_of_blocks(key: str) -> None:
+    check_counts("m", {"vision_config": {key: -2}, "num_hidden_layers": 4})
+    with pytest.raises(InputError, match="has num_hidden_layers -2"):
+        check_counts("m", {key: -2, "num_hidden_layers": -2})
