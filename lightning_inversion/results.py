@@ -78,7 +78,10 @@ class ResultRow:
     """The prompt's own tokens; None where they are not known."""
 
     exact: bool | None = _outcome()
-    """Whether all tokens are right; this and the next three are None without ``ids``."""
+    """Whether all tokens are right; None without ``ids``, as the accuracies are."""
+    same_text: bool | None = _outcome()
+    """Whether the recovered text is the prompt: right tokens of a tokenizer that loses text are
+    not. None where the prompt or its text is not known."""
     token_accuracy: float | None = _outcome()
     top_k_accuracy: float | None = _outcome()
     hamming: float | None = _outcome()

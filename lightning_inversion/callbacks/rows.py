@@ -20,7 +20,7 @@ from lightning_inversion.recovery.policy import RecoveredPrompt
 from lightning_inversion.recovery.verification import Verdict
 from lightning_inversion.results import ResultRow
 from lightning_inversion.transformer.embedding import TokenEmbedding
-from lightning_inversion.transformer.tokens import decoded, token_texts
+from lightning_inversion.transformer.tokens import decoded, is_text_of, token_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,6 +97,7 @@ def fitted_rows(
                 prompt=batch.prompts[row],
                 recovered=None if tokenizer is None else decoded(tokenizer, ids),
                 recovered_tokens=token_texts(tokenizer, ids) if tokenizer else None,
+                same_text=_same_text(tokenizer, ids, batch.prompts[row]),
                 **_scores(batch, top, row),
                 **_shown(verdict, row, len(batch.known_prefix), length),
                 duplicates=[t for t, token in enumerate(ids) if token in duplicated],
@@ -154,6 +155,14 @@ def _scores(batch: PromptBatch, top: TopTokens, row: int) -> dict[str, Any]:
     }
 
 
+def _same_text(
+    tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int], prompt: str | None
+) -> bool | None:
+    if tokenizer is None or prompt is None:
+        return None
+    return is_text_of(tokenizer, ids, prompt)
+
+
 def recovered_rows(
     batch: PromptBatch,
     prompts: Sequence[RecoveredPrompt],
@@ -190,6 +199,7 @@ def recovered_rows(
                 recovered=None if tokenizer is None else decoded(tokenizer, ids),
                 recovered_tokens=token_texts(tokenizer, ids) if tokenizer else None,
                 exact=all(right) if right else None,
+                same_text=_same_text(tokenizer, ids, batch.prompts[number]),
                 token_accuracy=sum(right) / len(right) if right else None,
                 verified=prompt.verified,
                 verified_tokens=sum(token.verified for token in tokens),

@@ -103,6 +103,12 @@ def print_rows(rows: list[ResultRow]) -> None:
         doubtful = sum(not row.verified for row in left_out)
         which = f"{doubtful} of them not verified" if doubtful else "all of them verified"
         console.print(f"... and {len(left_out)} more, {which}")
+    lost = sum(bool(row.exact) and row.same_text is False for row in rows)
+    if lost:
+        console.print(
+            f"of {lost} prompts all tokens are right, and their text is not the prompt's: the "
+            "tokenizer loses text"
+        )
     averages = mean(rows)
     if not averages:
         return

@@ -23,6 +23,8 @@ _ODD = 0.01
 """Share of the held-out tokens that may be odd: they move no threshold."""
 _NEAREST_SHARE = 0.05
 """Share of the random tokens, the nearest ones, whose residuals show how fast they get rare."""
+_MANY_FEATURES = 64
+"""Of fewer features a target that is of no token may be as near to one token, and to no other."""
 _NEAREST = 4
 """Of a target's own random tokens the nearest ones, which show how fast tokens get rare there."""
 
@@ -68,9 +70,9 @@ class Calibration:
             are: half of what the share of each counts (the participation ratio).
         dimension: ``[2]`` the power by which random tokens get rare near the target.
         common: ``[2]`` the residual that the nearest 5% of random tokens have.
-        noisy: ``[2]`` how many features' worth of told noise there is; 0 without noise, and where
-            the noise is so strong that tokens which are not compared could pass for the target.
-        told: ``[2]`` the same, however strong the noise is.
+        noisy: ``[2]`` how many features' worth of told noise there is; 0 without noise.
+        hidden: ``[2]`` bool; told noise is so strong that tokens far from the right one's
+            embedding could pass for the target too.
     """
 
     mean: Tensor
@@ -87,19 +89,18 @@ class Calibration:
     dimension: Tensor
     common: Tensor
     noisy: Tensor
-    told: Tensor
-
-    def comparing_all(self) -> Calibration:
-        """The calibration where a token is compared with the whole vocabulary.
-
-        No token is left that could pass for the target unseen, however strong told noise is.
-        """
-        return replace(self, noisy=self.told)
+    hidden: Tensor
 
     @property
     def verifies(self) -> bool:
-        """Whether tokens can be verified at every position."""
-        return bool(((self.threshold > 0) | (self.noisy > 0)).all())
+        """Whether tokens can be verified at every position, without comparing them with all."""
+        told = (self.noisy > 0) & (~self.hidden | self.has_many_features)
+        return bool(((self.threshold > 0) | told).all())
+
+    @property
+    def has_many_features(self) -> bool:
+        """Whether features are so many that none is matched by chance where all are compared."""
+        return self.std.shape[1] >= _MANY_FEATURES
 
     @property
     def has_noise(self) -> bool:
@@ -150,8 +151,8 @@ class Calibration:
         farther = max(CLEARANCE, (vocabulary / RISK) ** (1 / self.std.shape[1]))
         times = torch.where(explained, CLEARANCE, farther)
         clear = (rivals > bar) & (rivals >= times * residuals)
-        likelier = self._likelier(residuals, rivals, positions) >= math.log(vocabulary / RISK)
-        return torch.where(self.noisy[kind] > 0, likelier, clear)
+        unlikely = self.risk(residuals, rivals, positions, vocabulary) <= RISK
+        return torch.where(self.noisy[kind] > 0, unlikely, clear)
 
     def bar(self, residuals: Tensor, positions: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
         """Whether rounding explains residuals ``[R]``, and what a rival's must be beyond then."""
@@ -173,18 +174,27 @@ class Calibration:
         times = (vocabulary / RISK) ** (1 / self.freedom[kind])
         return torch.maximum(times * residuals, self.right[kind]).minimum(self.rounding[kind])
 
-    def risk(self, residual: Tensor, rival: Tensor, position: Tensor, vocabulary: int) -> float:
-        """A bound for the chance that another token is right, under told noise.
+    def risk(self, residuals: Tensor, rivals: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
+        """A bound ``[R]`` for the chance that another token is right, under told noise.
 
         Every token of the vocabulary counts as if it was as near as the best rival.
         """
-        likelier = float(self._likelier(residual, rival, position))
-        return min(1.0, vocabulary * math.exp(-min(max(likelier, 0.0), 700.0)))
+        likelier = self.likelier(residuals, rivals, positions)
+        return (vocabulary * (-likelier.clamp(0, 700)).exp()).clamp(max=1.0)
 
-    def _likelier(self, residuals: Tensor, rivals: Tensor, positions: Tensor) -> Tensor:
-        """The log of how many times as likely a token is as its rival, under Gaussian noise."""
+    def summed_risk(self, residuals: Tensor, others: Tensor, positions: Tensor) -> Tensor:
+        """The same where all that may be right are among the others ``[R, K]``; see ``risk``."""
+        likelier = self.likelier(residuals[:, None], others, positions[:, None])
+        return (-likelier.clamp(0, 700)).exp().sum(1)
+
+    def likelier(self, residuals: Tensor, rivals: Tensor, positions: Tensor) -> Tensor:
+        """The log of how many times as likely a token is as its rival, under Gaussian noise.
+
+        A residual above 1 counts as the std of the noise, which then was told too small.
+        """
         noisy = self.noisy[positions.clamp(max=1)]
-        return noisy / 2 * (rivals.square() - residuals.square())
+        own = residuals.square()
+        return noisy / 2 * (rivals.square() - own) / own.clamp(min=1.0)
 
     def within(self, residuals: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
         """The distance ``[R]`` of embeddings up to which another token may be the right one.
@@ -278,7 +288,7 @@ def _thresholds(held_out: HeldOut) -> dict[str, Tensor]:
         "dimension": dimension,
         "common": common,
         "noisy": zero,
-        "told": zero,
+        "hidden": torch.zeros_like(zero, dtype=torch.bool),
     }
 
 
@@ -334,7 +344,6 @@ def _with_noise(calibration: Calibration, noise: float) -> Calibration:
     # A token that was not compared, whose features are nearer than this, could be the right one.
     apart = calibration.wrong * calibration.std.median(dim=1).values / noise
     able = apart > _reach_of_noise(F)
-    told = (noise**2 / std.square()).sum(-1)
     zero = torch.zeros_like(calibration.threshold)
     return replace(
         calibration,
@@ -345,8 +354,8 @@ def _with_noise(calibration: Calibration, noise: float) -> Calibration:
         plausible=torch.full_like(zero, _largest_residual_of_noise(F)),
         right=torch.ones_like(zero),
         radius=zero,
-        noisy=torch.where(able, told, 0.0),
-        told=told,
+        noisy=(noise**2 / std.square()).sum(-1),
+        hidden=~able,
     )
 
 

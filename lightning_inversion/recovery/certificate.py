@@ -20,7 +20,7 @@ from lightning_inversion.recovery.verification import Verifier
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.untrusted import read_file, read_json
 
-FORMAT = 2
+FORMAT = 3
 """Version of the certificate's file."""
 
 Rows = Literal["all", "last"]
@@ -43,8 +43,8 @@ class TokenCertificate:
         threshold: the residual up to which a token passes here.
         rival: the nearest other token that was compared; None without one.
         rival_residual: its residual.
-        risk: a bound for the chance that another token is right, where the channel adds noise; None
-            without noise, where residuals decide.
+        risk: a bound for the chance that another token is right, where the channel adds noise and
+            the token is verified or conditional; None of others.
         compared: how many tokens were run at this position.
         proposer: which proposer named it.
         seconds: wall time spent at this position; prompts of one batch share their rounds.
@@ -170,9 +170,8 @@ class Certificate:
             for position, token in enumerate(self.tokens, start=len(self.known))
             if token.rival is not None and token.compared >= vocabulary
         }
-        calibration = self.calibration.comparing_all() if rivals else self.calibration
-        near = NearTokens.at(calibration, transformer.embedding)
-        verifier = Verifier(calibration, near, vocabulary, transformer.causal)
+        near = NearTokens.at(self.calibration, transformer.embedding)
+        verifier = Verifier(self.calibration, near, vocabulary, transformer.causal)
         ids = torch.tensor([self.ids], device=transformer.device)
         verdict = verifier.verify(
             ids,

@@ -61,7 +61,7 @@ class HeldOutRuns:
             text: ``[N, T]`` ids of text to use beside random tokens.
             seed: of the random tokens and roundings.
         """
-        ids = _held_out(transformer, text, seed)
+        ids = held_out_prompts(transformer, text, seed)
         first = _roundings(transformer, _first_tokens(transformer, seed), seed)
         prompts = _roundings(transformer, ids, seed)
         positions, *parts = zip(*_runs(transformer, ids, seed), strict=True)
@@ -206,7 +206,8 @@ def _runs(
         yield position, candidates, features
 
 
-def _held_out(transformer: TruncatedTransformer, text: Tensor | None, seed: int) -> Tensor:
+def held_out_prompts(transformer: TruncatedTransformer, text: Tensor | None, seed: int) -> Tensor:
+    """Prompts ``[N, T]`` of random tokens, half of them of text ``[M, S]`` where there is some."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = transformer.embedding.vocabulary_size
     length = min(_LENGTH, most_positions(transformer.model.config) or _LENGTH)

@@ -23,6 +23,8 @@ _FEW_ROWS = 32
 """Rows up to which all are run at one width."""
 CANDIDATES_OF_A_FORWARD = 4096
 """Candidates of one forward over all rows, which bounds the memory."""
+_CHALLENGERS = 512
+"""The same where they lie side by side after a prefix: attention takes the square of them."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Trial:
         rivals: ``[R]`` the nearest other token that was compared; -1 without one.
         rival_residuals: ``[R]`` its residual; infinite without one.
         tried: ``[R]`` tokens run at this position so far, these included.
+        risks: ``[R]`` a bound for the chance that another token is right; nan without told noise.
         proposers: the proposer of each column of ``ids``.
         same_forward: True where an earlier trial has counted the forward.
     """
@@ -55,6 +58,7 @@ class Trial:
     rivals: Tensor
     rival_residuals: Tensor
     tried: Tensor
+    risks: Tensor
     proposers: tuple[str, ...] = ()
     same_forward: bool = False
 
@@ -227,7 +231,7 @@ class PrefixSearch(OpenPositions):
         The nearest of them may have near tokens of its own, which are run in turn.
         """
         at, target = self.positions(rows), self.target_at(rows)
-        for some in torch.split(rest, max(1, CANDIDATES_OF_A_FORWARD // len(rows)), dim=1):
+        for some in torch.split(rest, max(1, _CHALLENGERS // len(rows)), dim=1):
             features = self.prefix.candidates(rows, self.transformer.embedding(some))
             residuals = torch.cat([residuals, self._residuals(features, target, at)], dim=1)
             ids = torch.cat([ids, some], dim=1)
@@ -302,7 +306,7 @@ class PrefixSearch(OpenPositions):
         return Trial(
             rows, ids, residuals, threshold, best, judged.verified, judged.group,
             judged.rivals, judged.rival_residuals,
-            torch.where(judged.scanned & settled, vocabulary, count),
+            torch.where(judged.scanned & settled, vocabulary, count), judged.risks,
         )  # fmt: skip
 
 
@@ -316,6 +320,7 @@ def _of(judged: Judgement, some: Tensor) -> Judgement:
         judged.group[some],
         [],
         judged.scanned[some],
+        judged.risks[some],
     )
 
 

@@ -7,9 +7,9 @@ decides (``PlausibleTokens``).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -128,9 +128,6 @@ class _Batch:
         if not verifies:  # so few tokens cost less than an answer without a certificate
             vocabulary = measurements.transformer.embedding.vocabulary_size
             exhaustive |= compares_all(measurements.calibration, vocabulary)
-        if exhaustive and not verifies:
-            calibration = measurements.calibration.comparing_all()
-            measurements = replace(measurements, calibration=calibration)
         self.policy, self.calibration = policy, measurements.calibration
         self.search = search = PrefixSearch(measurements, targets.features, exhaustive=exhaustive)
         B, device = len(targets.features), targets.features.device
@@ -252,14 +249,16 @@ class _Batch:
     def _settle(self, trial: Trial) -> None:
         """Write the certificates of rows that have moved on to their next token."""
         settled = trial.settled
-        for row, token, verified, tried in zip(
+        for row, token, verified, tried, risk in zip(
             trial.rows[settled].tolist(),
             trial.best[settled].tolist(),
             trial.verified[settled].tolist(),
             trial.tried[settled].tolist(),
+            trial.risks[settled].tolist(),
             strict=True,
         ):
-            self._certify(row, token, "verified" if verified else "group", tried)
+            state: State = "verified" if verified else "group"
+            self._certify(row, token, state, tried, None if math.isnan(risk) else risk)
         self._continue(trial.rows[settled], trial.best[settled])
 
     def _continue(self, rows: Tensor, ids: Tensor) -> None:
@@ -267,7 +266,9 @@ class _Batch:
             self.proposals.accept(rows, ids)
             self.best_residuals[rows] = torch.inf
 
-    def _certify(self, row: int, token: int, state: State, tried: int) -> None:
+    def _certify(
+        self, row: int, token: int, state: State, tried: int, risk: float | None = None
+    ) -> None:
         """Write the certificate of a row's latest token."""
         position = self.search.prefix.lengths[row] - 1
         found = zip(self.best_ids[row].tolist(), self.best_residuals[row].tolist(), strict=True)
@@ -289,7 +290,7 @@ class _Batch:
             threshold=limit,
             rival=others[0][0] if others else None,
             rival_residual=others[0][1] if others else None,
-            risk=self._risk(residual, others, position),
+            risk=risk,
             compared=tried,
             proposer=self.names[int(self.best_proposers[row, column])],
             seconds=self.spent[row],
@@ -299,15 +300,6 @@ class _Batch:
         prompt.seconds = time.monotonic() - self.began
         self.spent[row] = 0.0
         self.plausible.settle(row, [] if state == "verified" else plausible)
-
-    def _risk(
-        self, residual: float, others: list[tuple[int, float]], position: Tensor
-    ) -> float | None:
-        if not self.calibration.has_noise or not others:
-            return None
-        rival = self.best_residuals.new_tensor(others[0][1])
-        vocabulary = self.embedding.vocabulary_size
-        return self.calibration.risk(rival.new_tensor(residual), rival, position, vocabulary)
 
     @staticmethod
     def _alternatives(

@@ -12,23 +12,17 @@ from torch import Tensor
 from lightning_inversion.recovery.calibration import CLEARANCE, RISK, Calibration
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.rivals import NearFirstTokens, NearTokens
+from lightning_inversion.recovery.under_noise import HiddenTokens
 
 _SMALL_VOCABULARY = 16384
 """Tokens that are all compared where the near ones do not suffice."""
-_MANY_FEATURES = 64
-"""Of fewer features a target that is of no token may be as near to one token, and to no other."""
 _AT_A_TIME = 512
 """Prompts of one forward in which a token is replaced by one that is near it."""
 
 
 def compares_all(calibration: Calibration, vocabulary: int) -> bool:
     """Whether all tokens are compared where the near ones do not suffice."""
-    return vocabulary <= _SMALL_VOCABULARY and has_many_features(calibration)
-
-
-def has_many_features(calibration: Calibration) -> bool:
-    """Whether features are so many that none is matched by chance where all are compared."""
-    return calibration.std.shape[1] >= _MANY_FEATURES
+    return vocabulary <= _SMALL_VOCABULARY and calibration.has_many_features
 
 
 @dataclass(frozen=True)
@@ -44,6 +38,7 @@ class Judgement:
         missing: tokens near the best candidate that must be compared before it is judged, for each
             position; None where there is none. Such a position is neither verified nor a group.
         scanned: ``[R]`` bool; the features of all tokens were looked through for those near it.
+        risks: ``[R]`` a bound for the chance that another token is right; nan without told noise.
     """
 
     best: Tensor
@@ -53,6 +48,7 @@ class Judgement:
     group: Tensor
     missing: list[Tensor | None]
     scanned: Tensor
+    risks: Tensor
 
 
 @dataclass(frozen=True)
@@ -96,6 +92,8 @@ class Verifier:
         causal: whether a position sees only what is before it.
         first: asked for at position 0, where a low precision leaves too many near tokens by their
             embeddings; None where features of first tokens are not known.
+        hidden: asked for where told noise is strong; None where nothing is verified then, unless
+            all tokens are compared.
     """
 
     def __init__(
@@ -105,22 +103,25 @@ class Verifier:
         vocabulary: int,
         causal: bool,
         first: NearFirstTokens | None = None,
+        hidden: Callable[[], HiddenTokens] | None = None,
     ) -> None:
         self.calibration, self.near = calibration, near
         self.vocabulary, self.causal = vocabulary, causal
-        self.first = first
+        self.first, self.hidden = first, hidden
 
     @classmethod
     def of(cls, measurements: Measurements) -> Verifier:
         """The verifier of a model at its measured thresholds."""
-        transformer = measurements.transformer
-        scans = transformer.causal and bool(measurements.calibration.left_out.shape[2])
+        transformer, calibration = measurements.transformer, measurements.calibration
+        scans = transformer.causal and bool(calibration.left_out.shape[2])
+        screens = transformer.causal and calibration.has_many_features
         return cls(
-            measurements.calibration,
+            calibration,
             measurements.derived(NearTokens),
             transformer.embedding.vocabulary_size,
             transformer.causal,
             NearFirstTokens(measurements) if scans else None,
+            (lambda: measurements.derived(HiddenTokens)) if screens else None,
         )
 
     def _rivals(
@@ -138,16 +139,28 @@ class Verifier:
         bar = calibration.bar(residuals, positions, vocabulary)[1].maximum(CLEARANCE * residuals)
         for row, token in enumerate(tokens.tolist()):
             ids, whole = self.near.of_token(token, within[row])
+            at = int(positions[row])
+            if calibration.hidden[min(at, 1)] and not small:
+                near, whole = self._hidden_behind(token, target[row], at)
+                yield torch.cat([ids, near[torch.isin(near, ids, invert=True)]]), whole, whole
+                continue
+            whole &= not bool(calibration.hidden[min(at, 1)])
             if small and (not whole or bool(common[row])):
                 every = torch.arange(vocabulary, device=ids.device)
                 yield every[every != token], True, True
                 continue
-            scanned = not whole and self.first is not None and int(positions[row]) == 0
+            scanned = not whole and self.first is not None and at == 0
             if scanned:
                 assert self.first is not None
                 near, whole = self.first.near(target[row], float(bar[row]))
                 ids = torch.cat([ids, near[torch.isin(near, ids, invert=True) & (near != token)]])
             yield ids, whole, scanned and whole
+
+    def _hidden_behind(self, token: int, target: Tensor, at: int) -> tuple[Tensor, bool]:
+        """The tokens that strong noise may hide behind one that fits, and whether these are all."""
+        if self.hidden is None:
+            return torch.empty(0, dtype=torch.long, device=target.device), False
+        return self.hidden().near(token, target, first=at == 0)
 
     def judge(
         self,
@@ -182,7 +195,10 @@ class Verifier:
         rivals = torch.where(rival_residuals.isinf(), -1, rivals)
 
         passes = calibration.passes(smallest, positions)
-        nearest = torch.minimum(rival_residuals, calibration.no_token(target, positions))
+        unrun = calibration.no_token(target, positions)
+        nearest = torch.minimum(rival_residuals, unrun)
+        if earlier is not None:
+            unrun = unrun.minimum(earlier[1])
         apart = calibration.apart(smallest, nearest, positions, vocabulary)
         missing: list[Tensor | None] = [None] * len(ids)
         crowded, scanned = torch.zeros_like(passes), torch.zeros_like(passes)
@@ -197,10 +213,19 @@ class Verifier:
                 missing[row] = rest if len(rest) else None
             # Where all tokens are compared, or all features looked through, none is left unseen.
             rare = calibration.unseen(smallest, positions, vocabulary) <= RISK
-            if has_many_features(calibration):
+            if calibration.has_many_features:
                 rare |= scanned
         else:
             rare = compared >= vocabulary
+        risks = torch.full_like(smallest, torch.nan)
+        if calibration.has_noise:
+            # Where every token that may be right was compared, each counts by its own residual.
+            risks = calibration.risk(smallest, nearest, positions, vocabulary)
+            of_all = scanned if compared is None else rare
+            summed = calibration.summed_risk(smallest, others, positions)
+            summed += calibration.risk(smallest, unrun, positions, vocabulary)
+            risks = torch.where(of_all, summed, risks)
+            apart = risks <= RISK
         waiting = torch.tensor([some is not None for some in missing], device=ids.device)
         judged = passes & ~waiting
         return Judgement(
@@ -211,6 +236,7 @@ class Verifier:
             judged & ~apart & (not calibration.has_noise),
             missing,
             scanned,
+            risks,
         )
 
     @torch.no_grad()

@@ -125,3 +125,16 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     )
     assert isinstance(text, str)
     return text
+
+
+def is_text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> bool:
+    """Whether tokens decode to this text, with special tokens or without them.
+
+    A tokenizer that lower-cases, or that has one token for all unknown words, loses text.
+    """
+    if decoded(tokenizer, ids) == text:
+        return True
+    plain = tokenizer.decode(
+        list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return bool(plain == text)

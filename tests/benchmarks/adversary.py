@@ -5,6 +5,7 @@ tokens, a choice of features (all, a slice of 1 to 8, attention alone), a type t
 stored in or that the model computes in, or told noise, and targets that are honest or hostile: of
 another depth, of changed weights, scaled, permuted, shifted at the first position, with noise that
 was not told. A token is falsely certified if it is ``verified`` and is not the prompt's.
+``--channel noise`` has told noise in every case, and noise of which more or less was told;
 ``--features "keys and values"`` attacks those of each case instead; ``--last`` gives the last
 state alone of texts of two and three tokens.
 """
@@ -22,6 +23,7 @@ import transformers as hf
 from torch import Tensor
 
 from lightning_inversion.data.storage import Storage
+from lightning_inversion.recovery import verification
 from lightning_inversion.recovery.last_position import LastPosition
 from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveryPolicy, Targets, recover_prompts
@@ -37,8 +39,9 @@ CHANNELS = (
 )  # fmt: skip
 TARGETS = (
     "honest", "other rounding", "other depth", "changed weights", "scaled", "permuted", "shifted",
-    "untold noise",
+    "untold noise", "more noise", "less noise",
 )  # fmt: skip
+"""The last two add noise of 1.05 to 3 times, or of 0.3 times the std that is told."""
 _WIDTH, _LENGTH, _PROMPTS, _TEXTS = 32, 8, 24, 6
 
 
@@ -50,6 +53,7 @@ class Case:
     embedding: str
     features: str
     channel: str
+    width: int = _WIDTH
 
     @classmethod
     def drawn(cls, seed: int) -> Case:
@@ -69,6 +73,8 @@ def attacked(case: Case, kinds: tuple[str, ...] = TARGETS, last: bool = False) -
     measurements = Measurements.measure(transformer, None, storage)
     counts: Counter[str] = Counter()
     for kind in kinds:
+        if kind.endswith("s noise") and not storage.noise:
+            continue
         ids = _prompts(odd, transformer.embedding.vocabulary_size, generator)
         target = _target(kind, case, model, transformer, ids, storage, generator)
         policy: RecoveryPolicy = TokenRecovery(
@@ -101,12 +107,12 @@ def _model(case: Case, generator: torch.Generator) -> tuple[hf.PreTrainedModel, 
     shape = {"vocab_size": V, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if case.seed % 3 and case.features != "attention alone":
         model: hf.PreTrainedModel = hf.GPT2LMHeadModel(
-            hf.GPT2Config(**shape, n_embd=_WIDTH, n_layer=3, n_head=4, n_positions=64)
+            hf.GPT2Config(**shape, n_embd=case.width, n_layer=3, n_head=4, n_positions=64)
         )
     else:
         model = hf.LlamaForCausalLM(
             hf.LlamaConfig(
-                **shape, hidden_size=_WIDTH, num_hidden_layers=3, num_attention_heads=4,
+                **shape, hidden_size=case.width, num_hidden_layers=3, num_attention_heads=4,
                 intermediate_size=64, max_position_embeddings=64,
             )
         )  # fmt: skip
@@ -117,7 +123,7 @@ def _model(case: Case, generator: torch.Generator) -> tuple[hf.PreTrainedModel, 
         matrix = _embedding(model)
         odd = torch.randperm(V, generator=generator)[:30]
         std = matrix.std()
-        away = torch.randn(30, _WIDTH, generator=generator) * std
+        away = torch.randn(30, case.width, generator=generator) * std
         far = 10 ** -(2 + 5 * torch.rand(1, generator=generator))
         if case.embedding == "near":
             matrix[odd] = matrix[odd[0]] + 10 * far * away
@@ -202,6 +208,9 @@ def _target(
         features = features[..., torch.randperm(features.shape[-1], generator=generator)]
     elif kind == "shifted":
         features[:, 0] += 0.5 * std
+    elif kind in ("more noise", "less noise"):
+        times = (1.05, 1.2, 1.5, 2.0, 3.0)[case.seed % 5] if kind == "more noise" else 0.3
+        storage = replace(storage, noise=times * storage.noise)
     elif kind == "untold noise":
         features = features + 1e-3 * std * torch.randn(features.shape, generator=generator)
     return storage(features, generator)
@@ -213,14 +222,23 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first case")
     parser.add_argument("--features", choices=(*FEATURES, "keys and values"))
+    parser.add_argument("--channel", choices=CHANNELS)
+    parser.add_argument("--width", type=int, default=_WIDTH, help="of the models")
+    parser.add_argument(
+        "--large", action="store_true", help="never compare all tokens, as in a large vocabulary"
+    )
     parser.add_argument("--last", action="store_true")
     options = parser.parse_args()
+    if options.large:
+        verification._SMALL_VOCABULARY = 0
     total: Counter[str] = Counter()
     seed = options.first
     while total["tokens"] < options.tokens:
-        case = Case.drawn(seed)
+        case = replace(Case.drawn(seed), width=options.width)
         if options.features is not None:
             case = replace(case, features=options.features)
+        if options.channel is not None:
+            case = replace(case, channel=options.channel)
         counts = attacked(case, last=options.last)
         total += counts
         if counts["false"]:

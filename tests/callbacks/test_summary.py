@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+import tokenizers
+import transformers as hf
+from tokenizers import models, normalizers, pre_tokenizers
 
 from lightning_inversion.callbacks.summary import mean, print_rows
 from lightning_inversion.results import ResultRow
+from lightning_inversion.transformer.tokens import is_text_of
 
 
 def fitted(index: int, right: bool) -> ResultRow:
@@ -54,3 +60,23 @@ def test_of_many_rows_the_doubtful_ones_are_shown(capsys: pytest.CaptureFixture[
     assert "verified 0.997 of 300 prompts" in printed
     print_rows([fitted(index, right=index % 3 == 0) for index in range(90)])
     assert "... and 40 more, 10 of them not verified" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_loses_text_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [dataclasses.replace(fitted(index, True), exact=True) for index in range(3)]
+    print_rows([dataclasses.replace(row, same_text=True) for row in rows])
+    assert "loses text" not in capsys.readouterr().out
+    print_rows([*rows[:2], dataclasses.replace(rows[2], same_text=False)])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "of 1 prompts all tokens are right, and their text is not the prompt's" in told
+
+
+@pytest.mark.parametrize(("text", "kept"), [("a b", True), ("A b", False), ("a c", False)])
+def test_right_tokens_may_not_be_the_text(text: str, kept: bool) -> None:
+    """Of a tokenizer that lower-cases, and has one token for all unknown words."""
+    words = models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]")
+    built = tokenizers.Tokenizer(words)
+    built.normalizer = normalizers.Lowercase()
+    built.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=built, unk_token="[UNK]")
+    assert is_text_of(tokenizer, tokenizer(text)["input_ids"], text) == kept

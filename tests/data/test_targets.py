@@ -153,7 +153,7 @@ def test_a_fit_of_captured_targets_is_that_of_the_prompts(
 ) -> None:
     path = capture(tiny_folder, tmp_path, f"--keep_prompts={str(kept).lower()}")
     assert run(fit(tiny_folder, tmp_path / "a", f"--data.targets={path}")) == 0
-    scores = {"prompt", "ids", "exact", "token_accuracy", "top_k_accuracy", "hamming"}
+    scores = {"prompt", "ids", "exact", "same_text", "token_accuracy", "top_k_accuracy", "hamming"}
     unknown = set() if kept else scores | {"distance_ratio", "criterion_met", "criterion_met_at"}
     for ours, theirs in zip(rows_of(tmp_path / "a"), of_prompts, strict=True):
         assert all(ours[key] is None for key in scores) is not kept
