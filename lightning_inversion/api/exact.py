@@ -154,7 +154,9 @@ def recover(
         hidden_states, depth, final_norm, tuple(known_prefix), first_position, centred, scale,
         noise, layout, attention_mask, output, order, logits,
     )  # fmt: skip
-    if policy.needs_language_model and model.base_model is model:
+    # Some models with a head are their own base model: Llama 4, Mllama.
+    headless = model.base_model is model and model.get_output_embeddings() is None  # type: ignore[no-untyped-call]
+    if policy.needs_language_model and headless:
         raise InputError(f"model is a {type(model).__name__}, without its head; give it whole.")
     transformer, shape = given.cut(model, tokenizer), ModelShape.of(model.config)
     captured = given.read(transformer, shape)
