@@ -197,13 +197,13 @@ def nearest_distances(vectors: Tensor, embedding: TokenEmbedding, k: int) -> Ten
 
     In std of the embedding, so that two unrelated tokens are about sqrt(2) apart.
     """
-    halves, k = embedding.norms.square() / 2, min(k, embedding.vocabulary_size)
+    k = min(k, embedding.vocabulary_size)
     nearest = torch.empty(len(vectors), k, device=vectors.device)
     which = first_of_equals(vectors)
     for rows in torch.split(torch.unique(which), embedding.at_a_time):
         some = vectors[rows].float()
         # Half the squared distance is |e|^2 / 2 + |v|^2 / 2 - v e: the most of what is negative.
-        most = best_tokens(embedding.dot(some).sub_(halves), k).values
+        most = best_tokens(embedding.nearness(some), k).values
         nearest[rows] = some.square().sum(-1, keepdim=True) - 2 * most
     unit = embedding.std * math.sqrt(embedding.width)
     return nearest[which].clamp_min(0).sqrt() / unit

@@ -75,6 +75,15 @@ class Measurements:
         """
         return _kept(self.identity, kind, build, self.transformer, tensors=_digest(*tensors))
 
+    def probe_of(self, text: Tensor | None) -> LinearProbe:
+        """A linear probe for the same channel, fitted on other text ``[N, T]``.
+
+        The tokens that every probe is fitted on are not run again.
+        """
+        noise = 0.0 if self.channel is None else self.channel.noise
+        sums = _Runs(self.transformer).moments
+        return LinearProbe.fit(self.transformer, text=text, noise=noise, sums=sums)
+
     @classmethod
     def measure(
         cls,

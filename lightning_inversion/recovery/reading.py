@@ -81,7 +81,7 @@ class ReadingScale:
             text = torch.randint(transformer.embedding.vocabulary_size, size, generator=generator)
         held = max(1, round(_HELD_OUT * len(text)))
         fitted = None if measurements.text is None else text[:-held]
-        probe = LinearProbe.fit(transformer, text=fitted, noise=noise)
+        probe = measurements.probe_of(fitted)
         ranking = ProbeRanking(replace(measurements, probe=probe))
         grid = [(t, share) for t in _TEMPERATURES for share in _SHARES]
         alone, beside = torch.zeros(2, len(grid), dtype=torch.float64)

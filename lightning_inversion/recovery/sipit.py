@@ -108,7 +108,6 @@ class _Position:
         embedding = self.transformer.embedding
         self.prefix = torch.tensor([prompt.ids], dtype=torch.long, device=target.device)
         self.position = torch.tensor(self.prefix.shape[1], device=target.device)
-        self.half_squares = embedding.norms.square() / 2
         self.candidate = int(torch.randint(embedding.vocabulary_size, (), generator=generator))
         self.proxy = self._vector(self.candidate)
         self.tried: list[int] = []
@@ -200,7 +199,7 @@ class _Position:
         return vectors[0]
 
     def _nearest_untried(self) -> int:
-        nearness = self.transformer.embedding.dot(self.proxy) - self.half_squares
+        nearness = self.transformer.embedding.nearness(self.proxy)
         nearness[self.tried] = -torch.inf
         return int(nearness.argmax())
 

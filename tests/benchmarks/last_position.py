@@ -44,7 +44,7 @@ def gradient_alone(measurements: Measurements, row: Tensor, tokens: int, steps: 
             (vectors.grad,) = torch.autograd.grad(distance.sum(), vectors)
             optimizer.step()
             if step % EVERY == EVERY - 1:
-                near = embedding.dot(vectors.detach().flatten(0, 1)) - embedding.norms.square() / 2
+                near = embedding.nearness(vectors.detach().flatten(0, 1))
                 texts = best_tokens(near, 1).indices.view(drawn.shape)
                 with torch.no_grad():
                     found = transformer.features_of(texts)[:, -1]

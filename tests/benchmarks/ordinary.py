@@ -106,7 +106,7 @@ def _with_near_tokens(
     each = torch.arange(len(padded))
     at = (each * 7919) % lengths
     own = padded[each, at]
-    near = embedding.dot(embedding(own)) - embedding.norms.square() / 2
+    near = embedding.nearness(embedding(own))
     near.scatter_(1, own[:, None], -torch.inf)
     padded[each, at] = best_tokens(near, 3).indices[each, each % 3]
     wrong[each, at] = True
