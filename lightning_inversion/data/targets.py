@@ -191,6 +191,7 @@ class Captured:
             centred=stored.centred or request.centred,
             scale=stored.scale * request.scale,
             noise=stored.noise or request.noise,
+            largest=min(stored.largest, request.largest),
             noise_kind=stored.noise_kind if stored.noise else request.noise_kind,
         )
         captured = cls(

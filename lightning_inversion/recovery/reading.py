@@ -73,7 +73,6 @@ class ReadingScale:
         """
         transformer, text = measurements.transformer, measurements.text
         channel = measurements.channel
-        noise = 0.0 if channel is None else channel.noise
         drawn = torch.Generator().manual_seed(11)
         if text is None:
             generator = torch.Generator().manual_seed(6)
@@ -89,8 +88,7 @@ class ReadingScale:
         for ids in text[-rows:, None].to(transformer.device):
             features = transformer.features_of(ids)[0, 1:]
             if channel is not None:
-                added = noise * torch.randn(features.shape, generator=drawn).to(features)
-                features = channel.without_noise(features + added)
+                features = channel(features, drawn)
             prior = None
             if measurements.language_model is not None:
                 prior = _prior(measurements.language_model.log_probabilities(ids)[0, :-1])

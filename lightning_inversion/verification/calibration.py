@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.transformer.linear_probe import LinearProbe
+from lightning_inversion.transformer.sparse import kept_features, where_kept
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.verification.held_out import HeldOut, HeldOutRuns, size_of
 from lightning_inversion.verification.noise import NOISE, NoiseKind, NoiseName
@@ -24,7 +25,7 @@ _ODD = 0.01
 """Share of the held-out tokens that may be odd: they move no threshold."""
 _NEAREST_SHARE = 0.05
 """Share of the random tokens, the nearest ones, whose residuals show how fast they get rare."""
-_MANY_FEATURES = 64
+MANY_FEATURES = 64
 """Of fewer features a target that is of no token may be as near to one token, and to no other."""
 _NEAREST = 4
 """Of a target's own random tokens the nearest ones, which show how fast tokens get rare there."""
@@ -40,6 +41,13 @@ class Channel(Protocol):
     @property
     def noise_kind(self) -> NoiseName:
         """How the noise is distributed."""
+
+    @property
+    def largest(self) -> float:
+        """The share of each position's features that is kept; see ``keep_largest``."""
+
+    def __call__(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Features ``[..., F]`` after all that happens."""
 
     def without_noise(self, features: Tensor) -> Tensor:
         """Features ``[..., F]`` after all else that happens, such as rounding."""
@@ -80,6 +88,7 @@ class Calibration:
         flattened: ``[2]`` how much likelier noise may be after rounding; ``NoiseKind.flattened``.
         hidden: ``[2]`` bool; told noise is so strong that tokens far from the right one's
             embedding could pass for the target too.
+        features: how many features of a position are compared: all, or those that were kept.
         power: of the kind of noise, see ``NoiseKind``; 2 without noise.
     """
 
@@ -99,18 +108,32 @@ class Calibration:
     noisy: Tensor
     flattened: Tensor
     hidden: Tensor
+    features: int
     power: int = 2
 
     @property
     def verifies(self) -> bool:
         """Whether tokens can be verified at every position, without comparing them with all."""
         told = (self.noisy > 0) & (~self.hidden | self.has_many_features)
-        return bool(((self.threshold > 0) | told).all())
+        return bool(((self.threshold > 0) | told).all()) and not self.is_too_sparse
 
     @property
     def has_many_features(self) -> bool:
         """Whether features are so many that none is matched by chance where all are compared."""
-        return self.std.shape[1] >= _MANY_FEATURES
+        return self.features >= MANY_FEATURES
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether only the largest features of each position are compared."""
+        return self.features < self.std.shape[1]
+
+    @property
+    def is_too_sparse(self) -> bool:
+        """Whether they are so few that nothing is verified.
+
+        How rare tokens are near the target is measured for features that do not depend on it.
+        """
+        return self.is_sparse and not self.has_many_features
 
     @property
     def has_noise(self) -> bool:
@@ -125,6 +148,8 @@ class Calibration:
     def residual(self, features: Tensor, target: Tensor, positions: Tensor) -> Tensor:
         """Residual ``[...]`` of features ``[..., F]`` to a target ``[..., F]`` at positions."""
         standard = (features - target) / self.std[positions.clamp(max=1)]
+        if self.is_sparse:
+            standard = where_kept(standard, target, self.features, self.power)
         if not self.left_out.shape[2]:
             return self.noise_kind.residual(standard)
         first, later = (size_of(standard, directions) for directions in self.left_out)
@@ -142,6 +167,8 @@ class Calibration:
     def limit(self, positions: Tensor) -> Tensor:
         """The residual ``[...]`` up to which a token at positions ``[...]`` passes."""
         limits = torch.where(self.noisy > 0, self.plausible, self.threshold)
+        if self.is_too_sparse:
+            limits = torch.zeros_like(limits)
         return limits[positions.clamp(max=1)]
 
     def apart(
@@ -163,7 +190,7 @@ class Calibration:
         """
         kind = positions.clamp(max=1)
         explained, bar = self.bar(residuals, positions, vocabulary)
-        farther = max(CLEARANCE, (vocabulary / RISK) ** (1 / self.std.shape[1]))
+        farther = max(CLEARANCE, (vocabulary / RISK) ** (1 / self.features))
         times = torch.where(explained, CLEARANCE, farther)
         clear = (rivals > bar) & (rivals >= times * residuals)
         unlikely = self.risk(residuals, rivals, positions, vocabulary) <= RISK
@@ -269,12 +296,15 @@ class Calibration:
         """
         stored = Tensor.clone if channel is None else channel.without_noise
         runs = runs or HeldOutRuns.measure(transformer, text)
-        kinds = HeldOut.measure(transformer, probe, stored, runs)
+        F = transformer.feature_size
+        kept = F if channel is None else kept_features(channel.largest, F)
+        kinds = HeldOut.measure(transformer, probe, stored, runs, kept)
         parts = [_thresholds(kind) for kind in kinds]
         measured: dict[str, Any] = {
             name: torch.stack([part[name] for part in parts]) for name in parts[0]
         }
-        calibration = cls(mean=probe.mean, std=probe.std, **measured)
+        measured["freedom"] = (measured["freedom"] * kept / F).clamp_min(1.0)
+        calibration = cls(mean=probe.mean, std=probe.std, features=kept, **measured)
         if channel is None or not channel.noise:
             return calibration
         return _with_noise(calibration, channel, transformer.embedding.vocabulary_size)
@@ -359,7 +389,7 @@ def _with_noise(calibration: Calibration, channel: Channel, vocabulary: int) -> 
     noise, kind = channel.noise, NOISE[channel.noise_kind]
     rounding = calibration.right[:, None] * calibration.std
     std = (noise**2 + rounding.square()).sqrt()
-    F, zero = std.shape[1], torch.zeros_like(calibration.threshold)
+    F, zero = calibration.features, torch.zeros_like(calibration.threshold)
     largest = kind.largest(F)
     # A token that was not compared, whose features are nearer than this, could be the right one.
     apart = calibration.wrong * calibration.std.median(dim=1).values / noise
@@ -373,8 +403,9 @@ def _with_noise(calibration: Calibration, channel: Channel, vocabulary: int) -> 
         plausible=torch.full_like(zero, largest),
         right=torch.ones_like(zero),
         radius=zero,
-        noisy=(noise**2 / std.square()).sum(-1),
-        flattened=kind.flattened(noise, rounding),
+        # Of sparse features the kept ones may be those that are rounded most.
+        noisy=(noise**2 / std.square()).topk(F, largest=False).values.sum(-1),
+        flattened=kind.flattened(noise, rounding.topk(F).values),
         hidden=~able,
         power=kind.power,
     )
