@@ -15,6 +15,8 @@ from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.verification.held_out import HeldOut, HeldOutRuns, size_of
 from lightning_inversion.verification.noise import NOISE, NoiseKind, NoiseName
 
+_COUNTED = 0.95
+"""Of the share of features that is told to be kept: the rest may be 0, or was counted otherwise."""
 CLEARANCE = 1.5
 """How many times the residual of a verified token that of every rival must be."""
 RISK = 1e-6
@@ -88,7 +90,8 @@ class Calibration:
         flattened: ``[2]`` how much likelier noise may be after rounding; ``NoiseKind.flattened``.
         hidden: ``[2]`` bool; told noise is so strong that tokens far from the right one's
             embedding could pass for the target too.
-        features: how many features of a position are compared: all, or those that were kept.
+        features: how many features of a position are compared at least: all, or 95% of those that
+            were kept.
         power: of the kind of noise, see ``NoiseKind``; 2 without noise.
     """
 
@@ -297,7 +300,8 @@ class Calibration:
         stored = Tensor.clone if channel is None else channel.without_noise
         runs = runs or HeldOutRuns.measure(transformer, text)
         F = transformer.feature_size
-        kept = F if channel is None else kept_features(channel.largest, F)
+        sparse = channel is not None and channel.largest < 1
+        kept = kept_features(_COUNTED * channel.largest, F) if channel and sparse else F
         kinds = HeldOut.measure(transformer, probe, stored, runs, kept)
         parts = [_thresholds(kind) for kind in kinds]
         measured: dict[str, Any] = {
