@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property, wraps
+from itertools import takewhile
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -21,6 +22,14 @@ class ProcessLostError(RuntimeError):
 
     The command line prints it without a traceback and exits with code 1.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message and what it announces; its type where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    announcing = len(list(takewhile(lambda line: line.endswith(":"), lines)))
+    line = " ".join(lines[: announcing + 1])
+    return line if " " in line else f"{type(error).__name__} {line}".strip()
 
 
 class module_property(cached_property[T]):  # noqa: N801  # a decorator

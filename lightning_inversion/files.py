@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -273,3 +274,9 @@ def check_of(wanted: Any) -> Callable[[Any], bool]:
     return lambda value: (
         type(value) in scalars or (type(value) is list and all(map(entries[0], value)))
     )
+
+
+def sha256_of(file: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -9,8 +9,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_inversion.cli.parser import input_error_behind
-from lightning_inversion.errors import InputError
-from lightning_inversion.transformer.sources import first_line
+from lightning_inversion.errors import InputError, first_line
 
 _RUN_BY = {"/torch/optim/": "--model.optimizer", "/lightning/": "--trainer"}
 """Where a run's error is raised, and the option that is at fault."""

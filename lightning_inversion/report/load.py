@@ -230,6 +230,7 @@ def _record(row: ResultRow, run: str, experiment: int) -> dict[str, Any]:
         "candidates": tuple(row.candidates[row.known_tokens :]),
         "token_accuracy": row.token_accuracy,
         "exact": row.exact,
+        "lost_text": bool(row.exact) and row.same_text is False,
         "top_k_accuracy": row.top_k_accuracy,
         "verified": row.verified,
         "verified_share": verified / tried if tried else None,

@@ -63,7 +63,7 @@ class ShownPrompt(NamedTuple):
     tokens: list[tuple[str, str]]
     score: str
     prompt: str
-    """'' where it was recovered exactly, or is not known."""
+    """'' where its text was recovered exactly, or is not known."""
 
 
 class Section(NamedTuple):
@@ -174,6 +174,11 @@ def findings(loaded: Loaded, table: pd.DataFrame) -> list[str]:
         )
         exact = results["exact"].dropna()
         sentences.append(f"{share}; {exact.sum():.0f} of {len(exact)} prompts are exact.")
+    if lost := int(results["lost_text"].sum()):
+        sentences.append(
+            f"In {_count(lost, 'exact result')} the text is not the prompt's: the tokenizer loses "
+            "text."
+        )
     unknown = int(results["token_accuracy"].isna().sum())
     if unknown:
         sentences.append(
@@ -235,8 +240,8 @@ def _sections(loaded: Loaded, max_prompts: int) -> list[Section]:
 def _shown(row: Any) -> ShownPrompt:
     right = sum(row.marks.count(mark) for mark in (VERIFIED, DUPLICATE, RIGHT))
     score = f"{right}/{len(row.marks) - row.marks.count(GIVEN)}" if row.marks else ""
-    known = row.prompt is not None and row.exact != 1
-    return ShownPrompt(row.index + 1, _pieces(row), score, visible(row.prompt) if known else "")
+    differs = row.prompt is not None and (row.exact != 1 or row.lost_text)
+    return ShownPrompt(row.index + 1, _pieces(row), score, visible(row.prompt) if differs else "")
 
 
 def _pieces(row: Any) -> list[tuple[str, str]]:

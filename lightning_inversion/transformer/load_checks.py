@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lightning_inversion.errors import InputError
+from lightning_inversion.errors import InputError, first_line
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.kv_cache import RaggedCache, one_after_another
-from lightning_inversion.transformer.sources import OPTION, first_line
+from lightning_inversion.transformer.limits import OPTION
 
 _LENGTH = 3
 FAILURES = (

@@ -23,6 +23,7 @@ from lightning_inversion.transformer.blocks import (
     without_head,
 )
 from lightning_inversion.transformer.embedding import TokenEmbedding
+from lightning_inversion.transformer.limits import check_counts
 from lightning_inversion.transformer.quantization import (
     check_quantization,
     prepare_quantized_,
@@ -36,12 +37,7 @@ from lightning_inversion.transformer.selection import (
     check_output,
     check_slice,
 )
-from lightning_inversion.transformer.sources import (
-    ModelFiles,
-    check_counts,
-    check_source,
-    resolve_source,
-)
+from lightning_inversion.transformer.sources import ModelFiles, check_source, resolve_source
 from lightning_inversion.transformer.surgery import Surgery
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.transformer.untrained import untrained_embedding, untrained_model

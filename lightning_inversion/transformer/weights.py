@@ -11,19 +11,16 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lightning_inversion.errors import InputError
+from lightning_inversion.errors import InputError, first_line
 from lightning_inversion.transformer.blocks import (
     cut_blocks_,
     replace_module_,
     text_config,
     without_head,
 )
-from lightning_inversion.transformer.sources import (
-    OPTION,
-    ModelFiles,
-    first_line,
-    quiet_transformers,
-)
+from lightning_inversion.transformer.limits import OPTION
+from lightning_inversion.transformer.quiet import quiet_transformers
+from lightning_inversion.transformer.sources import ModelFiles
 
 
 def causal_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:

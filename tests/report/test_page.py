@@ -102,6 +102,17 @@ def test_the_summary_counts_verified_tokens_and_reports_a_wrong_one(tmp_path: Pa
     assert "6 of these are wrong" in findings_of(tmp_path)[2]
 
 
+def test_a_prompt_whose_text_the_tokenizer_loses_is_shown_beside_its_exact_tokens(
+    tmp_path: Path,
+) -> None:
+    rows = [row(0, prompt="The SKY", same_text=False), row(1, prompt="the sea", same_text=True)]
+    write_run(tmp_path / "run", rows)
+    assert "In 1 exact result the text is not the prompt's" in " ".join(findings_of(tmp_path))
+    text = page_of(tmp_path)
+    assert '<p class="prompt" dir="auto">The SKY</p>' in text
+    assert "the sea" not in text
+
+
 def test_the_summary_has_the_range_of_the_settings(tmp_path: Path) -> None:
     for depth in (1, 2, 3):
         write_run(tmp_path / str(depth), [row(i, depth=depth) for i in range(2)])

@@ -9,7 +9,7 @@ import torch
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer import TransformerSpec, resolve_source
-from lightning_inversion.transformer.sources import is_converted
+from lightning_inversion.transformer.gguf import is_converted
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.tiny_gguf import save_tiny_gguf
 

@@ -13,7 +13,8 @@ import pytest
 from lightning_inversion.cache import cached_folder
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer import check_source, resolve_source, sources
-from lightning_inversion.transformer.sources import check_counts, is_converted
+from lightning_inversion.transformer.gguf import is_converted
+from lightning_inversion.transformer.limits import check_counts
 
 
 @pytest.fixture(autouse=True)

@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 import torch
 
-from lightning_inversion.recovery.calibration import CLEARANCE
-from lightning_inversion.recovery.certificate import Certificate
-from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.proposers.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.policy import Targets, recover_prompts
-from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.recovery.verification import Verdict, Verifier
+from lightning_inversion.verification.calibration import CLEARANCE
+from lightning_inversion.verification.certificate import Certificate
+from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.verifier import Verdict, Verifier
 from tests.tiny import VOCABULARY
 
 IDS = [9, 3, 5, 4]
@@ -55,7 +55,7 @@ class Coarse:
 
 @pytest.fixture
 def coarse(measurements: Measurements, monkeypatch: pytest.MonkeyPatch) -> Coarse:
-    monkeypatch.setattr("lightning_inversion.recovery.calibration._MANY_FEATURES", 32)
+    monkeypatch.setattr("lightning_inversion.verification.calibration._MANY_FEATURES", 32)
     features_of, calibration = measurements.transformer.features_of, measurements.calibration
     target = features_of(torch.tensor([IDS]))
     first = torch.zeros(VOCABULARY, dtype=torch.long)

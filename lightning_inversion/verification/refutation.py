@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.calibration import CLEARANCE, RISK, Calibration
-from lightning_inversion.recovery.rivals import NearTokens
+from lightning_inversion.verification.calibration import CLEARANCE, RISK, Calibration
+from lightning_inversion.verification.rivals import NearTokens
 
 _MOST = 16
 """Tokens that are refuted together at most; of more the group is left as it is."""
