@@ -225,7 +225,8 @@ class Certificate:
     def to_json(self) -> str:
         """The certificate as JSON, with every number of its thresholds."""
         calibration = {
-            f.name: getattr(self.calibration, f.name).tolist() for f in fields(Calibration)
+            name: value.tolist() if isinstance(value, Tensor) else value
+            for name, value in vars(self.calibration).items()
         }
         return json.dumps(
             {
@@ -251,17 +252,21 @@ class Certificate:
             if found["format"] != FORMAT:
                 raise ValueError(f"it has format {found['format']!r}, and {FORMAT} is read")
             stored = found["calibration"]
-            calibration = Calibration(
-                **{f.name: torch.tensor(stored[f.name]) for f in fields(Calibration)}
-            )
+            if stored["power"] not in (1, 2):
+                raise ValueError(f"its noise has the power {stored['power']!r}")
+            parts: dict[str, Any] = {
+                f.name: stored[f.name] if f.name == "power" else torch.tensor(stored[f.name])
+                for f in fields(Calibration)
+            }
             tokens = tuple(_token(one) for one in found["tokens"])
             known = tuple(int(id) for id in found["known"])
             rows = found.get("rows", "all")
             if rows not in get_args(Rows):
                 raise ValueError(f"it is of the rows {rows!r}")
             return cls(
-                dict(found["transformer"]), dict(found["storage"]), known, tokens, calibration, rows
-            )
+                dict(found["transformer"]), dict(found["storage"]), known, tokens,
+                Calibration(**parts), rows,
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"This is no certificate: {error}.") from error
 

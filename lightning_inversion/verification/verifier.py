@@ -150,7 +150,7 @@ class Verifier:
             ids, whole = self.near.of_token(token, within[row])
             at = int(positions[row])
             if calibration.hidden[min(at, 1)] and not small:
-                near, whole = self._hidden_behind(token, target[row], at)
+                near, whole = self._hidden_behind(token, float(residuals[row]), target[row], at)
                 yield torch.cat([ids, near[torch.isin(near, ids, invert=True)]]), whole, whole
                 continue
             whole &= not bool(calibration.hidden[min(at, 1)])
@@ -165,11 +165,13 @@ class Verifier:
                 ids = torch.cat([ids, near[torch.isin(near, ids, invert=True) & (near != token)]])
             yield ids, whole, scanned and whole
 
-    def _hidden_behind(self, token: int, target: Tensor, at: int) -> tuple[Tensor, bool]:
+    def _hidden_behind(
+        self, token: int, residual: float, target: Tensor, at: int
+    ) -> tuple[Tensor, bool]:
         """The tokens that strong noise may hide behind one that fits, and whether these are all."""
         if self.hidden is None:
             return torch.empty(0, dtype=torch.long, device=target.device), False
-        return self.hidden().near(token, target, first=at == 0)
+        return self.hidden().near(token, residual, target, first=at == 0)
 
     def judge(
         self,
