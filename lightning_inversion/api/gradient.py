@@ -156,6 +156,7 @@ def _read(
         for position in range(begin, length):
             token, shown = int(top.best[row, position]), verdict.state(row, position)
             passes = shown != "unresolved"  # only then are the tokens near it run, too
+            decision = verdict.decisions.get((row, position))
             tokens.append(
                 TokenCertificate(
                     id=token,
@@ -164,10 +165,11 @@ def _read(
                     threshold=float(verdict.thresholds[row, position]),
                     rival=None,
                     rival_residual=None,
-                    compared=1 + (len(near.of_token(token)) if passes else 0),
+                    compared=1 + (len(near.of_token(token)[0]) if passes else 0),
                     proposer="gradient",
                     seconds=seconds,
                     alternatives=() if passes else tuple(top.ids[row, position].tolist()),
+                    refuted=() if decision is None else decision.refuted,
                 )
             )
         stopped = int(state.stopped_at[row])
