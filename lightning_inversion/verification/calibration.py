@@ -27,7 +27,7 @@ _ODD = 0.01
 """Share of the held-out tokens that may be odd: they move no threshold."""
 _NEAREST_SHARE = 0.05
 """Share of the random tokens, the nearest ones, whose residuals show how fast they get rare."""
-MANY_FEATURES = 64
+_MANY_FEATURES = 64
 """Of fewer features a target that is of no token may be as near to one token, and to no other."""
 _NEAREST = 4
 """Of a target's own random tokens the nearest ones, which show how fast tokens get rare there."""
@@ -123,7 +123,7 @@ class Calibration:
     @property
     def has_many_features(self) -> bool:
         """Whether features are so many that none is matched by chance where all are compared."""
-        return self.features >= MANY_FEATURES
+        return self.features >= _MANY_FEATURES
 
     @property
     def is_sparse(self) -> bool:

@@ -16,7 +16,7 @@ from lightning_inversion.transformer.language_model import LanguageModel, own_te
 from lightning_inversion.transformer.linear_probe import LinearProbe, Moments
 from lightning_inversion.transformer.selection import slice_of
 from lightning_inversion.transformer.truncated import TruncatedTransformer
-from lightning_inversion.verification.calibration import MANY_FEATURES, Calibration, Channel
+from lightning_inversion.verification.calibration import Calibration, Channel
 from lightning_inversion.verification.held_out import HeldOutRuns
 from lightning_inversion.verification.recognition import recognised
 
@@ -119,8 +119,8 @@ class Measurements:
         )  # fmt: skip
         if calibration.is_too_sparse:
             _log.warning(
-                "of %d features %d are kept, and fewer than %d verify nothing.",
-                calibration.std.shape[1], calibration.features, MANY_FEATURES,
+                "%d of the %d features of a position are kept, which is too few to verify a token.",
+                calibration.features, calibration.std.shape[1],
             )  # fmt: skip
         return cls(transformer, probe, calibration, language_model, text, identity, channel)
 

@@ -26,7 +26,7 @@ STORAGES = (
 
 @pytest.fixture
 def few_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "MANY_FEATURES", 8)
+    monkeypatch.setattr(calibration, "_MANY_FEATURES", 8)
 
 
 @pytest.mark.usefixtures("few_features")
@@ -72,7 +72,7 @@ def test_too_few_features_verify_nothing_and_it_is_said(
 ) -> None:
     storage = Storage(largest=0.25)
     measurements = Measurements.measure(tiny_transformer, None, storage)
-    assert any("fewer than 64 verify nothing" in message for message in messages)
+    assert any("too few to verify a token" in message for message in messages)
     assert not measurements.calibration.verifies
     ids = torch.randint(300, (2, 3), generator=torch.Generator().manual_seed(3))
     target = storage(tiny_transformer.features_of(ids))

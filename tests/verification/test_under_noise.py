@@ -70,7 +70,7 @@ def test_tokens_are_verified_under_strong_noise(
     measurements, storage = strong
     assert measurements.calibration.hidden.all()
     monkeypatch.setattr(verifier, "_SMALL_VOCABULARY", 0)
-    monkeypatch.setattr(calibration, "MANY_FEATURES", 0)
+    monkeypatch.setattr(calibration, "_MANY_FEATURES", 0)
     ids = torch.randint(300, (6, 5), generator=torch.Generator().manual_seed(3))
     target = storage(measurements.transformer.features_of(ids), torch.Generator().manual_seed(4))
     found = recover_prompts(TokenRecovery(ProbeProposer()), measurements, Targets(target, [5] * 6))

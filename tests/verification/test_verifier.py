@@ -379,7 +379,7 @@ def test_all_tokens_of_a_small_vocabulary_are_compared_where_the_near_ones_do_no
     measurements: Measurements, monkeypatch: pytest.MonkeyPatch, many: int
 ) -> None:
     """Tokens that training never saw lie together; then random tokens look common everywhere."""
-    monkeypatch.setattr("lightning_inversion.verification.calibration.MANY_FEATURES", many)
+    monkeypatch.setattr("lightning_inversion.verification.calibration._MANY_FEATURES", many)
     common = dataclasses.replace(
         measurements.calibration, dimension=torch.tensor([0.8, 0.8]), common=torch.ones(2)
     )
