@@ -422,7 +422,8 @@ def sweep_files(draw: random.Random, place: Place) -> Case:
 OPTIONS = {
     "capture": """store noise noise_kind largest seed special_tokens keep_prompts
         tokens_per_batch overwrite model revision depth layers features final_norm weights
-        weights_seed dtype attention positions causal repeat_first embedding embedding_seed mlp prompts out device_map""",
+        weights_seed dtype attention positions causal repeat_first embedding embedding_seed mlp
+        prompts out device_map""",
     "attribute": """token against model dtype method of layer preset json out prompts processes
         revision weights attention unknown top_k replacement""",
     "report": "out label title max_prompts figure_size font_size",
