@@ -14,6 +14,7 @@ from lightning_inversion.transformer.sparse import kept_features, where_kept
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.verification.held_out import HeldOut, HeldOutRuns, size_of
 from lightning_inversion.verification.noise import NOISE, NoiseKind, NoiseName
+from lightning_inversion.verification.rarity import NEAREST_SHARE, rarity, rarity_around_each
 
 _COUNTED = 0.95
 """Of the share of features that is told to be kept: the rest may be 0, or was counted otherwise."""
@@ -25,12 +26,8 @@ _SAFETY = 3.0
 """How many times the largest residual of a right token another machine may have."""
 _ODD = 0.01
 """Share of the held-out tokens that may be odd: they move no threshold."""
-_NEAREST_SHARE = 0.05
-"""Share of the random tokens, the nearest ones, whose residuals show how fast they get rare."""
 _MANY_FEATURES = 64
 """Of fewer features a target that is of no token may be as near to one token, and to no other."""
-_NEAREST = 4
-"""Of a target's own random tokens the nearest ones, which show how fast tokens get rare there."""
 
 
 class Channel(Protocol):
@@ -275,7 +272,7 @@ class Calibration:
         _, bar = self.bar(residuals, positions, vocabulary)
         small = residuals if self.left_out.shape[2] else bar
         share = (small / self.common[kind]).clamp(max=1.0) ** self.dimension[kind]
-        return vocabulary * _NEAREST_SHARE * torch.where(self.noisy[kind] > 0, 0.0, share)
+        return vocabulary * NEAREST_SHARE * torch.where(self.noisy[kind] > 0, 0.0, share)
 
     # -- measuring ---------------------------------------------------------------------------
 
@@ -325,7 +322,7 @@ def _thresholds(held_out: HeldOut) -> dict[str, Tensor]:
     threshold = torch.where(able, (usual * nearest).sqrt(), zero)
     gain = (_quantile(gains, _ODD) / 2 if len(gains) else zero).clamp_min(1e-30)
     dimension, common = min(
-        (_rarity(held_out.drawn), _rarity_around_each(held_out.drawn)),
+        (rarity(held_out.drawn), rarity_around_each(held_out.drawn)),
         key=lambda pair: float(pair[0] * (threshold / pair[1]).log()),
     )
     return {
@@ -350,42 +347,6 @@ def _quantile(values: Tensor, share: float) -> Tensor:
     """Unlike ``torch.quantile`` without interpolation, and with infinite values."""
     ordered = values.sort().values
     return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
-
-
-def _rarity(residuals: Tensor) -> tuple[Tensor, Tensor]:
-    """By which power random tokens get rare near the target, and from which residual on.
-
-    Hill's estimator of the lower tail (Hill 1975), the local intrinsic dimension.
-    """
-    finite = residuals[residuals.isfinite()]
-    if not len(finite):
-        return residuals.new_zeros(()), residuals.new_full((), 1e-30)
-    nearest = finite.sort().values[: max(2, round(_NEAREST_SHARE * len(finite)))].double()
-    common = nearest[-1].clamp_min(1e-30)
-    return rarity_power(common, nearest).to(residuals), common.to(residuals)
-
-
-def _rarity_around_each(residuals: Tensor) -> tuple[Tensor, Tensor]:
-    """The same from the nearest random tokens of each target ``[N, K]`` alone.
-
-    Where tokens of some targets lie closer together, as keys and values of positions that take
-    the attention do, all residuals together look like those of few dimensions. The estimates of
-    all targets are averaged (Levina and Bickel 2004, by MacKay and Ghahramani's mean), and the
-    closest target gives the residual.
-    """
-    nearest = residuals.sort(dim=1).values[:, :_NEAREST].double()
-    nearest = nearest[nearest[:, -1].isfinite()]
-    if not nearest.numel():
-        return residuals.new_zeros(()), residuals.new_full((), 1e-30)
-    farthest = nearest[:, -1:].clamp_min(1e-30)
-    power = rarity_power(farthest, nearest[:, :-1])
-    share = (_NEAREST / residuals.shape[1] / _NEAREST_SHARE) ** (-1 / float(power))
-    return power.to(residuals), (farthest.min() * share).to(residuals)
-
-
-def rarity_power(common: Tensor, nearest: Tensor) -> Tensor:
-    """The power by which residuals get rare below ``common``, by the mean of their logs."""
-    return 1 / (common / nearest.clamp_min(1e-30)).log().mean().clamp_min(1e-3)
 
 
 def _with_noise(calibration: Calibration, channel: Channel, vocabulary: int) -> Calibration:
