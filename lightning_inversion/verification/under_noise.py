@@ -147,11 +147,11 @@ class HiddenTokens:
     def reach(self, residual: float, first: bool) -> float:
         """The separation, in any context, beyond which no right token leaves such a residual.
 
-        If one did, its noise would have taken it towards the token, which it does once in a million
-        for all tokens together.
+        If one did, its noise would have taken it towards the token, which it does once in a
+        million. A residual below 1 counts as 1: the noise then was told too large.
         """
-        _, vocabulary, features = self.table.features.shape
-        needed = math.log(vocabulary / RISK) + float(self.calibration.flattened[int(not first)])
+        features = self.table.features.shape[2]
+        needed = float(self.calibration.flattened[int(not first)]) - math.log(RISK)
         reach = self.kind.reach(features, max(residual, 1.0), needed)
         return reach if first else reach / self.share
 
