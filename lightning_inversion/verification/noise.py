@@ -82,15 +82,15 @@ class NoiseKind:
     def separation(self, standard: Tensor) -> Tensor:
         """How far apart ``[...]`` two tokens are whose features differ by ``[..., F]`` std.
 
-        A sum over the features; see ``reach``.
+        A sum over the features; see ``chance``.
         """
         if self.power == 2:
             return standard.square().sum(-1)
         size = standard.abs() / self.unit
         return (size.square() / (2 + size)).sum(-1)
 
-    def reach(self, features: int, residual: float, needed: float) -> float:
-        """The separation from which on a right token leaves a wrong one so small a residual.
+    def chance(self, features: int, residual: float, separations: Tensor) -> Tensor:
+        """The log ``[...]`` of the chance that a wrong token has so small a residual, at most.
 
         If a token is right whose features differ from another one's by v, the other one's residual
         is that of noise and v together. Chernoff's bound for its being at most ``residual``, for
@@ -102,12 +102,25 @@ class NoiseKind:
         Args:
             features: F.
             residual: of the wrong token.
-            needed: minus the log of the chance for that.
+            separations: ``[...]`` of the right token from it.
         """
-        s = torch.linspace(0.005, 0.5 if self.power == 1 else 4.0, 800, dtype=torch.float64)
+        alone, slope = self._bounds(features, residual)
+        chances = torch.zeros_like(separations)
+        for offset, times in zip(alone.tolist(), slope.tolist(), strict=True):
+            chances = torch.minimum(chances, offset - times * separations)
+        return chances
+
+    def reach(self, features: int, residual: float, needed: float) -> float:
+        """The separation beyond which ``chance`` is below minus ``needed``."""
+        alone, slope = self._bounds(features, residual)
+        return float(((alone + needed) / slope).min())
+
+    def _bounds(self, features: int, residual: float) -> tuple[Tensor, Tensor]:
+        """The log of the bound without a separation, and its slope, for each s."""
+        s = torch.logspace(-2.5, math.log10(0.5 if self.power == 1 else 4.0), 64)
         slope = s / (1 + 2 * s) if self.power == 2 else s
         alone = s * residual**self.power - torch.log1p(self.power * s) / self.power
-        return float(((features * alone + needed) / slope).min())
+        return features * alone.double(), slope.double()
 
 
 NOISE: dict[NoiseName, NoiseKind] = {"gaussian": NoiseKind(2), "laplace": NoiseKind(1)}

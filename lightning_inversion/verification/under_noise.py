@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -125,6 +124,8 @@ class HiddenTokens:
     def near(self, token: int, residual: float, target: Tensor, first: bool) -> tuple[Tensor, bool]:
         """Tokens ``[N]`` that may be hidden behind a token; and whether these are all, else none.
 
+        That any other one is right has a chance of one in a million for all of them together.
+
         Args:
             token: fits the target.
             residual: of the token.
@@ -140,20 +141,26 @@ class HiddenTokens:
             nearest = apart.topk(min(_MOST + 1, len(apart)), largest=False)
             self._found[token, first] = nearest.indices, nearest.values
         ids, apart = self._found[token, first]
-        near = ids[apart <= 1.02 * self.reach(residual, first)]
-        whole = len(near) <= _MOST
-        return near if whole else near[:0], whole
+        chances = self.chance(residual, apart, first)
+        beyond = self.table.features.shape[1] - len(ids)  # at least as far as the last
+        left = chances.flip(0).cumsum(0).flip(0) + beyond * chances[-1]
+        count = int((left > RISK).sum())
+        return (ids[:count], True) if count <= _MOST else (ids[:0], False)
 
-    def reach(self, residual: float, first: bool) -> float:
-        """The separation, in any context, beyond which no right token leaves such a residual.
+    def chance(self, residual: float, separations: Tensor, first: bool) -> Tensor:
+        """The chance ``[N]`` that right tokens leave another one such a residual, at most.
 
-        If one did, its noise would have taken it towards the token, which it does once in a
-        million. A residual below 1 counts as 1: the noise then was told too large.
+        Their noise would have taken them towards it. A residual below 1 counts as 1: the noise then
+        was told too large.
+
+        Args:
+            residual: of the other token.
+            separations: ``[N]`` in the contexts that were scanned, of which others keep a share.
+            first: whether it is the first of its prompt.
         """
-        features = self.table.features.shape[2]
-        needed = float(self.calibration.flattened[int(not first)]) - math.log(RISK)
-        reach = self.kind.reach(features, max(residual, 1.0), needed)
-        return reach if first else reach / self.share
+        features, kept = self.table.features.shape[2], 1.0 if first else self.share
+        logs = self.kind.chance(features, max(residual, 1.0), separations * kept / 1.02)
+        return (logs + self.calibration.flattened[int(not first)]).exp()
 
     def _is_odd(self, target: Tensor) -> bool:
         """Whether a target ``[F]`` after other tokens is far from all usual features."""

@@ -43,7 +43,9 @@ def test_a_wrong_token_out_of_reach_rarely_has_so_small_a_residual(kind: NoiseKi
     reach = kind.reach(F, 1.0, -math.log(chance))
     for pattern in (torch.ones(F), torch.eye(F)[0], torch.linspace(0.1, 2.0, F)):
         sizes = torch.linspace(0.0, 60.0, 2001)[:, None] * pattern
-        moved = sizes[kind.separation(sizes) >= reach][0]
+        apart = kind.separation(sizes)
+        moved = sizes[apart >= reach][0]
+        assert torch.equal(apart > reach, kind.chance(F, 1.0, apart) < math.log(chance))
         share = float((kind.residual(drawn + moved) <= 1.0).float().mean())
         assert 0 < share < chance or pattern[1] == 0  # one feature alone is not tight
 
