@@ -56,12 +56,12 @@ def test_rows_are_read_and_never_verified(measurements: Measurements, beams: int
 
 
 def test_probabilities_are_calibrated_once(measurements: Measurements) -> None:
-    scale = ReadingScale.kept(measurements)
+    scale = ReadingScale.kept(measurements, 3)
     assert 0 < scale.temperature <= 2
-    assert 0 < scale.share_beside_prior < 1
+    assert 0 < scale.share < 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReadingScale, "of", lambda _: pytest.fail("it was measured again"))
-        assert ReadingScale.kept(measurements) == scale
+        patch.setattr(ReadingScale, "of", lambda *_: pytest.fail("it was measured again"))
+        assert ReadingScale.kept(measurements, 3) == scale
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -74,7 +74,13 @@ def test_probabilities_with_and_without_a_language_model_are_kept_apart(first: i
         Measurements.measure(transformer, LanguageModel(model, transformer.caches)),
     ]
     for one in (both[first], both[1 - first]):
-        assert ReadingScale.kept(one) == ReadingScale.of(one)
+        assert ReadingScale.kept(one, 0) == ReadingScale.of(one, 0)
+
+
+def test_each_number_of_beams_has_its_own_scale(measurements: Measurements) -> None:
+    scales = [ReadingScale.kept(measurements, beams) for beams in (0, 1, 4)]
+    assert scales == [ReadingScale.of(measurements, beams) for beams in (0, 1, 4)]
+    assert len(set(scales)) == 3
 
 
 def test_probabilities_know_the_noise() -> None:
