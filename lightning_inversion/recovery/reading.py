@@ -35,6 +35,8 @@ _TEMPERATURES = (2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.
 _SHARES = (1e-4, 1e-3, 1e-2, 0.03, 0.1)
 _HELD_OUT = 0.25
 """Share of the model's own text that a second probe is not fitted on."""
+_PIECE = 20
+"""Tokens of a piece of it that are read together, at most."""
 _RANDOM = 24, 48
 """Rows and tokens of random text, where there is none of the model's own."""
 _PRIOR_SHARE = 0.05
@@ -47,15 +49,15 @@ _LEAST = 1e-6
 class ReadingScale:
     """What makes the probe's log-likelihoods probabilities, for rows that it was not fitted on.
 
-    The chance that a token has after the tokens read before it is too high where those are wrong,
-    and too low where the rows after it have told for it. So a logistic regression on how often
-    tokens are right, with the chance of the token and of all that was read beside it, gives the
-    probability.
+    The chance of a token after the tokens that were read before it is too high where those are
+    wrong, and too low where the rows after it speak for it. So a logistic regression on how often
+    tokens are right gives their probability.
 
     Attributes:
         temperature: by which log-likelihoods are multiplied.
         share: of the probability that all tokens get evenly.
-        slope: the weight of the logit of a token's chance.
+        slope: the weight of the logit of a token's chance in the regression.
+        slope_alone: the weight of the logit of its chance by the probe alone.
         slope_of_mean: the weight of the mean log-chance of the tokens that were read together.
         offset: what is added.
     """
@@ -63,6 +65,7 @@ class ReadingScale:
     temperature: float
     share: float
     slope: float = 1.0
+    slope_alone: float = 0.0
     slope_of_mean: float = 0.0
     offset: float = 0.0
 
@@ -88,33 +91,57 @@ class ReadingScale:
         grid = [(t, share) for t in _TEMPERATURES for share in _SHARES]
         scores = torch.stack([_scores(*one, language_model) for one in held_out]).sum(0)
         plain = cls(*grid[int(scores.argmax())])
-        found, right = [], []
+        evidence, right = [], []
         for likelihood, ids in held_out:
-            read, chances = plain.read(likelihood, language_model, beams)
-            found.append(_features(read, chances))
-            right.append(read == ids)
-        slope, slope_of_mean, offset = _logistic(torch.cat(found), torch.cat(right))
-        return replace(plain, slope=slope, slope_of_mean=slope_of_mean, offset=offset)
+            read = plain.read(likelihood, language_model, beams)
+            evidence.append(read.evidence)
+            right.append(read.ids == ids)
+        weights = _logistic(torch.cat(evidence), torch.cat(right), plain.weights)
+        return cls(plain.temperature, plain.share, *weights)
+
+    @property
+    def weights(self) -> list[float]:
+        """Of the columns of ``ReadTokens.evidence``."""
+        return [self.slope, self.slope_alone, self.slope_of_mean, self.offset]
 
     def read(
         self, likelihood: Tensor, language_model: LanguageModel | None, beams: int
-    ) -> tuple[Tensor, Tensor]:
-        """The likeliest tokens ``[T]``, and log-chances ``[T, V]`` of each position.
+    ) -> ReadTokens:
+        """The likeliest tokens for a likelihood ``[T, V]`` of the probe.
 
         Args:
-            likelihood: ``[T, V]`` of the probe.
+            likelihood: of each token in each row.
             language_model: whose probabilities are added; None reads each row by itself.
             beams: sequences kept.
         """
-        chances = _scaled(likelihood, self.temperature, self.share)
-        if language_model is not None:
-            return beam_search(language_model, chances, beams)
-        return best_tokens(chances, 1).indices[:, 0], chances
+        alone = chances = _scaled(likelihood, self.temperature, self.share)
+        if language_model is None:
+            ids = best_tokens(chances, 1).indices[:, 0]
+        else:
+            ids, chances = beam_search(language_model, chances, beams)
+        own, by_probe = (some.gather(1, ids[:, None])[:, 0] for some in (chances, alone))
+        columns = [own.exp().logit(_LEAST), by_probe.exp().logit(_LEAST)]
+        columns += [own.mean().expand(len(own)), torch.ones_like(own)]
+        evidence = torch.stack(columns, dim=1)
+        right = (evidence @ evidence.new_tensor(self.weights)).sigmoid()
+        return ReadTokens(ids, chances, evidence, right)
 
-    def probabilities(self, ids: Tensor, chances: Tensor) -> Tensor:
-        """``[T]`` that tokens ``[T]``, read together with log-chances ``[T, V]``, are right."""
-        weights = chances.new_tensor([self.slope, self.slope_of_mean, self.offset])
-        return (_features(ids, chances) @ weights).sigmoid()
+
+@dataclass(frozen=True)
+class ReadTokens:
+    """The tokens that are read in T rows.
+
+    Attributes:
+        ids: ``[T]``.
+        chances: ``[T, V]`` log-chances in each row, after the tokens that were read before it.
+        evidence: ``[T, 4]`` for each token that was read, see ``ReadingScale``.
+        right: ``[T]`` the probability that it is right.
+    """
+
+    ids: Tensor
+    chances: Tensor
+    evidence: Tensor
+    right: Tensor
 
 
 class Reading(RecoveryPolicy):
@@ -149,12 +176,10 @@ class Reading(RecoveryPolicy):
         for prompt, rows, length in zip(prompts, targets.features, targets.lengths, strict=True):
             began = time.monotonic()
             likelihood = _likelihood(ranking, measurements.probe, rows[given:length])
-            ids, chances = scale.read(likelihood, language_model, beams)
-            right = scale.probabilities(ids, chances).tolist()
-            seconds = (time.monotonic() - began) / max(1, len(ids))
-            prompt.tokens = [
-                self._read(*one, seconds) for one in zip(ids, chances, right, strict=True)
-            ]
+            read = scale.read(likelihood, language_model, beams)
+            seconds = (time.monotonic() - began) / max(1, len(read.ids))
+            each = zip(read.ids, read.chances, read.right.tolist(), strict=True)
+            prompt.tokens = [self._read(*one, seconds) for one in each]
             prompt.seconds = time.monotonic() - began
             yield prompts
         yield prompts
@@ -229,9 +254,10 @@ def _held_out(measurements: Measurements) -> Iterator[tuple[Tensor, Tensor]]:
     probe = measurements.probe_of(fitted)
     ranking = ProbeRanking(replace(measurements, probe=probe))
     half = held.shape[1] // 2
-    for before, row in zip(held.roll(1, 0), held, strict=True):
+    pieces = held[:, : 2 * half].reshape(-1, half)
+    for before, piece in zip(held.repeat_interleave(2, 0).roll(2, 0), pieces, strict=True):
         length = int(torch.randint(1, half + 1, (), generator=generator))
-        ids = torch.cat([before[:length], row[half:]]).to(transformer.device)
+        ids = torch.cat([before[:length], piece[:_PIECE]]).to(transformer.device)
         features = transformer.features_of(ids[None])[0, length:]
         if channel is not None:
             added = channel.noise * torch.randn(features.shape, generator=generator).to(features)
@@ -255,27 +281,20 @@ def _scores(likelihood: Tensor, ids: Tensor, language_model: LanguageModel | Non
     return torch.cat(found)
 
 
-def _features(ids: Tensor, chances: Tensor) -> Tensor:
-    """``[T, 3]`` from which the probability of tokens ``[T]`` with log-chances [T, V] follows."""
-    own = chances.gather(1, ids[:, None])[:, 0]
-    mean = own.mean().expand(len(own))
-    return torch.stack([own.exp().logit(_LEAST), mean, torch.ones_like(mean)], dim=1)
+def _logistic(evidence: Tensor, right: Tensor, plain: list[float]) -> list[float]:
+    """Weights of evidence ``[N, 4]`` under which tokens are as often right as they are likely.
 
-
-def _logistic(features: Tensor, right: Tensor) -> list[float]:
-    """Weights of features ``[N, 3]`` under which tokens are as often right as they are likely.
-
-    They are drawn towards those that leave chances as they are, with the weight of one token or so.
+    They are drawn towards ``plain`` ones, with which chances stay as they are.
     """
-    x, y = features.double(), right.double()
-    plain = x.new_tensor([1.0, 0.0, 0.0])
-    weights = plain.clone().requires_grad_()
+    x, y = evidence.double(), right.double()
+    drawn_to = x.new_tensor(plain)
+    weights = drawn_to.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         errors = binary_cross_entropy_with_logits(x @ weights, y, reduction="sum")
-        total = errors + (weights - plain).square().sum() / 2
+        total = errors + (weights - drawn_to).square().sum() / 2
         (weights.grad,) = torch.autograd.grad(total, weights)
         return total
 
