@@ -37,7 +37,7 @@ _HELD_OUT = 0.25
 """Share of the model's own text that a second probe is not fitted on."""
 _PIECE = 20
 """Tokens of a piece of it that are read together, at most."""
-_RANDOM = 24, 48
+_RANDOM = 12, 48
 """Rows and tokens of random text, where there is none of the model's own."""
 _PRIOR_SHARE = 0.05
 """Share of the language model's probability that is given evenly to all tokens."""
