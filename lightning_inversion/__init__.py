@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from lightning_inversion.data.prompts import PromptDataModule
     from lightning_inversion.inversion import Inversion
     from lightning_inversion.module import InputInversion
-    from lightning_inversion.recovery.certificate import Certificate
     from lightning_inversion.results import ResultRow, read_rows
     from lightning_inversion.transformer.loading import TransformerSpec
     from lightning_inversion.transformer.truncated import TruncatedTransformer
+    from lightning_inversion.verification.certificate import Certificate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "verify",
 ]
 _HOMES = {
-    "Certificate": "recovery.certificate",
+    "Certificate": "verification.certificate",
     "InputInversion": "module",
     "Inversion": "inversion",
     "Layout": "data.layout",

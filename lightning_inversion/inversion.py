@@ -26,11 +26,8 @@ from lightning_inversion.inputs import (
     row_noise,
 )
 from lightning_inversion.objectives import Objective, Standardized, Window
-from lightning_inversion.recovery.calibration import Channel
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveryPolicy, Targets, check_known_prefix
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.recovery.verification import Verdict, Verifier
 from lightning_inversion.schedules import Schedule, VerifiedPrefix
 from lightning_inversion.state import BatchState
 from lightning_inversion.transformer.embedding import TokenEmbedding
@@ -39,6 +36,9 @@ from lightning_inversion.transformer.linear_probe import LinearProbe
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.prefix import FixedPrefix
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.calibration import Channel
+from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.verifier import Verdict, Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -24,7 +24,6 @@ from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.data.targets import OPTION, Captured
 from lightning_inversion.errors import InputError
 from lightning_inversion.inversion import Inversion
-from lightning_inversion.recovery.calibration import Channel
 from lightning_inversion.recovery.captured import Origin, explain, recover_captured
 from lightning_inversion.recovery.policy import RecoveredPrompt, Targets, recover_prompts
 from lightning_inversion.recovery.variants import OtherCuts
@@ -33,6 +32,7 @@ from lightning_inversion.strategy import check_strategy
 from lightning_inversion.transformer.blocks import frozen_copy, without_head
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.transformer.unembedding import Unembedding
+from lightning_inversion.verification.calibration import Channel
 
 _log = logging.getLogger(__name__)
 RoundListener = Callable[[list[RecoveredPrompt]], None]

@@ -16,13 +16,14 @@ from torch import Tensor
 from lightning_inversion.decoding import TopTokens
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput, LearnableInput
-from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.probe_proposer import ProbeProposer
-from lightning_inversion.recovery.proposals import MixedProposals, NearestToInput
+from lightning_inversion.proposers.mixture import MixedProposals
+from lightning_inversion.proposers.nearest_to_input import NearestToInput
+from lightning_inversion.proposers.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.state import BatchState
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.verification.measurements import Measurements
 
 _log = logging.getLogger(__name__)
 

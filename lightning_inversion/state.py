@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_inversion.data.batch import PromptBatch
-from lightning_inversion.recovery.proposals import Proposals
+from lightning_inversion.proposers.proposals import Proposals
 from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.transformer.prefix import FixedPrefix
 

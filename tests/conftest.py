@@ -23,6 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 if TYPE_CHECKING:
     from lightning_inversion.transformer.truncated import TruncatedTransformer
+    from lightning_inversion.verification.measurements import Measurements
 
 
 def pytest_collection_finish() -> None:
@@ -52,6 +53,37 @@ def tiny_transformer(tiny_folder: Path) -> TruncatedTransformer:
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where tests without the real model keep what is measured once for a model and depth."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def _own_cache(session_cache: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_INVERSION_CACHE", str(session_cache))
+        yield
+
+
+@pytest.fixture(scope="session")
+def measurements(_own_cache: None) -> Measurements:
+    """Of a random Llama of 4 blocks, cut after the third."""
+    from tests.measured import measured
+
+    return measured("llama", 3)
+
+
+@pytest.fixture(scope="session")
+def other_measurements(_own_cache: None) -> Measurements:
+    """Of a random GPT-2 of 4 blocks, cut after the first."""
+    from tests.measured import measured
+
+    return measured("gpt2", 1)
+
+
+@pytest.fixture(scope="session")
+def headless(tiny_transformer: TruncatedTransformer) -> Measurements:
+    """Of the tiny Llama cut after its second block, without its head."""
+    from lightning_inversion.verification.measurements import Measurements
+
+    return Measurements.measure(tiny_transformer)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from transformers import (
 
 from lightning_inversion.decoding import Decoder
 from lightning_inversion.objectives import Objective
-from lightning_inversion.recovery.proposals import Proposals, Proposer
+from lightning_inversion.proposers.proposals import Proposals, Proposer
 from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.surgery import FAMILIES, Family

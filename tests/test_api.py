@@ -11,9 +11,9 @@ import torch
 
 from lightning_inversion.api import recover, verify
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.certificate import Certificate
-from lightning_inversion.recovery.proposals import Exhaustive
+from lightning_inversion.proposers.proposals import Exhaustive
 from lightning_inversion.recovery.token_recovery import TokenRecovery
+from lightning_inversion.verification.certificate import Certificate
 from tests.tiny import shared_tiny_model, tiny_tokenizer
 
 PROMPTS = ["The sky is blue.", "A quick brown fox jumps"]

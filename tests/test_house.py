@@ -9,8 +9,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "lightning_inversion"
 RULE = """
 __main__, api -> cli, sweep, replication, ladder -> callbacks -> module, inversion, schedules
--> data, results, attribution, state, strategy -> recovery, objectives, inputs, decoding
--> transformer -> errors, cache, files, progress, untrusted, metrics, __init__
+-> data, results, attribution, state, strategy -> recovery -> proposers
+-> verification, objectives, inputs, decoding -> transformer
+-> errors, cache, files, progress, untrusted, metrics, __init__
 """
 """Rooms, from the top down. A module imports from its own line and from those after an arrow."""
 LEVELS = [level.split(", ") for level in " ".join(RULE.split()).split(" -> ")]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lightning_inversion.data.batch import PromptBatch
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.state import BatchState
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.measurements import Measurements
 
 BATCH = PromptBatch.collate([(4, "a", [5, 6, 7]), (9, "b", [8, 9])])
 

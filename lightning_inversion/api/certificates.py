@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.certificate import Certificate, TokenCertificate
 from lightning_inversion.results import CERTIFICATE, FILE, ResultRow, read_rows
+from lightning_inversion.verification.certificate import Certificate, TokenCertificate
 
 
 def read_certificates(folder: str | Path) -> dict[int, Certificate]:

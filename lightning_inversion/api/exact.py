@@ -21,8 +21,6 @@ from lightning_inversion.data.targets import Captured
 from lightning_inversion.data.texts import ModelLimits, tokenize
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.captured import Origin, recover_captured
-from lightning_inversion.recovery.certificate import Certificate, CertificateCheck
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveryPolicy, Targets
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.recovery.variants import OtherCuts
@@ -30,6 +28,8 @@ from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.selection import Output
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.transformer.unembedding import Unembedding
+from lightning_inversion.verification.certificate import Certificate, CertificateCheck
+from lightning_inversion.verification.measurements import Measurements
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

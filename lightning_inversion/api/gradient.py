@@ -20,10 +20,10 @@ from lightning_inversion.inputs import LearnableInput
 from lightning_inversion.inversion import Inversion, MakeOptimizer, linear_rate
 from lightning_inversion.objectives import Objective
 from lightning_inversion.progress import counted
-from lightning_inversion.recovery.certificate import Certificate, TokenCertificate
 from lightning_inversion.recovery.policy import ALTERNATIVES
-from lightning_inversion.recovery.verification import Verifier
 from lightning_inversion.schedules import Schedule
+from lightning_inversion.verification.certificate import Certificate, TokenCertificate
+from lightning_inversion.verification.verifier import Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

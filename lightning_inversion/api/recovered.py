@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from torch import Tensor
 
 from lightning_inversion import __version__
-from lightning_inversion.recovery.certificate import Certificate, TokenCertificate
 from lightning_inversion.transformer.tokens import decoded, token_text, token_texts
+from lightning_inversion.verification.certificate import Certificate, TokenCertificate
 
 if TYPE_CHECKING:
     import pandas as pd

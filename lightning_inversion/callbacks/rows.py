@@ -15,12 +15,12 @@ from lightning_inversion.data.storage import Storage
 from lightning_inversion.decoding import TopTokens
 from lightning_inversion.metrics import exact_match, token_accuracy, top_k_accuracy
 from lightning_inversion.module import InputInversion
-from lightning_inversion.recovery.certificate import Certificate
 from lightning_inversion.recovery.policy import RecoveredPrompt
-from lightning_inversion.recovery.verification import Verdict
 from lightning_inversion.results import ResultRow
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.tokens import decoded, is_text_of, token_texts
+from lightning_inversion.verification.certificate import Certificate
+from lightning_inversion.verification.verifier import Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

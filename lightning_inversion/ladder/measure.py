@@ -20,16 +20,16 @@ from lightning_inversion.ladder.mechanism import INTERVENTIONS, Intervention, ch
 from lightning_inversion.ladder.plan import Plan, Rung
 from lightning_inversion.ladder.recipe import PRINTED, RATES, Recipe, run_recipe, tuned_rate
 from lightning_inversion.ladder.train import Texts, is_trained, model_folder, training_of
-from lightning_inversion.recovery.calibration import Calibration
-from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.proposers.probe_proposer import ProbeRanking
+from lightning_inversion.proposers.proposals import mix_with_uniform
 from lightning_inversion.recovery.policy import Targets, recover_prompts
-from lightning_inversion.recovery.probe_proposer import ProbeRanking
-from lightning_inversion.recovery.proposals import mix_with_uniform
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.language_model import LanguageModel, own_text
 from lightning_inversion.transformer.linear_probe import LinearProbe
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.calibration import Calibration
+from lightning_inversion.verification.measurements import Measurements
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.calibration import Channel
 from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.order import RowOrder, in_order
 from lightning_inversion.recovery.policy import (
     RecoveredPrompt,
@@ -19,6 +17,8 @@ from lightning_inversion.recovery.policy import (
     recover_prompts,
 )
 from lightning_inversion.recovery.variants import OtherCuts
+from lightning_inversion.verification.calibration import Channel
+from lightning_inversion.verification.measurements import Measurements
 
 _log = logging.getLogger(__name__)
 _BUDGET = 64

@@ -17,16 +17,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.calibration import Channel
 from lightning_inversion.recovery.later_rows import LaterRows
 from lightning_inversion.recovery.likely_first import (
     FirstTokens,
     ReadFirstTokens,
     ScannedFirstTokens,
 )
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.variants import CLEAR, OtherCuts, Variants
+from lightning_inversion.verification.calibration import Channel
+from lightning_inversion.verification.measurements import Measurements
 
 _SAMPLE, _OF_A_ROW = 16, 4
 """Tokens that are run for position 0, and for each row that may be the first one."""

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.calibration import CLEARANCE, RISK, rarity_power
-from lightning_inversion.recovery.certificate import State, TokenCertificate
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import (
     ALTERNATIVES,
     RecoveredPrompt,
     RecoveryPolicy,
     Targets,
 )
-from lightning_inversion.recovery.rivals import NearTokens
 from lightning_inversion.recovery.text_search import TextSearch, in_place
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.embedding import best_tokens
+from lightning_inversion.verification.calibration import CLEARANCE, RISK, rarity_power
+from lightning_inversion.verification.certificate import State, TokenCertificate
+from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.rivals import NearTokens
 
 _NEAR, _RANDOM = 16, 64
 """Tokens that are run in place of each token of a text that may be right."""

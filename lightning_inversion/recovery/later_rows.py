@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.probe_proposer import ProbeRanking
+from lightning_inversion.proposers.probe_proposer import ProbeRanking
 from lightning_inversion.transformer.blocks import most_positions
+from lightning_inversion.verification.measurements import Measurements
 
 _TEXTS, _LENGTH = 80, 24
 """Sequences of text, and of random tokens, whose later rows are run."""

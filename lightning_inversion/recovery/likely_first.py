@@ -7,10 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
-from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.probe_proposer import ProbeRanking
+from lightning_inversion.proposers.probe_proposer import ProbeRanking
 from lightning_inversion.transformer.embedding import best_tokens
+from lightning_inversion.verification.first_tokens import FirstTokenFeatures
+from lightning_inversion.verification.measurements import Measurements
 
 
 class FirstTokens(Protocol):

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
-from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.proposers.probe_proposer import ProbeRanking
 from lightning_inversion.recovery.policy import Targets
-from lightning_inversion.recovery.probe_proposer import ProbeRanking
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.prefix import FixedPrefix
+from lightning_inversion.verification.first_tokens import FirstTokenFeatures
+from lightning_inversion.verification.measurements import Measurements
 
 _ROUNDS = (0, 1, 4, 16, 64, 256)
 """Readings of each row that are run, the best first, until a row fits."""

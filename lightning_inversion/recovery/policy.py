@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.certificate import Rows, TokenCertificate
-from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.verification.certificate import Rows, TokenCertificate
+from lightning_inversion.verification.measurements import Measurements
 
 ALTERNATIVES = 5
 """Candidates that are kept beside a token that is not verified."""

@@ -16,20 +16,20 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.certificate import TokenCertificate
-from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.proposers.probe_proposer import ProbeRanking
+from lightning_inversion.proposers.proposals import mix_with_uniform
 from lightning_inversion.recovery.policy import (
     ALTERNATIVES,
     RecoveredPrompt,
     RecoveryPolicy,
     Targets,
 )
-from lightning_inversion.recovery.probe_proposer import ProbeRanking
-from lightning_inversion.recovery.proposals import mix_with_uniform
 from lightning_inversion.transformer.blocks import most_positions
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.language_model import Beams, LanguageModel
 from lightning_inversion.transformer.linear_probe import LinearProbe
+from lightning_inversion.verification.certificate import TokenCertificate
+from lightning_inversion.verification.measurements import Measurements
 
 _TEMPERATURES = (2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01)
 _SHARES = (1e-4, 1e-3, 1e-2, 0.03, 0.1)

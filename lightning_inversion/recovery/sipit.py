@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.certificate import State, TokenCertificate
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import (
     ALTERNATIVES,
     RecoveredPrompt,
     RecoveryPolicy,
     Targets,
 )
-from lightning_inversion.recovery.verification import Verifier
+from lightning_inversion.verification.certificate import State, TokenCertificate
+from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.verifier import Verifier
 
 _RESET_EVERY = 50
 _FIRST_RATE, _LAST_RATE = 1.0, 0.01

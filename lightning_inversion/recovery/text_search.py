@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.probe_proposer import ProbeRanking
-from lightning_inversion.recovery.proposals import UNIFORM_SHARE, mix_with_uniform
+from lightning_inversion.proposers.probe_proposer import ProbeRanking
+from lightning_inversion.proposers.proposals import UNIFORM_SHARE, mix_with_uniform
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.linear_probe import TOKENS_AT_A_TIME
+from lightning_inversion.verification.measurements import Measurements
 
 _RANDOM = 4096
 """Random texts of the first regression at most; a quarter of the budget if that is less."""

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.certificate import State, TokenCertificate
-from lightning_inversion.recovery.first_position import FirstTokenScan
-from lightning_inversion.recovery.gradient_proxy import GradientProxy
-from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.proposers.first_position import FirstTokenScan
+from lightning_inversion.proposers.gradient_proxy import GradientProxy
+from lightning_inversion.proposers.mixture import MixedProposals, Mixture
+from lightning_inversion.proposers.nearest_to_input import NearestToInput
+from lightning_inversion.proposers.prior import LanguageModelPrior
+from lightning_inversion.proposers.probe_proposer import ProbeProposer
+from lightning_inversion.proposers.proposals import Proposals, Proposer
 from lightning_inversion.recovery.plausible import PlausibleTokens
 from lightning_inversion.recovery.policy import (
     ALTERNATIVES,
@@ -27,17 +30,10 @@ from lightning_inversion.recovery.policy import (
     RecoveryPolicy,
     Targets,
 )
-from lightning_inversion.recovery.probe_proposer import ProbeProposer
-from lightning_inversion.recovery.proposals import (
-    LanguageModelPrior,
-    MixedProposals,
-    Mixture,
-    NearestToInput,
-    Proposals,
-    Proposer,
-)
 from lightning_inversion.recovery.search import PrefixSearch, Trial
-from lightning_inversion.recovery.verification import compares_all
+from lightning_inversion.verification.certificate import State, TokenCertificate
+from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.verifier import compares_all
 
 _AT_LEAST = 2
 """Candidates of a position at least, so that a certificate can name a runner-up."""

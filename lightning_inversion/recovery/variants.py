@@ -9,11 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.calibration import Channel
 from lightning_inversion.recovery.likely_first import FirstTokens
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.calibration import Channel
+from lightning_inversion.verification.measurements import Measurements
 
 _NEAREST = 48
 """Tokens of each shortlist."""

@@ -31,13 +31,13 @@ from lightning_inversion.cli.ending import exit_code
 from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import Record, append_records, read_records
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveredPrompt, RecoveryPolicy, Targets
 from lightning_inversion.replication.claims import fingerprint_of
 from lightning_inversion.replication.tables import BASELINE, PROTOCOL
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.measurements import Measurements
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -36,7 +36,10 @@ from lightning_inversion.untrusted import check_regular, read_json
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-_MEASURE = ("recovery/*.py", "transformer/*.py", "data/storage.py")
+_MEASURE = (
+    *("recovery/*.py", "proposers/*.py", "verification/*.py", "transformer/*.py"),
+    "data/storage.py",
+)
 """The parts of the package whose code decides what is measured."""
 
 

@@ -23,14 +23,14 @@ import transformers as hf
 from torch import Tensor
 
 from lightning_inversion.data.storage import Storage
-from lightning_inversion.recovery import verification
+from lightning_inversion.proposers.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.last_position import LastPosition
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveryPolicy, Targets, recover_prompts
-from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.surgery import Surgery
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification import verifier
+from lightning_inversion.verification.measurements import Measurements
 
 EMBEDDINGS = ("trained-like", "near", "very near", "equal", "parallel", "untrained cluster")
 FEATURES = ("all", "slice", "attention alone", "final norm")
@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--last", action="store_true")
     options = parser.parse_args()
     if options.large:
-        verification._SMALL_VOCABULARY = 0
+        verifier._SMALL_VOCABULARY = 0
     total: Counter[str] = Counter()
     seed = options.first
     while total["tokens"] < options.tokens:

@@ -20,7 +20,7 @@ from lightning_inversion.__main__ import main as run
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.decoding import L2Decoder, decode
 from lightning_inversion.inputs import EmbeddingInput, MeanInitializer
-from lightning_inversion.recovery.proposals import best_untried
+from lightning_inversion.proposers.proposals import best_untried
 from lightning_inversion.transformer.embedding import TokenEmbedding
 
 _LENGTH = 32

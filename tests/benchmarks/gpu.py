@@ -35,12 +35,12 @@ from transformers import (
 )
 
 from lightning_inversion.cache import ENVIRONMENT
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.replication.policies import run_policy
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.quantization import prepare_quantized_, quantization_config
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.measurements import Measurements
 
 LENGTH = 20
 LEFT_OUT = "no time was left"

@@ -17,12 +17,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_inversion.data.storage import Storage
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveredPrompt, Targets, recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.replication.policies import protocol_prompts
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.verification.measurements import Measurements
 from tests.benchmarks.ordinary import prompts as ordinary_prompts
 
 _AT_A_TIME = 64

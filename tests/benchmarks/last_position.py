@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lightning_inversion.recovery.last_position import LastPosition
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.replication.policies import protocol_prompts
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.unembedding import Unembedding
+from lightning_inversion.verification.measurements import Measurements
 
 STARTS, EVERY, RATE = 8, 20, 0.3
 

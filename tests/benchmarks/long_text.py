@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.verification.measurements import Measurements
 
 
 def main() -> None:

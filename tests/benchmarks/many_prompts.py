@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.replication.policies import scores
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.verification.measurements import Measurements
 
 LENGTH = 20
 

@@ -25,14 +25,14 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_inversion.data.storage import Storage
 from lightning_inversion.data.texts import read_prompts
 from lightning_inversion.files import append_records, read_records
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.recovery.verification import Verifier
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.verifier import Verifier
 
 DEPTHS = (1, 4, 8, 15, 24, 30)
 TYPES = ("float32", "bfloat16", "float16")

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.replication.policies import protocol_prompts
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.measurements import Measurements
 
 Cut = Callable[[tuple[int, ...], bool], TruncatedTransformer]
 

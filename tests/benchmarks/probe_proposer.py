@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.probe_proposer import ProbeProposer
-from lightning_inversion.recovery.proposals import LanguageModelPrior
+from lightning_inversion.proposers.prior import LanguageModelPrior
+from lightning_inversion.proposers.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.replication.policies import protocol_prompts
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.measurements import Measurements
 
 TEXTS = Path("configs/recovery/prompts.jsonl")
 

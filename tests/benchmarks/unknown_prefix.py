@@ -21,12 +21,12 @@ import pandas as pd
 import seaborn as sns
 import torch
 
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.reading import Reading
 from lightning_inversion.replication.policies import protocol_prompts
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.verification.measurements import Measurements
 
 SYSTEM = (
     "You are a careful assistant of a hospital in the north of the country. Answer in whole "

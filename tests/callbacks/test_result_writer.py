@@ -13,9 +13,9 @@ from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import EmbeddingInput, NormalInitializer
 from lightning_inversion.objectives import L1
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.results import names, read_rows
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.measurements import Measurements
 from tests.fits import PROMPTS, fit
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.cache import ENVIRONMENT, measured_files
-from lightning_inversion.recovery.calibration import Calibration
 from lightning_inversion.transformer.linear_probe import LinearProbe
+from lightning_inversion.verification.calibration import Calibration
 
 pytestmark = pytest.mark.usefixtures("shared_parsers")
 

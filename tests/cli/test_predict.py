@@ -143,7 +143,7 @@ def test_a_model_with_a_weight_that_is_nan_has_rows_with_their_error(
 
 @pytest.mark.integration  # whole runs
 def test_another_policy_by_name(tiny_folder: Path, tmp_path: Path) -> None:
-    proposer = "--model.recovery.proposer=lightning_inversion.recovery.proposals.Exhaustive"
+    proposer = "--model.recovery.proposer=lightning_inversion.proposers.proposals.Exhaustive"
     assert run(predict(tiny_folder, tmp_path, "--model.recovery=TokenRecovery", proposer)) == 0
     rows = rows_of(tmp_path)
     assert all(row["exact"] for row in rows)

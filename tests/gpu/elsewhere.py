@@ -138,11 +138,11 @@ def recover_there(
     **cut: Any,
 ) -> int:
     """Recover prompts from a tiny model that is elsewhere; the number of tokens right."""
-    from lightning_inversion.recovery.measurements import Measurements
     from lightning_inversion.recovery.policy import Targets, recover_prompts
     from lightning_inversion.recovery.token_recovery import TokenRecovery
     from lightning_inversion.transformer.language_model import LanguageModel
     from lightning_inversion.transformer.truncated import TruncatedTransformer
+    from lightning_inversion.verification.measurements import Measurements
     from tests.tiny import tiny_model
 
     torch.manual_seed(0)
@@ -178,8 +178,8 @@ def by_calls(call: str) -> int:
 def ways() -> dict[str, Callable[[], int]]:
     """What is run elsewhere, by name."""
     from lightning_inversion.data.storage import Storage
-    from lightning_inversion.recovery.gradient_proxy import GradientProxy
-    from lightning_inversion.recovery.proposals import LanguageModelPrior
+    from lightning_inversion.proposers.gradient_proxy import GradientProxy
+    from lightning_inversion.proposers.prior import LanguageModelPrior
     from lightning_inversion.recovery.reading import Reading
     from lightning_inversion.recovery.token_recovery import TokenRecovery
 

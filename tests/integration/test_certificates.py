@@ -12,14 +12,14 @@ import transformers as hf
 
 from lightning_inversion.cache import ENVIRONMENT
 from lightning_inversion.data.storage import Storage
-from lightning_inversion.recovery.calibration import Calibration
-from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.proposers.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.policy import RecoveredPrompt, Targets, recover_prompts
-from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.calibration import Calibration
+from lightning_inversion.verification.measurements import Measurements
 
 pytestmark = pytest.mark.integration
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.prefix import FixedPrefix
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.measurements import Measurements
 
 pytestmark = pytest.mark.integration
 

@@ -16,13 +16,13 @@ from lightning_inversion import recover
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.api.recovered import Recoveries
 from lightning_inversion.recovery.diagnosis import diagnose
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.reading import Reading
 from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.measurements import Measurements
 from tests.benchmarks.planted_mistakes import kinds
 
 pytestmark = pytest.mark.integration

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from lightning_inversion import recover
 from lightning_inversion.errors import InputError
+from lightning_inversion.proposers.proposals import Exhaustive
 from lightning_inversion.recovery.captured import Origin, explain, recover_captured
 from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
 from lightning_inversion.recovery.later_rows import LaterRows
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import Targets
-from lightning_inversion.recovery.proposals import Exhaustive
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.measurements import Measurements
 from tests.tiny import shared_tiny_model
 
 DEPTH = 3

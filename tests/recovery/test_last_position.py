@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from lightning_inversion import read_certificates, recover, verify
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.certificate import Certificate
 from lightning_inversion.recovery.last_position import LastPosition
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.text_search import TextSearch
+from lightning_inversion.verification.certificate import Certificate
+from lightning_inversion.verification.measurements import Measurements
 from tests.tiny import shared_tiny_model
 
 TEXTS = [[11, 42], [223, 116, 129], [7, 150, 150]]

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 from lightning_inversion import recover
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.order import _Ordering, in_order
 from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.reading import Reading
 from lightning_inversion.transformer.surgery import Surgery
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.measurements import Measurements
 from tests.tiny import shared_tiny_model
 
 

@@ -8,8 +8,6 @@ from itertools import zip_longest
 import pytest
 import torch
 
-from lightning_inversion.recovery.certificate import TokenCertificate
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import (
     RecoveredPrompt,
     RecoveryPolicy,
@@ -18,6 +16,8 @@ from lightning_inversion.recovery.policy import (
 )
 from lightning_inversion.recovery.sipit import SIPIT
 from lightning_inversion.recovery.token_recovery import TokenRecovery
+from lightning_inversion.verification.certificate import TokenCertificate
+from lightning_inversion.verification.measurements import Measurements
 
 IDS = torch.tensor([[7, 40, 3, 250, 9], [12, 7, 88, 41, 230]])
 OTHERS = torch.tensor([[99, 12, 288, 5], [31, 144, 270, 6], [1, 2, 3, 4]])

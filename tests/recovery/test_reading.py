@@ -15,12 +15,12 @@ from lightning_inversion.__main__ import main as run
 from lightning_inversion.data.storage import Storage
 from lightning_inversion.data.targets import Captured
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.reading import Reading, ReadingScale, beam_search
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.measurements import Measurements
 from tests.tiny import shared_tiny_model
 
 PREFIX = 4

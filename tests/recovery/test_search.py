@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.probe_proposer import ProbeProposer
-from lightning_inversion.recovery.proposals import MixedProposals, NearestToInput
+from lightning_inversion.proposers.mixture import MixedProposals
+from lightning_inversion.proposers.nearest_to_input import NearestToInput
+from lightning_inversion.proposers.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.search import PrefixSearch
+from lightning_inversion.verification.measurements import Measurements
 from tests.tiny import VOCABULARY
 
 ROW, ROWS = torch.tensor([0]), torch.arange(2)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.recovery.policy import RecoveredPrompt, Targets, recover_prompts
 from lightning_inversion.recovery.sipit import SIPIT, _Position
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.measurements import Measurements
 
 PROMPTS = [[5, 270, 31, 144], [99, 12, 288]]
 LENGTHS = [len(ids) for ids in PROMPTS]

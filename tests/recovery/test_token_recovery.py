@@ -9,19 +9,15 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.calibration import CLEARANCE
-from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.proposers.prior import LanguageModelPrior
+from lightning_inversion.proposers.probe_proposer import ProbeProposer
+from lightning_inversion.proposers.proposals import Exhaustive, Proposals, Proposer
 from lightning_inversion.recovery.plausible import PlausibleTokens
 from lightning_inversion.recovery.policy import RecoveredPrompt, Targets, recover_prompts
-from lightning_inversion.recovery.probe_proposer import ProbeProposer
-from lightning_inversion.recovery.proposals import (
-    Exhaustive,
-    LanguageModelPrior,
-    Proposals,
-    Proposer,
-)
 from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.recovery.token_recovery import TokenRecovery
+from lightning_inversion.verification.calibration import CLEARANCE
+from lightning_inversion.verification.measurements import Measurements
 from tests.tiny import VOCABULARY
 
 LENGTHS = [9, 4, 6]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from lightning_inversion.recovery.certificate import State, TokenCertificate
 from lightning_inversion.recovery.policy import RecoveredPrompt
 from lightning_inversion.replication.policies import (
     NamedPolicy,
@@ -17,6 +16,7 @@ from lightning_inversion.replication.policies import (
     scores,
 )
 from lightning_inversion.replication.tables import policy_tables
+from lightning_inversion.verification.certificate import State, TokenCertificate
 from tests.tiny import tiny_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "recovery"

@@ -11,14 +11,14 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from lightning_inversion.recovery.calibration import Calibration, Channel
-from lightning_inversion.recovery.held_out import HeldOutRuns
-from lightning_inversion.recovery.recognition import recognised
 from lightning_inversion.transformer.cached import kept
 from lightning_inversion.transformer.language_model import LanguageModel, own_text
 from lightning_inversion.transformer.linear_probe import LinearProbe, Moments
 from lightning_inversion.transformer.selection import slice_of
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.calibration import Calibration, Channel
+from lightning_inversion.verification.held_out import HeldOutRuns
+from lightning_inversion.verification.recognition import recognised
 
 _log = logging.getLogger(__name__)
 _NARROW = 1024

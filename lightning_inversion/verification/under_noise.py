@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.progress import counted
-from lightning_inversion.recovery.calibration import RISK, Calibration
-from lightning_inversion.recovery.held_out import held_out_prompts
-from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.rivals import NearTokens
 from lightning_inversion.transformer.prefix import FixedPrefix
+from lightning_inversion.verification.calibration import RISK, Calibration
+from lightning_inversion.verification.held_out import held_out_prompts
+from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.rivals import NearTokens
 
 _log = logging.getLogger(__name__)
 _LENGTH = 6

@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from lightning_inversion.data.storage import Storage
-from lightning_inversion.recovery import held_out, rivals
-from lightning_inversion.recovery.calibration import CLEARANCE, RISK, Calibration
-from lightning_inversion.recovery.certificate import Certificate
-from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.proposers.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.policy import Targets, recover_prompts
-from lightning_inversion.recovery.probe_proposer import ProbeProposer
-from lightning_inversion.recovery.rivals import NearTokens
 from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.recovery.verification import Verdict, Verifier
 from lightning_inversion.transformer.rounding import _perturbed
 from lightning_inversion.transformer.surgery import Surgery
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification import held_out, rivals
+from lightning_inversion.verification.calibration import CLEARANCE, RISK, Calibration
+from lightning_inversion.verification.certificate import Certificate
+from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.rivals import NearTokens
+from lightning_inversion.verification.verifier import Verdict, Verifier
 from tests.tiny import shared_tiny_model
 
 
@@ -379,7 +379,7 @@ def test_all_tokens_of_a_small_vocabulary_are_compared_where_the_near_ones_do_no
     measurements: Measurements, monkeypatch: pytest.MonkeyPatch, many: int
 ) -> None:
     """Tokens that training never saw lie together; then random tokens look common everywhere."""
-    monkeypatch.setattr("lightning_inversion.recovery.calibration._MANY_FEATURES", many)
+    monkeypatch.setattr("lightning_inversion.verification.calibration._MANY_FEATURES", many)
     common = dataclasses.replace(
         measurements.calibration, dimension=torch.tensor([0.8, 0.8]), common=torch.ones(2)
     )

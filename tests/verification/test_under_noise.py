@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from lightning_inversion.data.storage import Storage
-from lightning_inversion.recovery import calibration, verification
-from lightning_inversion.recovery.calibration import RISK, Calibration
-from lightning_inversion.recovery.certificate import Certificate
-from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.proposers.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.policy import Targets, recover_prompts
-from lightning_inversion.recovery.probe_proposer import ProbeProposer
 from lightning_inversion.recovery.token_recovery import TokenRecovery
-from lightning_inversion.recovery.under_noise import HiddenTokens
+from lightning_inversion.verification import calibration, verifier
+from lightning_inversion.verification.calibration import RISK, Calibration
+from lightning_inversion.verification.certificate import Certificate
+from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.under_noise import HiddenTokens
 
 
 def under(measurements: Measurements, storage: Storage) -> Measurements:
@@ -63,7 +63,7 @@ def test_tokens_are_verified_under_strong_noise(
     """As in a large vocabulary; none falsely, and the certificate is checked without the scan."""
     measurements, storage = strong
     assert measurements.calibration.hidden.all()
-    monkeypatch.setattr(verification, "_SMALL_VOCABULARY", 0)
+    monkeypatch.setattr(verifier, "_SMALL_VOCABULARY", 0)
     monkeypatch.setattr(calibration, "_MANY_FEATURES", 0)
     ids = torch.randint(300, (6, 5), generator=torch.Generator().manual_seed(3))
     target = storage(measurements.transformer.features_of(ids), torch.Generator().manual_seed(4))

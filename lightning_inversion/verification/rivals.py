@@ -8,10 +8,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.calibration import Calibration
-from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
-from lightning_inversion.recovery.measurements import Measurements
 from lightning_inversion.transformer.embedding import TokenEmbedding, best_tokens
+from lightning_inversion.verification.calibration import Calibration
+from lightning_inversion.verification.first_tokens import FirstTokenFeatures
+from lightning_inversion.verification.measurements import Measurements
 
 _DIRECTIONS = 64
 _STRETCH = 1.5

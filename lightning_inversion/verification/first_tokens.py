@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.verification.measurements import Measurements
 
 _log = logging.getLogger(__name__)
 _DIRECTIONS = 64

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.open_positions import OpenPositions
-from lightning_inversion.recovery.proposals import (
+from lightning_inversion.proposers.open_positions import OpenPositions
+from lightning_inversion.proposers.proposals import (
     UNIFORM_SHARE,
     Candidates,
     Proposals,
@@ -19,6 +18,7 @@ from lightning_inversion.recovery.proposals import (
 )
 from lightning_inversion.transformer.embedding import TokenEmbedding, best_tokens
 from lightning_inversion.transformer.linear_probe import LinearProbe
+from lightning_inversion.verification.measurements import Measurements
 
 _TEMPERATURES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.01, 0.003)
 _ENOUGH = (13.0, 6.5)

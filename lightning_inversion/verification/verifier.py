@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.calibration import CLEARANCE, RISK, Calibration
-from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.rivals import NearFirstTokens, NearTokens
-from lightning_inversion.recovery.under_noise import HiddenTokens
+from lightning_inversion.verification.calibration import CLEARANCE, RISK, Calibration
+from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.rivals import NearFirstTokens, NearTokens
+from lightning_inversion.verification.under_noise import HiddenTokens
 
 _SMALL_VOCABULARY = 16384
 """Tokens that are all compared where the near ones do not suffice."""

@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.held_out import HeldOut, HeldOutRuns, size_of
 from lightning_inversion.transformer.linear_probe import LinearProbe
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.held_out import HeldOut, HeldOutRuns, size_of
 
 CLEARANCE = 1.5
 """How many times the residual of a verified token that of every rival must be."""

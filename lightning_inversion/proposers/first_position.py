@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
-from lightning_inversion.recovery.open_positions import OpenPositions
-from lightning_inversion.recovery.probe_proposer import ProbeRanking
-from lightning_inversion.recovery.proposals import Candidates, Proposals, Proposer, best_untried
+from lightning_inversion.proposers.open_positions import OpenPositions
+from lightning_inversion.proposers.probe_proposer import ProbeRanking
+from lightning_inversion.proposers.proposals import Candidates, Proposals, Proposer, best_untried
+from lightning_inversion.verification.first_tokens import FirstTokenFeatures
 
 _ROUNDS_BY_PROBE = 8
 """Rounds before the vocabulary is scanned: nearly all first tokens are found in the first one."""

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.open_positions import OpenPositions
-from lightning_inversion.recovery.proposals import NEARNESS, Proposals, Proposer
+from lightning_inversion.proposers.nearest_to_input import NEARNESS
+from lightning_inversion.proposers.open_positions import OpenPositions
+from lightning_inversion.proposers.proposals import Proposals, Proposer
 
 
 class GradientProxy(Proposer):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from lightning_inversion.recovery.gradient_proxy import DescendingProxies, GradientProxy
-from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.proposers.gradient_proxy import DescendingProxies, GradientProxy
 from lightning_inversion.recovery.search import PrefixSearch
+from lightning_inversion.verification.measurements import Measurements
 
 ROWS = torch.arange(2)
 IDS = torch.tensor([[7, 40, 3, 250, 9], [12, 7, 88, 41, 230]])

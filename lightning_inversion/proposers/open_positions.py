@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.evidence import Evidence
-from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.proposers.evidence import Evidence
 from lightning_inversion.transformer.prefix import FixedPrefix
+from lightning_inversion.verification.measurements import Measurements
 
 _STORED = ("tried", "count", "rounds", "reach", "_rivals", "_rival_residuals")
 FARTHEST = 64

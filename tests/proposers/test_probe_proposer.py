@@ -7,8 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.probe_proposer import (
+from lightning_inversion.proposers.probe_proposer import (
     ProbeProposer,
     ProbeRanking,
     _ProjectedVocabulary,
@@ -16,6 +15,7 @@ from lightning_inversion.recovery.probe_proposer import (
 from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.linear_probe import LinearProbe
+from lightning_inversion.verification.measurements import Measurements
 from tests.tiny import VOCABULARY
 
 

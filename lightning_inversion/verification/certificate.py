@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_of
-from lightning_inversion.recovery.calibration import CLEARANCE, Calibration
-from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.rivals import NearTokens
-from lightning_inversion.recovery.verification import Verifier
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.untrusted import read_file, read_json
+from lightning_inversion.verification.calibration import CLEARANCE, Calibration
+from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.rivals import NearTokens
+from lightning_inversion.verification.verifier import Verifier
 
 FORMAT = 3
 """Version of the certificate's file."""

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from lightning_inversion.cache import ENVIRONMENT, measured_files
 from lightning_inversion.data.storage import Storage
-from lightning_inversion.recovery import measurements
-from lightning_inversion.recovery.calibration import Calibration
-from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
-from lightning_inversion.recovery.held_out import HeldOutRuns
-from lightning_inversion.recovery.measurements import Measurements
+from lightning_inversion.proposers.probe_proposer import ProbeRanking
 from lightning_inversion.recovery.policy import Targets, recover_prompts
-from lightning_inversion.recovery.probe_proposer import ProbeRanking
-from lightning_inversion.recovery.recognition import recognised
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.linear_probe import LinearProbe, Moments
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification import measurements
+from lightning_inversion.verification.calibration import Calibration
+from lightning_inversion.verification.first_tokens import FirstTokenFeatures
+from lightning_inversion.verification.held_out import HeldOutRuns
+from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.recognition import recognised
 from tests.tiny import tiny_model
 
 IDS = torch.tensor([[17, 230, 5, 5, 101, 9], [3, 44, 280, 7, 3, 60]])

@@ -10,22 +10,18 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.first_position import _ROUNDS_BY_PROBE, FirstTokenScan
-from lightning_inversion.recovery.first_tokens import FirstTokenFeatures
-from lightning_inversion.recovery.gradient_proxy import GradientProxy
-from lightning_inversion.recovery.measurements import Measurements
-from lightning_inversion.recovery.probe_proposer import ProbeProposer
-from lightning_inversion.recovery.proposals import (
-    Exhaustive,
-    LanguageModelPrior,
-    Mixture,
-    NearestToInput,
-    Proposals,
-    Proposer,
-)
+from lightning_inversion.proposers.first_position import _ROUNDS_BY_PROBE, FirstTokenScan
+from lightning_inversion.proposers.gradient_proxy import GradientProxy
+from lightning_inversion.proposers.mixture import Mixture
+from lightning_inversion.proposers.nearest_to_input import NearestToInput
+from lightning_inversion.proposers.prior import LanguageModelPrior
+from lightning_inversion.proposers.probe_proposer import ProbeProposer
+from lightning_inversion.proposers.proposals import Exhaustive, Proposals, Proposer
 from lightning_inversion.recovery.search import PrefixSearch
 from lightning_inversion.transformer.language_model import Continuations
-from tests.recovery.conftest import measured
+from lightning_inversion.verification.first_tokens import FirstTokenFeatures
+from lightning_inversion.verification.measurements import Measurements
+from tests.measured import measured
 from tests.tiny import VOCABULARY
 
 ROWS = torch.arange(2)

@@ -1,0 +1,1 @@
+"""Lightning callbacks: learning rate, top-k decoding, stopping, rows, checkpoints."""

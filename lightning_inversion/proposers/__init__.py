@@ -1,0 +1,1 @@
+"""Which tokens are run first: what each proposer ranks them by."""

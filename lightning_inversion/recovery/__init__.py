@@ -1,0 +1,1 @@
+"""Policies that recover prompts, and what is done where features fit no token."""

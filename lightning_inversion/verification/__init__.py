@@ -1,0 +1,1 @@
+"""Whether tokens reproduce hidden states: thresholds, rivals, certificates."""
