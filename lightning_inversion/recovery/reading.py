@@ -41,7 +41,7 @@ _RANDOM = 12, 48
 """Rows and tokens of random text, where there is none of the model's own."""
 _PRIOR_SHARE = 0.05
 """Share of the language model's probability that is given evenly to all tokens."""
-_LEAST = 1e-6
+_LEAST = 1e-3
 """Chances nearer to 0 or 1 count as this far from it."""
 
 
@@ -239,18 +239,21 @@ def beam_search(
 def _held_out(measurements: Measurements) -> Iterator[tuple[Tensor, Tensor]]:
     """Likelihood ``[T, V]`` and ids ``[T]`` of text that comes after the beginning of another.
 
-    The probe that reads it was not fitted on it. Without text of the model's own it is random.
+    The probe that reads it was not fitted on it. A quarter is random tokens, as is all where there
+    is no text of the model's own: they show what the language model is worth on text unlike it.
     """
     transformer, channel = measurements.transformer, measurements.channel
     generator = torch.Generator().manual_seed(6)
-    if measurements.text is None:
-        most = most_positions(transformer.model.config) or _RANDOM[1]
-        size = _RANDOM[0], min(most, _RANDOM[1])
-        held = torch.randint(transformer.embedding.vocabulary_size, size, generator=generator)
-        fitted = None
+    fitted, own = measurements.text, None
+    rows, length = _RANDOM
+    if fitted is None:
+        length = min(length, most_positions(transformer.model.config) or length)
     else:
-        rows = max(1, round(_HELD_OUT * len(measurements.text)))
-        fitted, held = measurements.text[:-rows], measurements.text[-rows:]
+        rows, length = max(1, round(_HELD_OUT * len(fitted))), fitted.shape[1]
+        fitted, own = fitted[:-rows], fitted[-rows:].cpu()
+    held = torch.randint(transformer.embedding.vocabulary_size, (rows, length), generator=generator)
+    if own is not None:
+        held = torch.where((torch.arange(rows) % 4 < 3)[:, None], own, held)
     probe = measurements.probe_of(fitted)
     ranking = ProbeRanking(replace(measurements, probe=probe))
     half = held.shape[1] // 2
