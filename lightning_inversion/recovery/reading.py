@@ -87,7 +87,7 @@ class ReadingScale:
         The temperature and the share are those under which the right tokens are likeliest.
         """
         language_model = measurements.language_model if beams else None
-        held_out = list(_held_out(measurements))
+        held_out = list(_held_out(measurements, mixed=language_model is not None))
         grid = [(t, share) for t in _TEMPERATURES for share in _SHARES]
         scores = torch.stack([_scores(*one, language_model) for one in held_out]).sum(0)
         plain = cls(*grid[int(scores.argmax())])
@@ -236,11 +236,16 @@ def beam_search(
     return branches.ids[0], torch.stack(found[::-1])
 
 
-def _held_out(measurements: Measurements) -> Iterator[tuple[Tensor, Tensor]]:
+def _held_out(measurements: Measurements, mixed: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Likelihood ``[T, V]`` and ids ``[T]`` of text that comes after the beginning of another.
 
-    The probe that reads it was not fitted on it. A quarter is random tokens, as is all where there
-    is no text of the model's own: they show what the language model is worth on text unlike it.
+    The probe that reads it was not fitted on it. It is random where there is no text of the model's
+    own.
+
+    Args:
+        measurements: of the model.
+        mixed: a quarter is random tokens, which show what a language model is worth on text that is
+            unlike its own.
     """
     transformer, channel = measurements.transformer, measurements.channel
     generator = torch.Generator().manual_seed(6)
@@ -253,7 +258,7 @@ def _held_out(measurements: Measurements) -> Iterator[tuple[Tensor, Tensor]]:
         fitted, own = fitted[:-rows], fitted[-rows:].cpu()
     held = torch.randint(transformer.embedding.vocabulary_size, (rows, length), generator=generator)
     if own is not None:
-        held = torch.where((torch.arange(rows) % 4 < 3)[:, None], own, held)
+        held = torch.where((torch.arange(rows) % 4 < 3)[:, None], own, held) if mixed else own
     probe = measurements.probe_of(fitted)
     ranking = ProbeRanking(replace(measurements, probe=probe))
     half = held.shape[1] // 2
