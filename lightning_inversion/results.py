@@ -74,6 +74,8 @@ class ResultRow:
     alternatives: list[list[int]] = _per_token()
     """The best candidates where a token is not verified, itself first; of a group its members
     (``predict``)."""
+    refuted: list[list[int]] = _per_token()
+    """Other tokens that fit as well as a verified one, but for the next row (``predict``)."""
     ids: list[int] | None = _outcome()
     """The prompt's own tokens; None where they are not known."""
 

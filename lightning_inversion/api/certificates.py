@@ -55,6 +55,7 @@ def _tokens(row: ResultRow) -> tuple[TokenCertificate, ...]:
             risk=row.risks[at],
             probability=row.probabilities[at],
             alternatives=tuple(row.alternatives[at]),
+            refuted=tuple(row.refuted[at]),
         )
 
     return tuple(token(at) for at in range(row.known_tokens, len(row.recovered_ids)))

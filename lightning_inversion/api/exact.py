@@ -30,6 +30,7 @@ from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.transformer.unembedding import Unembedding
 from lightning_inversion.verification.certificate import Certificate, CertificateCheck
 from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.noise import NoiseName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +46,7 @@ def capture(
     special_tokens: bool = False,
     store: Literal["float32", "bfloat16", "float16"] = "float32",
     noise: float = 0.0,
+    noise_kind: NoiseName = "gaussian",
     seed: int = 0,
     tokens_per_batch: int = 2048,
 ) -> list[Tensor]:
@@ -58,7 +60,8 @@ def capture(
         final_norm: apply the model's final norm.
         special_tokens: let the tokenizer add its special tokens.
         store: the type to which they are rounded, and in which they are returned.
-        noise: std of Gaussian noise that is added before, in the model's units.
+        noise: std of noise that is added before, in the model's units.
+        noise_kind: how it is distributed, gaussian or laplace.
         seed: of the noise; each prompt draws its own.
         tokens_per_batch: tokens of one forward, with their padding.
 
@@ -79,7 +82,7 @@ def capture(
             ids.append(tokenize(prompt, tokenizer, limits, special_tokens))
         except InputError as error:
             raise InputError(f"Prompt {number} {error}") from error
-    storage = Storage(store, noise)
+    storage = Storage(store, noise, noise_kind)
     found = captured_features(transformer, ids, storage, seed, tokens_per_batch)
     return [rows.to(getattr(torch, store)) for rows in found]
 
@@ -98,6 +101,7 @@ def recover(
     centred: bool = False,
     scale: float = 1.0,
     noise: float = 0.0,
+    noise_kind: NoiseName = "gaussian",
     order: Order = "given",
     logits: bool = False,
     layout: Layout = Layout(),  # noqa: B008 - frozen
@@ -129,8 +133,9 @@ def recover(
             out.
         centred: whether their mean over the features was subtracted.
         scale: the factor that they were multiplied by.
-        noise: the std of the Gaussian noise in them, in the model's units. Tokens are then verified
-            where the chance of any other is below one in a million.
+        noise: the std of the noise in them, in the model's units. Tokens are then verified where
+            the chance of any other is below one in a million.
+        noise_kind: how it is distributed, gaussian or laplace.
         order: unknown where the rows of a prompt are in any order, which is then found first; each
             prompt's ``order`` tells the number of each token's row.
         logits: whether they are logits ``[T, V]`` or log-probabilities, from which the states
@@ -152,7 +157,7 @@ def recover(
     model, tokenizer = in_memory(model, tokenizer)
     given = Given(
         hidden_states, depth, final_norm, tuple(known_prefix), first_position, centred, scale,
-        noise, layout, attention_mask, output, order, logits,
+        noise, noise_kind, layout, attention_mask, output, order, logits,
     )  # fmt: skip
     # Some models with a head are their own base model: Llama 4, Mllama.
     headless = model.base_model is model and model.get_output_embeddings() is None  # type: ignore[no-untyped-call]

@@ -23,6 +23,7 @@ from lightning_inversion.progress import counted
 from lightning_inversion.recovery.policy import ALTERNATIVES
 from lightning_inversion.schedules import Schedule
 from lightning_inversion.verification.certificate import Certificate, TokenCertificate
+from lightning_inversion.verification.noise import NoiseName
 from lightning_inversion.verification.verifier import Verifier
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def invert(
     final_norm: bool = False,
     known_prefix: Sequence[int] = (),
     noise: float = 0.0,
+    noise_kind: NoiseName = "gaussian",
     layout: Layout = Layout(),  # noqa: B008 - frozen
     objective: Objective | None = None,
     schedule: Schedule | None = None,
@@ -63,7 +65,8 @@ def invert(
         attention_mask: ``[B, T]``, of padded prompts ``[B, T, D]``.
         final_norm: whether they were taken after the model's final norm.
         known_prefix: tokens with which every prompt begins; they are fixed, and not verified.
-        noise: the std of the Gaussian noise in them, in the model's units.
+        noise: the std of the noise in them, in the model's units.
+        noise_kind: how it is distributed, gaussian or laplace.
         layout: what names and shapes leave open.
         objective: the distance of features; see ``Inversion`` for this and the next four.
         schedule: which positions are optimised and which are fixed.
@@ -84,8 +87,8 @@ def invert(
     """
     model, tokenizer = in_memory(model, tokenizer)
     given = Given(
-        hidden_states, depth, final_norm, tuple(known_prefix), noise=noise, layout=layout,
-        attention_mask=attention_mask,
+        hidden_states, depth, final_norm, tuple(known_prefix), noise=noise, noise_kind=noise_kind,
+        layout=layout, attention_mask=attention_mask,
     )  # fmt: skip
     transformer = given.cut(model, tokenizer)
     captured = given.read(transformer, ModelShape.of(model.config))
@@ -151,6 +154,7 @@ def _read(
         for position in range(begin, length):
             token, shown = int(top.best[row, position]), verdict.state(row, position)
             passes = shown != "unresolved"  # only then are the tokens near it run, too
+            decision = verdict.decisions.get((row, position))
             tokens.append(
                 TokenCertificate(
                     id=token,
@@ -159,10 +163,11 @@ def _read(
                     threshold=float(verdict.thresholds[row, position]),
                     rival=None,
                     rival_residual=None,
-                    compared=1 + (len(near.of_token(token)) if passes else 0),
+                    compared=1 + (len(near.of_token(token)[0]) if passes else 0),
                     proposer="gradient",
                     seconds=seconds,
                     alternatives=() if passes else tuple(top.ids[row, position].tolist()),
+                    refuted=() if decision is None else decision.refuted,
                 )
             )
         stopped = int(state.stopped_at[row])

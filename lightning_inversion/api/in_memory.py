@@ -19,6 +19,7 @@ from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.selection import Output
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.noise import NoiseName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +74,7 @@ class Given:
     centred: bool = False
     scale: float = 1.0
     noise: float = 0.0
+    noise_kind: NoiseName = "gaussian"
     layout: Layout = field(default_factory=Layout)
     attention_mask: Tensor | None = None
     output: Output | None = None
@@ -110,8 +112,8 @@ class Given:
         with errors_name_arguments():
             request = Request(
                 (self.depth,), self.final_norm, lambda: shape, self.layout, self.first_position,
-                self.known_prefix, self.centred, self.scale, self.noise, self.read_output,
-                self.order, self.logits,
+                self.known_prefix, self.centred, self.scale, self.noise, self.noise_kind,
+                self.read_output, self.order, self.logits,
             )  # fmt: skip
             captured = Captured.of_objects(held, request)
         if not self.logits and captured.width != transformer.feature_size:

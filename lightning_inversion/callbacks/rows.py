@@ -218,6 +218,7 @@ def recovered_rows(
                 proposers=["given"] * known + [token.proposer for token in tokens],
                 token_seconds=[0.0] * known + [round(token.seconds, 4) for token in tokens],
                 alternatives=[[] for _ in range(known)] + [list(t.alternatives) for t in tokens],
+                refuted=[[] for _ in range(known)] + [list(t.refuted) for t in tokens],
                 duplicates=[position for position, id in enumerate(ids) if id in duplicated],
                 known_tokens=known,
                 order=list(prompt.order),

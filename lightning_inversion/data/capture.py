@@ -22,6 +22,7 @@ from lightning_inversion.inputs import row_generator
 from lightning_inversion.progress import counted
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
+from lightning_inversion.verification.noise import NoiseName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +38,8 @@ class CaptureOptions:
         prompts: a file of prompts, one a line (or .jsonl, key prompt).
         out: the safetensors file to write; whole or not at all.
         store: the type that the features are rounded to.
-        noise: standard deviation of Gaussian noise added before, in the features' own units.
+        noise: standard deviation of noise added before, in the features' own units.
+        noise_kind: how it is distributed.
         seed: of the noise; each prompt draws its own.
         special_tokens: let the tokenizer add its special tokens (a BOS, say).
         keep_prompts: write the prompts and their tokens into the file, for scoring.
@@ -49,6 +51,7 @@ class CaptureOptions:
     out: Path
     store: Literal["float32", "bfloat16", "float16"] = "float32"
     noise: float = 0.0
+    noise_kind: NoiseName = "gaussian"
     seed: int = 0
     special_tokens: bool = False
     keep_prompts: bool = False
@@ -126,7 +129,7 @@ def capture(
                 f"--prompts {str(options.prompts)!r}, prompt {number} {error}"
             ) from error
     transformer = load(spec)
-    storage = Storage(options.store, options.noise)
+    storage = Storage(options.store, options.noise, options.noise_kind)
     captured = Captured(
         captured_features(transformer, ids, storage, options.seed, options.tokens_per_batch),
         transformer.description,

@@ -24,6 +24,7 @@ from lightning_inversion.files import check_of
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.selection import Output
 from lightning_inversion.untrusted import read_file, read_json
+from lightning_inversion.verification.noise import NoiseName
 
 LAYER = "output of block depth, Hugging Face hidden_states[depth] (the last after the final norm \
 only where final_norm is true)"
@@ -32,7 +33,8 @@ FORMAT = 1
 _LEAST = '{"transformer": {"model": ..., "depth": ...}}'
 WAYS_OUT = {
     "transformer": f"write {_LEAST}",
-    "storage": 'write {"dtype": "float32", "noise": 0.0, "centred": false, "scale": 1.0}, or less',
+    "storage": 'write {"dtype": "float32", "noise": 0.0, "noise_kind": "gaussian", '
+    '"centred": false, "scale": 1.0}, or less',
     "positions": "write all, last, or the number of the first position stored",
     "known_prefix": "write token ids, as [1]",
     "prompts": "write a list of strings, or leave prompts and ids out",
@@ -43,7 +45,9 @@ _DTYPES = Literal[
     "float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2",
     "float8_e4m3fnuz", "float8_e5m2fnuz",
 ]  # fmt: skip
-_STORAGE = {"dtype": _DTYPES, "noise": float, "centred": bool, "scale": float}
+_STORAGE = {
+    "dtype": _DTYPES, "noise": float, "noise_kind": NoiseName, "centred": bool, "scale": float,
+}  # fmt: skip
 _OF_TRANSFORMER = {spec.name for spec in fields(TransformerSpec)} | {"weights_sha256"}
 
 

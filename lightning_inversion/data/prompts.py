@@ -24,6 +24,7 @@ from lightning_inversion.strategy import take
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.selection import Output
 from lightning_inversion.transformer.tokens import is_text
+from lightning_inversion.verification.noise import NoiseName
 
 _log = logging.getLogger(__name__)
 
@@ -53,8 +54,9 @@ class PromptDataModule(LightningDataModule):
         first_position: the position of its first row; the tokens before it are known_prefix.
         centred: its features lost their mean over the features, as TransformerLens does.
         scale: the factor that its features were multiplied by.
-        noise: std of the Gaussian noise in its features, in the model's units; a token is then
-            verified where the chance that another one is right is below one in a million.
+        noise: std of the noise in its features, in the model's units; a token is then verified
+            where the chance that another one is right is below one in a million.
+        noise_kind: how that noise is distributed.
         order: unknown where the rows of a prompt are in any order; ``predict`` then finds it first,
             and TokenRecovery verifies the tokens in it.
         logits: they are logits or log-probabilities, from which ``predict`` solves the states
@@ -95,6 +97,7 @@ class PromptDataModule(LightningDataModule):
         centred: bool = False,
         scale: float = 1.0,
         noise: float = 0.0,
+        noise_kind: NoiseName = "gaussian",
         order: Order = "given",
         logits: bool = False,
         diagnose: bool = True,
@@ -131,7 +134,8 @@ class PromptDataModule(LightningDataModule):
         request = Request(
             tuple(layers) if layers else None if depth is None else (depth,),
             final_norm, lambda: self._model_shape, layout, first_position,
-            self._known(known_prefix), centred, scale, noise, output, order, logits,
+            self._known(known_prefix), centred, scale, noise, noise_kind, output, order,
+            logits,
         )  # fmt: skip
         self.captured = None if targets is None else Captured.read(Path(targets), request)
         given_prompts: Sequence[str | None]

@@ -10,6 +10,7 @@ from lightning_inversion.data.layout import Layout, ModelShape, Wanted
 from lightning_inversion.data.storage import MOST_NOISE
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.selection import Output
+from lightning_inversion.verification.noise import NoiseName
 
 Order = Literal["given", "unknown"]
 
@@ -28,7 +29,8 @@ class Request:
         known_prefix: the tokens with which every prompt begins; None for the manifest's.
         centred: whether the mean over the features was subtracted.
         scale: the factor that the features were multiplied by.
-        noise: std of the Gaussian noise in them, in the model's units.
+        noise: std of the noise in them, in the model's units.
+        noise_kind: how it is distributed.
         order: whether the rows are in the order of the text.
         logits: whether logits stand in place of the states after the final norm.
     """
@@ -42,6 +44,7 @@ class Request:
     centred: bool = False
     scale: float = 1.0
     noise: float = 0.0
+    noise_kind: NoiseName = "gaussian"
     output: Output = "hidden_states"
     order: Order = "given"
     logits: bool = False
@@ -49,6 +52,7 @@ class Request:
     def __post_init__(self) -> None:
         for name, value, known in (
             ("--data.order", self.order, get_args(Order)),
+            ("--data.noise_kind", self.noise_kind, get_args(NoiseName)),
             ("--model.transformer.output", self.output, get_args(Output)),
         ):
             if value not in known:

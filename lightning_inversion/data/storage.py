@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_inversion.verification.noise import NOISE, NoiseName
+
 MOST_NOISE = 1e15
 """Std of noise that can be told; float32 holds the sum of its squares over any features."""
 
@@ -17,7 +19,8 @@ class Storage:
 
     Args:
         dtype: the type that they are rounded to.
-        noise: standard deviation of the Gaussian noise added, in the features' own units.
+        noise: standard deviation of the noise added, in the features' own units.
+        noise_kind: how it is distributed, ``gaussian`` or ``laplace``.
         centred: the mean over the features of each position was subtracted, as TransformerLens
             does; the model itself then gives centred ones (``TruncatedTransformer.centred``).
         scale: the factor that they were multiplied by.
@@ -25,14 +28,14 @@ class Storage:
 
     dtype: str = "float32"
     noise: float = 0.0
+    noise_kind: NoiseName = "gaussian"
     centred: bool = False
     scale: float = 1.0
 
     def __call__(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Features ``[..., F]`` read back from the file in the model's units, in their own type."""
         if self.noise:
-            # Drawn on the CPU, so that it does not depend on the device.
-            drawn = torch.randn(features.shape, generator=generator)
+            drawn = NOISE[self.noise_kind].draw(tuple(features.shape), generator)
             features = features + self.noise * drawn.to(features)
         return self.without_noise(features)
 

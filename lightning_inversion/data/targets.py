@@ -191,6 +191,7 @@ class Captured:
             centred=stored.centred or request.centred,
             scale=stored.scale * request.scale,
             noise=stored.noise or request.noise,
+            noise_kind=stored.noise_kind if stored.noise else request.noise_kind,
         )
         captured = cls(
             states.prompts, transformer, stored, first, tuple(known), manifest.prompts,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Literal
 
 import torch
@@ -101,6 +102,7 @@ class TokenRecovery(RecoveryPolicy):
         while len(rows := batch.unfinished()):
             batch.round(rows)
             yield batch.prompts
+        batch.decide_groups()
         yield batch.prompts
 
     def sizes(self, rounds: Tensor, share: int = 4) -> Tensor:
@@ -223,6 +225,32 @@ class _Batch:
         tokens = self.prompts[row].tokens
         tokens[-1] = tokens[-1].replaced_by(token, self.plausible.residual(row, token))
         self.best_residuals[row] = torch.inf
+
+    def decide_groups(self) -> None:
+        """Verify tokens of groups whose other members the next row refutes."""
+        if self.search.exhaustive:
+            return  # the verifier compares with the near tokens alone
+        for row, prompt in enumerate(self.prompts):
+            groups = [at for at, token in enumerate(prompt.tokens) if token.state == "group"]
+            if not groups:
+                continue
+            begin = len(prompt.known)
+            ids = torch.tensor([prompt.ids], device=self.totals.device)
+            where = torch.zeros_like(ids, dtype=torch.bool)
+            for at in groups:
+                where[0, begin + at : begin + at + 2] = True
+            target = self.search.target[row, None, : ids.shape[1]]
+            verdict = self.search.verifier.verify(
+                ids, target, torch.ones_like(where), self.search.transformer.features_of,
+                where=where,
+            )  # fmt: skip
+            for (_, position), decision in verdict.decisions.items():
+                at = position - begin
+                prompt.tokens[at] = prompt.tokens[at].decided(**asdict(decision))
+            verified = True
+            for at, token in enumerate(prompt.tokens):
+                prompt.tokens[at] = token.after(verified)
+                verified &= prompt.tokens[at].verified
 
     def _remember(self, trial: Trial) -> None:
         """Keep the best candidates of each row's position."""

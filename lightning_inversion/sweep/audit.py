@@ -41,6 +41,7 @@ class ChannelSpec:
 
     store: Literal["float32", "bfloat16", "float16"] = "float32"
     noise: float = 0.0
+    noise_kind: Literal["gaussian", "laplace"] = "gaussian"
     features: str | None = None
 
 
@@ -233,8 +234,9 @@ def _capture(wanted: dict[Path, tuple[ChannelSpec, TransformerSpec]], prompts: P
     models = SharedModels([spec for _, spec in wanted.values()])
     for path, (channel, spec) in wanted.items():
         stored = CaptureOptions(
-            prompts, path, store=channel.store, noise=channel.noise, keep_prompts=True
-        )
+            prompts, path, store=channel.store, noise=channel.noise,
+            noise_kind=channel.noise_kind, keep_prompts=True,
+        )  # fmt: skip
         capture(stored, spec, models.load)
 
 

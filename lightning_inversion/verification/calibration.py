@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_inversion.transformer.linear_probe import LinearProbe
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.verification.held_out import HeldOut, HeldOutRuns, size_of
+from lightning_inversion.verification.noise import NOISE, NoiseKind, NoiseName
 
 CLEARANCE = 1.5
 """How many times the residual of a verified token that of every rival must be."""
@@ -34,7 +35,11 @@ class Channel(Protocol):
 
     @property
     def noise(self) -> float:
-        """Standard deviation of Gaussian noise, in the features' own units."""
+        """Standard deviation of the noise, in the features' own units."""
+
+    @property
+    def noise_kind(self) -> NoiseName:
+        """How the noise is distributed."""
 
     def without_noise(self, features: Tensor) -> Tensor:
         """Features ``[..., F]`` after all else that happens, such as rounding."""
@@ -47,7 +52,8 @@ class Calibration:
     A residual is the root mean square over the features of their difference in std of each feature
     over random tokens: 1 is about the distance of another token. Unlike a difference relative to
     the norm, it is not dominated by a few massive activations. Where the channel adds noise, it is
-    in std of the noise instead, and a right token's is about 1.
+    in std of the noise instead, and a right token's is about 1; under Laplace noise it is the mean
+    of the absolute differences, divided by that of the noise.
 
     Each value has two entries: for position 0, which sees no other token, and for later ones.
 
@@ -71,8 +77,10 @@ class Calibration:
         dimension: ``[2]`` the power by which random tokens get rare near the target.
         common: ``[2]`` the residual that the nearest 5% of random tokens have.
         noisy: ``[2]`` how many features' worth of told noise there is; 0 without noise.
+        flattened: ``[2]`` how much likelier noise may be after rounding; ``NoiseKind.flattened``.
         hidden: ``[2]`` bool; told noise is so strong that tokens far from the right one's
             embedding could pass for the target too.
+        power: of the kind of noise, see ``NoiseKind``; 2 without noise.
     """
 
     mean: Tensor
@@ -89,7 +97,9 @@ class Calibration:
     dimension: Tensor
     common: Tensor
     noisy: Tensor
+    flattened: Tensor
     hidden: Tensor
+    power: int = 2
 
     @property
     def verifies(self) -> bool:
@@ -107,11 +117,16 @@ class Calibration:
         """Whether the channel adds noise, under which tokens are verified with a probability."""
         return bool((self.noisy > 0).any())
 
+    @property
+    def noise_kind(self) -> NoiseKind:
+        """How told noise is distributed."""
+        return NoiseKind(self.power)
+
     def residual(self, features: Tensor, target: Tensor, positions: Tensor) -> Tensor:
         """Residual ``[...]`` of features ``[..., F]`` to a target ``[..., F]`` at positions."""
         standard = (features - target) / self.std[positions.clamp(max=1)]
         if not self.left_out.shape[2]:
-            return size_of(standard)
+            return self.noise_kind.residual(standard)
         first, later = (size_of(standard, directions) for directions in self.left_out)
         return torch.where(positions == 0, first, later)
 
@@ -138,7 +153,7 @@ class Calibration:
         1.5 times the token's own. A residual that rounding does not explain may come from noise of
         unknown std, under which the token is ``(rival / residual) ** F`` times as likely as the
         rival, at the best std for each: with few features the rival must be farther. With told
-        Gaussian noise, the chance that any other token is right is bounded by 1e-6; see ``risk``.
+        noise, the chance that any other token is right is bounded by 1e-6; see ``risk``.
 
         Args:
             residuals: ``[R]`` of the tokens.
@@ -188,13 +203,14 @@ class Calibration:
         return (-likelier.clamp(0, 700)).exp().sum(1)
 
     def likelier(self, residuals: Tensor, rivals: Tensor, positions: Tensor) -> Tensor:
-        """The log of how many times as likely a token is as its rival, under Gaussian noise.
+        """The log of how many times as likely a token is as its rival, at least, under told noise.
 
-        A residual above 1 counts as the std of the noise, which then was told too small.
+        If the rival is right, its exponential has a mean of at most 1 (Hoelder's inequality, as
+        rounding makes a feature count for less than the noise alone would).
         """
-        noisy = self.noisy[positions.clamp(max=1)]
-        own = residuals.square()
-        return noisy / 2 * (rivals.square() - own) / own.clamp(min=1.0)
+        kind = positions.clamp(max=1)
+        times = self.noise_kind.likelier(residuals, rivals)
+        return self.noisy[kind] * times - self.flattened[kind]
 
     def within(self, residuals: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
         """The distance ``[R]`` of embeddings up to which another token may be the right one.
@@ -211,13 +227,12 @@ class Calibration:
         """The residual ``[R]`` that a rival would have which explains the target by its size alone.
 
         Under told noise a token with small features may pass for a target that is not of this
-        model. So the token must also be likelier than a Gaussian about the mean feature with the
-        variance that the target ``[R, F]`` has. Infinite without noise.
+        model. So the token must also be likelier than the mean feature, under noise of the
+        likeliest std for the target ``[R, F]``. Infinite without noise.
         """
         kind = positions.clamp(max=1)
-        power = ((target - self.mean[kind]) / self.std[kind]).square().mean(-1)
-        residual = (1 + power.clamp_min(1e-30).log()).clamp_min(0).sqrt()
-        return torch.where(self.noisy[kind] > 0, residual, torch.inf)
+        residuals = self.noise_kind.of_any_size(self.residual(self.mean[kind], target, positions))
+        return torch.where(self.noisy[kind] > 0, residuals, torch.inf)
 
     def unseen(self, residuals: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
         """How many of the tokens that were not run have residuals as small as ``[R]``, expected.
@@ -256,9 +271,13 @@ class Calibration:
         runs = runs or HeldOutRuns.measure(transformer, text)
         kinds = HeldOut.measure(transformer, probe, stored, runs)
         parts = [_thresholds(kind) for kind in kinds]
-        measured = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+        measured: dict[str, Any] = {
+            name: torch.stack([part[name] for part in parts]) for name in parts[0]
+        }
         calibration = cls(mean=probe.mean, std=probe.std, **measured)
-        return _with_noise(calibration, 0.0 if channel is None else channel.noise)
+        if channel is None or not channel.noise:
+            return calibration
+        return _with_noise(calibration, channel, transformer.embedding.vocabulary_size)
 
 
 def _thresholds(held_out: HeldOut) -> dict[str, Tensor]:
@@ -288,6 +307,7 @@ def _thresholds(held_out: HeldOut) -> dict[str, Tensor]:
         "dimension": dimension,
         "common": common,
         "noisy": zero,
+        "flattened": zero,
         "hidden": torch.zeros_like(zero, dtype=torch.bool),
     }
 
@@ -334,46 +354,27 @@ def rarity_power(common: Tensor, nearest: Tensor) -> Tensor:
     return 1 / (common / nearest.clamp_min(1e-30)).log().mean().clamp_min(1e-3)
 
 
-def _with_noise(calibration: Calibration, noise: float) -> Calibration:
+def _with_noise(calibration: Calibration, channel: Channel, vocabulary: int) -> Calibration:
     """The calibration in std of told noise, the rounding's share in it taken off."""
-    if not noise:
-        return calibration
+    noise, kind = channel.noise, NOISE[channel.noise_kind]
     rounding = calibration.right[:, None] * calibration.std
     std = (noise**2 + rounding.square()).sqrt()
-    F = std.shape[1]
+    F, zero = std.shape[1], torch.zeros_like(calibration.threshold)
+    largest = kind.largest(F)
     # A token that was not compared, whose features are nearer than this, could be the right one.
     apart = calibration.wrong * calibration.std.median(dim=1).values / noise
-    able = apart > _reach_of_noise(F)
-    zero = torch.zeros_like(calibration.threshold)
+    able = F * kind.separation(apart[:, None]) > kind.reach(F, largest, math.log(vocabulary / RISK))
     return replace(
         calibration,
         std=std,
         left_out=calibration.left_out[:, :, :0],
         rounding=zero,
         threshold=zero,
-        plausible=torch.full_like(zero, _largest_residual_of_noise(F)),
+        plausible=torch.full_like(zero, largest),
         right=torch.ones_like(zero),
         radius=zero,
         noisy=(noise**2 / std.square()).sum(-1),
+        flattened=kind.flattened(noise, rounding),
         hidden=~able,
+        power=kind.power,
     )
-
-
-def _largest_residual_of_noise(features: int) -> float:
-    """What the root mean square of so many standard normal numbers exceeds once in ten thousand.
-
-    Wilson and Hilferty's approximation of the chi-squared distribution.
-    """
-    error = 2 / (9 * features)
-    return float((1 - error + 3.72 * error**0.5) ** 1.5)
-
-
-def _reach_of_noise(features: int) -> float:
-    """How far a wrong token's features may be, in std of the noise, and still pass for the target.
-
-    The distance d adds d^2 to the mean square of the residual, give or take 2 d / sqrt(F), and the
-    noise's own mean square varies by sqrt(2 / F); each may be off as far as once in ten thousand.
-    """
-    varies = 3.72 / math.sqrt(features)
-    allowed = _largest_residual_of_noise(features) ** 2 - 1 + varies * math.sqrt(2)
-    return varies + math.sqrt(varies**2 + allowed)

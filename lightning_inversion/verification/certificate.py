@@ -20,7 +20,7 @@ from lightning_inversion.verification.measurements import Measurements
 from lightning_inversion.verification.rivals import NearTokens
 from lightning_inversion.verification.verifier import Verifier
 
-FORMAT = 3
+FORMAT = 4
 """Version of the certificate's file."""
 
 Rows = Literal["all", "last"]
@@ -36,12 +36,13 @@ class TokenCertificate:
     Attributes:
         id: the token.
         state: ``verified``: it reproduces the target after the tokens before it, and no token that
-            was compared comes near. ``conditional``: the same, but a token before it is not
-            verified. ``group``: others reproduce the target too. ``unresolved``: nothing is shown.
-            ``read``: it was read off its row, and never run; see ``Reading``.
+            was compared comes near, or after each that does no token reproduces the next row.
+            ``conditional``: the same, but a token before it is not verified. ``group``: others
+            reproduce the target too. ``unresolved``: nothing is shown. ``read``: it was read off
+            its row, and never run; see ``Reading``.
         residual: its distance to the target in std of each feature, see ``Calibration``.
         threshold: the residual up to which a token passes here.
-        rival: the nearest other token that was compared; None without one.
+        rival: the nearest other token that was compared, and not refuted; None without one.
         rival_residual: its residual.
         risk: a bound for the chance that another token is right, where the channel adds noise and
             the token is verified or conditional; None of others.
@@ -51,6 +52,8 @@ class TokenCertificate:
         probability: of a token that was read, calibrated on other text; None of all others.
         alternatives: the best candidates of a token that is not verified, itself first; of a group
             its members.
+        refuted: of a verified or conditional token those that reproduce its row too, and after
+            which no token reproduces the next row.
     """
 
     id: int
@@ -65,6 +68,7 @@ class TokenCertificate:
     risk: float | None = None
     probability: float | None = None
     alternatives: tuple[int, ...] = ()
+    refuted: tuple[int, ...] = ()
 
     @property
     def verified(self) -> bool:
@@ -83,6 +87,15 @@ class TokenCertificate:
         if self.state not in ("verified", "conditional"):
             return self
         return replace(self, state="verified" if verified else "conditional")
+
+    def decided(
+        self, refuted: tuple[int, ...], rival: int | None, rival_residual: float | None
+    ) -> TokenCertificate:
+        """The certificate of a group's token whose other members the next row refutes."""
+        return replace(
+            self, state="conditional", refuted=refuted, rival=rival, rival_residual=rival_residual,
+            alternatives=(),
+        )  # fmt: skip
 
     def replaced_by(self, other: int, residual: float) -> TokenCertificate:
         """The certificate of another alternative, which the rest of the prompt supports."""
@@ -137,9 +150,10 @@ class Certificate:
     def check(self, transformer: TruncatedTransformer, hidden_states: Tensor) -> CertificateCheck:
         """Run the tokens again in one forward, and the tokens that are near to them in another.
 
-        Nothing is searched, and nothing is measured again. The thresholds are the certificate's. Of
-        a token that was compared with the whole vocabulary, the tokens near to it and the nearest
-        rival are run again; that no other one is nearer rests on the certificate.
+        Where the next row refutes tokens, two forwards more show it again. Nothing is searched, and
+        nothing is measured again. The thresholds are the certificate's. Of a token that was
+        compared with the whole vocabulary, the tokens near to it, the nearest rival and those that
+        were refuted are run again; that no other one is nearer rests on the certificate.
 
         Args:
             transformer: the same model, at the same depth, on any machine.
@@ -166,9 +180,9 @@ class Certificate:
             )
         vocabulary = transformer.embedding.vocabulary_size
         rivals = {
-            (0, position): token.rival
+            (0, position): [*([] if token.rival is None else [token.rival]), *token.refuted]
             for position, token in enumerate(self.tokens, start=len(self.known))
-            if token.rival is not None and token.compared >= vocabulary
+            if token.compared >= vocabulary and (token.rival is not None or token.refuted)
         }
         near = NearTokens.at(self.calibration, transformer.embedding)
         verifier = Verifier(self.calibration, near, vocabulary, transformer.causal)
@@ -181,7 +195,7 @@ class Certificate:
             rivals=rivals,
         )
         begin = len(self.known)
-        reproduced = (verdict.verified | verdict.conditional)[0, begin:].tolist()
+        reproduced = verdict.alone[0, begin:].tolist()
         return CertificateCheck(
             tuple(token.state for token in self.tokens),
             tuple(reproduced),
@@ -211,7 +225,8 @@ class Certificate:
     def to_json(self) -> str:
         """The certificate as JSON, with every number of its thresholds."""
         calibration = {
-            f.name: getattr(self.calibration, f.name).tolist() for f in fields(Calibration)
+            name: value.tolist() if isinstance(value, Tensor) else value
+            for name, value in vars(self.calibration).items()
         }
         return json.dumps(
             {
@@ -237,17 +252,21 @@ class Certificate:
             if found["format"] != FORMAT:
                 raise ValueError(f"it has format {found['format']!r}, and {FORMAT} is read")
             stored = found["calibration"]
-            calibration = Calibration(
-                **{f.name: torch.tensor(stored[f.name]) for f in fields(Calibration)}
-            )
+            if stored["power"] not in (1, 2):
+                raise ValueError(f"its noise has the power {stored['power']!r}")
+            parts: dict[str, Any] = {
+                f.name: stored[f.name] if f.name == "power" else torch.tensor(stored[f.name])
+                for f in fields(Calibration)
+            }
             tokens = tuple(_token(one) for one in found["tokens"])
             known = tuple(int(id) for id in found["known"])
             rows = found.get("rows", "all")
             if rows not in get_args(Rows):
                 raise ValueError(f"it is of the rows {rows!r}")
             return cls(
-                dict(found["transformer"]), dict(found["storage"]), known, tokens, calibration, rows
-            )
+                dict(found["transformer"]), dict(found["storage"]), known, tokens,
+                Calibration(**parts), rows,
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"This is no certificate: {error}.") from error
 
@@ -298,12 +317,13 @@ class CertificateCheck:
 def _token(stored: Any) -> TokenCertificate:
     types = get_type_hints(TokenCertificate)
     for key, value in stored.items():
-        if key == "alternatives":
+        if key in ("alternatives", "refuted"):
             if not all(type(id) is int for id in value):
-                raise ValueError("a token's alternatives are no ids")
+                raise ValueError(f"a token's {key} are no ids")
         elif key == "state":
             if value not in get_args(State):
                 raise ValueError(f"a token has the unknown state {value!r}")
         elif not check_of(types[key])(value):
             raise ValueError(f"a token has a {key} of the wrong type")
-    return TokenCertificate(**{**stored, "alternatives": tuple(stored["alternatives"])})
+    ids = {key: tuple(stored[key]) for key in ("alternatives", "refuted")}
+    return TokenCertificate(**{**stored, **ids})

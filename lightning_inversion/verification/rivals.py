@@ -99,6 +99,15 @@ class NearTokens:
         whole = found.reach >= needed
         return found.ids[found.distances <= needed][: None if whole else _FEW], whole
 
+    def up_to(self, token: int, distance: float) -> Tensor | None:
+        """The tokens ``[N]`` with embeddings up to a distance; None where features are compared."""
+        if self.whole or self.count is not None:
+            return None
+        every = torch.arange(len(self.vectors), device=self.vectors.device)
+        own = torch.tensor(token, device=every.device)
+        near, distances = self._nearest(own, every[every != token])
+        return near[distances <= distance]
+
     def _search(self, ids: Tensor) -> list[_Found]:
         nearness = self._left[ids] @ self._right.T
         nearness.scatter_(1, ids[:, None], -torch.inf)

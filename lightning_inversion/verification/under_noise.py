@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +27,6 @@ _ODD = 1.7
 """Of the usual distance to the median features; a token that is farther is odd in this context."""
 _NEAREST, _RANDOM = 32, 16
 """Of the tokens of held-out contexts the nearest ones, and random ones."""
-_DEVIATIONS = 7.0
-"""Std of a normal number that no token of a vocabulary exceeds by chance."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class VocabularyFeatures:
 
 @dataclass(frozen=True)
 class KeptShare:
-    """How much of the distance of two tokens' features another context keeps at least.
+    """How much of the separation of two tokens another context keeps at least.
 
     Attributes:
         share: ``[]``, the smallest ratio over held-out contexts.
@@ -80,12 +79,13 @@ class KeptShare:
 class HiddenTokens:
     """The tokens that strong told noise could hide behind another one.
 
-    Two tokens are confused where their features differ by little, in std of the noise. As the first
-    of a prompt a token's features are known. After other tokens they depend on these, but the
-    difference of two tokens' features mostly does not: held-out contexts show by how much such a
-    difference shrinks at most. Tokens that differ by so much after each of two contexts that
-    they would differ enough after any other are not confused. A token whose features are far from
-    all others' in some contexts and not in others is odd, and is compared wherever it is.
+    Two tokens are confused where their features differ by little, in std of the noise: see
+    ``NoiseKind.separation``. As the first of a prompt a token's features are known. After other
+    tokens they depend on these, but the difference of two tokens' features mostly does not:
+    held-out contexts show by how much a separation shrinks at most. Tokens that are so far apart
+    after each of two contexts that they would be far enough after any other are not confused. A
+    token whose features are far from all others' in some contexts and not in others is odd, and is
+    compared wherever it is.
 
     Args:
         calibration: with told noise.
@@ -95,6 +95,7 @@ class HiddenTokens:
 
     def __init__(self, calibration: Calibration, table: VocabularyFeatures, share: float) -> None:
         self.calibration, self.table, self.share = calibration, table, share
+        self.kind = calibration.noise_kind
         middles, usual, odd = [], [], []
         for kind, features in enumerate(table.features):
             std = calibration.std[min(kind, 1)]
@@ -107,7 +108,7 @@ class HiddenTokens:
         shift = _distances(self._middle[:1], self._middle[1], calibration.std[1])
         self._usual = (torch.stack(usual[1:]).square() + shift.square()).sqrt()
         self._odd = torch.stack(odd)
-        self._found: dict[tuple[int, bool], tuple[Tensor, bool]] = {}
+        self._found: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def of(cls, measurements: Measurements) -> HiddenTokens:
@@ -116,15 +117,17 @@ class HiddenTokens:
         calibration = measurements.calibration
         unmeasured = cls(calibration, table, 1.0)
         measured = measurements.kept(
-            KeptShare, lambda: unmeasured.measured(measurements), calibration.std, measurements.text
-        )
+            KeptShare, lambda: unmeasured.measured(measurements),
+            calibration.std, torch.tensor(calibration.power), measurements.text,
+        )  # fmt: skip
         return cls(calibration, table, float(measured.share))
 
-    def near(self, token: int, target: Tensor, first: bool) -> tuple[Tensor, bool]:
+    def near(self, token: int, residual: float, target: Tensor, first: bool) -> tuple[Tensor, bool]:
         """Tokens ``[N]`` that may be hidden behind a token; and whether these are all, else none.
 
         Args:
             token: fits the target.
+            residual: of the token.
             target: ``[F]``.
             first: whether it is the first of its prompt.
         """
@@ -132,18 +135,25 @@ class HiddenTokens:
         if not (own.isfinite().all() if first else not self._is_odd(target)):
             return torch.empty(0, dtype=torch.long, device=target.device), False
         if (token, first) not in self._found:
-            distances = self._apart(token, first)
-            reach = self.reach / (1.0 if first else self.share)
-            near = (distances <= 1.01 * reach).nonzero()[:, 0]
-            whole = len(near) <= _MOST
-            self._found[token, first] = near[near != token] if whole else near[:0], whole
-        return self._found[token, first]
+            apart = self._apart(token, first)
+            apart[token] = torch.inf
+            nearest = apart.topk(min(_MOST + 1, len(apart)), largest=False)
+            self._found[token, first] = nearest.indices, nearest.values
+        ids, apart = self._found[token, first]
+        near = ids[apart <= 1.02 * self.reach(residual, first)]
+        whole = len(near) <= _MOST
+        return near if whole else near[:0], whole
 
-    @property
-    def reach(self) -> float:
-        """The distance, in std of the noise, beyond which no token is confused with another."""
-        needed = math.log(self.table.features.shape[1] / RISK)
-        return _DEVIATIONS + math.sqrt(_DEVIATIONS**2 + 2 * needed)
+    def reach(self, residual: float, first: bool) -> float:
+        """The separation, in any context, beyond which no right token leaves such a residual.
+
+        If one did, its noise would have taken it towards the token, which it does once in a million
+        for all tokens together.
+        """
+        _, vocabulary, features = self.table.features.shape
+        needed = math.log(vocabulary / RISK) + float(self.calibration.flattened[int(not first)])
+        reach = self.kind.reach(features, max(residual, 1.0), needed)
+        return reach if first else reach / self.share
 
     def _is_odd(self, target: Tensor) -> bool:
         """Whether a target ``[F]`` after other tokens is far from all usual features."""
@@ -151,26 +161,26 @@ class HiddenTokens:
         return bool((distances.square() > (_ODD * self._usual).square() + len(target)).any())
 
     def _apart(self, token: int, first: bool) -> Tensor:
-        """The smallest distance ``[V]`` to other tokens in the contexts where neither is odd.
+        """The smallest separation ``[V]`` of other tokens in the contexts where neither is odd.
 
         It is 0 where there is no such context.
         """
         if first:
-            return self._distances(0, token)
+            return self._separations(0, token)
         nearest = torch.full((self.table.features.shape[1],), torch.inf, device=self._odd.device)
         for number, odd in enumerate(self._odd[1:], start=1):
             if not odd[token]:
-                own = self._distances(number, token)
+                own = self._separations(number, token)
                 nearest = torch.where(odd, nearest, nearest.minimum(own))
         return nearest.masked_fill(nearest.isinf(), 0.0)
 
-    def _distances(self, number: int, token: int) -> Tensor:
-        features = self.table.features[number]
-        return _distances(features, features[token].float(), self.calibration.std[min(number, 1)])
+    def _separations(self, number: int, token: int) -> Tensor:
+        features, std = self.table.features[number], self.calibration.std[min(number, 1)]
+        return _in_parts(self.kind.separation, features, features[token].float(), std)
 
     @torch.no_grad()
     def measured(self, measurements: Measurements) -> KeptShare:
-        """The smallest share of the distance that tokens of held-out contexts keep."""
+        """The smallest share of the separation that tokens of held-out contexts keep."""
         transformer, std = measurements.transformer, self.calibration.std[1]
         ids = held_out_prompts(transformer, measurements.text, seed=5)
         rows = torch.arange(len(ids), device=ids.device)
@@ -190,14 +200,20 @@ class HiddenTokens:
             found = prefix.candidates(rows, transformer.embedding(tried))
             prefix.keep(rows, torch.zeros_like(rows))
             usual = [bool(position) and not self._is_odd(own) for own in found[:, 0]]
-            distances = ((found - found[:, :1]) / std).norm(dim=-1)[usual]
+            apart = self.kind.separation((found - found[:, :1]) / std)[usual]
             before = before.gather(1, tried)[usual]
-            some = (before > 0) & before.isfinite() & distances.isfinite()
-            shares.append(distances[some] / before[some])
+            some = (before > 0) & before.isfinite() & apart.isfinite()
+            shares.append(apart[some] / before[some])
         return KeptShare(torch.cat(shares).min())
 
 
 def _distances(features: Tensor, own: Tensor, std: Tensor) -> Tensor:
     """Distances ``[V]`` of features ``[V, F]`` to one token's, in std; infinite ones overflow."""
-    parts = [((some.float() - own) / std).norm(dim=1) for some in torch.split(features, 8192)]
+    return _in_parts(lambda standard: standard.norm(dim=1), features, own, std)
+
+
+def _in_parts(
+    measure: Callable[[Tensor], Tensor], features: Tensor, own: Tensor, std: Tensor
+) -> Tensor:
+    parts = [measure((some.float() - own) / std) for some in torch.split(features, 8192)]
     return torch.cat(parts).nan_to_num(nan=torch.inf)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_inversion.verification.calibration import CLEARANCE, RISK, Calibration
 from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.refutation import Decision, Refutation
 from lightning_inversion.verification.rivals import NearFirstTokens, NearTokens
 from lightning_inversion.verification.under_noise import HiddenTokens
 
@@ -63,6 +64,8 @@ class Verdict:
         group: ``[B, T]`` bool; the token reproduces the target, and so do others.
         residuals: ``[B, T]`` of each position, see ``Calibration``.
         thresholds: ``[B, T]`` the residual up to which a position counts as reproduced.
+        decisions: of tokens that are verified or conditional because the next row refutes others,
+            by row and position.
     """
 
     verified: Tensor
@@ -70,6 +73,12 @@ class Verdict:
     group: Tensor
     residuals: Tensor
     thresholds: Tensor
+    decisions: Mapping[tuple[int, int], Decision]
+
+    @property
+    def alone(self) -> Tensor:
+        """``[B, T]`` bool; the token and no rival reproduces the target, after those before it."""
+        return self.verified | self.conditional
 
     def state(
         self, row: int, position: int
@@ -141,7 +150,7 @@ class Verifier:
             ids, whole = self.near.of_token(token, within[row])
             at = int(positions[row])
             if calibration.hidden[min(at, 1)] and not small:
-                near, whole = self._hidden_behind(token, target[row], at)
+                near, whole = self._hidden_behind(token, float(residuals[row]), target[row], at)
                 yield torch.cat([ids, near[torch.isin(near, ids, invert=True)]]), whole, whole
                 continue
             whole &= not bool(calibration.hidden[min(at, 1)])
@@ -156,11 +165,13 @@ class Verifier:
                 ids = torch.cat([ids, near[torch.isin(near, ids, invert=True) & (near != token)]])
             yield ids, whole, scanned and whole
 
-    def _hidden_behind(self, token: int, target: Tensor, at: int) -> tuple[Tensor, bool]:
+    def _hidden_behind(
+        self, token: int, residual: float, target: Tensor, at: int
+    ) -> tuple[Tensor, bool]:
         """The tokens that strong noise may hide behind one that fits, and whether these are all."""
         if self.hidden is None:
             return torch.empty(0, dtype=torch.long, device=target.device), False
-        return self.hidden().near(token, target, first=at == 0)
+        return self.hidden().near(token, residual, target, first=at == 0)
 
     def judge(
         self,
@@ -247,9 +258,12 @@ class Verifier:
         mask: Tensor,
         features_of: Callable[[Tensor, Tensor], Tensor],
         features: Tensor | None = None,
-        rivals: Mapping[tuple[int, int], int] | None = None,
+        rivals: Mapping[tuple[int, int], Sequence[int]] | None = None,
+        where: Tensor | None = None,
     ) -> Verdict:
         """Compare decoded tokens, and the tokens near them, with the target.
+
+        Where several tokens reproduce it, the next row decides if all others are refuted by it.
 
         Args:
             ids: ``[B, T]`` the decoded tokens.
@@ -257,8 +271,9 @@ class Verifier:
             mask: ``[B, T]`` True at a token.
             features_of: the features of ids under a mask.
             features: ``[B, T, F]`` of ``ids``, where they are known.
-            rivals: the nearest other token of the whole vocabulary, at rows and positions where it
-                is known.
+            rivals: the nearest other tokens of the whole vocabulary, at rows and positions where
+                they are known.
+            where: ``[B, T]`` bool; the tokens to judge; default all.
         """
         calibration = self.calibration
         positions = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
@@ -266,24 +281,44 @@ class Verifier:
             features = features_of(ids, mask)
         residuals = calibration.residual(features, target, positions).nan_to_num(nan=torch.inf)
         passes = calibration.passes(residuals, positions) & mask
+        if where is not None:
+            passes &= where
         alone, group = torch.zeros_like(mask), torch.zeros_like(mask)
         self.near.prepare(ids[passes])
         at = [(row, position) for row, position in passes.nonzero().tolist()]
         known = rivals or {}
         near = self._rivals(ids[passes], residuals[passes], positions[passes], target[passes])
         others = [
-            torch.cat([rest, ids.new_tensor([known[one]] if one in known else [])])
+            torch.cat([rest, ids.new_tensor(known.get(one, []))])
             for one, (rest, *_) in zip(at, near, strict=True)
         ]
         far = self._in_place(ids, target, mask, at, others, features_of)
-        for one, rest, residual in zip(at, others, far, strict=True):
+        refutation = Refutation(calibration, self.near, self.vocabulary)
+        decisions: dict[tuple[int, int], Decision] = {}
+        # From the last one on: a token that is verified shows what cannot come before it.
+        for one, rest, residual in reversed(list(zip(at, others, far, strict=True))):
+            tokens = torch.cat([ids[one][None], rest])[None]
+            shown = torch.cat([residuals[one][None], residual])[None]
+            compared = ids.new_tensor([self.vocabulary]) if one in known else None
             judged = self.judge(
-                torch.cat([ids[one][None], rest])[None],
-                torch.cat([residuals[one][None], residual])[None],
-                positions[one][None],
-                target[one][None],
-                compared=ids.new_tensor([self.vocabulary]) if one in known else None,
+                tokens, shown, positions[one][None], target[one][None], compared=compared
             )
+            row, following = one[0], one[1] + 1
+            follows = self.causal and following < ids.shape[1] and bool(alone[row, following])
+            if follows and judged.group[0]:
+                close = refutation.of_all(
+                    tokens[0], shown[0], ids[row, : following + 1], target[row, following],
+                    lambda some: features_of(some, torch.ones_like(some, dtype=torch.bool)),
+                )  # fmt: skip
+                shown = shown.masked_fill(torch.isin(tokens, close), torch.inf)
+                without = self.judge(
+                    tokens, shown, positions[one][None], target[one][None], compared=compared
+                )
+                if without.verified[0]:
+                    rival = int(without.rivals[0])
+                    named = (None, None) if rival < 0 else (rival, float(without.rival_residuals))
+                    decisions[one] = Decision(tuple(close.tolist()), *named)
+                    judged = without
             alone[one] = judged.verified[0] & (judged.best[0] == 0)
             group[one] = judged.group[0]
         thresholds = calibration.limit(positions)
@@ -292,7 +327,7 @@ class Verifier:
         else:
             verified = (alone | ~mask).all(dim=1, keepdim=True).expand_as(mask)
         verified = verified & mask
-        return Verdict(verified, alone & ~verified, group, residuals, thresholds)
+        return Verdict(verified, alone & ~verified, group, residuals, thresholds, decisions)
 
     def _in_place(
         self,

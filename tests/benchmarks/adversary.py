@@ -5,7 +5,9 @@ tokens, a choice of features (all, a slice of 1 to 8, attention alone), a type t
 stored in or that the model computes in, or told noise, and targets that are honest or hostile: of
 another depth, of changed weights, scaled, permuted, shifted at the first position, with noise that
 was not told. A token is falsely certified if it is ``verified`` and is not the prompt's.
-``--channel noise`` has told noise in every case, and noise of which more or less was told;
+Told noise is Gaussian or Laplace; a weak one, or so strong that tokens that no candidate was near
+to could pass for the target. More, less, or the other kind of noise may be told than there is.
+``--channel noise`` has told noise in every case, and ``--channel strong`` strong one;
 ``--features "keys and values"`` attacks those of each case instead; ``--last`` gives the last
 state alone of texts of two and three tokens.
 """
@@ -17,6 +19,7 @@ import copy
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 import transformers as hf
@@ -31,18 +34,25 @@ from lightning_inversion.transformer.surgery import Surgery
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.verification import verifier
 from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.noise import NoiseName
 
 EMBEDDINGS = ("trained-like", "near", "very near", "equal", "parallel", "untrained cluster")
 FEATURES = ("all", "slice", "attention alone", "final norm")
 CHANNELS = (
     "float32", "bfloat16", "float16", "noise", "computed in bfloat16", "computed in float16",
+    "Laplace noise", "strong noise", "strong Laplace noise", "noise in float16",
+    "Laplace noise in float16",
 )  # fmt: skip
 TARGETS = (
     "honest", "other rounding", "other depth", "changed weights", "scaled", "permuted", "shifted",
-    "untold noise", "more noise", "less noise",
+    "untold noise", "more noise", "less noise", "other noise",
 )  # fmt: skip
-"""The last two add noise of 1.05 to 3 times, or of 0.3 times the std that is told."""
+"""The last three add noise of 1.05 to 3 times, or of 0.3 times the std that is told, and noise of
+the other kind."""
+_STRONG_WIDTH = 96
+"""Under strong noise few features verify nothing."""
 _WIDTH, _LENGTH, _PROMPTS, _TEXTS = 32, 8, 24, 6
+_SMALL = verifier._SMALL_VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,8 @@ class Case:
     features: str
     channel: str
     width: int = _WIDTH
+    large: bool = False
+    """Never compare all tokens, as in a large vocabulary."""
 
     @classmethod
     def drawn(cls, seed: int) -> Case:
@@ -65,7 +77,14 @@ class Case:
 
 
 def attacked(case: Case, kinds: tuple[str, ...] = TARGETS, last: bool = False) -> Counter[str]:
-    """Counts of tokens, verified ones, right ones and false certificates, also by target."""
+    """Counts of tokens, verified ones, right ones and false ones, also by channel and target."""
+    if "strong" in case.channel:
+        case = replace(case, width=max(case.width, _STRONG_WIDTH))
+    with mock.patch.object(verifier, "_SMALL_VOCABULARY", 0 if case.large else _SMALL):
+        return _attacked(case, kinds, last)
+
+
+def _attacked(case: Case, kinds: tuple[str, ...], last: bool) -> Counter[str]:
     generator = torch.Generator().manual_seed(case.seed + 1)
     model, odd = _model(case, generator)
     transformer = _cut(model, case)
@@ -73,7 +92,7 @@ def attacked(case: Case, kinds: tuple[str, ...] = TARGETS, last: bool = False) -
     measurements = Measurements.measure(transformer, None, storage)
     counts: Counter[str] = Counter()
     for kind in kinds:
-        if kind.endswith("s noise") and not storage.noise:
+        if kind in ("more noise", "less noise", "other noise") and not storage.noise:
             continue
         ids = _prompts(odd, transformer.embedding.vocabulary_size, generator)
         target = _target(kind, case, model, transformer, ids, storage, generator)
@@ -89,13 +108,11 @@ def attacked(case: Case, kinds: tuple[str, ...] = TARGETS, last: bool = False) -
         truths = ids if isinstance(ids, list) else ids.tolist()
         for prompt, truth in zip(found, truths, strict=True):
             for token, right in zip(prompt.tokens, truth, strict=True):
-                counts["tokens"] += 1
                 counts["right"] += token.id == right
-                counts["verified"] += token.verified
-                counts["false"] += token.verified and token.id != right
-                counts[f"{kind}: tokens"] += 1
-                counts[f"{kind}: verified"] += token.verified
-                counts[f"{kind}: false"] += token.verified and token.id != right
+                for of in ("", f"{kind}: ", f"in {case.channel}: "):
+                    counts[f"{of}tokens"] += 1
+                    counts[f"{of}verified"] += token.verified
+                    counts[f"{of}false"] += token.verified and token.id != right
                 counts[f"honest and {token.state}"] += kind == "honest"
     return counts
 
@@ -163,11 +180,15 @@ def _cut(model: hf.PreTrainedModel, case: Case, depth: int = 2) -> TruncatedTran
 
 
 def _storage(case: Case, transformer: TruncatedTransformer) -> Storage:
-    if case.channel != "noise":
-        return Storage(case.channel.split()[-1])
+    words = case.channel.split()
+    dtype = words[-1] if "float" in words[-1] else "float32"
+    if "noise" not in words:
+        return Storage(dtype)
     ids = torch.arange(64).view(8, 8)
     std = float(transformer.features_of(ids).std())
-    return Storage(noise=std * 10 ** -(1 + (case.seed % 5) / 2))
+    weak, strong = 10 ** -(1 + (case.seed % 5) / 2), (0.1, 0.2, 0.4, 0.7, 1.0)[case.seed % 5]
+    kind: NoiseName = "laplace" if "Laplace" in words else "gaussian"
+    return Storage(dtype, std * (strong if "strong" in words else weak), kind)
 
 
 def _prompts(odd: Tensor, vocabulary: int, generator: torch.Generator) -> Tensor:
@@ -211,6 +232,9 @@ def _target(
     elif kind in ("more noise", "less noise"):
         times = (1.05, 1.2, 1.5, 2.0, 3.0)[case.seed % 5] if kind == "more noise" else 0.3
         storage = replace(storage, noise=times * storage.noise)
+    elif kind == "other noise":
+        other = "laplace" if storage.noise_kind == "gaussian" else "gaussian"
+        storage = replace(storage, noise_kind=other)
     elif kind == "untold noise":
         features = features + 1e-3 * std * torch.randn(features.shape, generator=generator)
     return storage(features, generator)
@@ -222,23 +246,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first case")
     parser.add_argument("--features", choices=(*FEATURES, "keys and values"))
-    parser.add_argument("--channel", choices=CHANNELS)
+    parser.add_argument("--channel", help="a word in the names of those that are run")
     parser.add_argument("--width", type=int, default=_WIDTH, help="of the models")
     parser.add_argument(
         "--large", action="store_true", help="never compare all tokens, as in a large vocabulary"
     )
     parser.add_argument("--last", action="store_true")
     options = parser.parse_args()
-    if options.large:
-        verifier._SMALL_VOCABULARY = 0
+    channels = [name for name in CHANNELS if options.channel in (None, *name.split())]
     total: Counter[str] = Counter()
     seed = options.first
     while total["tokens"] < options.tokens:
-        case = replace(Case.drawn(seed), width=options.width)
+        case = replace(Case.drawn(seed), width=options.width, large=options.large)
         if options.features is not None:
             case = replace(case, features=options.features)
         if options.channel is not None:
-            case = replace(case, channel=options.channel)
+            case = replace(case, channel=channels[seed % len(channels)])
         counts = attacked(case, last=options.last)
         total += counts
         if counts["false"]:

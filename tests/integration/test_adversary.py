@@ -13,6 +13,8 @@ CASES = [
     *(Case(seed, "near", kind, "float32") for seed, kind in enumerate(FEATURES[1:], start=10)),
     *(Case(seed, "very near", "all", kind) for seed, kind in enumerate(CHANNELS[1:], start=20)),
     Case(5, "untrained cluster", "attention alone", "noise"),
+    Case(5, "near", "all", "strong noise", large=True),
+    Case(4, "untrained cluster", "all", "strong Laplace noise", large=True),
     Case(6, "parallel", "attention alone", "float32"),
     Case(7, "equal", "slice", "noise"),
     Case(3, "near", "keys and values", "float32"),
@@ -22,7 +24,9 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_certificate_is_false(case: Case) -> None:
-    counts = attacked(case, ("honest", "changed weights", "permuted", "untold noise"))
+    counts = attacked(
+        case, ("honest", "changed weights", "permuted", "untold noise", "other noise")
+    )
     print(dict(counts))
     assert counts["tokens"] > 500
     assert counts["false"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lightning_inversion.verification import calibration, verifier
 from lightning_inversion.verification.calibration import RISK, Calibration
 from lightning_inversion.verification.certificate import Certificate
 from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.noise import NoiseName
 from lightning_inversion.verification.under_noise import HiddenTokens
 
 
@@ -23,20 +25,24 @@ def under(measurements: Measurements, storage: Storage) -> Measurements:
     return dataclasses.replace(measurements, calibration=of)
 
 
-@pytest.fixture(scope="module")
-def strong(measurements: Measurements) -> tuple[Measurements, Storage]:
+@pytest.fixture(scope="module", params=get_args(NoiseName))
+def strong(
+    measurements: Measurements, request: pytest.FixtureRequest
+) -> tuple[Measurements, Storage]:
     """Noise in which a token that is not near by its embedding could pass for the target."""
     usual = measurements.calibration
     noise = float((usual.wrong * usual.std.median(dim=1).values).amax()) / 1.8
-    return under(measurements, Storage(noise=noise)), Storage(noise=noise)
+    storage = Storage(noise=noise, noise_kind=request.param)
+    return under(measurements, storage), storage
 
 
+@pytest.mark.parametrize("kind", get_args(NoiseName))
 @pytest.mark.parametrize("position", [0, 4])
 def test_all_tokens_that_noise_could_hide_are_found(
-    measurements: Measurements, position: int
+    measurements: Measurements, position: int, kind: NoiseName
 ) -> None:
     """In contexts that nothing was measured in."""
-    weak = under(measurements, Storage(noise=0.02))
+    weak = under(measurements, Storage(noise=0.02, noise_kind=kind))
     hidden = weak.derived(HiddenTokens)
     transformer, vocabulary = weak.transformer, weak.transformer.embedding.vocabulary_size
     generator = torch.Generator().manual_seed(9)
@@ -47,11 +53,11 @@ def test_all_tokens_that_noise_could_hide_are_found(
         features = transformer.features_of(texts)[:, position]
         token = int(ids[position])
         std = weak.calibration.std[min(position, 1)]
-        distances = ((features - features[token]) / std).norm(dim=1)
-        near, whole = hidden.near(token, features[token], first=position == 0)
+        apart = hidden.kind.separation((features - features[token]) / std)
+        near, whole = hidden.near(token, 1.0, features[token], first=position == 0)
         if whole:
             found += 1
-            missed = distances <= hidden.reach
+            missed = apart <= hidden.reach(1.0, first=True)
             missed[near] = False
             assert missed.nonzero()[:, 0].tolist() in ([], [token])
     assert found >= 4
