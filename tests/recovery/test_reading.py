@@ -16,7 +16,7 @@ from lightning_inversion.data.storage import Storage
 from lightning_inversion.data.targets import Captured
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.policy import Targets, recover_prompts
-from lightning_inversion.recovery.reading import Reading, ReadingScale, beam_search
+from lightning_inversion.recovery.reading import Reading, ReadingScale, _logistic, beam_search
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -81,6 +81,17 @@ def test_each_number_of_beams_has_its_own_scale(measurements: Measurements) -> N
     scales = [ReadingScale.kept(measurements, beams) for beams in (0, 1, 4)]
     assert scales == [ReadingScale.of(measurements, beams) for beams in (0, 1, 4)]
     assert len(set(scales)) == 3
+
+
+def test_probabilities_follow_how_often_tokens_are_right() -> None:
+    """Chances that are twice as sure as they may be are drawn down."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(4000, generator=generator)
+    right = torch.rand(4000, generator=generator) < (logits / 2 - 1).sigmoid()
+    none = torch.zeros(4000)
+    evidence = torch.stack([logits, none, none, torch.ones(4000)], dim=1)
+    weights = _logistic(evidence, right, [1.0, 0.0, 0.0, 0.0])
+    assert weights == pytest.approx([0.5, 0, 0, -1], abs=0.1)
 
 
 def test_probabilities_know_the_noise() -> None:
