@@ -59,6 +59,8 @@ COMMANDS = {
     "audit": Command("measure how much an observer of activations reads of prompts", "sweep.audit"),
     "cache": Command("list or clear what is kept of models between runs", "cli.cached"),
 }  # fmt: skip
+_OF_CALLS = {"recover": ["predict"], "invert": ["fit"]}
+"""The commands that do what these calls of the package do."""
 
 HELP = f"""\
 lightning-inversion reads a language model's input back out of its hidden states.
@@ -111,7 +113,7 @@ def run(args: list[str]) -> int:
         print(f"lightning-inversion {__version__}")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
+        near = _OF_CALLS.get(name) or difflib.get_close_matches(name, COMMANDS, 1)
         meant = f"did you mean {near[0]}? " if near else ""
         raise InputError(f"unknown command {name!r}; {meant}choose from {', '.join(COMMANDS)}.")
     help_wanted = asked_help(options)

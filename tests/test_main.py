@@ -22,6 +22,11 @@ def test_an_unknown_command_is_answered_by_the_known_ones(monkeypatch, capsys) -
     )
 
 
+def test_the_name_of_a_call_is_answered_by_its_command(capsys) -> None:
+    assert run(["recover"]) == 2
+    assert "unknown command 'recover'; did you mean predict?" in capsys.readouterr().err
+
+
 def test_options_that_must_be_given_are_named_as_they_are_written(capsys) -> None:
     assert run(["capture", f"--prompts={__file__}"]) == 2
     assert "--out must be given" in capsys.readouterr().err

@@ -216,7 +216,9 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._known = {self._key(row) for row in self.read()}
+        rows = self.read()
+        self._known = {self._key(row) for row in rows}
+        self._next = 1 + max((int(row["index"]) for row in rows), default=-1)
 
     def read(self) -> list[Record]:
         """All rows."""
@@ -230,8 +232,9 @@ class Rows:
         """Append a row."""
         rounded = {name: _rounded(value) for name, value in row.items()}
         version = {"version": lightning_inversion.__version__, "version_torch": torch.__version__}
-        append_records(self.path, [{"index": len(self._known), **rounded, **version}])
+        append_records(self.path, [{"index": self._next, **rounded, **version}])
         self._known.add(self._key(row))
+        self._next += 1
 
     @staticmethod
     def _key(row: Record) -> tuple[Any, ...]:

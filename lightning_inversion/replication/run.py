@@ -52,15 +52,23 @@ def cell_of(experiment: SourceExperiment, folder: Path, seed: int) -> Cell:
     return Cell(name, "fit", tuple(arguments), {"experiment": experiment.name, "seed": str(seed)})
 
 
+def missing_seeds(experiment: SourceExperiment, results: Sequence[Record]) -> list[int]:
+    """The seeds of an experiment that have no rows among its results."""
+    there = {row["seed"] for row in results}
+    return [seed for seed in range(experiment.seeds) if seed not in there]
+
+
 def run_experiments(
     experiments: Sequence[SourceExperiment], folder: Path, runs: Path, processes: int
 ) -> int:
-    """Run experiments and keep the rows of those that succeed; returns the exit code.
+    """Run the missing seeds of experiments, and keep the rows of those that succeed.
+
+    Returns the exit code.
 
     Nothing is kept of a run that is stopped before its end: the same call resumes it.
 
     Args:
-        experiments: at least one.
+        experiments: at least one, each with a seed that has no rows.
         folder: of ``experiments.yaml``.
         runs: folder for the runs.
         processes: that share the runs out.
@@ -69,10 +77,16 @@ def run_experiments(
         model = str(experiment.overrides.get("model.transformer.model", ""))
         if model.endswith("stand_ins/gpt2"):
             make_untrained_gpt2(folder, Path(model))
-    cells = {one.name: [cell_of(one, folder, seed) for seed in range(one.seeds)]
-             for one in experiments}  # fmt: skip
-    settings = fingerprint_of([one.fingerprint(folder) for one in experiments])
-    sweep = Sweep(runs / settings, tuple(cell for both in cells.values() for cell in both))
+    results = read_results(folder)
+    cells = {
+        one.name: [cell_of(one, folder, seed) for seed in missing_seeds(one, results[one.name])]
+        for one in experiments
+    }
+    settings = [(one.fingerprint(folder), [cell.name for cell in cells[one.name]])
+                for one in experiments]  # fmt: skip
+    sweep = Sweep(
+        runs / fingerprint_of(settings), tuple(cell for own in cells.values() for cell in own)
+    )
     code = run_cells(sweep, check(sweep), processes)
     if all(sweep.status(cell).state != "waiting" for cell in sweep.cells):
         done = [
@@ -103,12 +117,19 @@ def trimmed(row: ResultRow, experiment: SourceExperiment, folder: Path) -> Recor
 
 
 def keep(folder: Path, rows: Sequence[Record]) -> None:
-    """Put rows into ``results.jsonl``, in place of what their experiments have there."""
+    """Put rows into ``results.jsonl``, in place of those of the same seed or other settings."""
     path = folder / RESULTS
     order = {one.name: number for number, one in enumerate(read_experiments(folder))}
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    new = {row["experiment"] for row in rows}
-    kept = [*(row for row in map(json.loads, lines) if row["experiment"] not in new), *rows]
+    settings = {row["experiment"]: row["fingerprint"] for row in rows}
+    new = {(row["experiment"], row["seed"]) for row in rows}
+    others = (
+        row
+        for row in map(json.loads, lines)
+        if settings.get(row["experiment"], row["fingerprint"]) == row["fingerprint"]
+        and (row["experiment"], row["seed"]) not in new
+    )
+    kept = [*others, *rows]
     kept.sort(key=lambda row: (order[row["experiment"]], row["seed"], row["index"]))
     part = path.with_suffix(".writing")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
@@ -166,7 +187,7 @@ def run_or_show(options: argparse.Namespace) -> int:
                 print(shlex.join([*command, f"--seed_everything={seed}"]))
         return 0
     results = read_results(folder)
-    missing = [one for one in experiments if one.run and not results[one.name]]
+    missing = [one for one in experiments if one.run and missing_seeds(one, results[one.name])]
     if not missing:
         _log.info("every experiment has its results")
         return 0

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_inversion.api import invert
 from lightning_inversion.decoding import PinvDecoder
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import append_records
 from lightning_inversion.inputs import EmbeddingInput, NormalInitializer
 from lightning_inversion.ladder import channel
 from lightning_inversion.ladder import train as training
@@ -142,6 +143,16 @@ def test_a_training_that_is_cut_off_resumes_to_the_same_model_and_is_measured(
     changed = Rows(tmp_path / "interventions.jsonl")
     intervene(plan, tmp_path / "resumed", changed, iterations=10)
     assert len(changed.read()) == 8  # two rungs, two ends of the training, two interventions
+
+
+def test_a_new_row_does_not_take_the_place_of_one_that_is_there(tmp_path: Path) -> None:
+    append_records(tmp_path / "rows.jsonl", [{"index": 1, "model": "one"}])
+    rows = Rows(tmp_path / "rows.jsonl")
+    for model in ("two", "three"):
+        rows.add({"model": model})
+    assert [row["model"] for row in rows.read()] == ["one", "two", "three"]
+    assert rows.has(model="two")
+    assert not rows.has(model="four")
 
 
 def test_a_rate_of_a_row_is_the_learning_rate() -> None:

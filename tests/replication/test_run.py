@@ -62,6 +62,16 @@ def test_what_has_results_is_not_run_again(
     assert runs == 2
     assert run(folder) == 0
     assert "every experiment has its results" in capsys.readouterr().err
+    # One more seed of one experiment: it alone is run.
+    listed = folder / "experiments.yaml"
+    entries = yaml.safe_load(listed.read_text())
+    entries["sections"]["s"][1]["seeds"] = 2
+    listed.write_text(yaml.safe_dump(entries))
+    assert run(folder) == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    cells = [(row["experiment"], row["seed"]) for row in rows]
+    assert cells == [("one", 0), ("two", 0), ("two", 1)]
+    assert len([*(folder / "runs").rglob("results.jsonl")]) == runs + 1
     # Other settings: the rows do not count.
     base = folder / "base.yaml"
     base.write_text(base.read_text().replace("iterations: 8", "iterations: 6"))
