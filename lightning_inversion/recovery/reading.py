@@ -73,10 +73,11 @@ class ReadingScale:
     def kept(cls, measurements: Measurements, beams: int) -> ReadingScale:
         """Read it from the cache folder, or measure it once.
 
-        It depends on the text, without which there is no prior, on noise, as the probe does, and on
-        the sequences that are kept.
+        It depends on the text, without which there is no prior, on what has happened to the
+        features, and on the sequences that are kept.
         """
-        of = measurements.probe.matrix, measurements.text, torch.tensor(beams)
+        channel = torch.tensor([*repr(measurements.channel).encode()])
+        of = measurements.probe.matrix, measurements.text, channel, torch.tensor(beams)
         return measurements.kept(cls, lambda: cls.of(measurements, beams), *of)
 
     @classmethod
@@ -268,8 +269,7 @@ def _held_out(measurements: Measurements, mixed: bool) -> Iterator[tuple[Tensor,
         ids = torch.cat([before[:length], piece[:_PIECE]]).to(transformer.device)
         features = transformer.features_of(ids[None])[0, length:]
         if channel is not None:
-            added = channel.noise * torch.randn(features.shape, generator=generator).to(features)
-            features = channel.without_noise(features + added)
+            features = channel(features, generator)
         yield _likelihood(ranking, probe, features), ids[length:]
 
 
