@@ -420,15 +420,17 @@ def sweep_files(draw: random.Random, place: Place) -> Case:
 
 
 OPTIONS = {
-    "capture": """store noise seed special_tokens keep_prompts tokens_per_batch overwrite model
-        revision depth layers features final_norm weights weights_seed dtype attention positions
-        causal repeat_first embedding embedding_seed mlp prompts out device_map""",
+    "capture": """store noise noise_kind largest seed special_tokens keep_prompts
+        tokens_per_batch overwrite model revision depth layers features final_norm weights
+        weights_seed dtype attention positions causal repeat_first embedding embedding_seed mlp
+        prompts out device_map""",
     "attribute": """token against model dtype method of layer preset json out prompts processes
         revision weights attention unknown top_k replacement""",
     "report": "out label title max_prompts figure_size font_size",
     "sweep": """over seeds name processes join config prompts depth model data.prompts data.repeat
         model.iterations data.targets data.layout data.known_prefix data.first_position data.scale
-        data.noise data.tokens_per_batch data.batch_size model.optimizer model.objective
+        data.noise data.noise_kind data.largest data.tokens_per_batch data.batch_size
+        model.optimizer model.objective
         model.schedule model.learnable model.decoder model.recovery model.allowed_tokens
         learning_rate.start learning_rate.end decoding.every decoding.top_k stopping.perturbation
         stopping.threshold results.top_k checkpoint.every trainer.devices trainer.logger

@@ -68,6 +68,7 @@ def layouts(draw: random.Random, place: Place) -> Case:
         "first_position": ["0", "1", "-1", "1000000000000", "128"],
         "scale": ["0", "-1", "nan", "inf", "1e-300", "1e300"], "centred": ["true", "x"],
         "noise": ["-1", "nan", "1e300", "0.1"], "diagnose": ["false"],
+        "noise_kind": ["laplace", "x"], "largest": ["0.5", "1e-9", "0", "nan", "2"],
     }  # fmt: skip
     chosen = draw.sample(sorted(options), draw.choice([0, 0, 1, 1, 2]))
     more = [f"--data.{name}={draw.choice(options[name])}" for name in chosen]

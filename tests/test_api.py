@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from lightning_inversion.api import recover, verify
+from lightning_inversion.data.storage import Storage
 from lightning_inversion.errors import InputError
 from lightning_inversion.proposers.proposals import Exhaustive
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.verification.certificate import Certificate
+from lightning_inversion.verification.noise import NoiseName
 from tests.tiny import shared_tiny_model, tiny_tokenizer
 
 PROMPTS = ["The sky is blue.", "A quick brown fox jumps"]
@@ -174,16 +176,17 @@ def test_a_known_prefix_that_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.integration  # measures for itself
-def test_told_noise() -> None:
+@pytest.mark.parametrize("kind", get_args(NoiseName))
+def test_told_noise(kind: NoiseName) -> None:
     model, ids = shared_tiny_model("llama"), torch.tensor([[5, 17, 9, 8, 250, 3]])
     rows = model(ids, output_hidden_states=True).hidden_states[2].detach()
     noise = 0.05 * float(rows.std())
-    rows = rows + noise * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
-    (found,) = recover(model, None, rows, depth=2, noise=noise, policy=POLICY)
+    rows = Storage(noise=noise, noise_kind=kind)(rows, torch.Generator().manual_seed(0))
+    (found,) = recover(model, None, rows, depth=2, noise=noise, noise_kind=kind, policy=POLICY)
     assert found.ids == ids[0].tolist()
     assert found.verified
     assert all(token.risk is not None and token.risk <= 1e-6 for token in found.tokens)
-    with pytest.raises(InputError, match=r"Gaussian noise of std 0\.0\d+ was added; set noise 0"):
+    with pytest.raises(InputError, match=r"noise of std 0\.0\d+ was added; set noise 0"):
         recover(model, None, rows, depth=2, policy=POLICY)
     (found,) = recover(model, None, rows, depth=2, policy=POLICY, diagnose_first=False)
     assert not any(token.verified for token in found.tokens)

@@ -47,6 +47,7 @@ def capture(
     store: Literal["float32", "bfloat16", "float16"] = "float32",
     noise: float = 0.0,
     noise_kind: NoiseName = "gaussian",
+    largest: float = 1.0,
     seed: int = 0,
     tokens_per_batch: int = 2048,
 ) -> list[Tensor]:
@@ -62,6 +63,8 @@ def capture(
         store: the type to which they are rounded, and in which they are returned.
         noise: std of noise that is added before, in the model's units.
         noise_kind: how it is distributed, gaussian or laplace.
+        largest: the share of each position's features that is kept, the largest by size; the
+            others are 0, and the noise is in those that are kept.
         seed: of the noise; each prompt draws its own.
         tokens_per_batch: tokens of one forward, with their padding.
 
@@ -82,7 +85,7 @@ def capture(
             ids.append(tokenize(prompt, tokenizer, limits, special_tokens))
         except InputError as error:
             raise InputError(f"Prompt {number} {error}") from error
-    storage = Storage(store, noise, noise_kind)
+    storage = Storage(store, noise, noise_kind, largest=largest)
     found = captured_features(transformer, ids, storage, seed, tokens_per_batch)
     return [rows.to(getattr(torch, store)) for rows in found]
 
@@ -102,6 +105,7 @@ def recover(
     scale: float = 1.0,
     noise: float = 0.0,
     noise_kind: NoiseName = "gaussian",
+    largest: float = 1.0,
     order: Order = "given",
     logits: bool = False,
     layout: Layout = Layout(),  # noqa: B008 - frozen
@@ -136,6 +140,8 @@ def recover(
         noise: the std of the noise in them, in the model's units. Tokens are then verified where
             the chance of any other is below one in a million.
         noise_kind: how it is distributed, gaussian or laplace.
+        largest: the share of each position's features that is kept, the largest by size; the
+            others are 0, and the noise is in those that are kept.
         order: unknown where the rows of a prompt are in any order, which is then found first; each
             prompt's ``order`` tells the number of each token's row.
         logits: whether they are logits ``[T, V]`` or log-probabilities, from which the states
@@ -157,7 +163,7 @@ def recover(
     model, tokenizer = in_memory(model, tokenizer)
     given = Given(
         hidden_states, depth, final_norm, tuple(known_prefix), first_position, centred, scale,
-        noise, noise_kind, layout, attention_mask, output, order, logits,
+        noise, noise_kind, largest, layout, attention_mask, output, order, logits,
     )  # fmt: skip
     # Some models with a head are their own base model: Llama 4, Mllama.
     headless = model.base_model is model and model.get_output_embeddings() is None  # type: ignore[no-untyped-call]

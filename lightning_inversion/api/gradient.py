@@ -41,6 +41,7 @@ def invert(
     known_prefix: Sequence[int] = (),
     noise: float = 0.0,
     noise_kind: NoiseName = "gaussian",
+    largest: float = 1.0,
     layout: Layout = Layout(),  # noqa: B008 - frozen
     objective: Objective | None = None,
     schedule: Schedule | None = None,
@@ -67,6 +68,7 @@ def invert(
         known_prefix: tokens with which every prompt begins; they are fixed, and not verified.
         noise: the std of the noise in them, in the model's units.
         noise_kind: how it is distributed, gaussian or laplace.
+        largest: the share of each position's features that was kept; see ``recover``.
         layout: what names and shapes leave open.
         objective: the distance of features; see ``Inversion`` for this and the next four.
         schedule: which positions are optimised and which are fixed.
@@ -88,7 +90,7 @@ def invert(
     model, tokenizer = in_memory(model, tokenizer)
     given = Given(
         hidden_states, depth, final_norm, tuple(known_prefix), noise=noise, noise_kind=noise_kind,
-        layout=layout, attention_mask=attention_mask,
+        largest=largest, layout=layout, attention_mask=attention_mask,
     )  # fmt: skip
     transformer = given.cut(model, tokenizer)
     captured = given.read(transformer, ModelShape.of(model.config))

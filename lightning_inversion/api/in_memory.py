@@ -75,6 +75,7 @@ class Given:
     scale: float = 1.0
     noise: float = 0.0
     noise_kind: NoiseName = "gaussian"
+    largest: float = 1.0
     layout: Layout = field(default_factory=Layout)
     attention_mask: Tensor | None = None
     output: Output | None = None
@@ -113,7 +114,7 @@ class Given:
             request = Request(
                 (self.depth,), self.final_norm, lambda: shape, self.layout, self.first_position,
                 self.known_prefix, self.centred, self.scale, self.noise, self.noise_kind,
-                self.read_output, self.order, self.logits,
+                self.largest, self.read_output, self.order, self.logits,
             )  # fmt: skip
             captured = Captured.of_objects(held, request)
         if not self.logits and captured.width != transformer.feature_size:

@@ -38,7 +38,9 @@ class CaptureOptions:
         prompts: a file of prompts, one a line (or .jsonl, key prompt).
         out: the safetensors file to write; whole or not at all.
         store: the type that the features are rounded to.
-        noise: standard deviation of noise added before, in the features' own units.
+        largest: keep this share of each position's features, the largest by size; the others
+            become 0.
+        noise: standard deviation of noise added to these, in the features' own units.
         noise_kind: how it is distributed.
         seed: of the noise; each prompt draws its own.
         special_tokens: let the tokenizer add its special tokens (a BOS, say).
@@ -50,6 +52,7 @@ class CaptureOptions:
     prompts: Path
     out: Path
     store: Literal["float32", "bfloat16", "float16"] = "float32"
+    largest: float = 1.0
     noise: float = 0.0
     noise_kind: NoiseName = "gaussian"
     seed: int = 0
@@ -64,6 +67,11 @@ class CaptureOptions:
             raise InputError(
                 f"--noise is a standard deviation, 0 or more and at most {MOST_NOISE:.0e}, and is "
                 f"{self.noise}."
+            )
+        if not 0 < self.largest <= 1:
+            raise InputError(
+                f"--largest is a share of the features, above 0 and at most 1, and is "
+                f"{self.largest}."
             )
         if self.tokens_per_batch < 1:
             raise InputError(
@@ -129,7 +137,7 @@ def capture(
                 f"--prompts {str(options.prompts)!r}, prompt {number} {error}"
             ) from error
     transformer = load(spec)
-    storage = Storage(options.store, options.noise, options.noise_kind)
+    storage = Storage(options.store, options.noise, options.noise_kind, largest=options.largest)
     captured = Captured(
         captured_features(transformer, ids, storage, options.seed, options.tokens_per_batch),
         transformer.description,

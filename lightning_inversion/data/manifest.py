@@ -34,7 +34,7 @@ _LEAST = '{"transformer": {"model": ..., "depth": ...}}'
 WAYS_OUT = {
     "transformer": f"write {_LEAST}",
     "storage": 'write {"dtype": "float32", "noise": 0.0, "noise_kind": "gaussian", '
-    '"centred": false, "scale": 1.0}, or less',
+    '"centred": false, "scale": 1.0, "largest": 1.0}, or less',
     "positions": "write all, last, or the number of the first position stored",
     "known_prefix": "write token ids, as [1]",
     "prompts": "write a list of strings, or leave prompts and ids out",
@@ -47,6 +47,7 @@ _DTYPES = Literal[
 ]  # fmt: skip
 _STORAGE = {
     "dtype": _DTYPES, "noise": float, "noise_kind": NoiseName, "centred": bool, "scale": float,
+    "largest": float,
 }  # fmt: skip
 _OF_TRANSFORMER = {spec.name for spec in fields(TransformerSpec)} | {"weights_sha256"}
 
@@ -145,6 +146,8 @@ def _wrong_values(manifest: Manifest) -> str | None:
         return f"has storage {json.dumps(storage)}; {WAYS_OUT['storage']}."
     if not 0 <= storage.get("noise", 0) <= MOST_NOISE:
         return f"has storage.noise {storage['noise']!r}; write a standard deviation, 0 or more."
+    if not 0 < storage.get("largest", 1) <= 1:
+        return f"has storage.largest {storage['largest']!r}; write a share above 0, up to 1."
     if not 0 < abs(storage.get("scale", 1)) < float("inf"):
         return f"has storage.scale {storage['scale']!r}; write a factor other than 0."
     if any("\ud800" <= letter <= "\udfff" for text in manifest.prompts or () for letter in text):

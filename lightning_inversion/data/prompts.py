@@ -57,6 +57,8 @@ class PromptDataModule(LightningDataModule):
         noise: std of the noise in its features, in the model's units; a token is then verified
             where the chance that another one is right is below one in a million.
         noise_kind: how that noise is distributed.
+        largest: the share of each position's features that was kept, the largest by size; the
+            others are 0, and noise was added to those that were kept.
         order: unknown where the rows of a prompt are in any order; ``predict`` then finds it first,
             and TokenRecovery verifies the tokens in it.
         logits: they are logits or log-probabilities, from which ``predict`` solves the states
@@ -98,6 +100,7 @@ class PromptDataModule(LightningDataModule):
         scale: float = 1.0,
         noise: float = 0.0,
         noise_kind: NoiseName = "gaussian",
+        largest: float = 1.0,
         order: Order = "given",
         logits: bool = False,
         diagnose: bool = True,
@@ -134,8 +137,8 @@ class PromptDataModule(LightningDataModule):
         request = Request(
             tuple(layers) if layers else None if depth is None else (depth,),
             final_norm, lambda: self._model_shape, layout, first_position,
-            self._known(known_prefix), centred, scale, noise, noise_kind, output, order,
-            logits,
+            self._known(known_prefix), centred, scale, noise, noise_kind, largest, output,
+            order, logits,
         )  # fmt: skip
         self.captured = None if targets is None else Captured.read(Path(targets), request)
         given_prompts: Sequence[str | None]

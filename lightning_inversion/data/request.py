@@ -31,6 +31,7 @@ class Request:
         scale: the factor that the features were multiplied by.
         noise: std of the noise in them, in the model's units.
         noise_kind: how it is distributed.
+        largest: the share of each position's features that was kept, the largest; others are 0.
         order: whether the rows are in the order of the text.
         logits: whether logits stand in place of the states after the final norm.
     """
@@ -45,6 +46,7 @@ class Request:
     scale: float = 1.0
     noise: float = 0.0
     noise_kind: NoiseName = "gaussian"
+    largest: float = 1.0
     output: Output = "hidden_states"
     order: Order = "given"
     logits: bool = False
@@ -62,6 +64,11 @@ class Request:
         if not 0 <= self.noise <= MOST_NOISE:
             raise InputError(
                 f"--data.noise must be between 0 and {MOST_NOISE:.0e}, and is {self.noise}."
+            )
+        if not 0 < self.largest <= 1:
+            raise InputError(
+                f"--data.largest is a share of the features, above 0 and at most 1, and is "
+                f"{self.largest}."
             )
         if self.first_position is not None and self.first_position < 0:
             raise InputError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_inversion.transformer.sparse import keep_largest
 from lightning_inversion.verification.noise import NOISE, NoiseName
 
 MOST_NOISE = 1e15
@@ -15,7 +16,9 @@ MOST_NOISE = 1e15
 
 @dataclass(frozen=True)
 class Storage:
-    """What happens to features between the model and the file: noise, a factor, then rounding.
+    """What happens to features between the model and the file.
+
+    The largest are kept, noise is added to these, they are multiplied by a factor, then rounded.
 
     Args:
         dtype: the type that they are rounded to.
@@ -24,6 +27,8 @@ class Storage:
         centred: the mean over the features of each position was subtracted, as TransformerLens
             does; the model itself then gives centred ones (``TruncatedTransformer.centred``).
         scale: the factor that they were multiplied by.
+        largest: the share of each position's features that was kept, the largest by size; the
+            others are 0.
     """
 
     dtype: str = "float32"
@@ -31,16 +36,22 @@ class Storage:
     noise_kind: NoiseName = "gaussian"
     centred: bool = False
     scale: float = 1.0
+    largest: float = 1.0
 
     def __call__(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Features ``[..., F]`` read back from the file in the model's units, in their own type."""
+        kept = keep_largest(features, self.largest)
         if self.noise:
             drawn = NOISE[self.noise_kind].draw(tuple(features.shape), generator)
-            features = features + self.noise * drawn.to(features)
-        return self.without_noise(features)
+            noisy = kept + self.noise * drawn.to(kept)
+            kept = noisy if kept is features else noisy.masked_fill(kept == 0, 0.0)
+        return self._rounded(kept)
 
     def without_noise(self, features: Tensor) -> Tensor:
         """Features ``[..., F]`` after all but the noise."""
+        return self._rounded(keep_largest(features, self.largest))
+
+    def _rounded(self, features: Tensor) -> Tensor:
         return self.read_back((self.scale * features).to(float_type(self.dtype)).to(features))
 
     def read_back(self, stored: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ _OF_THE_WEIGHTS = (
     "model", "revision", "weights", "weights_seed", "embedding", "embedding_seed",
 )  # fmt: skip
 """Not compared where the hash of the weights is known."""
+_MOSTLY = 0.9
+"""Share of the features that are not 0 where they are whole."""
 _ROUNDING_ONLY = "attention"  # sdpa and eager compute the same
 
 
@@ -191,12 +193,13 @@ class Captured:
             centred=stored.centred or request.centred,
             scale=stored.scale * request.scale,
             noise=stored.noise or request.noise,
+            largest=min(stored.largest, request.largest),
             noise_kind=stored.noise_kind if stored.noise else request.noise_kind,
         )
         captured = cls(
             states.prompts, transformer, stored, first, tuple(known), manifest.prompts,
             manifest.ids, manifest.versions, name,
-            _understood(states, wanted, manifest, stored.dtype), _warnings(states, where),
+            _understood(states, wanted, manifest, stored.dtype), _warnings(states, stored, where),
             request.order == "given",
             request.logits,
         )  # fmt: skip
@@ -296,13 +299,20 @@ def _understood(states: HiddenStates, wanted: Wanted, manifest: Manifest, dtype:
     return ", ".join(parts)
 
 
-def _warnings(states: HiddenStates, where: str) -> tuple[str, ...]:
-    if not states.ids_beside:
-        return ()
-    return (
-        f"{where} holds token ids ({', '.join(states.ids_beside)}) beside the hidden states: "
-        "whoever reads the file needs no recovery. They are not used.",
-    )
+def _warnings(states: HiddenStates, stored: Storage, where: str) -> tuple[str, ...]:
+    found = []
+    if states.ids_beside:
+        found.append(
+            f"{where} holds token ids ({', '.join(states.ids_beside)}) beside the hidden states: "
+            "whoever reads the file needs no recovery. They are not used."
+        )
+    share = max(float((prompt != 0).float().mean(-1).max()) for prompt in states.prompts)
+    if share < _MOSTLY and stored.largest == 1:
+        found.append(
+            f"{where}: at most {share:.3g} of the features of a position are not 0, as where only "
+            f"the largest are kept; set --data.largest {share:.3g} then."
+        )
+    return tuple(found)
 
 
 def _first_position(positions: int | str, where: str) -> int:

@@ -27,6 +27,7 @@ from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.variants import CLEAR, OtherCuts, Variants
 from lightning_inversion.verification.calibration import Channel
 from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.noise import NoiseName
 
 _SAMPLE, _OF_A_ROW = 16, 4
 """Tokens that are run for position 0, and for each row that may be the first one."""
@@ -34,6 +35,13 @@ _SCANNED = 8
 """Prompts of a batch that are scanned; what most of them have is taken for the others'."""
 _ROWS = 256
 """Rows of a prompt that may be its first position."""
+_KINDS: dict[NoiseName, tuple[str, str]] = {
+    "gaussian": ("Gaussian", ""),
+    "laplace": ("Laplace", " --data.noise_kind laplace"),
+}
+"""What noise is called, and the option that names it."""
+_EQUALLY_LIKELY = (math.pi / (2 * math.e)) ** 0.5
+"""The mean size of noise, in its std, at which both kinds are as likely."""
 _ENOUGH_FEATURES = 32
 """Features that show whether a difference looks like noise."""
 
@@ -50,7 +58,7 @@ class Diagnosis:
         way_out: the option to set, or what to do.
         near: whether one token is clearly the nearest: something was added to its features, or they
             were computed otherwise, and the search may find the others.
-        noise: std of what was added, where it looks like Gaussian noise; else None.
+        noise: kind and std of what was added, where it looks like noise; else None.
         scanned: whether the prompt was looked at by itself.
     """
 
@@ -60,7 +68,7 @@ class Diagnosis:
     cause: str | None = None
     way_out: str | None = None
     near: bool = False
-    noise: float | None = None
+    noise: tuple[NoiseName, float] | None = None
     scanned: bool = False
 
     @property
@@ -119,12 +127,14 @@ def diagnose(
 
 def _with_common_noise(found: list[Diagnosis | None]) -> list[Diagnosis | None]:
     """The same noise in all prompts that seem to have some: they came the same way."""
-    squares = [one.noise**2 for one in found if one is not None and one.noise is not None]
-    if not squares:
+    noises = [one.noise for one in found if one is not None and one.noise is not None]
+    if not noises:
         return found
-    noise = (sum(squares) / len(squares)) ** 0.5
-    cause = f"that token is clearly the nearest, and Gaussian noise of std {noise:.2g} was added"
-    way_out = f"set --data.noise {noise:.2g}"
+    kind = Counter(name for name, _ in noises).most_common(1)[0][0]
+    std = (sum(std**2 for _, std in noises) / len(noises)) ** 0.5
+    name, more = _KINDS[kind]
+    cause = f"that token is clearly the nearest, and {name} noise of std {std:.2g} was added"
+    way_out = f"set --data.noise {std:.2g}{more}"
     return [
         one
         if one is None or not one.near or (one.scanned and one.noise is None)
@@ -200,25 +210,29 @@ class _Scans:
         noise = self._noise(first, unfit.token) if near else None
         return replace(unfit, cause=cause, way_out=way_out, near=near, noise=noise, scanned=True)
 
-    def _noise(self, row: Tensor, token: int) -> float | None:
-        """The std of what a row ``[F]`` has beside a token's features, if it looks like noise.
+    def _noise(self, row: Tensor, token: int) -> tuple[NoiseName, float] | None:
+        """Kind and std of what a row ``[F]`` has beside a token's features, if it looks like noise.
 
-        Gaussian noise is as large in features that vary much as in those that vary little, and has
-        a kurtosis of 3. Another precision, or another model, changes large features more. It is as
-        large in the directions in which tokens differ most: a projection leaves those as they are.
+        Noise is as large in features that vary much as in those that vary little. Another
+        precision, or another model, changes large features more. It is as large in the directions
+        in which tokens differ most: a projection leaves those as they are. The kind is the likelier
+        one; the mean size of Gaussian noise is 0.80 of its std, that of Laplace noise 0.71.
         """
         ids = torch.tensor([[token]], device=row.device)
         added = (row - self.transformer.features_of(ids)[0, 0]).double()
         if len(added) < _ENOUGH_FEATURES:
             return None
         std = added.square().mean().sqrt()
-        kurtosis = float((added / std).pow(4).mean())
+        size = float(added.abs().mean() / std)
+        kind: NoiseName = "gaussian" if size > _EQUALLY_LIKELY else "laplace"
+        usual, varies = (0.798, 0.26) if kind == "gaussian" else (0.707, 0.5)
         order = self.measurements.calibration.std[0].argsort()
         calm, lively = (half.square().mean().sqrt() for half in added[order].chunk(2))
         # Both vary by chance: three standard errors, and a little more.
         ratio = abs(math.log(float(calm / lively)))
         chance = 3 / len(added) ** 0.5
-        if ratio > 0.1 + chance * 2**0.5 or abs(kurtosis - 3) > 0.3 + chance * 24**0.5:
+        wide = 2**0.5 if kind == "gaussian" else 5**0.5
+        if ratio > 0.1 + chance * wide or abs(size - usual) > 0.01 + chance * varies:
             return None
         for share in (0.125, 0.25, 0.5):
             most = self._directions[: round(share * len(added))]
@@ -228,7 +242,7 @@ class _Scans:
             ratio = abs(math.log(float((power / inside).clamp_min(1e-30) / rest)))
             if ratio > 0.2 + 3 * (2 / inside + 2 / outside) ** 0.5:
                 return None
-        return float(std)
+        return kind, float(std)
 
     @cached_property
     def _directions(self) -> Tensor:

@@ -24,9 +24,10 @@ from lightning_inversion.recovery.policy import (
 from lightning_inversion.recovery.text_search import TextSearch, in_place
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.transformer.embedding import best_tokens
-from lightning_inversion.verification.calibration import CLEARANCE, RISK, rarity_power
+from lightning_inversion.verification.calibration import CLEARANCE, RISK
 from lightning_inversion.verification.certificate import State, TokenCertificate
 from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.rarity import rarity_power
 from lightning_inversion.verification.rivals import NearTokens
 
 _NEAR, _RANDOM = 16, 64

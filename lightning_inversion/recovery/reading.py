@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lightning_inversion.errors import InputError
 from lightning_inversion.proposers.probe_proposer import ProbeRanking
@@ -23,6 +24,7 @@ from lightning_inversion.recovery.policy import (
     RecoveryPolicy,
     Targets,
 )
+from lightning_inversion.transformer.blocks import most_positions
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.language_model import Beams, LanguageModel
 from lightning_inversion.transformer.linear_probe import LinearProbe
@@ -33,76 +35,114 @@ _TEMPERATURES = (2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.
 _SHARES = (1e-4, 1e-3, 1e-2, 0.03, 0.1)
 _HELD_OUT = 0.25
 """Share of the model's own text that a second probe is not fitted on."""
-_POSITIONS = 512
-"""Positions of that text on which probabilities are calibrated."""
+_PIECE = 20
+"""Tokens of a piece of it that are read together, at most."""
+_RANDOM = 12, 48
+"""Rows and tokens of random text, where there is none of the model's own."""
 _PRIOR_SHARE = 0.05
 """Share of the language model's probability that is given evenly to all tokens."""
+_LEAST = 1e-3
+"""Chances nearer to 0 or 1 count as this far from it."""
 
 
 @dataclass(frozen=True)
 class ReadingScale:
     """What makes the probe's log-likelihoods probabilities, for rows that it was not fitted on.
 
+    The chance of a token after the tokens that were read before it is too high where those are
+    wrong, and too low where the rows after it speak for it. So a logistic regression on how often
+    tokens are right gives their probability.
+
     Attributes:
-        temperature: by which they are multiplied.
+        temperature: by which log-likelihoods are multiplied.
         share: of the probability that all tokens get evenly.
-        temperature_beside_prior: the same, where the language model's probabilities are added.
-        share_beside_prior: the same.
+        slope: the weight of the logit of a token's chance in the regression.
+        slope_alone: the weight of the logit of its chance by the probe alone.
+        slope_of_mean: the weight of the mean log-chance of the tokens that were read together.
+        offset: what is added.
     """
 
     temperature: float
     share: float
-    temperature_beside_prior: float
-    share_beside_prior: float
+    slope: float = 1.0
+    slope_alone: float = 0.0
+    slope_of_mean: float = 0.0
+    offset: float = 0.0
 
     @classmethod
-    def kept(cls, measurements: Measurements) -> ReadingScale:
-        """Read them from the cache folder, or measure them once.
+    def kept(cls, measurements: Measurements, beams: int) -> ReadingScale:
+        """Read it from the cache folder, or measure it once.
 
-        They depend on the text, without which there is no prior, and on noise, as the probe does.
+        It depends on the text, without which there is no prior, on what has happened to the
+        features, and on the sequences that are kept.
         """
-        of = measurements.probe.matrix, measurements.text
-        return measurements.kept(cls, lambda: cls.of(measurements), *of)
+        channel = torch.tensor([*repr(measurements.channel).encode()])
+        of = measurements.probe.matrix, measurements.text, channel, torch.tensor(beams)
+        return measurements.kept(cls, lambda: cls.of(measurements, beams), *of)
 
     @classmethod
     @torch.no_grad()
-    def of(cls, measurements: Measurements) -> ReadingScale:
-        """Measure them on the model's own text, or on random tokens, by a probe fitted on others.
+    def of(cls, measurements: Measurements, beams: int) -> ReadingScale:
+        """Measure it on text that a second probe was not fitted on, after other text.
 
         The temperature and the share are those under which the right tokens are likeliest.
         """
-        transformer, text = measurements.transformer, measurements.text
-        channel = measurements.channel
-        noise = 0.0 if channel is None else channel.noise
-        drawn = torch.Generator().manual_seed(11)
-        if text is None:
-            generator = torch.Generator().manual_seed(6)
-            size = (64, 16)
-            text = torch.randint(transformer.embedding.vocabulary_size, size, generator=generator)
-        held = max(1, round(_HELD_OUT * len(text)))
-        fitted = None if measurements.text is None else text[:-held]
-        probe = measurements.probe_of(fitted)
-        ranking = ProbeRanking(replace(measurements, probe=probe))
+        language_model = measurements.language_model if beams else None
+        held_out = list(_held_out(measurements, mixed=language_model is not None))
         grid = [(t, share) for t in _TEMPERATURES for share in _SHARES]
-        alone, beside = torch.zeros(2, len(grid), dtype=torch.float64)
-        rows = max(1, min(held, -(-_POSITIONS // (text.shape[1] - 1))))
-        for ids in text[-rows:, None].to(transformer.device):
-            features = transformer.features_of(ids)[0, 1:]
-            if channel is not None:
-                added = noise * torch.randn(features.shape, generator=drawn).to(features)
-                features = channel.without_noise(features + added)
-            prior = None
-            if measurements.language_model is not None:
-                prior = _prior(measurements.language_model.log_probabilities(ids)[0, :-1])
-            right = ids[0, 1:, None]
-            likelihood = _likelihood(ranking, probe, features)
-            for number, (temperature, share) in enumerate(grid):
-                chances = _scaled(likelihood, temperature, share)
-                alone[number] += chances.gather(1, right).sum().cpu()
-                if prior is not None:
-                    together = (chances + prior).log_softmax(-1)
-                    beside[number] += together.gather(1, right).sum().cpu()
-        return cls(*grid[int(alone.argmax())], *grid[int(beside.argmax())])
+        scores = torch.stack([_scores(*one, language_model) for one in held_out]).sum(0)
+        plain = cls(*grid[int(scores.argmax())])
+        evidence, right = [], []
+        for likelihood, ids in held_out:
+            read = plain.read(likelihood, language_model, beams)
+            evidence.append(read.evidence)
+            right.append(read.ids == ids)
+        weights = _logistic(torch.cat(evidence), torch.cat(right), plain.weights)
+        return cls(plain.temperature, plain.share, *weights)
+
+    @property
+    def weights(self) -> list[float]:
+        """Of the columns of ``ReadTokens.evidence``."""
+        return [self.slope, self.slope_alone, self.slope_of_mean, self.offset]
+
+    def read(
+        self, likelihood: Tensor, language_model: LanguageModel | None, beams: int
+    ) -> ReadTokens:
+        """The likeliest tokens for a likelihood ``[T, V]`` of the probe.
+
+        Args:
+            likelihood: of each token in each row.
+            language_model: whose probabilities are added; None reads each row by itself.
+            beams: sequences kept.
+        """
+        alone = chances = _scaled(likelihood, self.temperature, self.share)
+        if language_model is None:
+            ids = best_tokens(chances, 1).indices[:, 0]
+        else:
+            ids, chances = beam_search(language_model, chances, beams)
+        own, by_probe = (some.gather(1, ids[:, None])[:, 0] for some in (chances, alone))
+        columns = [own.exp().logit(_LEAST), by_probe.exp().logit(_LEAST)]
+        columns += [own.mean().expand(len(own)), torch.ones_like(own)]
+        evidence = torch.stack(columns, dim=1)
+        right = (evidence @ evidence.new_tensor(self.weights)).sigmoid()
+        return ReadTokens(ids, chances, evidence, right)
+
+
+@dataclass(frozen=True)
+class ReadTokens:
+    """The tokens that are read in T rows.
+
+    Attributes:
+        ids: ``[T]``.
+        chances: ``[T, V]`` log-chances in each row, after the tokens that were read before it.
+        evidence: ``[T, 4]`` for each token that was read, see ``ReadingScale``.
+        right: ``[T]`` the probability that it is right.
+    """
+
+    ids: Tensor
+    chances: Tensor
+    evidence: Tensor
+    right: Tensor
 
 
 class Reading(RecoveryPolicy):
@@ -128,27 +168,26 @@ class Reading(RecoveryPolicy):
         self, measurements: Measurements, targets: Targets
     ) -> Iterator[list[RecoveredPrompt]]:
         """Read B prompts; see ``RecoveryPolicy``. Rows of known tokens are left out."""
-        scale = ReadingScale.kept(measurements)
+        language_model = measurements.language_model if self.beams else None
+        beams = 0 if language_model is None else self.beams
+        scale = ReadingScale.kept(measurements, beams)
         ranking = measurements.derived(ProbeRanking)
         prompts = [RecoveredPrompt(known=targets.known) for _ in targets.lengths]
         given = len(targets.known)
         for prompt, rows, length in zip(prompts, targets.features, targets.lengths, strict=True):
             began = time.monotonic()
             likelihood = _likelihood(ranking, measurements.probe, rows[given:length])
-            if self.beams and measurements.language_model is not None:
-                temperature, share = scale.temperature_beside_prior, scale.share_beside_prior
-                chances = _scaled(likelihood, temperature, share)
-                ids, chances = beam_search(measurements.language_model, chances, self.beams)
-            else:
-                chances = _scaled(likelihood, scale.temperature, scale.share)
-                ids = best_tokens(chances, 1).indices[:, 0]
-            seconds = (time.monotonic() - began) / max(1, len(ids))
-            prompt.tokens = [self._read(*one, seconds) for one in zip(ids, chances, strict=True)]
+            read = scale.read(likelihood, language_model, beams)
+            seconds = (time.monotonic() - began) / max(1, len(read.ids))
+            each = zip(read.ids, read.chances, read.right.tolist(), strict=True)
+            prompt.tokens = [self._read(*one, seconds) for one in each]
             prompt.seconds = time.monotonic() - began
             yield prompts
         yield prompts
 
-    def _read(self, token: Tensor, chances: Tensor, seconds: float) -> TokenCertificate:
+    def _read(
+        self, token: Tensor, chances: Tensor, right: float, seconds: float
+    ) -> TokenCertificate:
         best = best_tokens(chances[None], min(1 + ALTERNATIVES, len(chances))).indices[0]
         own = int(token)
         others = [other for other in best.tolist() if other != own][:ALTERNATIVES]
@@ -162,7 +201,7 @@ class Reading(RecoveryPolicy):
             compared=0,
             proposer=self.name,
             seconds=seconds,
-            probability=float(chances[own].exp()),
+            probability=right,
             alternatives=(own, *others),
         )
 
@@ -183,16 +222,94 @@ def beam_search(
     """
     V, branches = chances.shape[1], Beams(language_model)
     total, after = chances.new_zeros(1), chances.new_zeros(1, V)
-    found: list[Tensor] = []  # [beams, V] of each position so far, in the order of the beams
+    steps: list[tuple[Tensor, Tensor]] = []  # log-scores [beams, V], and the parents of the best
     for own in chances:
         together = own + after
         best = (total[:, None] + together).flatten().topk(min(beams, together.numel()))
         parents, tokens = best.indices // V, best.indices % V
         total = best.values
-        found = [one[parents] for one in [*found, together.log_softmax(-1)]]
+        steps.append((together, parents))
         after = _prior(branches.extend(parents, tokens))
-    ids = branches.ids[0]
-    return ids, torch.stack([one[0] for one in found])
+    beam, found = 0, []
+    for together, parents in reversed(steps):
+        beam = int(parents[beam])
+        found.append(together[beam].log_softmax(-1))
+    return branches.ids[0], torch.stack(found[::-1])
+
+
+def _held_out(measurements: Measurements, mixed: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Likelihood ``[T, V]`` and ids ``[T]`` of text that comes after the beginning of another.
+
+    The probe that reads it was not fitted on it. It is random where there is no text of the model's
+    own.
+
+    Args:
+        measurements: of the model.
+        mixed: a quarter is random tokens, which show what a language model is worth on text that is
+            unlike its own.
+    """
+    transformer, channel = measurements.transformer, measurements.channel
+    generator = torch.Generator().manual_seed(6)
+    fitted, own = measurements.text, None
+    rows, length = _RANDOM
+    if fitted is None:
+        length = min(length, most_positions(transformer.model.config) or length)
+    else:
+        rows, length = max(1, round(_HELD_OUT * len(fitted))), fitted.shape[1]
+        fitted, own = fitted[:-rows], fitted[-rows:].cpu()
+    held = torch.randint(transformer.embedding.vocabulary_size, (rows, length), generator=generator)
+    if own is not None:
+        held = torch.where((torch.arange(rows) % 4 < 3)[:, None], own, held) if mixed else own
+    probe = measurements.probe_of(fitted)
+    ranking = ProbeRanking(replace(measurements, probe=probe))
+    half = held.shape[1] // 2
+    pieces = held[:, : 2 * half].reshape(-1, half)
+    for before, piece in zip(held.repeat_interleave(2, 0).roll(2, 0), pieces, strict=True):
+        length = int(torch.randint(1, half + 1, (), generator=generator))
+        ids = torch.cat([before[:length], piece[:_PIECE]]).to(transformer.device)
+        features = transformer.features_of(ids[None])[0, length:]
+        if channel is not None:
+            features = channel(features, generator)
+        yield _likelihood(ranking, probe, features), ids[length:]
+
+
+def _scores(likelihood: Tensor, ids: Tensor, language_model: LanguageModel | None) -> Tensor:
+    """``[temperatures * shares]`` the log-chance of right tokens ``[T]`` under each of them."""
+    V = likelihood.shape[1]
+    prior = torch.full_like(likelihood, 1 / V)
+    if language_model is not None:
+        prior[1:] = _prior(language_model.log_probabilities(ids[None])[0, :-1]).exp()
+    shares = torch.tensor(_SHARES, device=likelihood.device)
+    found = []
+    for temperature in _TEMPERATURES:
+        chances = (temperature * likelihood).softmax(-1)
+        right, all_tokens = chances.gather(1, ids[:, None]), (chances * prior).sum(-1, keepdim=True)
+        right, all_tokens = ((1 - shares) * one + shares / V for one in (right, all_tokens))
+        found.append((right.log() - all_tokens.log()).sum(0))
+    return torch.cat(found)
+
+
+def _logistic(evidence: Tensor, right: Tensor, plain: list[float]) -> list[float]:
+    """Weights of evidence ``[N, 4]`` under which tokens are as often right as they are likely.
+
+    They are drawn towards ``plain`` ones, with which chances stay as they are.
+    """
+    x, y = evidence.double(), right.double()
+    drawn_to = x.new_tensor(plain)
+    weights = drawn_to.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        errors = binary_cross_entropy_with_logits(x @ weights, y, reduction="sum")
+        total = errors + (weights - drawn_to).square().sum() / 2
+        (weights.grad,) = torch.autograd.grad(total, weights)
+        return total
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+    found: list[float] = weights.tolist()
+    return found
 
 
 def _likelihood(ranking: ProbeRanking, probe: LinearProbe, rows: Tensor) -> Tensor:

@@ -8,15 +8,18 @@ tokens. So texts are run, and what they show leads on:
 2. Random texts that end with it are run, and regressed from their last states on the tokens at each
    position: where attention mixes tokens linearly, that separates them, although every other token
    is noise to it. The regression is repeated on texts that come nearer.
-3. From the nearest texts, one token or two are replaced by those that the regression and the
-   language model find likeliest at their position or at another, positions are exchanged, and the
-   embeddings of all positions descend together towards the state (several starts in parallel), each
-   ending at its nearest tokens.
+3. In the nearest texts, one token or two are replaced by those that the regression and the language
+   model find likeliest at their position or at another, and positions are exchanged.
+4. In the nearest text one position after the other is regressed alone, on random tokens in its
+   place: where the others are right, nothing else is noise to it.
+5. The embeddings of all positions descend together towards the state (several starts in parallel),
+   each ending at its nearest tokens.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from itertools import chain, combinations
 
 import torch
@@ -36,12 +39,16 @@ _POOL = 4
 _LIKELY, _OF_OTHERS, _IN_PAIRS = 64, 24, 6
 """Tokens tried at a position: its likeliest, those of every position, and for two at once."""
 _SWEEPS, _ROUNDS = 2, 4
+_OF_ONE = 512
+"""Random tokens that are run in place of one."""
 _LAST_READ, _BEHIND, _LAST_TOKENS = 32, 16, 3
 """Last tokens that are run, after how many random texts each; and those that are searched, each
 with half of the budget that is left."""
 _STARTS, _STEPS, _RATE = 8, 12, 0.3
 """Of the joint descent; the rate in std of the embedding."""
-_RIDGE = 3e-3
+_RIDGE, _SHRINKAGE = 3e-2, 0.3
+"""Of a regression on texts hardly more than features; the shrinkage of its covariances towards even
+ones."""
 _REACHED = 0.05
 """The share of the threshold at which a text is taken to be found."""
 
@@ -129,13 +136,35 @@ class TextSearch:
         for number in range(_ROUNDS):
             if self._found or len(self.texts) >= until:
                 return
-            likelihood = self._read(last, around=number > 0)
+            ending = self.texts[:, -1] == last
+            likelihood = self._read(ending, range(self.texts.shape[1] - 1), around=number > 0)
             for _ in range(_SWEEPS):
                 self.run(self._changed(likelihood)[: until - len(self.texts)])
                 if self._found or len(self.texts) >= until:
                     return
+            self._exchange(until)
+            if self._found or len(self.texts) >= until:
+                return
             self.run(self._descended()[: until - len(self.texts)])
             self.run(self._sampled(likelihood, count // 2, last)[: until - len(self.texts)])
+
+    def _exchange(self, until: int) -> None:
+        """Replace one token of the nearest text after the other, while it comes nearer.
+
+        The likeliest tokens are run by a regression on texts that differ nowhere else.
+        """
+        position, unchanged, T = 0, 0, self.texts.shape[1]
+        while unchanged < T - 1 and len(self.texts) < until and not self._found:
+            text = self.best
+            drawn = in_place(text, position, self._drawn(_OF_ONE)[:, position])
+            self.run(drawn[: until - len(self.texts)])
+            others = torch.arange(T, device=text.device) != position
+            counted = (self.texts[:, others] == text[others]).all(1)
+            likelihood = self._read(counted, [position], around=False)
+            ids = best_tokens(likelihood, min(_LIKELY, likelihood.shape[1])).indices[0]
+            self.run(in_place(text, position, ids)[: until - len(self.texts)])
+            unchanged = unchanged + 1 if bool((self.best == text).all()) else 0
+            position = (position + 1) % (T - 1)
 
     # -- running texts -----------------------------------------------------------------------
 
@@ -177,18 +206,18 @@ class TextSearch:
     # -- what they show ----------------------------------------------------------------------
 
     @torch.no_grad()
-    def _read(self, last: int, around: bool) -> Tensor:
-        """Log-likelihood ``[T - 1, V]`` of each token at each position but the last.
+    def _read(self, counted: Tensor, positions: Sequence[int], around: bool) -> Tensor:
+        """Log-likelihood ``[P, V]`` of each token at P positions.
 
         Args:
-            last: of the texts that count.
+            counted: ``[M]`` bool; which texts are regressed on.
+            positions: at which tokens are read.
             around: those near to the target count most.
         """
-        ending = self.texts[:, -1] == last
-        ids, x = self.texts[ending, :-1], self._differences[ending]
+        ids, x = self.texts[counted][:, list(positions)], self._differences[counted]
         weights = torch.ones(len(x), device=x.device)
         if around:
-            squares = self.residuals[ending].square()
+            squares = self.residuals[counted].square()
             weights = torch.exp(-squares / squares.median().clamp_min(1e-12))
         weights = weights / weights.sum()
         middle = weights @ x
@@ -215,9 +244,9 @@ class TextSearch:
         self, guess: Tensor, mean: Tensor, tokens: Tensor, errors: Tensor, weights: Tensor
     ) -> Tensor:
         """``[V]`` for a guess ``[D]``, from tokens and errors ``[N, D]`` of those regressed on."""
-        variances, axes = torch.linalg.eigh((errors.T @ (errors * weights)).double())
-        whitening = axes / variances.clamp_min(1e-3 * variances.mean().clamp_min(1e-30)).sqrt()
-        spread = (tokens.T @ (tokens * weights)).double()
+        variances, axes = torch.linalg.eigh(_covariance(errors, weights))
+        whitening = axes / variances.clamp_min(1e-30).sqrt()
+        spread = _covariance(tokens, weights)
         signal, turned = torch.linalg.eigh(whitening.T @ spread @ whitening)
         read = signal > 1
         directions = (whitening @ turned[:, read]).float()
@@ -317,6 +346,14 @@ class TextSearch:
         single = starts[changed[:, 0]].clone()
         single[torch.arange(len(changed)), changed[:, 1]] = found[changed[:, 0], changed[:, 1]]
         return torch.cat([found, single])
+
+
+def _covariance(centred: Tensor, weights: Tensor) -> Tensor:
+    """``[D, D]`` of vectors ``[N, D]`` with weights ``[N, 1]``, as few of them show it."""
+    found = (centred.T @ (centred * weights)).double()
+    mean = found.diagonal().mean()
+    found.mul_(1 - _SHRINKAGE).diagonal().add_(_SHRINKAGE * mean)
+    return found
 
 
 def in_place_of_last(texts: Tensor, last: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class ChannelSpec:
     store: Literal["float32", "bfloat16", "float16"] = "float32"
     noise: float = 0.0
     noise_kind: Literal["gaussian", "laplace"] = "gaussian"
+    largest: float = 1.0
     features: str | None = None
 
 
@@ -235,7 +236,7 @@ def _capture(wanted: dict[Path, tuple[ChannelSpec, TransformerSpec]], prompts: P
     for path, (channel, spec) in wanted.items():
         stored = CaptureOptions(
             prompts, path, store=channel.store, noise=channel.noise,
-            noise_kind=channel.noise_kind, keep_prompts=True,
+            noise_kind=channel.noise_kind, largest=channel.largest, keep_prompts=True,
         )  # fmt: skip
         capture(stored, spec, models.load)
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_inversion.progress import counted
 from lightning_inversion.transformer.blocks import most_positions
+from lightning_inversion.transformer.sparse import keep_largest
 
 if TYPE_CHECKING:
     from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -60,9 +61,16 @@ class Moments:
     @classmethod
     @torch.no_grad()
     def of(
-        cls, transformer: TruncatedTransformer, sequences: Sequence[Tensor], first: int
+        cls,
+        transformer: TruncatedTransformer,
+        sequences: Sequence[Tensor],
+        first: int,
+        largest: float = 1.0,
     ) -> Moments:
-        """Run ids ``[N, T]`` each; their tokens from position ``first`` on count, in float64."""
+        """Run ids ``[N, T]`` each; their tokens from position ``first`` on count, in float64.
+
+        Of the features of each the share ``largest`` is kept; see ``keep_largest``.
+        """
         device = transformer.device
         F, D = transformer.feature_size, transformer.embedding.width
         shapes = ((), (F,), (F, F), (F, D), (D,), (D, D))
@@ -75,6 +83,7 @@ class Moments:
         for chunk in counted(chunks, "fitting the linear probe"):
             vectors = transformer.embedding(chunk)
             x = transformer(vectors)[:, first:].reshape(-1, F).double()
+            x = keep_largest(x, largest)
             y = vectors[:, first:].reshape(-1, D).double()
             finite = x.isfinite().all(1)  # a few tokens may overflow float16
             x, y = x[finite], y[finite]
@@ -85,6 +94,13 @@ class Moments:
             found.embeddings.add_(y.sum(0))
             found.variation.addmm_(y.T, y)
         return found
+
+    @property
+    def std(self) -> Tensor:
+        """``[F]`` of each feature."""
+        mean = self.features / self.count
+        variance = self.squares.diagonal() / self.count - mean.square()
+        return variance.clamp_min(0).sqrt() + _SMALLEST_STD
 
     def add_(self, other: Moments) -> Moments:
         """Add the sums of other tokens, in place."""
@@ -102,7 +118,7 @@ class Moments:
         )
 
 
-Sums = Callable[["TruncatedTransformer", Sequence[Tensor], int], Moments]
+Sums = Callable[["TruncatedTransformer", Sequence[Tensor], int, float], Moments]
 
 
 @dataclass(frozen=True)
@@ -111,7 +127,7 @@ class LinearProbe:
 
     Attributes:
         mean: ``[2, F]`` mean of each feature over random tokens.
-        std: ``[2, F]`` its standard deviation.
+        std: ``[2, F]`` its standard deviation, where all features are kept.
         matrix: ``[2, F, D]`` from standardised features to embeddings.
         bias: ``[2, D]`` the mean embedding of the tokens it was fitted on.
         directions: ``[2, D, D]``; along each column the guess's error has variance 1 and none in
@@ -120,6 +136,7 @@ class LinearProbe:
             first.
         shrinkage: ``[2, D, D]``; a token's difference from the mean, times this, is what the guess
             has of it on average. A regression shrinks the directions that it cannot determine.
+        largest: the share of each position's features that it reads, the largest ones.
     """
 
     mean: Tensor
@@ -129,6 +146,7 @@ class LinearProbe:
     directions: Tensor
     signal: Tensor
     shrinkage: Tensor
+    largest: float = 1.0
 
     @property
     def kept_share(self) -> Tensor:
@@ -138,7 +156,7 @@ class LinearProbe:
     def standardize(self, features: Tensor, positions: Tensor) -> Tensor:
         """Features ``[..., F]`` at ``positions`` [...] in units of their std."""
         kind = positions.clamp(max=1)
-        return (features - self.mean[kind]) / self.std[kind]
+        return (keep_largest(features, self.largest) - self.mean[kind]) / self.std[kind]
 
     def __call__(self, features: Tensor, positions: Tensor) -> Tensor:
         """Features ``[..., F]`` at ``positions`` [...] -> guessed embeddings ``[..., D]``."""
@@ -161,6 +179,7 @@ class LinearProbe:
         seed: int = 0,
         text: Tensor | None = None,
         noise: float = 0.0,
+        largest: float = 1.0,
         sums: Sums = Moments.of,
     ) -> LinearProbe:
         """Fit on random tokens: 16,384 later ones and 4,096 first ones, more for wide features.
@@ -176,6 +195,7 @@ class LinearProbe:
             text: ``[N, T]`` ids of text to fit on in place of half of the tokens drawn as in text.
             noise: std of the Gaussian noise in the features that the probe is for. The probe then
                 reads the features in which a token stands out from it (a Wiener filter).
+            largest: the share of each position's features that is kept; see ``keep_largest``.
             sums: gives the moments of ids; ``Moments.of`` runs them.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -185,11 +205,17 @@ class LinearProbe:
         sequences = torch.randint(vocabulary, (2 * enough // _LENGTH, _LENGTH), generator=generator)
         frequent, more = _as_frequent_as_in_text(vocabulary, 2 * enough, generator).chunk(2)
         most = most_positions(transformer.model.config)
-        drawn = sums(transformer, [sequences[:, :most], frequent[:, :most]], 1)
-        added = sums(transformer, [(more if text is None else text)[:, :most]], 1)
-        first = _regression(sums(transformer, [singles], 0), noise)
-        later = _regression(drawn.add_(added), noise)
-        return cls(*(torch.stack(pair) for pair in zip(first, later, strict=True)))
+
+        def moments(share: float) -> tuple[Moments, Moments]:
+            drawn = sums(transformer, [sequences[:, :most], frequent[:, :most]], 1, share)
+            added = sums(transformer, [(more if text is None else text)[:, :most]], 1, share)
+            return sums(transformer, [singles], 0, share), drawn.add_(added)
+
+        kept = moments(largest)
+        stds = [one.std for one in (kept if largest == 1 else moments(1.0))]
+        parts = [_regression(one, std, noise) for one, std in zip(kept, stds, strict=True)]
+        stacked: list[Any] = [torch.stack(pair) for pair in zip(*parts, strict=True)]
+        return replace(cls(*stacked), largest=largest)
 
 
 def _as_frequent_as_in_text(vocabulary: int, tokens: int, generator: torch.Generator) -> Tensor:
@@ -201,12 +227,11 @@ def _as_frequent_as_in_text(vocabulary: int, tokens: int, generator: torch.Gener
     return ((vocabulary + 1.0) ** even).long().sub(1).clamp(max=vocabulary - 1)
 
 
-def _regression(sums: Moments, noise: float) -> tuple[Tensor, ...]:
-    """A probe's parts for one kind of position; the sums are used up."""
+def _regression(sums: Moments, std: Tensor, noise: float) -> tuple[Tensor, ...]:
+    """A probe's parts for one kind of position, in units of ``std`` [F]; the sums are used up."""
     mean, bias = sums.features / sums.count, sums.embeddings / sums.count
     # In place, as a wide model's matrix in float64 takes hundreds of megabytes.
     covariance = sums.squares.div_(sums.count).sub_(torch.outer(mean, mean))
-    std = covariance.diagonal().clamp_min(0).sqrt() + _SMALLEST_STD
     correlation = covariance.div_(torch.outer(std, std))
     correlation.diagonal().add_(_RIDGE + (noise / std).square())
     shared = sums.products.div_(sums.count).sub_(torch.outer(mean, bias)).div_(std[:, None])

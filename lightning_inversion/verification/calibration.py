@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.transformer.linear_probe import LinearProbe
+from lightning_inversion.transformer.sparse import kept_features, where_kept
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.verification.held_out import HeldOut, HeldOutRuns, size_of
 from lightning_inversion.verification.noise import NOISE, NoiseKind, NoiseName
+from lightning_inversion.verification.rarity import NEAREST_SHARE, rarity, rarity_around_each
 
+_COUNTED = 0.95
+"""Of the share of features that is told to be kept: the rest may be 0, or was counted otherwise."""
 CLEARANCE = 1.5
 """How many times the residual of a verified token that of every rival must be."""
 RISK = 1e-6
@@ -22,12 +26,8 @@ _SAFETY = 3.0
 """How many times the largest residual of a right token another machine may have."""
 _ODD = 0.01
 """Share of the held-out tokens that may be odd: they move no threshold."""
-_NEAREST_SHARE = 0.05
-"""Share of the random tokens, the nearest ones, whose residuals show how fast they get rare."""
 _MANY_FEATURES = 64
 """Of fewer features a target that is of no token may be as near to one token, and to no other."""
-_NEAREST = 4
-"""Of a target's own random tokens the nearest ones, which show how fast tokens get rare there."""
 
 
 class Channel(Protocol):
@@ -40,6 +40,13 @@ class Channel(Protocol):
     @property
     def noise_kind(self) -> NoiseName:
         """How the noise is distributed."""
+
+    @property
+    def largest(self) -> float:
+        """The share of each position's features that is kept; see ``keep_largest``."""
+
+    def __call__(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Features ``[..., F]`` after all that happens."""
 
     def without_noise(self, features: Tensor) -> Tensor:
         """Features ``[..., F]`` after all else that happens, such as rounding."""
@@ -80,6 +87,8 @@ class Calibration:
         flattened: ``[2]`` how much likelier noise may be after rounding; ``NoiseKind.flattened``.
         hidden: ``[2]`` bool; told noise is so strong that tokens far from the right one's
             embedding could pass for the target too.
+        features: how many features of a position are compared at least: all, or 95% of those that
+            were kept.
         power: of the kind of noise, see ``NoiseKind``; 2 without noise.
     """
 
@@ -99,18 +108,32 @@ class Calibration:
     noisy: Tensor
     flattened: Tensor
     hidden: Tensor
+    features: int
     power: int = 2
 
     @property
     def verifies(self) -> bool:
         """Whether tokens can be verified at every position, without comparing them with all."""
         told = (self.noisy > 0) & (~self.hidden | self.has_many_features)
-        return bool(((self.threshold > 0) | told).all())
+        return bool(((self.threshold > 0) | told).all()) and not self.is_too_sparse
 
     @property
     def has_many_features(self) -> bool:
         """Whether features are so many that none is matched by chance where all are compared."""
-        return self.std.shape[1] >= _MANY_FEATURES
+        return self.features >= _MANY_FEATURES
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether only the largest features of each position are compared."""
+        return self.features < self.std.shape[1]
+
+    @property
+    def is_too_sparse(self) -> bool:
+        """Whether they are so few that nothing is verified.
+
+        How rare tokens are near the target is measured for features that do not depend on it.
+        """
+        return self.is_sparse and not self.has_many_features
 
     @property
     def has_noise(self) -> bool:
@@ -125,6 +148,8 @@ class Calibration:
     def residual(self, features: Tensor, target: Tensor, positions: Tensor) -> Tensor:
         """Residual ``[...]`` of features ``[..., F]`` to a target ``[..., F]`` at positions."""
         standard = (features - target) / self.std[positions.clamp(max=1)]
+        if self.is_sparse:
+            standard = where_kept(standard, target, self.features, self.power)
         if not self.left_out.shape[2]:
             return self.noise_kind.residual(standard)
         first, later = (size_of(standard, directions) for directions in self.left_out)
@@ -142,6 +167,8 @@ class Calibration:
     def limit(self, positions: Tensor) -> Tensor:
         """The residual ``[...]`` up to which a token at positions ``[...]`` passes."""
         limits = torch.where(self.noisy > 0, self.plausible, self.threshold)
+        if self.is_too_sparse:
+            limits = torch.zeros_like(limits)
         return limits[positions.clamp(max=1)]
 
     def apart(
@@ -163,7 +190,7 @@ class Calibration:
         """
         kind = positions.clamp(max=1)
         explained, bar = self.bar(residuals, positions, vocabulary)
-        farther = max(CLEARANCE, (vocabulary / RISK) ** (1 / self.std.shape[1]))
+        farther = max(CLEARANCE, (vocabulary / RISK) ** (1 / self.features))
         times = torch.where(explained, CLEARANCE, farther)
         clear = (rivals > bar) & (rivals >= times * residuals)
         unlikely = self.risk(residuals, rivals, positions, vocabulary) <= RISK
@@ -245,7 +272,7 @@ class Calibration:
         _, bar = self.bar(residuals, positions, vocabulary)
         small = residuals if self.left_out.shape[2] else bar
         share = (small / self.common[kind]).clamp(max=1.0) ** self.dimension[kind]
-        return vocabulary * _NEAREST_SHARE * torch.where(self.noisy[kind] > 0, 0.0, share)
+        return vocabulary * NEAREST_SHARE * torch.where(self.noisy[kind] > 0, 0.0, share)
 
     # -- measuring ---------------------------------------------------------------------------
 
@@ -269,12 +296,16 @@ class Calibration:
         """
         stored = Tensor.clone if channel is None else channel.without_noise
         runs = runs or HeldOutRuns.measure(transformer, text)
-        kinds = HeldOut.measure(transformer, probe, stored, runs)
+        F = transformer.feature_size
+        sparse = channel is not None and channel.largest < 1
+        kept = kept_features(_COUNTED * channel.largest, F) if channel and sparse else F
+        kinds = HeldOut.measure(transformer, probe, stored, runs, kept)
         parts = [_thresholds(kind) for kind in kinds]
         measured: dict[str, Any] = {
             name: torch.stack([part[name] for part in parts]) for name in parts[0]
         }
-        calibration = cls(mean=probe.mean, std=probe.std, **measured)
+        measured["freedom"] = (measured["freedom"] * kept / F).clamp_min(1.0)
+        calibration = cls(mean=probe.mean, std=probe.std, features=kept, **measured)
         if channel is None or not channel.noise:
             return calibration
         return _with_noise(calibration, channel, transformer.embedding.vocabulary_size)
@@ -291,7 +322,7 @@ def _thresholds(held_out: HeldOut) -> dict[str, Tensor]:
     threshold = torch.where(able, (usual * nearest).sqrt(), zero)
     gain = (_quantile(gains, _ODD) / 2 if len(gains) else zero).clamp_min(1e-30)
     dimension, common = min(
-        (_rarity(held_out.drawn), _rarity_around_each(held_out.drawn)),
+        (rarity(held_out.drawn), rarity_around_each(held_out.drawn)),
         key=lambda pair: float(pair[0] * (threshold / pair[1]).log()),
     )
     return {
@@ -318,48 +349,12 @@ def _quantile(values: Tensor, share: float) -> Tensor:
     return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
 
 
-def _rarity(residuals: Tensor) -> tuple[Tensor, Tensor]:
-    """By which power random tokens get rare near the target, and from which residual on.
-
-    Hill's estimator of the lower tail (Hill 1975), the local intrinsic dimension.
-    """
-    finite = residuals[residuals.isfinite()]
-    if not len(finite):
-        return residuals.new_zeros(()), residuals.new_full((), 1e-30)
-    nearest = finite.sort().values[: max(2, round(_NEAREST_SHARE * len(finite)))].double()
-    common = nearest[-1].clamp_min(1e-30)
-    return rarity_power(common, nearest).to(residuals), common.to(residuals)
-
-
-def _rarity_around_each(residuals: Tensor) -> tuple[Tensor, Tensor]:
-    """The same from the nearest random tokens of each target ``[N, K]`` alone.
-
-    Where tokens of some targets lie closer together, as keys and values of positions that take
-    the attention do, all residuals together look like those of few dimensions. The estimates of
-    all targets are averaged (Levina and Bickel 2004, by MacKay and Ghahramani's mean), and the
-    closest target gives the residual.
-    """
-    nearest = residuals.sort(dim=1).values[:, :_NEAREST].double()
-    nearest = nearest[nearest[:, -1].isfinite()]
-    if not nearest.numel():
-        return residuals.new_zeros(()), residuals.new_full((), 1e-30)
-    farthest = nearest[:, -1:].clamp_min(1e-30)
-    power = rarity_power(farthest, nearest[:, :-1])
-    share = (_NEAREST / residuals.shape[1] / _NEAREST_SHARE) ** (-1 / float(power))
-    return power.to(residuals), (farthest.min() * share).to(residuals)
-
-
-def rarity_power(common: Tensor, nearest: Tensor) -> Tensor:
-    """The power by which residuals get rare below ``common``, by the mean of their logs."""
-    return 1 / (common / nearest.clamp_min(1e-30)).log().mean().clamp_min(1e-3)
-
-
 def _with_noise(calibration: Calibration, channel: Channel, vocabulary: int) -> Calibration:
     """The calibration in std of told noise, the rounding's share in it taken off."""
     noise, kind = channel.noise, NOISE[channel.noise_kind]
     rounding = calibration.right[:, None] * calibration.std
     std = (noise**2 + rounding.square()).sqrt()
-    F, zero = std.shape[1], torch.zeros_like(calibration.threshold)
+    F, zero = calibration.features, torch.zeros_like(calibration.threshold)
     largest = kind.largest(F)
     # A token that was not compared, whose features are nearer than this, could be the right one.
     apart = calibration.wrong * calibration.std.median(dim=1).values / noise
@@ -373,8 +368,9 @@ def _with_noise(calibration: Calibration, channel: Channel, vocabulary: int) -> 
         plausible=torch.full_like(zero, largest),
         right=torch.ones_like(zero),
         radius=zero,
-        noisy=(noise**2 / std.square()).sum(-1),
-        flattened=kind.flattened(noise, rounding),
+        # Of sparse features the kept ones may be those that are rounded most.
+        noisy=(noise**2 / std.square()).topk(F, largest=False).values.sum(-1),
+        flattened=kind.flattened(noise, rounding.topk(F).values),
         hidden=~able,
         power=kind.power,
     )

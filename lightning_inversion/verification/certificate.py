@@ -252,10 +252,10 @@ class Certificate:
             if found["format"] != FORMAT:
                 raise ValueError(f"it has format {found['format']!r}, and {FORMAT} is read")
             stored = found["calibration"]
-            if stored["power"] not in (1, 2):
-                raise ValueError(f"its noise has the power {stored['power']!r}")
+            if stored["power"] not in (1, 2) or type(stored["features"]) is not int:
+                raise ValueError("its calibration has another power than 1 or 2, or no features")
             parts: dict[str, Any] = {
-                f.name: stored[f.name] if f.name == "power" else torch.tensor(stored[f.name])
+                f.name: stored[f.name] if f.type == "int" else torch.tensor(stored[f.name])
                 for f in fields(Calibration)
             }
             tokens = tuple(_token(one) for one in found["tokens"])

@@ -34,7 +34,8 @@ class FirstTokenFeatures:
     @classmethod
     def of(cls, measurements: Measurements) -> FirstTokenFeatures:
         """Read them from the cache folder, or compute them once for a model and depth."""
-        of = measurements.probe.std[0], measurements.calibration.left_out[0]
+        probe = measurements.probe
+        of = probe.std[0], torch.tensor(probe.largest), measurements.calibration.left_out[0]
         return measurements.kept(cls, lambda: cls._scan(measurements), *of)
 
     def distances(self, standard: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.linear_probe import LinearProbe
 from lightning_inversion.transformer.prefix import FixedPrefix
 from lightning_inversion.transformer.rounding import rounded_differently
+from lightning_inversion.transformer.sparse import where_kept
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 
 _PROMPTS = 16
@@ -105,11 +106,20 @@ class HeldOut:
         probe: LinearProbe,
         stored: Callable[[Tensor], Tensor],
         runs: HeldOutRuns,
+        kept: int,
     ) -> list[HeldOut]:
         """Compare what held-out prompts gave, for each kind of position.
 
-        ``stored`` is what has happened to features ``[..., F]`` of targets.
+        ``stored`` is what has happened to features ``[..., F]`` of targets, of which ``kept`` are
+        compared at each position.
         """
+
+        def size(features: Tensor, target: Tensor, kind: int) -> Tensor:
+            difference = (features - target) / probe.std[kind]
+            if kept < difference.shape[-1]:
+                difference = where_kept(difference, target, kept)
+            return size_of(difference, left_out[kind])
+
         whole = (runs.first, runs.prompts)
         errors = [
             ((run[1:] - run[:1])[:, :, kind:] / probe.std[kind]).flatten(0, 2).nan_to_num(0, 0, 0)
@@ -118,15 +128,14 @@ class HeldOut:
         left_out = [_most_erring(some, transformer.dtype) for some in errors]
         first, targets = map(stored, whole)
         found: list[tuple[list[Tensor], ...]] = [([], [], [], []), ([], [], [], [])]
-        found[0][0].append(size_of((runs.first[:1] - first) / probe.std[0], left_out[0]).flatten())
+        found[0][0].append(size(runs.first[:1], first, 0).flatten())
         first_duplicate = transformer.embedding.first_duplicate.to(transformer.device)
         for position, candidates, features in zip(
             runs.positions.tolist(), runs.candidates, runs.features, strict=True
         ):
             kind = min(position, 1)
             right, wrong, drawn, gains = found[kind]
-            difference = (features - targets[:, :, position, None]) / probe.std[kind]
-            residuals = size_of(difference, left_out[kind])
+            residuals = size(features, targets[:, :, position, None], kind)
             right.append(residuals[:, :, 0].flatten())
             others = residuals[0, :, 1:]
             # A duplicate of the right token is not wrong: nothing distinguishes the two.

@@ -80,9 +80,8 @@ class Measurements:
 
         The tokens that every probe is fitted on are not run again.
         """
-        noise = 0.0 if self.channel is None else self.channel.noise
         sums = _Runs(self.transformer).moments
-        return LinearProbe.fit(self.transformer, text=text, noise=noise, sums=sums)
+        return LinearProbe.fit(self.transformer, text=text, **_told(self.channel), sums=sums)
 
     @classmethod
     def measure(
@@ -100,24 +99,29 @@ class Measurements:
                 calibration kept.
         """
         text = None if language_model is None else own_text(language_model)
-        noise = 0.0 if channel is None else channel.noise
+        told = _told(channel)
         identity, digest = recognised(transformer), _digest(text)
         runs = _Runs(transformer)
 
         def fit() -> LinearProbe:
             _log.info("fitting the linear probe from hidden states to embeddings ...")
-            return LinearProbe.fit(transformer, text=text, noise=noise, sums=runs.moments)
+            return LinearProbe.fit(transformer, text=text, **told, sums=runs.moments)
 
         def calibrate() -> Calibration:
             _log.info("calibrating verification thresholds ...")
             return Calibration.measure(transformer, probe, channel, text, runs.held_out(text))
 
-        probe = _kept(identity, LinearProbe, fit, transformer, text=digest, noise=noise)
+        probe = _kept(identity, LinearProbe, fit, transformer, text=digest, **told)
         plain = channel is None or is_dataclass(channel)
         calibration = _kept(
             identity if plain else None, Calibration, calibrate, transformer,
             text=digest, channel=None if channel is None else repr(channel),
         )  # fmt: skip
+        if calibration.is_too_sparse:
+            _log.warning(
+                "%d of the %d features of a position are kept, which is too few to verify a token.",
+                calibration.features, calibration.std.shape[1],
+            )  # fmt: skip
         return cls(transformer, probe, calibration, language_model, text, identity, channel)
 
 
@@ -138,15 +142,21 @@ class _Runs:
         return recognised(self._whole) if self._whole.feature_size <= _NARROW else None
 
     def moments(
-        self, transformer: TruncatedTransformer, sequences: Sequence[Tensor], first: int
+        self,
+        transformer: TruncatedTransformer,
+        sequences: Sequence[Tensor],
+        first: int,
+        largest: float,
     ) -> Moments:
-        """``Moments.of`` ids."""
-        whole = self._whole
+        """``Moments.of`` ids; which features are the largest depends on the slice."""
+        whole, cut, identity = self._whole, self._slice, self._identity
+        if largest < 1:
+            whole, cut, identity = transformer, slice(None), identity and recognised(transformer)
         found = _kept(
-            self._identity, Moments, lambda: Moments.of(whole, sequences, first), whole,
-            ids=_digest(*sequences), first=first,
+            identity, Moments, lambda: Moments.of(whole, sequences, first, largest), whole,
+            ids=_digest(*sequences), first=first, largest=largest,
         )  # fmt: skip
-        return found.of_slice(self._slice)
+        return found.of_slice(cut)
 
     def held_out(self, text: Tensor | None) -> HeldOutRuns:
         """Held-out prompts, half of them of text ``[N, T]``."""
@@ -168,6 +178,13 @@ def _kept(
     if identity is None:
         return build()
     return kept(kind, {**identity, **more}, build, transformer.device)
+
+
+def _told(channel: Channel | None) -> dict[str, Any]:
+    """What a probe depends on of a channel."""
+    if channel is None:
+        return {"noise": 0.0, "largest": 1.0}
+    return {"noise": channel.noise, "largest": channel.largest}
 
 
 def _digest(*tensors: Tensor | None) -> str:

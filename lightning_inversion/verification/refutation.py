@@ -80,7 +80,7 @@ class Refutation:
         close = torch.unique(tokens[1:][~apart])
         close = close[close != tokens[0]]
         nearest = bool((residuals[1:] >= own).all()) and bool(explained.all())
-        told = calibration.has_noise or not calibration.has_many_features
+        told = calibration.has_noise or calibration.is_sparse or not calibration.has_many_features
         if not nearest or told or not 0 < len(close) <= _MOST:
             return tokens[:0]
         return close if self._all_refuted(close, ids, target, features_of) else tokens[:0]

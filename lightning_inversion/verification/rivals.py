@@ -64,6 +64,8 @@ class NearTokens:
         calibration, embedding = measurements.calibration, measurements.transformer.embedding
         if calibration.has_noise or measurements.transformer.keeps_embeddings:
             return cls.at(calibration, embedding)
+        if calibration.is_sparse:  # which features are compared depends on the target
+            return cls(embedding.matrix, 1e9)
         scan = measurements.derived(FirstTokenFeatures)
         residuals = scan.projected / scan.directions.shape[1] ** 0.5
         near = 2 * calibration.threshold + calibration.right

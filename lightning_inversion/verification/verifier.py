@@ -122,8 +122,9 @@ class Verifier:
     def of(cls, measurements: Measurements) -> Verifier:
         """The verifier of a model at its measured thresholds."""
         transformer, calibration = measurements.transformer, measurements.calibration
-        scans = transformer.causal and bool(calibration.left_out.shape[2])
-        screens = transformer.causal and calibration.has_many_features
+        whole = transformer.causal and not calibration.is_sparse
+        scans = whole and bool(calibration.left_out.shape[2])
+        screens = whole and calibration.has_many_features
         return cls(
             calibration,
             measurements.derived(NearTokens),

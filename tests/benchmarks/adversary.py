@@ -41,7 +41,8 @@ FEATURES = ("all", "slice", "attention alone", "final norm")
 CHANNELS = (
     "float32", "bfloat16", "float16", "noise", "computed in bfloat16", "computed in float16",
     "Laplace noise", "strong noise", "strong Laplace noise", "noise in float16",
-    "Laplace noise in float16",
+    "Laplace noise in float16", "sparse", "sparse in bfloat16", "sparse noise",
+    "sparse strong Laplace noise",
 )  # fmt: skip
 TARGETS = (
     "honest", "other rounding", "other depth", "changed weights", "scaled", "permuted", "shifted",
@@ -49,8 +50,8 @@ TARGETS = (
 )  # fmt: skip
 """The last three add noise of 1.05 to 3 times, or of 0.3 times the std that is told, and noise of
 the other kind."""
-_STRONG_WIDTH = 96
-"""Under strong noise few features verify nothing."""
+_STRONG_WIDTH, _SPARSE_WIDTH = 96, 192
+"""Under strong noise few features verify nothing, and few that are kept never do."""
 _WIDTH, _LENGTH, _PROMPTS, _TEXTS = 32, 8, 24, 6
 _SMALL = verifier._SMALL_VOCABULARY
 
@@ -80,6 +81,8 @@ def attacked(case: Case, kinds: tuple[str, ...] = TARGETS, last: bool = False) -
     """Counts of tokens, verified ones, right ones and false ones, also by channel and target."""
     if "strong" in case.channel:
         case = replace(case, width=max(case.width, _STRONG_WIDTH))
+    if "sparse" in case.channel:
+        case = replace(case, width=max(case.width, _SPARSE_WIDTH))
     with mock.patch.object(verifier, "_SMALL_VOCABULARY", 0 if case.large else _SMALL):
         return _attacked(case, kinds, last)
 
@@ -182,13 +185,15 @@ def _cut(model: hf.PreTrainedModel, case: Case, depth: int = 2) -> TruncatedTran
 def _storage(case: Case, transformer: TruncatedTransformer) -> Storage:
     words = case.channel.split()
     dtype = words[-1] if "float" in words[-1] else "float32"
+    largest = (0.3, 0.35, 0.5, 0.7, 0.9)[case.seed % 5] if "sparse" in words else 1.0
     if "noise" not in words:
-        return Storage(dtype)
+        return Storage(dtype, largest=largest)
     ids = torch.arange(64).view(8, 8)
     std = float(transformer.features_of(ids).std())
     weak, strong = 10 ** -(1 + (case.seed % 5) / 2), (0.1, 0.2, 0.4, 0.7, 1.0)[case.seed % 5]
     kind: NoiseName = "laplace" if "Laplace" in words else "gaussian"
-    return Storage(dtype, std * (strong if "strong" in words else weak), kind)
+    noise = std * (strong if "strong" in words else weak)
+    return Storage(dtype, noise, kind, largest=largest)
 
 
 def _prompts(odd: Tensor, vocabulary: int, generator: torch.Generator) -> Tensor:

@@ -23,6 +23,7 @@ from lightning_inversion.replication.policies import protocol_prompts
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
+from lightning_inversion.transformer.unembedding import Unembedding
 from lightning_inversion.verification.measurements import Measurements
 
 STARTS, EVERY, RATE = 8, 20, 0.3
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=16384)
     parser.add_argument("--steps", type=int, default=200, help="of the gradient alone; 0 for none")
     parser.add_argument("--final_norm", action="store_true")
+    parser.add_argument("--logits", action="store_true", help="from the logits of all blocks")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     print(
@@ -70,8 +72,10 @@ def main() -> None:
         "CPU s of a text | gradient alone: exact | CPU s |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for depth in options.depths:
-        spec = dataclasses.replace(TransformerSpec(), depth=depth, final_norm=options.final_norm)
+    whole_depth = dataclasses.replace(TransformerSpec(), depth=None).blocks_needed()
+    for depth in [whole_depth] if options.logits else options.depths:
+        final_norm = options.final_norm or options.logits
+        spec = dataclasses.replace(TransformerSpec(), depth=depth, final_norm=final_norm)
         transformer, whole = spec.load_with_head()
         assert transformer.tokenizer is not None
         measurements = Measurements.measure(transformer, LanguageModel(whole, transformer.caches))
@@ -84,7 +88,11 @@ def main() -> None:
             rows = []
             for prompt in prompts[: options.prompts]:
                 ids = prompt[:tokens]
-                row = transformer.features_of(torch.tensor([ids]))[:, -1:].detach()
+                if options.logits:
+                    logits = whole(torch.tensor([ids])).logits.detach()
+                    row = Unembedding.of(whole).states(logits[:, -1:])
+                else:
+                    row = transformer.features_of(torch.tensor([ids]))[:, -1:].detach()
                 began = time.process_time()
                 policy = LastPosition(tokens, budget=options.budget)
                 with torch.no_grad():

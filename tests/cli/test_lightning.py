@@ -134,6 +134,7 @@ def test_a_list_longer_than_a_parser_can_take_is_one_sentence(capsys) -> None:
         ("learning_rate: {start: null}", "--learning_rate.start: None is not a number"),
         ("trainer: {num_nodes: 1000000000}", "num_nodes is 1000000000, and at most 10000"),
         ("data: {noise: 1e300}", "--data.noise must be between 0 and 1e+15"),
+        ("data: {largest: 0}", "--data.largest is a share of the features"),
         ("trainer: {devices: 1000000000}", "1000000000 processes are too many"),
     ],
 )

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.data.prompts import PromptDataModule
+from lightning_inversion.data.request import Request
 from lightning_inversion.data.storage import Storage
 from lightning_inversion.data.targets import Captured
 from lightning_inversion.errors import InputError
@@ -75,6 +76,25 @@ def test_a_file_comes_back_as_it_was_written(
     captured.write(again)
     assert Captured.read(again).manifest() == captured.manifest()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_keeps_what_happened_to_its_features(tiny_folder: Path, tmp_path: Path) -> None:
+    options = ("--largest=0.5", "--noise=0.1", "--noise_kind=laplace")
+    captured = Captured.read(capture(tiny_folder, tmp_path, *options))
+    assert captured.storage == Storage(noise=0.1, noise_kind="laplace", largest=0.5)
+    assert all(((target != 0).sum(1) == 16).all() for target in captured.targets)
+    assert not captured.warnings
+
+
+def test_features_that_are_0_are_reported(tmp_path: Path) -> None:
+    rows = torch.where(torch.arange(32) < 8, 1.0, 0.0).expand(3, 32).contiguous()
+    path = own_file(tmp_path / "own.safetensors", **{"0": rows})
+    (warning,) = Captured.read(path).warnings
+    assert warning.endswith(
+        "at most 0.25 of the features of a position are not 0, as where only the largest are kept; "
+        "set --data.largest 0.25 then."
+    )
+    assert not Captured.read(path, Request(largest=0.25)).warnings
 
 
 def test_every_difference_from_the_model_is_listed(

@@ -15,6 +15,8 @@ CASES = [
     Case(5, "untrained cluster", "attention alone", "noise"),
     Case(5, "near", "all", "strong noise", large=True),
     Case(4, "untrained cluster", "all", "strong Laplace noise", large=True),
+    Case(3, "near", "all", "sparse"),
+    Case(4, "very near", "all", "sparse noise"),
     Case(6, "parallel", "attention alone", "float32"),
     Case(7, "equal", "slice", "noise"),
     Case(3, "near", "keys and values", "float32"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_inversion import recover
+from lightning_inversion.data.storage import Storage
 from lightning_inversion.errors import InputError
 from lightning_inversion.proposers.proposals import Exhaustive
 from lightning_inversion.recovery.captured import Origin, explain, recover_captured
@@ -20,6 +22,7 @@ from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.verification.measurements import Measurements
+from lightning_inversion.verification.noise import NoiseName
 from tests.tiny import shared_tiny_model
 
 DEPTH = 3
@@ -156,19 +159,21 @@ def test_noise_on_features_leaves_the_nearest_token_clear(measurements: Measurem
         assert found.token == int(ids[0])
 
 
-def test_noise_that_was_not_told_is_estimated(measurements: Measurements) -> None:
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("kind", get_args(NoiseName))
+def test_noise_that_was_not_told_is_estimated(measurements: Measurements, kind: NoiseName) -> None:
     std = 0.02 * float(features().std())
-    noisy = features() + std * torch.randn((2, 6, 32), generator=generator)
+    noisy = Storage(noise=std, noise_kind=kind)(features(), torch.Generator().manual_seed(0))
     found = diagnosed(measurements, noisy)
     for one in found:
         assert one is not None
-        assert one.noise == pytest.approx(std, rel=0.4)
+        assert one.noise is not None
+        assert one.noise[1] == pytest.approx(std, rel=0.4)
         assert one.has_option
     assert found[0] is not None
     assert found[1] is not None
     assert found[0].finding == found[1].finding
-    assert "Gaussian noise of std" in found[0].finding
+    assert f"{kind.capitalize()} noise of std" in found[0].finding
+    assert ("--data.noise_kind laplace" in found[0].finding) == (kind == "laplace")
     # One feature that is off is no noise.
     off = features()
     off[..., 3] += 10 * std

@@ -16,7 +16,7 @@ from lightning_inversion.data.storage import Storage
 from lightning_inversion.data.targets import Captured
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.policy import Targets, recover_prompts
-from lightning_inversion.recovery.reading import Reading, ReadingScale, beam_search
+from lightning_inversion.recovery.reading import Reading, ReadingScale, _logistic, beam_search
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -56,12 +56,12 @@ def test_rows_are_read_and_never_verified(measurements: Measurements, beams: int
 
 
 def test_probabilities_are_calibrated_once(measurements: Measurements) -> None:
-    scale = ReadingScale.kept(measurements)
+    scale = ReadingScale.kept(measurements, 3)
     assert 0 < scale.temperature <= 2
-    assert 0 < scale.share_beside_prior < 1
+    assert 0 < scale.share < 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReadingScale, "of", lambda _: pytest.fail("it was measured again"))
-        assert ReadingScale.kept(measurements) == scale
+        patch.setattr(ReadingScale, "of", lambda *_: pytest.fail("it was measured again"))
+        assert ReadingScale.kept(measurements, 3) == scale
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -74,7 +74,24 @@ def test_probabilities_with_and_without_a_language_model_are_kept_apart(first: i
         Measurements.measure(transformer, LanguageModel(model, transformer.caches)),
     ]
     for one in (both[first], both[1 - first]):
-        assert ReadingScale.kept(one) == ReadingScale.of(one)
+        assert ReadingScale.kept(one, 0) == ReadingScale.of(one, 0)
+
+
+def test_each_number_of_beams_has_its_own_scale(measurements: Measurements) -> None:
+    scales = [ReadingScale.kept(measurements, beams) for beams in (0, 1, 4)]
+    assert scales == [ReadingScale.of(measurements, beams) for beams in (0, 1, 4)]
+    assert len(set(scales)) == 3
+
+
+def test_probabilities_follow_how_often_tokens_are_right() -> None:
+    """Chances that are twice as sure as they may be are drawn down."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(4000, generator=generator)
+    right = torch.rand(4000, generator=generator) < (logits / 2 - 1).sigmoid()
+    none = torch.zeros(4000)
+    evidence = torch.stack([logits, none, none, torch.ones(4000)], dim=1)
+    weights = _logistic(evidence, right, [1.0, 0.0, 0.0, 0.0])
+    assert weights == pytest.approx([0.5, 0, 0, -1], abs=0.1)
 
 
 def test_probabilities_know_the_noise() -> None:

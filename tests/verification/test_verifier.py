@@ -348,7 +348,7 @@ def test_a_rival_must_be_as_far_as_the_clearance(headless: Measurements) -> None
 def test_few_features_leave_open_what_rounding_does_not_explain(headless: Measurements) -> None:
     """Noise that was not told may bring a near token closer to the target than the right one."""
     whole = headless.calibration
-    few = dataclasses.replace(whole, mean=whole.mean[:, :3], std=whole.std[:, :3])
+    few = dataclasses.replace(whole, mean=whole.mean[:, :3], std=whole.std[:, :3], features=3)
     at, factor = torch.ones(1, dtype=torch.long), (300 / RISK) ** (1 / 3)
     unexplained, rounded = 1.1 * whole.rounding[at], 0.9 * whole.rounding[at]
     far = 1.1 * whole.threshold[at]
