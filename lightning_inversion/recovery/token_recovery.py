@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -231,7 +232,11 @@ class _Batch:
         if self.search.exhaustive:
             return  # the verifier compares with the near tokens alone
         for row, prompt in enumerate(self.prompts):
-            groups = [at for at, token in enumerate(prompt.tokens) if token.state == "group"]
+            groups = [
+                at
+                for at, (token, next_one) in enumerate(pairwise(prompt.tokens))
+                if token.state == "group" and next_one.state != "unresolved"
+            ]
             if not groups:
                 continue
             begin = len(prompt.known)

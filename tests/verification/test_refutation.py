@@ -191,3 +191,26 @@ def test_a_recovered_group_is_decided_and_checked_again(coarse: Coarse) -> None:
     # The last token of a prompt has no next row.
     (short,) = recover_prompts(policy, measurements, Targets(coarse.target[:, :1], [1]))
     assert [token.state for token in short.tokens] == ["group"]
+
+
+def test_errors_towards_the_rival_verify_no_wrong_token(coarse: Coarse) -> None:
+    """Where the first row is nearer to the rival's, the next row lets neither of the two pass."""
+    measurements, transformer = coarse.measurements, coarse.measurements.transformer
+    generator = torch.Generator().manual_seed(0)
+    right = torch.randint(VOCABULARY, (60, 3), generator=generator)
+    right[:, 0] = IDS[0]
+    wrong = right.clone()
+    wrong[:, 0] = coarse.rival
+    target, other = transformer.features_of(right), transformer.features_of(wrong)
+    share = torch.rand(60, 1, generator=generator)
+    target[:, 0] += share * (other[:, 0] - target[:, 0])
+    limit = measurements.calibration.rounding[1] * measurements.calibration.std[1]
+    target[:, 1:] += 0.3 * limit * torch.randn(60, 2, limit.shape[0], generator=generator)
+    mask, verifier = torch.ones_like(right, dtype=torch.bool), measurements.derived(Verifier)
+    shown = [
+        verifier.verify(ids, target, mask, transformer.features_of).alone[:, 0].tolist()
+        for ids in (right, wrong)
+    ]
+    assert not any(shown[1])
+    # The right one is verified where it is the nearest one.
+    assert shown[0] == (share[:, 0] < 0.5).tolist()
