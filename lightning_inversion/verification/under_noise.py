@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 _LENGTH = 6
 """Tokens of a context after which every token is run."""
 _AT_A_TIME = 256
-_MOST = 8192
+_MOST = 16384
 """Tokens that are compared at most; a token that noise could confuse with more is not verified."""
 _ODD = 1.7
 """Of the usual distance to the median features; a token that is farther is odd in this context."""
