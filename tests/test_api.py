@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from lightning_inversion.api import recover, verify
+from lightning_inversion.api import capture, recover, verify
 from lightning_inversion.data.storage import Storage
 from lightning_inversion.errors import InputError
 from lightning_inversion.proposers.proposals import Exhaustive
@@ -110,6 +110,23 @@ def test_wrong_arguments_are_refused(told: dict[str, Any], message: str) -> None
     given = {"model": shared_tiny_model("llama"), "tokenizer": None, "policy": POLICY, **told}
     with pytest.raises(InputError, match=message):
         recover(hidden_states=torch.ones(3, 32), depth=2, **given)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"noise": -1.0}, "^noise must be between 0 and"),
+        ({"noise_kind": "x"}, "^noise_kind: 'x' is unknown; choose from gaussian, laplace"),
+        ({"largest": 0.0}, "^largest is a share of the features, above 0 and at most 1"),
+        ({"largest": 2.0}, "^largest is a share of the features, above 0 and at most 1"),
+    ],
+)
+def test_a_channel_that_cannot_be_is_refused(told: dict[str, Any], message: str) -> None:
+    model, tokenizer = shared_tiny_model("llama"), tiny_tokenizer()
+    with pytest.raises(InputError, match=message):
+        capture(model, tokenizer, PROMPTS, depth=2, **told)
+    with pytest.raises(InputError, match=message):
+        recover(model, None, torch.ones(3, 32), depth=2, policy=POLICY, **told)
 
 
 def test_a_prefix_longer_than_a_prompt_is_refused() -> None:

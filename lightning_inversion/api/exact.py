@@ -16,7 +16,7 @@ from lightning_inversion.api.recovered import Recovered, Recoveries
 from lightning_inversion.data.capture import captured_features
 from lightning_inversion.data.layout import Layout, ModelShape
 from lightning_inversion.data.request import Order, Request
-from lightning_inversion.data.storage import Storage
+from lightning_inversion.data.storage import Storage, check_told
 from lightning_inversion.data.targets import Captured
 from lightning_inversion.data.texts import ModelLimits, tokenize
 from lightning_inversion.errors import InputError
@@ -69,8 +69,10 @@ def capture(
         tokens_per_batch: tokens of one forward, with their padding.
 
     Raises:
-        InputError: a prompt does not fit the model, or there is no tokenizer.
+        InputError: a prompt does not fit the model, there is no tokenizer, or noise or largest
+            cannot be.
     """
+    check_told("", noise, noise_kind, largest)
     model, tokenizer = in_memory(model, tokenizer)
     if tokenizer is None:
         raise InputError("capture needs the tokenizer of the model, and it is None.")

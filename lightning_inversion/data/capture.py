@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from lightning_inversion.data.batch import PromptBatch, pack
-from lightning_inversion.data.storage import MOST_NOISE, Storage
+from lightning_inversion.data.storage import Storage, check_told
 from lightning_inversion.data.targets import Captured
 from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize
 from lightning_inversion.errors import InputError
@@ -63,16 +63,7 @@ class CaptureOptions:
 
     def check(self) -> None:
         """Raise InputError for what cannot be done, before a model is loaded."""
-        if not 0 <= self.noise <= MOST_NOISE:
-            raise InputError(
-                f"--noise is a standard deviation, 0 or more and at most {MOST_NOISE:.0e}, and is "
-                f"{self.noise}."
-            )
-        if not 0 < self.largest <= 1:
-            raise InputError(
-                f"--largest is a share of the features, above 0 and at most 1, and is "
-                f"{self.largest}."
-            )
+        check_told("--", self.noise, self.noise_kind, self.largest)
         if self.tokens_per_batch < 1:
             raise InputError(
                 f"--tokens_per_batch must be at least 1, and is {self.tokens_per_batch}."

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from lightning_inversion.data.layout import Layout, ModelShape, Wanted
-from lightning_inversion.data.storage import MOST_NOISE
+from lightning_inversion.data.storage import check_told
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.selection import Output
 from lightning_inversion.verification.noise import NoiseName
@@ -54,22 +54,13 @@ class Request:
     def __post_init__(self) -> None:
         for name, value, known in (
             ("--data.order", self.order, get_args(Order)),
-            ("--data.noise_kind", self.noise_kind, get_args(NoiseName)),
             ("--model.transformer.output", self.output, get_args(Output)),
         ):
             if value not in known:
                 raise InputError(f"{name}: {value!r} is unknown; choose from {', '.join(known)}.")
         if not 0 < abs(self.scale) < float("inf"):
             raise InputError(f"--data.scale is a factor other than 0, and is {self.scale}.")
-        if not 0 <= self.noise <= MOST_NOISE:
-            raise InputError(
-                f"--data.noise must be between 0 and {MOST_NOISE:.0e}, and is {self.noise}."
-            )
-        if not 0 < self.largest <= 1:
-            raise InputError(
-                f"--data.largest is a share of the features, above 0 and at most 1, and is "
-                f"{self.largest}."
-            )
+        check_told("--data.", self.noise, self.noise_kind, self.largest)
         if self.first_position is not None and self.first_position < 0:
             raise InputError(
                 f"--data.first_position must be 0 or more, and is {self.first_position}."

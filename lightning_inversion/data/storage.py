@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.sparse import keep_largest
 from lightning_inversion.verification.noise import NOISE, NoiseName
 
 MOST_NOISE = 1e15
 """Std of noise that can be told; float32 holds the sum of its squares over any features."""
+
+
+def check_told(option: str, noise: float, noise_kind: str, largest: float) -> None:
+    """Raise InputError for told noise, or a told share of the features, that cannot be.
+
+    Args:
+        option: what the names of the options begin with in messages, as ``--data.``.
+        noise: see ``Storage`` for this and the others.
+        noise_kind: of the noise.
+        largest: the share.
+    """
+    if not 0 <= noise <= MOST_NOISE:
+        raise InputError(f"{option}noise must be between 0 and {MOST_NOISE:.0e}, and is {noise}.")
+    if noise_kind not in get_args(NoiseName):
+        known = ", ".join(get_args(NoiseName))
+        raise InputError(f"{option}noise_kind: {noise_kind!r} is unknown; choose from {known}.")
+    if not 0 < largest <= 1:
+        raise InputError(
+            f"{option}largest is a share of the features, above 0 and at most 1, and is {largest}."
+        )
 
 
 @dataclass(frozen=True)

@@ -221,6 +221,11 @@ def _specs_to_capture(
                 f"--config: channel {cell.values['channel']!r} has noise {channel.noise}; give a "
                 f"standard deviation between 0 and {MOST_NOISE:.0e}."
             )
+        if not 0 < channel.largest <= 1:
+            raise InputError(
+                f"--config: channel {cell.values['channel']!r} has largest {channel.largest}; give "
+                "a share above 0, up to 1."
+            )
         arguments = [*cell.arguments[:-1], f"--data.file={prompts}"]
         wanted[path] = channel, spec_of(cell.command, arguments)
         checked.add(cell.command)

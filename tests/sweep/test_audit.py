@@ -150,6 +150,7 @@ def test_the_plan_in_the_package_can_be_run() -> None:
         ({}, ["--prompts=nowhere.txt"], "--prompts 'nowhere.txt' does not exist"),
         ({}, ["--config=nowhere.yaml"], "--config 'nowhere.yaml' does not exist"),
         ({"channels": {"a": {"noise": -1.0}}}, ["--depth=1"], "channel 'a' has noise -1.0"),
+        ({"channels": {"a": {"largest": 3.0}}}, ["--depth=1"], "channel 'a' has largest 3.0"),
         ({"predict": {"options": {"model.recovery.budget": "x"}}}, [], "--model.recovery.budget"),
         ({"channels": {"a": {"store": "int8"}}}, [], "is no plan of an audit"),
         *(
