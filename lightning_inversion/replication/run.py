@@ -59,31 +59,26 @@ def missing_seeds(experiment: SourceExperiment, results: Sequence[Record]) -> li
 
 
 def run_experiments(
-    experiments: Sequence[SourceExperiment], folder: Path, runs: Path, processes: int
+    missing: Sequence[tuple[SourceExperiment, list[int]]], folder: Path, runs: Path, processes: int
 ) -> int:
-    """Run the missing seeds of experiments, and keep the rows of those that succeed.
+    """Run seeds of experiments, and keep the rows of the experiments that succeed.
 
     Returns the exit code.
 
     Nothing is kept of a run that is stopped before its end: the same call resumes it.
 
     Args:
-        experiments: at least one, each with a seed that has no rows.
+        missing: at least one experiment, each with its seeds to run.
         folder: of ``experiments.yaml``.
         runs: folder for the runs.
         processes: that share the runs out.
     """
-    for experiment in experiments:
+    for experiment, _ in missing:
         model = str(experiment.overrides.get("model.transformer.model", ""))
         if model.endswith("stand_ins/gpt2"):
             make_untrained_gpt2(folder, Path(model))
-    results = read_results(folder)
-    cells = {
-        one.name: [cell_of(one, folder, seed) for seed in missing_seeds(one, results[one.name])]
-        for one in experiments
-    }
-    settings = [(one.fingerprint(folder), [cell.name for cell in cells[one.name]])
-                for one in experiments]  # fmt: skip
+    cells = {one.name: [cell_of(one, folder, seed) for seed in seeds] for one, seeds in missing}
+    settings = [(one.fingerprint(folder), seeds) for one, seeds in missing]
     sweep = Sweep(
         runs / fingerprint_of(settings), tuple(cell for own in cells.values() for cell in own)
     )
@@ -91,7 +86,7 @@ def run_experiments(
     if all(sweep.status(cell).state != "waiting" for cell in sweep.cells):
         done = [
             one
-            for one in experiments
+            for one, _ in missing
             if all(sweep.status(cell).state == "done" for cell in cells[one.name])
         ]
         keep(folder, [
@@ -187,7 +182,11 @@ def run_or_show(options: argparse.Namespace) -> int:
                 print(shlex.join([*command, f"--seed_everything={seed}"]))
         return 0
     results = read_results(folder)
-    missing = [one for one in experiments if one.run and missing_seeds(one, results[one.name])]
+    missing = [
+        (one, seeds)
+        for one in experiments
+        if one.run and (seeds := missing_seeds(one, results[one.name]))
+    ]
     if not missing:
         _log.info("every experiment has its results")
         return 0
