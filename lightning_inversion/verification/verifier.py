@@ -51,6 +51,11 @@ class Judgement:
     scanned: Tensor
     risks: Tensor
 
+    def rival_of(self, row: int) -> tuple[int | None, float | None]:
+        """The nearest other token at a position, and its residual; None without one."""
+        rival = int(self.rivals[row])
+        return (None, None) if rival < 0 else (rival, float(self.rival_residuals[row]))
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -307,19 +312,17 @@ class Verifier:
             row, following = one[0], one[1] + 1
             follows = self.causal and following < ids.shape[1] and bool(alone[row, following])
             if follows and judged.group[0]:
-                close = refutation.of_all(
+                refuted = refutation.of_all(
                     tokens[0], shown[0], ids[row, : following + 1], target[row, following],
                     lambda some: features_of(some, torch.ones_like(some, dtype=torch.bool)),
                 )  # fmt: skip
-                shown = shown.masked_fill(torch.isin(tokens, close), torch.inf)
+                shown = shown.masked_fill(torch.isin(tokens, refuted), torch.inf)
                 without = self.judge(
                     tokens, shown, positions[one][None], target[one][None], compared=compared
                 )
                 if without.verified[0]:
-                    rival = int(without.rivals[0])
-                    named = (None, None) if rival < 0 else (rival, float(without.rival_residuals))
-                    decisions[one] = Decision(tuple(close.tolist()), *named)
                     judged = without
+                    decisions[one] = Decision(tuple(refuted.tolist()), *without.rival_of(0))
             alone[one] = judged.verified[0] & (judged.best[0] == 0)
             group[one] = judged.group[0]
         thresholds = calibration.limit(positions)
