@@ -104,6 +104,10 @@ class TextSearch:
         limit = self.measurements.calibration.limit(self._at)
         return len(self.texts) > 0 and bool(self.best_residual <= _REACHED * limit)
 
+    def _ended(self, until: int) -> bool:
+        """Whether a text is found, or so many were run."""
+        return self._found or len(self.texts) >= until
+
     @property
     def _left(self) -> int:
         return self.budget - len(self.texts)
@@ -134,16 +138,16 @@ class TextSearch:
         self.run(texts)
         self.random, self.random_texts = self.residuals[before:], self.texts[before:]
         for number in range(_ROUNDS):
-            if self._found or len(self.texts) >= until:
+            if self._ended(until):
                 return
             ending = self.texts[:, -1] == last
             likelihood = self._read(ending, range(self.texts.shape[1] - 1), around=number > 0)
             for _ in range(_SWEEPS):
                 self.run(self._changed(likelihood)[: until - len(self.texts)])
-                if self._found or len(self.texts) >= until:
+                if self._ended(until):
                     return
             self._exchange(until)
-            if self._found or len(self.texts) >= until:
+            if self._ended(until):
                 return
             self.run(self._descended()[: until - len(self.texts)])
             self.run(self._sampled(likelihood, count // 2, last)[: until - len(self.texts)])
@@ -154,7 +158,7 @@ class TextSearch:
         The likeliest tokens are run by a regression on texts that differ nowhere else.
         """
         position, unchanged, T = 0, 0, self.texts.shape[1]
-        while unchanged < T - 1 and len(self.texts) < until and not self._found:
+        while unchanged < T - 1 and not self._ended(until):
             text = self.best
             drawn = in_place(text, position, self._drawn(_OF_ONE)[:, position])
             self.run(drawn[: until - len(self.texts)])
