@@ -68,10 +68,9 @@ def _usual_axes(wanted: Wanted, shape: list[int], name: str, beside: Beside) -> 
         return ["positions", "features"][2 - len(shape) :]
     prompts = ["prompts", "positions", "features"]
     if len(shape) == 4:
-        if beside.depth is None and _counts_layers(wanted, shape[0]) != (
-            second := _counts_layers(wanted, shape[1])
-        ):
-            return ["prompts", "layers", *prompts[1:]] if second else ["layers", *prompts]
+        counting = [axis for axis in range(3) if _counts_layers(wanted, shape[axis])]
+        if beside.depth is None and (counting == [2] or len({0, 1} & set(counting)) == 1):
+            return [*prompts[: counting[0]], "layers", *prompts[counting[0] :]]
         return ["layers", *prompts] if shape[:2] == [1, 1] else None
     if len(shape) != 3:
         return None

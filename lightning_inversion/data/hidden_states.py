@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_inversion.data.axes import arrange, check_dense, floating, refuse_quantised
 from lightning_inversion.data.contents import (
+    alone,
     flat,
     holds_ids,
     holds_states,
@@ -47,13 +48,14 @@ from lightning_inversion.data.names import (
     is_other_hook,
     natural,
 )
-from lightning_inversion.data.padding import rows_of_prompts
+from lightning_inversion.data.padding import rows_of_prompts, tokens_of_mask
 from lightning_inversion.errors import InputError
 
 _IDS = (
     "token_ids", "input_ids", "prompt_token_ids", "output_ids", "sequences", "ids", "tokens",
 )  # fmt: skip
-_MASKS = ("attention_mask", "mask")
+_MASKS = ("attention_mask", "attn_mask", "input_mask", "mask")
+_PADDING_MASKS = ("padding_mask", "key_padding_mask", "src_key_padding_mask", "pad_mask")
 _LAYER = ("layer_idx", "layer_index")
 _STEP = re.compile(r"(?:^|[._/-])step[._/-]?\d+$")
 _OUTPUTS = ("logits", "past_key_values", "attentions", "loss", "scores", "cross_attentions")
@@ -80,14 +82,16 @@ class HiddenStates:
     def dtype(self) -> str:
         """The coarsest of float32, float16 and bfloat16 that holds every value exactly.
 
-        Rounded values that were converted back are compared as rounded ones.
+        Rounded values that were converted back are compared as rounded ones, and all prompts as the
+        one that is rounded most.
         """
         dtypes = {prompt.dtype for prompt in self.prompts}
         if dtypes <= {torch.float32, torch.float64}:
             for dtype in (torch.bfloat16, torch.float16):
                 if all(bool((own.to(dtype) == own).all()) for own in self.prompts):
                     return str(dtype).removeprefix("torch.")
-        return str(self.prompts[0].dtype).removeprefix("torch.")
+        coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        return str(coarsest).removeprefix("torch.")
 
 
 _LARGEST = 1e15
@@ -208,8 +212,15 @@ class _Reader:
         states: dict[str, Any] = {}
         for name, value in held.items():
             last = name.rsplit(".", 1)[-1].lower()
-            if last in _MASKS and isinstance(value, Tensor | np.ndarray):
-                beside = replace(beside, mask=self._tensor(value).bool())
+            if last in (*_MASKS, *_PADDING_MASKS) and value is not None:
+                mask = self._mask(value, name)
+                if last in _MASKS:
+                    beside = replace(beside, mask=tokens_of_mask(mask))
+                elif bool((mask != mask.flatten()[0]).any()):
+                    raise self.wanted.error(
+                        f" holds {name!r}, where 1 may mark tokens or padding; save an "
+                        "attention_mask, with 1 for each token."
+                    )
             elif (lengths := lengths_in(last, value)) is not None:
                 beside = replace(beside, lengths=lengths)
             elif last in _LAYER and number_in(value) is not None:
@@ -227,6 +238,17 @@ class _Reader:
             elif last not in _OUTPUTS and holds_states(value):
                 states[name] = value
         return beside, states
+
+    def _mask(self, value: Any, name: str) -> Tensor:
+        try:
+            mask = self._tensor(value if isinstance(value, Tensor) else np.asarray(value))
+        except (TypeError, ValueError) as error:
+            raise self.wanted.error(
+                f"{named(name)} is no mask; save numbers, or leave it out."
+            ) from error
+        if not mask.numel():
+            raise self.wanted.error(f"{named(name)} is empty; leave it out.")
+        return mask
 
     def _of_dict(self, held: dict[str, Any], beside: Beside) -> list[Tensor]:
         beside, states = self._beside(held, beside)
@@ -276,7 +298,9 @@ class _Reader:
         """
         prompts = []
         for group in sorted({found.prompt for found in told.values()}, key=natural):
-            own = {name: found for name, found in told.items() if found.prompt == group}
+            own = self.depths.of_modules(
+                {name: found for name, found in told.items() if found.prompt == group}
+            )
             names = list(own)
             picked = self.depths.pick([own[name].depth for name in names], names)
             self.depths.sources.extend(own[names[index]].source for index in picked)
@@ -295,6 +319,7 @@ class _Reader:
         if not given:
             raise self.wanted.error(" holds no tensor; give one or more.")
         self._refuse_caches(given)
+        given = [alone(one) for one in given]
         if all(isinstance(one, int | float) for one in leaves(given)):
             return self._of_numbers(given, name, beside)
         if not all(isinstance(one, Tensor | np.ndarray) for one in given):

@@ -184,6 +184,10 @@ def _are_pairs(given: Sequence[Any], axes: tuple[int, ...] = (4,)) -> bool:
     )
 
 
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], int | float)
+
+
 def _of_names(held: Mapping[str, Any]) -> list[Blocks]:
     """Tensors whose names tell what they are; lists under ``key_cache`` have a block for each.
 
@@ -198,7 +202,7 @@ def _of_names(held: Mapping[str, Any]) -> list[Blocks]:
             blocks = caches.setdefault(name[: found.start()], {})
             of_block = blocks.setdefault(int(found["block"]), {})
             of_block[_KINDS[found["kind"].lower()]] = (name, value)
-        elif (whole := _WHOLE.search(name)) is not None:
+        elif (whole := _WHOLE.search(name)) is not None and not _are_numbers(value):
             blocks = caches.setdefault(name[: whole.start()], {})
             kind = _KINDS[whole["kind"].lower()]
             several = isinstance(value, Sequence) or getattr(value, "ndim", 0) == 5
