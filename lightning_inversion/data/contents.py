@@ -34,6 +34,8 @@ def opened(given: Any) -> Any:
         inner = getattr(given, name, None)
         if isinstance(inner, Tensor | tuple):
             return opened(inner)
+    if hasattr(given, "_asdict"):
+        return given._asdict()
     if isinstance(given, tuple | list):  # blocks return None where they have no cache
         return [one for one in given if one is not None]
     return given

@@ -57,14 +57,19 @@ class Depths:
         numbers, layout = numbers_alone(names), self.wanted.layout
         if numbers is None or not self.wanted.checks_width:
             return False
+        blocks = self.wanted.sizes.blocks if self.wanted.shape is not None else 0
         in_a_row = numbers == list(range(numbers[0], numbers[0] + len(names)))
-        if (numbers[0] > 1 or not in_a_row) and layout == Layout(dtype=layout.dtype):
+        may_be_depths = not blocks or max(numbers) <= blocks
+        if (
+            may_be_depths
+            and (numbers[0] > 1 or not in_a_row)
+            and layout == Layout(dtype=layout.dtype)
+        ):
             raise self.wanted.error(
                 f" holds tensors named {', '.join(names[:5])}, which may be depths or prompts; set "
                 f"--data.layout.depths [{','.join(map(str, numbers[:5]))}], or --data.layout.axes "
                 "prompts,positions,features."
             )
-        blocks = self.wanted.sizes.blocks if self.wanted.shape is not None else 0
         several = (blocks, blocks + 1, len(layout.depths or ()))
         return len(names) in several or all(map(str.isdecimal, names))
 
@@ -81,12 +86,25 @@ class Depths:
         asked = self.wanted.depths
         if number is None or asked is None or self.wanted.layout.depths is not None:
             return None
+        self.check_number(number, repr(names[0]))
+        return asked[0]
+
+    def check_number(self, number: int, name: str) -> None:
+        """Refuse the number of a layer that is not asked for by either way of counting.
+
+        Raises:
+            InputError: names both depths.
+        """
+        asked = self.wanted.depths
+        if asked is None or self.wanted.layout.depths is not None:
+            return
+        if number < 0:
+            number += self.wanted.sizes.blocks + 1
         if asked[0] not in (number, number + 1):
             raise self.wanted.error(
-                f" holds {names[0]!r}, and depth {asked[0]} is asked for; set "
+                f" holds {name}, and depth {asked[0]} is asked for; set "
                 f"--model.transformer.depth {number + 1} if blocks count from 0, or {number}."
             )
-        return asked[0]
 
     def of_modules(self, told: dict[str, NamedDepth]) -> dict[str, NamedDepth]:
         """The depths of names such as layers.0 and layers.1, of one prompt.

@@ -43,6 +43,7 @@ from lightning_inversion.data.layout import Beside, Wanted, named
 from lightning_inversion.data.names import (
     FINAL,
     NamedDepth,
+    are_of_several_layers,
     depth_of_name,
     depths_of_counted,
     is_other_hook,
@@ -57,6 +58,7 @@ _IDS = (
 _MASKS = ("attention_mask", "attn_mask", "input_mask", "mask")
 _PADDING_MASKS = ("padding_mask", "key_padding_mask", "src_key_padding_mask", "pad_mask")
 _LAYER = ("layer_idx", "layer_index")
+_NUMBERS = ("layer", "layer_num", "layer_number", "layer_id", "depth")
 _STEP = re.compile(r"(?:^|[._/-])step[._/-]?\d+$")
 _OUTPUTS = ("logits", "past_key_values", "attentions", "loss", "scores", "cross_attentions")
 """What a model's output holds beside hidden states."""
@@ -231,6 +233,8 @@ class _Reader:
                 beside = replace(beside, depth=FINAL if index == blocks else index)
                 self.depths.pick([index], [name])
                 self.depths.sources.append(f"from {last}")
+            elif last in _NUMBERS and (number := number_in(value)) is not None:
+                self.depths.check_number(number, f"{name} {number}")
             elif last in _IDS or holds_ids(value):
                 self.ids_beside.append(name)
                 shape = tuple(getattr(value, "shape", ())) or None
@@ -287,7 +291,22 @@ class _Reader:
             names
         ):
             return self._of_sequence([states[name] for name in names], "", beside)
+        self._check_prompts({name: states[name] for name in names})
         return [prompt for name in names for prompt in self.prompts(states[name], name, beside)]
+
+    def _check_prompts(self, states: dict[str, Any]) -> None:
+        """Refuse tensors of a dict that are not one prompt each."""
+        if self.layout.axes is None and are_of_several_layers(list(states)):
+            raise self.wanted.error(
+                f" holds {', '.join(list(states)[:3])}, whose layers are not clear; end each name "
+                "in the layer, as prompt_0/layer_8, or save one layer."
+            )
+        vectors = [name for name, own in states.items() if getattr(own, "ndim", 2) == 1]
+        if vectors and len(vectors) < len(states):
+            raise self.wanted.error(
+                f" holds {vectors[0]!r} of shape {list(states[vectors[0]].shape)} beside hidden "
+                "states; leave it out."
+            )
 
     def _of_hooks(
         self, states: dict[str, Any], told: dict[str, NamedDepth], beside: Beside
@@ -320,6 +339,10 @@ class _Reader:
             raise self.wanted.error(" holds no tensor; give one or more.")
         self._refuse_caches(given)
         given = [alone(one) for one in given]
+        ids = [one for one in given if holds_ids(one) and isinstance(one, Tensor | np.ndarray)]
+        if 0 < len(ids) < len(given):
+            self.ids_beside.append("integers in a list")
+            given = [one for one in given if not any(one is other for other in ids)]
         if all(isinstance(one, int | float) for one in leaves(given)):
             return self._of_numbers(given, name, beside)
         if not all(isinstance(one, Tensor | np.ndarray) for one in given):
@@ -337,7 +360,8 @@ class _Reader:
                 given = prompts_of_layers(given, layers) or given
             return [prompt for one in given for prompt in self.prompts(one, name, beside)]
         tensors = [self._tensor(one) for one in given]
-        if tensors[-1].dim() == 1 and tensors[0].dim() <= 2:  # a prompt, then a row a step
+        same_width = len({one.shape[-1:] for one in tensors}) == 1
+        if tensors[-1].dim() == 1 and tensors[0].dim() <= 2 and same_width:  # then a row a step
             rows = torch.cat([one.reshape(-1, one.shape[-1]) for one in tensors])
             return self._of_tensor(rows, name, beside)
         alike = len(tensors) > 1 and len({one.shape for one in tensors}) == 1

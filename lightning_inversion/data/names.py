@@ -52,7 +52,10 @@ _FINAL_NAMES = (
 _COUNTED = re.compile(r"(?:^|[./_-])(?:layers?|blocks?|resid(?:ual)?|L)" + _ENTRY + r"$")
 _OTHER_HOOK = re.compile(
     r"\bhook_\w+|\b(?:resid_mid|mlp_out|attn_out)\b|\.(?:attn|mlp|self_attn|self_attention)\b"
+    rf"|(?:^|[./_-]){_BLOCK}[./][a-z]"
 )
+_ANY_LAYER = re.compile(r"(?:^|[./_ -])(?:layers?|blocks?)[./_\[-]?(\d+)")
+_PATH_OF_NUMBERS = re.compile(r"\d+(?:\.\d+)+")
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,10 @@ def depths_of_counted(
     Returns:
         None where the names are others, or all of one number; why they cannot be read.
     """
+    if all(re.fullmatch(r"-\d+", name) for name in names):
+        ends = {name: blocks() + 1 + int(name) for name in names}
+        return {name: NamedDepth(FINAL if end == blocks() else end, "", "from negative numbers")
+                for name, end in ends.items()}  # fmt: skip
     found = {name: counted for name in names if (counted := _counted(name)) is not None}
     if len(found) < len(names) or len({number for number, _ in found.values()}) < 2:
         return None
@@ -144,6 +151,13 @@ def numbers_alone(names: Sequence[str]) -> list[int] | None:
 def is_other_hook(name: str) -> bool:
     """Whether a name is that of a part of a block, whose output is no hidden state."""
     return _OTHER_HOOK.search(name) is not None
+
+
+def are_of_several_layers(names: Sequence[str]) -> bool:
+    """Whether names tell layers apart in a way that is not read."""
+    numbers = {found[1] for name in names if (found := _ANY_LAYER.search(name))}
+    paths = len(names) > 1 and all(map(_PATH_OF_NUMBERS.fullmatch, names))
+    return len(numbers) > 1 or paths
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

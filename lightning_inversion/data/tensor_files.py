@@ -149,8 +149,16 @@ def _read_folder(path: Path, where: str) -> Any:
         raise InputError(f"{where} is a folder without files of tensors; give {KINDS}.")
     held = {file.name: read_tensors(file, f"{where}, {file.name!r}")[0] for file in files}
     stems = [file.stem for file in files]
-    tell = all(depth_of_name(stem) or counted_number(stem) is not None for stem in stems)
+    tell = all(map(_tells_depth, stems))
     bare = all(isinstance(own, torch.Tensor | np.ndarray) for own in held.values())
     if len(set(stems)) == len(stems) and (tell or bare):
         return dict(zip(stems, held.values(), strict=True))
+    dicts = all(isinstance(own, dict) for own in held.values())
+    names = [name for own in held.values() for name in own] if dicts else []
+    if names and len(set(names)) == len(names) and all(map(_tells_depth, names)):
+        return {name: own[name] for own in held.values() for name in own}  # some layers each
     return list(held.values())
+
+
+def _tells_depth(name: Any) -> bool:
+    return depth_of_name(str(name)) is not None or counted_number(str(name)) is not None

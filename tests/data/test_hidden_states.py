@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -88,6 +88,11 @@ def packed(states: Tensor) -> Tensor:
     return torch.cat([states[0], states[1, :4]])
 
 
+class Output(NamedTuple):
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...]
+
+
 Holds = Callable[[tuple[Tensor, ...]], Any]
 ONE: dict[str, Holds] = {
     "[T, D]": lambda hs: hs[2][0],
@@ -159,6 +164,10 @@ ONE: dict[str, Holds] = {
         "run": {"layers": {str(i): hs[i][0] for i in range(N + 1)}}
     },
     "dicts of one tensor, all depths": lambda hs: tuple({"h": own[:1]} for own in hs),
+    "an output as a tuple of names": lambda hs: Output(hs[4][:1], tuple(own[:1] for own in hs)),
+    "negative numbers of all depths": lambda hs: {i - N - 1: hs[i][0] for i in range(N + 1)},
+    "states and ids": lambda hs: (hs[2][0], IDS[0]),
+    "the number of the layer": lambda hs: {"hidden": hs[2][0], "layer": 1},
     "np.savez of all depths": lambda hs: {f"arr_{i}": hs[i][0].numpy() for i in range(N + 1)},
     "padding of nan": lambda hs: torch.nn.functional.pad(hs[2][0], (0, 0, 1, 0), value=torch.nan),
 }  # fmt: skip
@@ -437,6 +446,25 @@ REFUSED: dict[str, tuple[Holds, str]] = {
         lambda hs: {f"model.layers.{i}": hs[1][0] for i in range(N + 2)},
         r"holds 'model\.layers\.5', and the model has 4 blocks; give the model that made it",
     ),
+    "words after some layers": (
+        lambda hs: {f"layer_{i}_out": hs[i][0] for i in (2, 3)},
+        "holds layer_2_out, layer_3_out, whose layers are not clear; end each name in the layer",
+    ),
+    "numbers in numbers": (
+        lambda hs: {n: {i: hs[i][n] for i in (1, 2)} for n in range(2)}, "layers are not clear"
+    ),
+    "a module of a block": (
+        lambda hs: {"model.layers.2.input_layernorm": hs[2][0]}, "which is no residual stream"
+    ),
+    "a mean beside": (
+        lambda hs: {"hidden": hs[2][0], "mean": torch.ones(D)}, r"holds 'mean' of shape \[32\]"
+    ),
+    "the number of another layer": (
+        lambda hs: {"hidden": hs[3][0], "layer": 3}, "holds layer 3, and depth 2 is asked for"
+    ),
+    "states and probabilities": (
+        lambda hs: (hs[2][0], torch.ones(T)), "the features are 6 in the file and 32 in the model"
+    ),
     "a mask of words": (
         lambda hs: {"hidden": hs[2][:1], "mask": ["a"]}, "'mask' is no mask; save numbers"
     ),
@@ -586,13 +614,26 @@ def files_of_layers_with_ids(folder: Path, hs: tuple[Tensor, ...]) -> None:
         save_file(held, folder / f"layer_{depth}.safetensors")
 
 
+def files_of_some_hooks(folder: Path, hs: tuple[Tensor, ...]) -> None:
+    for number, depths in enumerate(((1, 2), (3,))):
+        held = {f"blocks.{depth - 1}.hook_resid_post": hs[depth][:1].clone() for depth in depths}
+        save_file(held, folder / f"states-{number}.safetensors")
+
+
 def a_file_of_the_mask(folder: Path, hs: tuple[Tensor, ...]) -> None:
     np.save(folder / "hidden_states.npy", torch.cat([hs[2][:1], hs[2][:1]], 1).numpy())
     np.save(folder / "attention_mask.npy", np.array([[1] * T + [0] * T]))
 
 
 @pytest.mark.parametrize(
-    "files", [files_of_layers, files_of_hooks, files_of_layers_with_ids, a_file_of_the_mask]
+    "files",
+    [
+        files_of_layers,
+        files_of_hooks,
+        files_of_some_hooks,
+        files_of_layers_with_ids,
+        a_file_of_the_mask,
+    ],
 )
 def test_a_folder_whose_files_are_named(
     files: Callable[[Path, tuple[Tensor, ...]], None], hs: tuple[Tensor, ...], tmp_path: Path
