@@ -145,6 +145,18 @@ def check_dense(wanted: Wanted, tensor: Tensor, name: str = "") -> None:
         raise wanted.error(f"{named(name)} is no dense tensor with values; save a plain one.")
 
 
+def tensor_of(wanted: Wanted, value: Tensor | np.ndarray) -> Tensor:
+    """A tensor or array of NumPy as a dense tensor on the CPU."""
+    if isinstance(value, Tensor):
+        check_dense(wanted, value)
+        return value.detach().cpu()
+    if value.dtype.kind == "V" and value.dtype.itemsize <= 2:  # NumPy has no bfloat16
+        value = value.view(f"u{value.dtype.itemsize}")
+    if value.dtype.kind not in "fiub" or value.dtype.itemsize > 8:
+        raise wanted.error(f" holds NumPy values of type {value.dtype}; store numbers.")
+    return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+
+
 def floating(wanted: Wanted, tensor: Tensor, name: str) -> Tensor:
     """The tensor as floating point; integers are taken as its bits where the layout has a type."""
     check_dense(wanted, tensor, name)

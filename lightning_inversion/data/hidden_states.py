@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_inversion.data.axes import arrange, check_dense, floating, refuse_quantised
+from lightning_inversion.data.axes import arrange, floating, refuse_quantised, tensor_of
+from lightning_inversion.data.beside import are_prompts, read_beside
 from lightning_inversion.data.contents import (
     alone,
     flat,
@@ -25,8 +26,6 @@ from lightning_inversion.data.contents import (
     is_generated,
     is_tensors,
     leaves,
-    lengths_in,
-    number_in,
     opened,
     output_of_block,
     prompts_of_layers,
@@ -41,7 +40,6 @@ from lightning_inversion.data.key_values import (
 )
 from lightning_inversion.data.layout import Beside, Wanted, named
 from lightning_inversion.data.names import (
-    FINAL,
     NamedDepth,
     are_of_several_layers,
     depth_of_name,
@@ -49,19 +47,10 @@ from lightning_inversion.data.names import (
     is_other_hook,
     natural,
 )
-from lightning_inversion.data.padding import rows_of_prompts, tokens_of_mask
+from lightning_inversion.data.padding import rows_of_prompts
 from lightning_inversion.errors import InputError
 
-_IDS = (
-    "token_ids", "input_ids", "prompt_token_ids", "output_ids", "sequences", "ids", "tokens",
-)  # fmt: skip
-_MASKS = ("attention_mask", "attn_mask", "input_mask", "mask")
-_PADDING_MASKS = ("padding_mask", "key_padding_mask", "src_key_padding_mask", "pad_mask")
-_LAYER = ("layer_idx", "layer_index")
-_NUMBERS = ("layer", "layer_num", "layer_number", "layer_id", "depth")
 _STEP = re.compile(r"(?:^|[._/-])step[._/-]?\d+$")
-_OUTPUTS = ("logits", "past_key_values", "attentions", "loss", "scores", "cross_attentions")
-"""What a model's output holds beside hidden states."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +140,9 @@ class _Reader:
             given = given.logits
             return self._of_tensor(self._tensor(given), name, beside)
         if hasattr(given, "items"):
+            if are_prompts(given):
+                names = sorted(given, key=lambda name: natural(str(name)))
+                return [prompt for one in names for prompt in self.prompts(given[one], "", beside)]
             return self._of_dict(flat(given), beside)
         if getattr(given, "hidden_states", None) is not None:
             return self._of_dict({"hidden_states": given.hidden_states}, beside)
@@ -200,59 +192,13 @@ class _Reader:
             )
 
     def _tensor(self, value: Tensor | np.ndarray) -> Tensor:
-        if isinstance(value, Tensor):
-            check_dense(self.wanted, value)
-            return value.detach().cpu()
-        if value.dtype.kind == "V" and value.dtype.itemsize <= 2:  # NumPy has no bfloat16
-            value = value.view(f"u{value.dtype.itemsize}")
-        if value.dtype.kind not in "fiub" or value.dtype.itemsize > 8:
-            raise self.wanted.error(f" holds NumPy values of type {value.dtype}; store numbers.")
-        return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+        return tensor_of(self.wanted, value)
 
     def _beside(self, held: Mapping[str, Any], beside: Beside) -> tuple[Beside, dict[str, Any]]:
         """What lies beside the states in a dict, and what may be the states."""
-        states: dict[str, Any] = {}
-        for name, value in held.items():
-            last = name.rsplit(".", 1)[-1].lower()
-            if last in (*_MASKS, *_PADDING_MASKS) and value is not None:
-                mask = self._mask(value, name)
-                if last in _MASKS:
-                    beside = replace(beside, mask=tokens_of_mask(mask))
-                elif bool((mask != mask.flatten()[0]).any()):
-                    raise self.wanted.error(
-                        f" holds {name!r}, where 1 may mark tokens or padding; save an "
-                        "attention_mask, with 1 for each token."
-                    )
-            elif (lengths := lengths_in(last, value)) is not None:
-                beside = replace(beside, lengths=lengths)
-            elif last in _LAYER and number_in(value) is not None:
-                index = number_in(value)
-                assert index is not None
-                blocks = self.wanted.sizes.blocks
-                index = index if index >= 0 else blocks + 1 + index
-                beside = replace(beside, depth=FINAL if index == blocks else index)
-                self.depths.pick([index], [name])
-                self.depths.sources.append(f"from {last}")
-            elif last in _NUMBERS and (number := number_in(value)) is not None:
-                self.depths.check_number(number, f"{name} {number}")
-            elif last in _IDS or holds_ids(value):
-                self.ids_beside.append(name)
-                shape = tuple(getattr(value, "shape", ())) or None
-                beside = replace(beside, ids_shape=shape)
-            elif last not in _OUTPUTS and holds_states(value):
-                states[name] = value
+        beside, states, ids = read_beside(held, beside, self.wanted, self.depths)
+        self.ids_beside += ids
         return beside, states
-
-    def _mask(self, value: Any, name: str) -> Tensor:
-        try:
-            mask = self._tensor(value if isinstance(value, Tensor) else np.asarray(value))
-        except (TypeError, ValueError) as error:
-            raise self.wanted.error(
-                f"{named(name)} is no mask; save numbers, or leave it out."
-            ) from error
-        if not mask.numel():
-            raise self.wanted.error(f"{named(name)} is empty; leave it out.")
-        return mask
 
     def _of_dict(self, held: dict[str, Any], beside: Beside) -> list[Tensor]:
         beside, states = self._beside(held, beside)

@@ -224,6 +224,12 @@ TWO: dict[str, tuple[Holds, dict[str, Any]]] = {
     "[prompts, T, layers, D]": (
         lambda hs: {"states": torch.stack(hs, dim=2), "lengths": [6, 4]}, {}
     ),
+    "prompts with masks of their own": (
+        lambda hs: {
+            "b": {"hidden": hs[2][1:], "attention_mask": torch.tensor([[1] * 4 + [0] * 2])},
+            "a": {"hidden": hs[2][:1], "attention_mask": torch.ones(1, T), "input_ids": IDS[:1]},
+        }, {}
+    ),
     "hooks of named prompts": (
         lambda hs: {
             "a/blocks.1.hook_resid_post": hs[2][0], "a/blocks.2.hook_resid_post": hs[3][0],
