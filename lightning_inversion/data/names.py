@@ -75,7 +75,7 @@ class NamedDepth:
 
 def depth_of_name(name: str) -> NamedDepth | None:
     """The depth that a tensor's name tells at its end, but for a prompt's number; else None."""
-    for stem, suffix in _stems(name):
+    for stem, suffix in stems_of(name):
         for pattern, more, source in _PATTERNS:
             found = re.search(rf"(?:^|[./_-])(?:{pattern})$", stem)
             # In blocks.3.resid_post[1] the number of the block comes before.
@@ -160,6 +160,13 @@ def are_of_several_layers(names: Sequence[str]) -> bool:
     return len(numbers) > 1 or paths
 
 
+def stems_of(name: str) -> list[tuple[str, str]]:
+    """The name, and the name without what may come after a depth or block, with that."""
+    found = _SUFFIX.search(name)
+    start = len(name) if found is None else found.start()
+    return [(name, ""), *([(name[:start], name[start:])] if start < len(name) else [])]
+
+
 def natural(name: str) -> list[tuple[int, int, str]]:
     """A key that sorts names by the numbers in them."""
     parts = re.split(r"(\d+)", name)
@@ -168,17 +175,10 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 def _counted(name: str) -> tuple[int, str] | None:
     """The number of a layer or block, and the rest of the name."""
-    for stem, suffix in _stems(name):
+    for stem, suffix in stems_of(name):
         if found := _COUNTED.search(stem):
             return int(found[1]), _rest(stem, found) + suffix
     return None
-
-
-def _stems(name: str) -> list[tuple[str, str]]:
-    """The name, and the name without what may come after a depth, with that."""
-    found = _SUFFIX.search(name)
-    start = len(name) if found is None else found.start()
-    return [(name, ""), *([(name[:start], name[start:])] if start < len(name) else [])]
 
 
 def _rest(name: str, found: re.Match[str]) -> str:
