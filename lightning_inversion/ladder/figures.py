@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,15 @@ from scipy import stats
 from lightning_inversion.report.canvas import FigureStyle, RenderedFigure, plain_ticks, rendered
 
 READERS = {
-    "printed": "recipe, printed rate",
-    "tuned": "recipe, tuned rate",
-    "tuned_nearest": "recipe, tuned, nearest embedding",
+    "tuned": "recipe",
+    "tuned_nearest": "recipe, nearest",
+    "from_mean": "recipe from the mean, nearest",
     "probe_top1": "linear probe",
     "recovery_right": "exact recovery",
+    "theory_right": "Fano bound",
 }
+"""Columns of rows, and the names of their readers; the recipe has its tuned rate."""
+SHAPES = {"gpt2": "GPT-2", "llama": "Llama"}
 _STYLE = FigureStyle(width=3.6, height=3.3)
 _MARGIN = 0.04
 
@@ -41,12 +45,36 @@ def t_interval(values: Sequence[float], least: float = 0.0) -> tuple[float, floa
     return max(least, float(found.mean() - half)), min(1.0, float(found.mean() + half))
 
 
-def _lines(axes: Any, points: pd.DataFrame, x: str, y: str, hue: str, **how: Any) -> None:
+def _grid(panels: int, columns: int) -> tuple[Any, list[Any]]:
+    """A canvas, and its panels in rows."""
+    rows = -(-panels // columns)
+    canvas = replace(_STYLE, height=_STYLE.height * rows).canvas(columns)
+    return canvas, [canvas.add_subplot(rows, columns, number + 1) for number in range(panels)]
+
+
+def _tokens_right(axes: Any) -> None:
+    """The y axis of all these figures; it is named in the first column."""
+    name = "tokens right" if axes.get_subplotspec().is_first_col() else ""
+    axes.set(ylim=(-_MARGIN, 1 + _MARGIN), ylabel=name)
+
+
+def _lines(axes: Any, points: pd.DataFrame, x: str, y: str, hue: str) -> None:
     sns.lineplot(
         points, x=x, y=y, hue=hue, style=hue, markers=True, dashes=False, ax=axes,
-        palette="colorblind", errorbar=t_interval, err_kws={"alpha": 0.15}, **how,
+        palette="colorblind", errorbar=t_interval, err_kws={"alpha": 0.15},
     )  # fmt: skip
-    axes.set(ylim=(-_MARGIN, 1 + _MARGIN), ylabel="")
+    _tokens_right(axes)
+
+
+def _legend_below(canvas: Any, columns: int) -> None:
+    """The legend of the first panel, for all of them."""
+    handles, names = canvas.axes[0].get_legend_handles_labels()
+    shown = [(handle, name) for handle, name in zip(handles, names, strict=True)
+             if name not in ("training", "shape")]  # fmt: skip
+    for axes in canvas.axes:
+        if axes.legend_ is not None:
+            axes.legend_.remove()
+    canvas.legend(*zip(*shown, strict=True), loc="outside lower center", ncols=columns)
 
 
 def training_figure(cells: pd.DataFrame) -> RenderedFigure:
@@ -58,18 +86,20 @@ def training_figure(cells: pd.DataFrame) -> RenderedFigure:
     cells = cells.assign(training=cells["share"].map(shares.index))
     panels = [
         (f"{name}: recipe, tuned rate", cells[cells["shape"] == shape], "tuned", "width")
-        for shape, name in (("gpt2", "GPT-2"), ("llama", "Llama"))
+        for shape, name in SHAPES.items()
         if (cells["shape"] == shape).any()
     ]
     read = cells.melt(["training"], ["tuned_nearest", "probe_top1", "recovery_right"])
     read["reader"] = read["variable"].map(READERS)
-    panels += [("all of them, by reader", read, "value", "reader")]
-    canvas = _STYLE.canvas(len(panels))
-    for number, (title, points, y, hue) in enumerate(panels, start=1):
-        axes = canvas.add_subplot(1, len(panels), number)
+    panels += [("these models, by reader", read, "value", "reader")]
+    canvas, grid = _grid(len(panels), len(panels))
+    for axes, (title, points, y, hue) in zip(grid, panels, strict=True):
         _lines(axes, points, "training", y, hue)
         axes.set_xticks(range(len(shares)), [f"{100 * share:g}" for share in shares])
-        axes.legend(loc="lower left" if hue == "reader" else "upper right")
+        if hue == "reader":
+            axes.legend(loc="lower left")
+        else:
+            axes.legend(title=hue, loc="upper right")
         axes.set(title=title, xlabel=f"% of the training ({_n(points)})")
     return rendered("ladder-training", "Tokens right along the training", canvas)
 
@@ -84,22 +114,22 @@ def width_figure(cells: pd.DataFrame) -> RenderedFigure:
     ends = cells[cells["share"].isin([0.0, 1.0]) & (cells["blocks"] == 2)]
     ends = ends.assign(
         ratio=ends["vocabulary"] / ends["width"],
-        line=ends["shape"].map({"gpt2": "GPT-2", "llama": "Llama"})
-        + ends["vocabulary"].map({1024: ", 1k", 8192: ", 8k"}),
+        line=ends["shape"].map(SHAPES)
+        + ends["vocabulary"].map({1024: ", 1k tokens", 8192: ", 8k tokens"}),
     )
     panels = [("before training", 0.0, "width", "tuned"), ("trained", 1.0, "width", "tuned"),
-              ("trained", 1.0, "ratio", "tuned"),
+              ("trained, by vocabulary / width", 1.0, "ratio", "tuned"),
               ("trained, nearest embedding", 1.0, "width", "tuned_nearest")]  # fmt: skip
     names = {"width": "width", "ratio": "vocabulary / width"}
-    canvas = _STYLE.canvas(len(panels))
-    for number, (title, share, x, y) in enumerate(panels, start=1):
-        axes = canvas.add_subplot(1, len(panels), number)
+    canvas, grid = _grid(len(panels), 2)
+    for axes, (title, share, x, y) in zip(grid, panels, strict=True):
         points = ends[ends["share"] == share]
         _lines(axes, points, x, y, "line")
         axes.set_xscale("log", base=2)
         plain_ticks(axes.xaxis)
         axes.set_xticks(sorted(points[x].unique()))
         axes.set(title=title, xlabel=f"{names[x]} ({_n(points)})")
+    _legend_below(canvas, 3)
     return rendered("ladder-width", "Tokens right by width", canvas)
 
 
@@ -130,49 +160,46 @@ def intervention_figure(rows: pd.DataFrame) -> RenderedFigure:
 def mechanism_figure(cells: pd.DataFrame) -> RenderedFigure:
     """The tuned recipe against what might explain it, a point for each model."""
     cells = cells.assign(training=[f"{100 * share:g}%" for share in cells["share"]])
+    cells["shape"] = cells["shape"].map(SHAPES)
     order = [f"{100 * share:g}%" for share in sorted(cells["share"].unique())]
     columns = {
+        "block_gain": "what the block adds / embedding",
         "jacobian_condition_later": "conditioning of the Jacobian",
         "embedding_condition": "conditioning of the embedding",
-        "anisotropy": "anisotropy of the embedding",
         "steps_to_nearest": "distance to the nearest token / last step",
     }
-    canvas = _STYLE.canvas(len(columns))
-    for number, (column, name) in enumerate(columns.items(), start=1):
-        axes = canvas.add_subplot(1, len(columns), number)
+    canvas, grid = _grid(len(columns), 2)
+    for axes, (column, name) in zip(grid, columns.items(), strict=True):
         sns.scatterplot(
             cells, x=column, y="tuned", hue="training", hue_order=order, style="shape",
-            palette="viridis", ax=axes, legend=number == 1, s=24,
+            palette="viridis", ax=axes, s=24,
         )  # fmt: skip
-        axes.set(xscale="log", ylim=(-_MARGIN, 1 + _MARGIN), ylabel="")
+        axes.set(xscale="log")
+        _tokens_right(axes)
         axes.set_xlabel(f"{name} (n = {len(cells)})")
         plain_ticks(axes.xaxis)
+    _legend_below(canvas, len(order) + 2)
     return rendered("ladder-mechanism", "What goes with tokens right", canvas)
 
 
 def channel_figure(rows: pd.DataFrame) -> RenderedFigure:
     """Tokens right against the features kept, beside Fano's bound and the rank of the Jacobian."""
-    shown = {**READERS, "from_mean": "recipe from the mean, nearest",
-             "theory_right": "Fano bound, linear reader"}  # fmt: skip
-    del shown["printed"]
     panels = [*rows.groupby(["model", "share"], sort=False)]
-    canvas = _STYLE.canvas(len(panels))
-    for number, ((model, share), own) in enumerate(panels, start=1):
-        axes = canvas.add_subplot(1, len(panels), number)
-        long = own.melt(["kept"], [*shown])
-        long["reader"] = long["variable"].map(shown)
+    canvas, grid = _grid(len(panels), 3)
+    for axes, ((model, share), own) in zip(grid, panels, strict=True):
+        long = own.melt(["kept"], [*READERS])
+        long["reader"] = long["variable"].map(READERS)
         sns.lineplot(
             long, x="kept", y="value", hue="reader", style="reader", markers=True, dashes=False,
             ax=axes, palette="colorblind",
         )  # fmt: skip
-        handles, names = axes.get_legend_handles_labels()
-        axes.legend_ = None  # one legend for all panels stands below them
         axes.axvline(own["width"].iloc[0], color="#5a6070", linewidth=0.8, linestyle=":")
         name = model if model.startswith("Smol") else f"{model[:-3]}, {100 * share:g}%"
-        axes.set(ylim=(-_MARGIN, 1 + _MARGIN), title=name, ylabel="", xscale="log")
+        axes.set(title=name, xscale="log")
+        _tokens_right(axes)
         plain_ticks(axes.xaxis)
         axes.set_xlabel(f"features kept of {own['width'].iloc[0]} ({len(own)} widths, 1 seed)")
-    canvas.legend(handles, names, loc="outside lower center", ncols=len(shown))
+    _legend_below(canvas, 3)
     return rendered("ladder-channel", "Tokens right by features kept", canvas)
 
 

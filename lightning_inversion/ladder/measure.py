@@ -16,7 +16,8 @@ from torch import Tensor
 import lightning_inversion
 from lightning_inversion.data.storage import Storage
 from lightning_inversion.files import Record, append_records, read_records
-from lightning_inversion.ladder.mechanism import INTERVENTIONS, Intervention, changed, mechanism
+from lightning_inversion.ladder.interventions import INTERVENTIONS, Intervention, changed
+from lightning_inversion.ladder.mechanism import block_gain, mechanism
 from lightning_inversion.ladder.plan import Plan, Rung
 from lightning_inversion.ladder.recipe import PRINTED, RATES, Recipe, run_recipe, tuned_rate
 from lightning_inversion.ladder.train import Texts, is_trained, model_folder, training_of
@@ -204,6 +205,7 @@ def intervention_row(
     recipe = changed(Recipe(iterations=iterations, seed=seed), intervention, transformer)
     return {
         "kind": "intervention", "intervention": intervention.name, **subject.names, "depth": depth,
+        "block_gain": block_gain(transformer),
         **recipe_scores(transformer, subject, recipe, intervention.decoder),
     }  # fmt: skip
 

@@ -10,7 +10,8 @@ import pandas as pd
 from scipy import stats
 
 from lightning_inversion.files import read_records
-from lightning_inversion.ladder.figures import draw, t_interval
+from lightning_inversion.ladder.figures import READERS, SHAPES, draw, t_interval
+from lightning_inversion.ladder.interventions import INTERVENTIONS
 from lightning_inversion.replication.tables import fill
 from lightning_inversion.report.tables import as_markdown
 
@@ -18,6 +19,7 @@ SUSPECTS = {
     "embedding_condition": "conditioning of the embedding",
     "anisotropy": "anisotropy of the embedding",
     "row_norm_variation": "variation of the embedding's norms",
+    "block_gain": "what the block adds / embedding",
     "massive_first": "largest / median activation, position 0",
     "massive_later": "largest / median activation, later",
     "jacobian_largest_later": "largest singular value of the Jacobian",
@@ -31,9 +33,8 @@ def frame_of(path: Path) -> pd.DataFrame:
     """Kept rows as a table; with ``family``, the model but for its seed."""
     frame = pd.DataFrame(read_records(path))
     if len(frame):
-        names = {"gpt2": "GPT-2", "llama": "Llama"}
         frame["family"] = [
-            f"{names[row.shape]} {row.width}, {row.blocks} blocks, V {row.vocabulary}"
+            f"{SHAPES[row.shape]} {row.width}, {row.blocks} blocks, V {row.vocabulary}"
             for row in frame.itertuples()
         ]
     if "printed_step" in frame and "nearest_wrong" in frame:
@@ -122,10 +123,11 @@ def effects(rows: pd.DataFrame) -> pd.DataFrame:
 
     ``effect`` is untrained - trained without it, ``restored`` with - without it on the trained
     model, ``removed`` without - with it on the untrained one. Models whose effect is less than 0.1
-    are left out.
+    are left out, and those on which more than one intervention was not run.
     """
     found = []
-    for _, own in rows.groupby("model", sort=False):
+    run = rows.groupby("model")["intervention"].transform("nunique")
+    for _, own in rows[run >= run.max() - 1].groupby("model", sort=False):
         means = own.pivot_table("tuned", "intervention", "share")
         if not {0.0, 1.0} <= {*means.columns}:
             continue
@@ -158,6 +160,29 @@ def intervention_table(rows: pd.DataFrame, shares: pd.DataFrame) -> str:
     columns = ["intervention", "n", "trained: tokens right", "share restored", "GPT-2", "Llama",
                "untrained: tokens right", "share removed"]  # fmt: skip
     return as_markdown(columns, lines)
+
+
+def by_width_table(rows: pd.DataFrame) -> str:
+    """GPT-2's shape by width: tokens right with each intervention, and the change of a seed."""
+    rows = rows[(rows["shape"] == "gpt2") & (rows["blocks"] == 2) & (rows["vocabulary"] == 1024)]
+    seeds = rows.groupby("intervention")["model"].nunique()
+    names = [one.name for one in INTERVENTIONS if seeds.get(one.name) == seeds.max()]
+    lines = []
+    for share, end in ((1.0, "trained"), (0.0, "untrained")):
+        right = rows[rows["share"] == share].pivot_table("tuned", "intervention", ["width", "seed"])
+        change, widths = right - right.loc["none"], right.columns.unique("width")
+        lines += [
+            [end, name, *(_changed(right.loc[name, one], change.loc[name, one]) for one in widths)]
+            for name in names
+        ]
+    return as_markdown(["model", "intervention", *map(str, widths)], lines)
+
+
+def _changed(right: pd.Series, change: pd.Series) -> str:
+    """A mean, and in brackets the interval of a change over seeds."""
+    mean = f"{right.mean():.2f}"
+    low, high = t_interval([*change], -1.0)
+    return mean if not change.any() else f"{mean} [{low:+.2f}, {high:+.2f}]"
 
 
 def _share(rows: pd.DataFrame, column: str) -> str:
@@ -199,13 +224,10 @@ def _beside(frame: pd.DataFrame, column: str) -> float:
 
 def channel_table(rows: pd.DataFrame) -> str:
     """Features at which each reader crosses a tenth, a half and nine tenths of what all give."""
-    names = {"tuned": "recipe", "tuned_nearest": "recipe, nearest",
-             "from_mean": "recipe from the mean, nearest", "probe_top1": "probe",
-             "recovery_right": "recovery", "theory_right": "Fano bound"}  # fmt: skip
     lines = []
     for (model, share), own in rows.groupby(["model", "share"], sort=False):
         own = own.sort_values("kept")
-        for column, name in names.items():
+        for column, name in READERS.items():
             whole = float(own[column].iloc[-1])
             crossings = [_crossing(own, column, part * whole) for part in (0.1, 0.5, 0.9)]
             lines.append([f"{model}, {100 * share:g}%", name, f"{whole:.2f}",
@@ -246,6 +268,7 @@ def tables_of(folder: Path) -> dict[str, str]:
         "width": width_table(cells), "slopes": slope_table(cells),
         "suspects": suspects_table(cells),
         "interventions": intervention_table(rows, effects(rows)),
+        "interventions by width": by_width_table(rows),
         "channel": channel_table(channel), "survival": survival_table(survival),
     }  # fmt: skip
 

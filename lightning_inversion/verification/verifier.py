@@ -104,8 +104,8 @@ class Verifier:
         near: the tokens that each token must be compared with.
         vocabulary: how many tokens there are.
         causal: whether a position sees only what is before it.
-        first: asked for at position 0, where a low precision leaves too many near tokens by their
-            embeddings; None where features of first tokens are not known.
+        first: asked for at position 0, where near embeddings leave open which other tokens may be
+            right; None where the features of all first tokens would not tell either.
         hidden: asked for where told noise is strong; None where nothing is verified then, unless
             all tokens are compared.
     """
@@ -128,8 +128,8 @@ class Verifier:
         """The verifier of a model at its measured thresholds."""
         transformer, calibration = measurements.transformer, measurements.calibration
         whole = transformer.causal and not calibration.is_sparse
-        scans = whole and bool(calibration.left_out.shape[2])
         screens = whole and calibration.has_many_features
+        scans = screens or (whole and bool(calibration.left_out.shape[2]))
         return cls(
             calibration,
             measurements.derived(NearTokens),
@@ -164,7 +164,8 @@ class Verifier:
                 every = torch.arange(vocabulary, device=ids.device)
                 yield every[every != token], True, True
                 continue
-            scanned = not whole and self.first is not None and at == 0
+            unsure = not whole or (calibration.has_many_features and bool(common[row]))
+            scanned = unsure and self.first is not None and at == 0
             if scanned:
                 assert self.first is not None
                 near, whole = self.first.near(target[row], float(bar[row]))

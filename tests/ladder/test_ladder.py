@@ -19,17 +19,17 @@ from lightning_inversion.inputs import EmbeddingInput, NormalInitializer
 from lightning_inversion.ladder import channel
 from lightning_inversion.ladder import train as training
 from lightning_inversion.ladder.channel import fano, slice_of_share
-from lightning_inversion.ladder.measure import Rows, intervene, measure
-from lightning_inversion.ladder.mechanism import (
+from lightning_inversion.ladder.interventions import (
     EMBEDDING,
     INTERVENTIONS,
     even_rows,
     exchanged,
-    jacobians,
-    mechanism,
+    scaled,
     whitened,
     without_largest,
 )
+from lightning_inversion.ladder.measure import Rows, intervene, measure
+from lightning_inversion.ladder.mechanism import block_gain, jacobians, mechanism
 from lightning_inversion.ladder.plan import Plan
 from lightning_inversion.ladder.recipe import RATES, Recipe, RecipeResult, run_recipe, tuned_rate
 from lightning_inversion.ladder.train import Texts, is_trained, model_folder, train, train_rung
@@ -190,6 +190,28 @@ def test_parameters_are_exchanged_by_name() -> None:
     assert differing == {"model.embed_tokens.weight"}
     assert torch.equal(dict(mixed.named_parameters())[differing.pop()],
                        given["model.embed_tokens.weight"])  # fmt: skip
+
+
+def test_blocks_take_the_other_models_size_or_write_less() -> None:
+    model, other = shared_tiny_model("gpt2"), scaled(tiny_model("gpt2", seed=1), lambda *_: 3.0)
+    resized = {one.name: one.model for one in INTERVENTIONS}["blocks of the other size"]
+    assert resized is not None
+    given, own = other.state_dict(), model.state_dict()
+    changed = 0
+    for name, value in resized(model, other).state_dict().items():
+        if torch.equal(value, own[name]):
+            continue
+        changed += 1
+        assert value.ndim == 2
+        assert float(value.norm()) == pytest.approx(float(given[name].norm()), rel=1e-4)
+        cosine = torch.nn.functional.cosine_similarity(value.flatten(), own[name].flatten(), dim=0)
+        assert float(cosine) == pytest.approx(1, abs=1e-4)
+    assert changed == 4 * model.config.num_hidden_layers
+    gains = [
+        block_gain(TruncatedTransformer.from_model(scaled(model, lambda *_, f=f: f), depth=1))
+        for f in (1.0, 0.35, 0.0)
+    ]
+    assert gains[0] > gains[1] > gains[2] == pytest.approx(0, abs=1e-4)
 
 
 def test_embeddings_are_evened() -> None:

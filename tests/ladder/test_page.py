@@ -23,7 +23,7 @@ RUNG = {"shape": "gpt2", "width": 64, "blocks": 2, "vocabulary": 1024}
 NUMBERS = (
     "tuned_nearest", "probe_top1", "probe_read_bits", "recovery_right", "recovery_verified",
     "loss", "nearest_wrong", "embedding_condition", "anisotropy",
-    "row_norm_variation", "massive_first", "massive_later", "jacobian_largest_later",
+    "row_norm_variation", "block_gain", "massive_first", "massive_later", "jacobian_largest_later",
     "jacobian_condition_later", "probe_bits", "theory_right", "from_mean",
 )  # fmt: skip
 
@@ -90,6 +90,7 @@ def test_the_page_and_its_figures_are_written(folder: Path) -> None:
         "slopes",
         "suspects",
         "interventions",
+        "interventions by width",
         "channel",
         "survival",
     )

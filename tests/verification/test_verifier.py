@@ -296,6 +296,34 @@ def test_a_low_precision_looks_through_the_features_of_first_tokens(
     assert certificate.check(transformer, target[0, :1]).reproduced == (True,)
 
 
+@pytest.mark.parametrize("left_open", ["by too many near tokens", "by rounding of what is stored"])
+def test_features_of_first_tokens_decide_what_embeddings_leave_open(
+    left_open: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_inversion.verification.calibration._MANY_FEATURES", 32)
+    monkeypatch.setattr("lightning_inversion.verification.verifier._SMALL_VOCABULARY", 0)
+    model = copy.deepcopy(shared_tiny_model("llama"))
+    model.get_input_embeddings().weight.data[21] = model.get_input_embeddings().weight.data[20]
+    transformer = TruncatedTransformer.from_model(model, depth=2)
+    measurements = Measurements.measure(transformer, None, Storage("bfloat16"))
+    verifier = measurements.derived(Verifier)
+    if left_open == "by rounding of what is stored":
+        monkeypatch.setattr(Calibration, "unseen", lambda self, some, *_: torch.ones_like(some))
+    else:
+        verifier.near = NearTokens(transformer.embedding.matrix, 1e9, whole=False)
+        for token in range(300):
+            verifier.near._found[token] = rivals._Found(torch.arange(0), torch.zeros(0), 0.0)
+    ids = torch.tensor([[9, 3, 5], [20, 3, 5]])
+    target, mask = transformer.features_of(ids), torch.ones_like(ids, dtype=torch.bool)
+    stored = Storage("bfloat16")(target)
+    verdict = verifier.verify(ids, stored, mask, transformer.features_of)
+    assert verdict.verified.tolist() == [[True, False, False], [False] * 3]
+    assert verdict.state(1, 0) == "group"
+    verifier.first = None
+    without = verifier.verify(ids, stored, mask, transformer.features_of)
+    assert not without.verified.any()
+
+
 def test_a_low_precision_leaves_out_where_it_errs_most() -> None:
     model = shared_tiny_model("llama")
     ids = torch.randint(300, (4, 6), generator=torch.Generator().manual_seed(0))
