@@ -75,11 +75,19 @@ def read_beside(
 
 
 def are_prompts(held: Any) -> bool:
-    """Whether each entry of a dict is a dict with its own mask, lengths, index or ids."""
+    """Whether each entry of a dict is a dict of states with a mask, lengths, index or ids."""
     own = (*_MASKS, *_PADDING_MASKS, *_INDICES, *_NUMBERS, *_IDS, "lengths")
+
+    def of_both(inner: Mapping[Any, Any]) -> bool:
+        beside = [_last(str(name)) in own for name in inner]
+        states = zip(beside, inner.values(), strict=True)
+        return any(beside) and any(
+            not known and holds_states(value) and not holds_ids(value) for known, value in states
+        )
+
     return bool(held) and all(
         isinstance(value, Mapping)
-        and any(_last(str(inner)) in own for inner in value)
+        and of_both(value)
         and depth_of_name(str(name)) is None
         and counted_number(str(name)) is None
         for name, value in held.items()

@@ -166,6 +166,10 @@ ONE: dict[str, Holds] = {
     "dicts of one tensor, all depths": lambda hs: tuple({"h": own[:1]} for own in hs),
     "an output as a tuple of names": lambda hs: Output(hs[4][:1], tuple(own[:1] for own in hs)),
     "negative numbers of all depths": lambda hs: {i - N - 1: hs[i][0] for i in range(N + 1)},
+    "inputs and outputs": lambda hs: {
+        "inputs": {"input_ids": IDS[:1], "attention_mask": torch.ones(1, T)},
+        "outputs": {"hidden_states": tuple(own[:1] for own in hs), "sequences": IDS[:1]},
+    },
     "states and ids": lambda hs: (hs[2][0], IDS[0]),
     "the number of the layer": lambda hs: {"hidden": hs[2][0], "layer": 1},
     "np.savez of all depths": lambda hs: {f"arr_{i}": hs[i][0].numpy() for i in range(N + 1)},
