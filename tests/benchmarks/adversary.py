@@ -8,7 +8,8 @@ was not told. A token is falsely certified if it is ``verified`` and is not the 
 Told noise is Gaussian or Laplace; a weak one, or so strong that tokens that no candidate was near
 to could pass for the target. More, less, or the other kind of noise may be told than there is.
 ``--channel noise`` has told noise in every case, and ``--channel strong`` strong one;
-``--features "keys and values"`` attacks those of each case instead; ``--last`` gives the last
+``--features "keys and values"`` attacks those of each case instead; ``--embedding pairs --width 96``
+has tokens of which only the next row shows which is right; ``--last`` gives the last
 state alone of texts of two and three tokens.
 """
 
@@ -37,6 +38,8 @@ from lightning_inversion.verification.measurements import Measurements
 from lightning_inversion.verification.noise import NoiseName
 
 EMBEDDINGS = ("trained-like", "near", "very near", "equal", "parallel", "untrained cluster")
+PAIRS = "pairs"
+"""Tokens so near that at a low precision only the next row may tell two apart; not drawn."""
 FEATURES = ("all", "slice", "attention alone", "final norm")
 CHANNELS = (
     "float32", "bfloat16", "float16", "noise", "computed in bfloat16", "computed in float16",
@@ -112,6 +115,7 @@ def _attacked(case: Case, kinds: tuple[str, ...], last: bool) -> Counter[str]:
         for prompt, truth in zip(found, truths, strict=True):
             for token, right in zip(prompt.tokens, truth, strict=True):
                 counts["right"] += token.id == right
+                counts["refuted"] += len(token.refuted)
                 for of in ("", f"{kind}: ", f"in {case.channel}: "):
                     counts[f"{of}tokens"] += 1
                     counts[f"{of}verified"] += token.verified
@@ -151,6 +155,9 @@ def _model(case: Case, generator: torch.Generator) -> tuple[hf.PreTrainedModel, 
             matrix[odd] = matrix[odd[0]] + far * away
         elif case.embedding == "equal":
             matrix[odd] = matrix[odd[0]].clone()
+        elif case.embedding == PAIRS:
+            apart = 10 ** -(1.3 + torch.rand(15, 1, generator=generator))
+            matrix[odd[1::2]] = matrix[odd[::2]] + apart * away[::2]
         elif case.embedding == "parallel":
             matrix[odd] = matrix[odd[0]] * torch.linspace(0.5, 2.0, 30)[:, None]
         elif case.embedding == "untrained cluster":
@@ -250,6 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first case")
+    parser.add_argument("--embedding", choices=(*EMBEDDINGS, PAIRS))
     parser.add_argument("--features", choices=(*FEATURES, "keys and values"))
     parser.add_argument("--channel", help="a word in the names of those that are run")
     parser.add_argument("--width", type=int, default=_WIDTH, help="of the models")
@@ -263,6 +271,8 @@ def main() -> None:
     seed = options.first
     while total["tokens"] < options.tokens:
         case = replace(Case.drawn(seed), width=options.width, large=options.large)
+        if options.embedding is not None:
+            case = replace(case, embedding=options.embedding)
         if options.features is not None:
             case = replace(case, features=options.features)
         if options.channel is not None:

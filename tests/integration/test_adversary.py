@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.benchmarks.adversary import CHANNELS, EMBEDDINGS, FEATURES, Case, attacked
+from tests.benchmarks.adversary import CHANNELS, EMBEDDINGS, FEATURES, PAIRS, Case, attacked
 
 pytestmark = pytest.mark.integration
 
@@ -31,6 +31,15 @@ def test_no_certificate_is_false(case: Case) -> None:
     )
     print(dict(counts))
     assert counts["tokens"] > 500
+    assert counts["false"] == 0
+
+
+@pytest.mark.parametrize("channel", ["bfloat16", "computed in bfloat16"])
+def test_no_certificate_is_false_that_the_next_row_decides(channel: str) -> None:
+    kinds = ("honest", "other rounding", "changed weights", "untold noise")
+    counts = attacked(Case(3, PAIRS, "all", channel, width=96, large=True), kinds)
+    print(dict(counts))
+    assert counts["refuted"] > 0
     assert counts["false"] == 0
 
 
