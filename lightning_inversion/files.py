@@ -87,6 +87,19 @@ def check_writable(path: Path, option: str, folder: bool = False) -> None:
         raise InputError(f"{where} may not be written; give another path.")
 
 
+_FORMATS = re.compile(
+    r"\.(jsonl?|csv|tsv|ya?ml|toml|xml|html?|xlsx?|od[st]|docx?|pdf|parquet|arrow|feather|np[yz]"
+    r"|pth?|ckpt|safetensors|gguf|pkl|pickle|h5|hdf5|db|sqlite|gz|bz2|xz|zst|zip|tar|tgz|7z"
+    r"|png|jpe?g|svg|gif|txt|md)"
+)
+
+
+def other_format(path: Path, *own: str) -> str | None:
+    """The ending of a path that names a format which is none of `own`; None without such a one."""
+    ending = path.suffix.lower()
+    return ending if _FORMATS.fullmatch(ending) and ending not in own else None
+
+
 @contextmanager
 def as_os_error() -> Iterator[None]:
     """Raise a full disk as the OSError that it is: safetensors has an error of its own."""

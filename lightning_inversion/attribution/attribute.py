@@ -287,7 +287,8 @@ class _Attribution:
         count, clean = len(self.ids), self._clean
         self.forwards += count
         extent = "from the replaced token on" if clean.prefix else "whole"
-        _log.info("occlusion: %d forwards, in batches, each %s", count, extent)
+        forwards = "1 forward" if count == 1 else f"{count} forwards, in batches, each"
+        _log.info("occlusion: %s %s", forwards, extent)
         if clean.prefix is None and self.choices.depth is None:
             self._note(f"Forwards share no keys and values: {clean.why_plain}.")
         with _occlusion_bar(count) as advance:

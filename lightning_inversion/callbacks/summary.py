@@ -83,7 +83,7 @@ def print_rows(rows: list[ResultRow]) -> None:
     for row in shown:
         count = len(row.recovered_ids)
         if row.error:
-            table.add_row(str(row.index + 1), Text(visible(row.error), style="red"))
+            table.add_row(str(row.index + 1), Text(f"(not run: {visible(row.error)})", style="red"))
             continue
         if predicted:
             spent = (str(sum(row.candidates)), f"{row.seconds:.1f}")
@@ -118,7 +118,9 @@ def print_rows(rows: list[ResultRow]) -> None:
         else ""
     )
     outcome = f"verified {averages['verified']:.3f}" if "verified" in averages else "not compared"
-    console.print(f"{right}{outcome} of {len(rows)} prompts")
+    run = sum(bool(row.recovered_ids) for row in rows)
+    left = f"; {len(rows) - run} not run" if run < len(rows) else ""
+    console.print(f"{right}{outcome} of {run} prompt{'s' * (run != 1)}{left}")
 
 
 def _count_of(share: float | None, count: int) -> str:

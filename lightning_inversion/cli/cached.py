@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from datetime import datetime
 from pathlib import Path
 
@@ -45,29 +46,37 @@ def run_cache(options: Namespace) -> int:
         print(f"{count} removed, {_megabytes(sum(one.size for one in gone))} MB")
         return 0
     console = Console()
-    console.print(_table("measured", measured_files()))
+    console.print(_table("measured", measured_files(), f" of {_megabytes(limit())}"))
     console.print(_table("models and other folders", models()))
     console.print(printable(f"{cache_root()}"), soft_wrap=True, markup=False, highlight=False)
     return 0
 
 
-def _table(title: str, entries: list[Entry]) -> Table:
+def _table(title: str, entries: list[Entry], most: str = "") -> Table:
+    """A row for each model and depth, with the kinds of what was measured; the newest first."""
     total = _megabytes(sum(entry.size for entry in entries))
-    of = f" of {_megabytes(limit())}" if title == "measured" else ""
-    table = Table(title=f"{title}: {total}{of} MB", title_justify="left")
-    for heading, justify in (("what", "left"), ("of", "left"), ("MB", "right"), ("used", "left")):
+    table = Table(title=f"{title}: {total}{most} MB", title_justify="left")
+    for heading, justify in (("of", "left"), ("what", "left"), ("MB", "right"), ("used", "left")):
         table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    rows: dict[str, list[tuple[str, Entry]]] = defaultdict(list)
     for entry in sorted(entries, key=lambda one: -one.used):
-        used = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
-        table.add_row(*_named(entry.path, entry.about()), _megabytes(entry.size), used)
+        of, kind = _named(entry.path, entry.about())
+        rows[of].append((kind, entry))
+    for of, held in rows.items():
+        kinds = Counter(kind for kind, _ in held)
+        what = ", ".join(kind if n == 1 else f"{n} {kind}" for kind, n in sorted(kinds.items()))
+        size = sum(entry.size for _, entry in held)
+        used = datetime.fromtimestamp(held[0][1].used).strftime("%Y-%m-%d %H:%M")
+        table.add_row(of, what, _megabytes(size), used)
     return table
 
 
 def _named(path: Path, about: dict[str, object]) -> tuple[str, str]:
+    """What a file or folder is of, and its kind."""
     if path.is_dir():
-        return "folder", printable(path.name)
+        return printable(path.name), "folder"
     kind = in_words(path.name.partition("-")[0])
-    return printable(kind), printable(described(about)) if about else "damaged"
+    return printable(described(about)) if about else "damaged", printable(kind)
 
 
 def _megabytes(size: int) -> str:

@@ -20,6 +20,7 @@ from lightning_inversion.callbacks.stopping import StoppingCriterion
 from lightning_inversion.callbacks.token_decoding import TokenDecoding
 from lightning_inversion.cli.ending import ended_by_sigterm
 from lightning_inversion.cli.lightning_parser import LightningParser, hide_unused
+from lightning_inversion.cli.options import replacing_sources
 from lightning_inversion.cli.refusals import wrong_run, wrong_values
 from lightning_inversion.cli.resume import (
     HOW_IT_RUNS,
@@ -79,12 +80,12 @@ class InversionCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str], models: SharedModels | None = None) -> None:
-        self._args, self.models = args, models
+        self._args, self.models = replacing_sources(args), models
         self._stored: set[tuple[int, str | None]] = set()
         super().__init__(
             InputInversion,
             PromptDataModule,
-            args=args,
+            args=self._args,
             parser_class=LightningParser,
             parser_kwargs={"prog": "lightning-inversion"},
             seed_everything_default=0,

@@ -29,6 +29,8 @@ WHOLE_RUN = (
     *("--weights_only", "--return_predictions", "--verbose", "--name"),
 )
 """Options of fit, validate and predict that are in no section."""
+_SOURCES = ("--data.prompts", "--data.file", "--data.targets")
+"""Keys of a config that say what is to be recovered; one of them is given."""
 _FILES = ("--config", "--prompts", "--data.file", "--targets", "--data.targets", "--join")
 _NEAR = 0.7
 """The likeness from which an option may be what was meant."""
@@ -59,9 +61,21 @@ def in_full(words: Sequence[str]) -> list[str]:
 
 
 def names_typed(words: Sequence[str]) -> dict[str, str]:
-    """The short options of a command line, by the keys that they set."""
+    """The short options by the keys that they set, but for keys that were typed in full."""
     typed = {word.partition("=")[0] for word in words}
-    return {long: short for short, long in SHORT.items() if short in typed}
+    return {long: short for short, long in SHORT.items() if long not in typed}
+
+
+def replacing_sources(words: Sequence[str]) -> list[str]:
+    """A command line in full, on which prompts or targets replace those of a config before them."""
+    options = [word.partition("=")[0] for word in words]
+    configs = [at for at, option in enumerate(options) if option in ("-c", "--config")]
+    typed = [at for at, option in enumerate(options) if option in _SOURCES]
+    later = [at for at in typed if configs and at > configs[-1]]
+    if not later:
+        return list(words)
+    none = [f"{source}=null" for source in _SOURCES]
+    return [*words[: later[0]], *none, *words[later[0] :]]
 
 
 def own_names(options: Iterable[str], sentence: str) -> dict[str, str]:

@@ -76,12 +76,14 @@ class OneSentenceParser(ArgumentParser):
         try:
             text = read_file(Path(path))
             check_yaml(text, MOST_ENTRIES)
-            _check_keys(text)
+            holds_options = _holds_options(text)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(
                 f"--config {str(path)!r} cannot be read: {reason}; give a file of YAML."
             ) from error
+        if not holds_options:
+            raise InputError(f"--config {str(path)!r} holds no options; give a file of YAML.")
         options: Namespace = super().parse_path(path, *args, **kwargs)
         return options
 
@@ -104,6 +106,12 @@ class OneSentenceParser(ArgumentParser):
     def _unrecognized(self, message: str) -> InputError | None:
         """For an option that the command, or a class that it was given, does not have."""
         if found := re.search(r"unrecognized arguments: ([^\s=]+)", message):
+            if not found[1].startswith("-"):
+                word = next(one for one in self._typed if one.split()[:1] == [found[1]])
+                return InputError(
+                    f"{word!r} belongs to no option; see lightning-inversion {self._command} "
+                    "--help."
+                )
             known = options_of(self)
             short = [name for name, long in SHORT.items() if long in known]
             return unknown(found[1], [*short, *known], self._command)
@@ -123,14 +131,19 @@ class OneSentenceParser(ArgumentParser):
         return " ".join(words[1:])
 
 
-def _check_keys(text: bytes) -> None:
-    """Raise RepeatedKeyError for a key that stands twice; what else is wrong is found later."""
+def _holds_options(text: bytes) -> bool:
+    """Whether YAML may be keys and values, none of them twice; other faults are found later.
+
+    Raises:
+        RepeatedKeyError: a key stands twice.
+    """
     try:
-        read_yaml(text)
+        held = read_yaml(text)
     except RepeatedKeyError:
         raise
     except ValueError:
-        return
+        return True
+    return held is None or isinstance(held, dict)
 
 
 def _check_values(words: Sequence[str]) -> None:

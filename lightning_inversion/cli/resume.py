@@ -78,7 +78,7 @@ def read_stored_input(path: Path, asked: dict[str, Any], parts: Sequence[str]) -
             different = differences(fitted.get(part), theirs, f"model.{part}", HOW_IT_RUNS)
             if different:
                 raise InputError(
-                    f"--ckpt_path {str(path)!r} was made with another {different[0]}; use the "
+                    f"--ckpt_path {str(path)!r} was made with another --{different[0]}; use the "
                     f"settings in {str(settings)!r}, or name another checkpoint."
                 )
     return checkpoint
@@ -197,7 +197,7 @@ def check_continues(run: Path, settings: str, asked: dict[str, Any]) -> None:
     if different:
         raise InputError(
             f"--ckpt_path last continues {str(run)!r}, which was made with another "
-            f"{different[0]}; use its settings, or leave --ckpt_path out."
+            f"--{different[0]}; use its settings, or leave --ckpt_path out."
         )
     read_rows(run / FILE)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import other_format
 from lightning_inversion.transformer.blocks import most_positions, text_config
 from lightning_inversion.transformer.tokens import is_text
 from lightning_inversion.untrusted import RepeatedKeyError, read_file, read_json
@@ -17,10 +17,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
-_OTHER_FORMATS = re.compile(
-    r"\.(json|csv|tsv|ya?ml|toml|xml|html?|xlsx?|od[st]|docx?|pdf|parquet|arrow|feather|np[yz]|pth?"
-    r"|ckpt|safetensors|gguf|pkl|pickle|h5|hdf5|db|sqlite|gz|bz2|xz|zst|zip|tar|tgz|7z)"
-)
+_TEXT = (".txt", ".md")
 _SURELY_TOO_LONG = 64
 """Letters for each token that a model reads, beyond which the beginning is tokenised first."""
 
@@ -39,8 +36,7 @@ def read_prompts(path: Path, option: str) -> list[str]:
         InputError: names the option and the file, and the line where one is at fault.
     """
     where = f"{option} {str(path)!r}"
-    kind = path.suffix.lower()
-    if _OTHER_FORMATS.fullmatch(kind):
+    if kind := other_format(path, *_JSON_LINES, *_TEXT):
         raise InputError(
             f"{where} is a {kind} file; give a text file with one prompt per line, or a .jsonl "
             'file with a key "prompt".'
@@ -61,7 +57,7 @@ def read_prompts(path: Path, option: str) -> list[str]:
         lines.pop()
     if not lines:
         raise InputError(f"{where} holds no text.")
-    if kind not in _JSON_LINES:
+    if path.suffix.lower() not in _JSON_LINES:
         return lines
     return [_prompt_of(line, f"{where}, line {n}") for n, line in enumerate(lines, start=1)]
 

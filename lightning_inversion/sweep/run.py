@@ -189,7 +189,7 @@ def _check_folder(folder: Path, run: InversionCLI, settings: dict[str, Any]) -> 
     different = differences(read_settings(stored), settings) if stored.exists() else []
     if different:
         raise InputError(
-            f"{str(folder)!r} was made with another {different[0]}; "
+            f"{str(folder)!r} was made with another --{different[0]}; "
             "give the sweep another --name, or remove the folder."
         )
     run.writer.asked = deciding(command, settings)
@@ -234,7 +234,7 @@ def run_cells(sweep: Sweep, specs: Sequence[TransformerSpec], processes: int = 1
             else:
                 _share(sweep, min(processes, len(left)), report)
     except (KeyboardInterrupt, SystemExit):
-        _log.error("lightning-inversion: stopped; the same command resumes the sweep.")
+        _log.error("lightning-inversion: stopped; the same command resumes it.")
         return 1
     failed = False
     for cell in sweep.unfinished():

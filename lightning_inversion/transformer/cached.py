@@ -24,7 +24,6 @@ from torch import Tensor
 from lightning_inversion.cache import (
     SUFFIX,
     as_json,
-    in_words,
     limit,
     measured_folder,
     measuring_alone,
@@ -78,8 +77,7 @@ def kept(
         if path.exists():
             _log.warning("%s is damaged and is made again.", path)
         elif any(folder.glob(f"{kind.__name__}-{digest}-*{SUFFIX}")):
-            name = in_words(kind.__name__)
-            _log.info("another version of the package kept the %s; it is made again.", name)
+            _tell_of_another_version()
         tensors, plain = _parts(build())
         if may_write:
             about = as_json(identity.get("description", {}))
@@ -89,6 +87,12 @@ def kept(
     made = _whole(kind, tensors, plain, device)
     assert as_json(_parts(made)[1]) == as_json(plain), f"{kind.__name__} cannot be kept"
     return made
+
+
+@cache
+def _tell_of_another_version() -> None:
+    """Once in a process: each thing that was measured would repeat it."""
+    _log.info("what another version of the package measured is measured again.")
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -131,6 +131,8 @@ def test_tensorboard(tiny_folder: Path, tmp_path: Path) -> None:
         (["a", "--out", "-", "--json", "-"], "--out and --json"),
         (["a", "--out", "x", "--json", "x"], "--out and --json are both 'x'; give two files"),
         (["a", "--out", "."], "--out"),
+        (["a", "--out", "page.pdf"], "--out 'page.pdf': no .pdf file is written; name a .html"),
+        (["a", "--json", "a.HTML"], "--json 'a.HTML': no .html file is written; name a .json"),
         (["a", "--out", "/proc/x.html"], "--out '/proc/x.html' cannot be written"),
         (["a", "--model", "no such model"], "^--model"),
         (["a", "--quantization", "int8", "--dtype", "float16"], "quantization: int8"),

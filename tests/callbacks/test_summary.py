@@ -62,6 +62,14 @@ def test_of_many_rows_the_doubtful_ones_are_shown(capsys: pytest.CaptureFixture[
     assert "... and 40 more, 10 of them not verified" in capsys.readouterr().out
 
 
+def test_prompts_that_were_not_run_are_not_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    bad = ResultRow(index=1, command="predict", error="is empty; give it a text.")
+    print_rows([fitted(0, right=True), bad])
+    printed = capsys.readouterr().out
+    assert "(not run: is empty; give it a text.)" in printed
+    assert "verified 1.000 of 1 prompt; 1 not run" in printed
+
+
 def test_a_tokenizer_that_loses_text_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [dataclasses.replace(fitted(index, True), exact=True) for index in range(3)]
     print_rows([dataclasses.replace(row, same_text=True) for row in rows])

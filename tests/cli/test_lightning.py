@@ -54,6 +54,7 @@ WRONG_USE = [
     (["--trainer.strategy=ddp", "--trainer.devices=2"], "DDPStrategy would average the inputs"),
     (["--trainer.precision=64-true"], "--trainer.precision: 64-true is not one of 32-true"),
     (["--ckpt_path=last"], "--ckpt_path last finds no run"),
+    (["The sky", "--seed_everything=1"], "'The sky' belongs to no option; see"),
 ]
 MORE_WRONG_USE = [
     (["--model.iteration=3"], "did you mean --model.iterations?"),
@@ -127,6 +128,7 @@ def test_a_list_longer_than_a_parser_can_take_is_one_sentence(capsys) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
+        ("The sky is blue.", "holds no options; give a file of YAML"),
         ("a: &a [*a]", "has an alias *a of nothing, or of itself; give a file of YAML"),
         ('trainer: {default_root_dir: "a\\0b"}', "has a NUL in it"),
         (f"data: {{prompts: {['a'] * 2001}}}", "more than 2000 values in a list"),
@@ -175,12 +177,29 @@ def test_rows_of_another_run_do_not_count_as_finished(
     assert (root / "lightning_logs" / "version_0" / "results.jsonl").read_bytes() == rows
 
 
+@pytest.mark.parametrize("source", ["prompts", "file"])
+def test_prompts_replace_those_of_a_config(
+    source: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "some.txt").write_text("A quick dog\n")
+    value = {"prompts": ["The sky"], "file": str(tmp_path / "some.txt")}[source]
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"data": {source: value}}))
+    words = [word for word in fit(tiny_folder, tmp_path) if "--data.prompts" not in word]
+    words += [f"--config={config}", "--print_config"]
+    (tmp_path / "other.txt").write_text("A boat\n")
+    assert run([*words[:-1], f"--prompts={tmp_path / 'other.txt'}", words[-1]]) == 0
+    data = yaml.safe_load(capsys.readouterr().out)["data"]
+    assert data["file"] == str(tmp_path / "other.txt")
+    assert data["prompts"] is data["targets"] is None
+
+
 def test_a_missing_prompt_and_a_missing_checkpoint(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["fit", f"--model.transformer.model={tiny_folder}"]) == 2
     assert (
-        "Give one of --data.prompts, --data.file, --data.targets; none was given"
+        "Give one of --data.prompts, --prompts, --targets; none was given"
         in capsys.readouterr().err
     )
     assert run(["validate", "--data.prompts=['a']"]) == 2
@@ -299,7 +318,7 @@ def accuracy_of(rows: list[dict]) -> str:
 def test_resuming_with_other_settings_is_refused(tiny_folder: Path, fitted: Path, capsys) -> None:
     options = ["--model.iterations=4", "--data.batch_size=1", "--ckpt_path=last"]
     assert run(fit(tiny_folder, fitted, *options)) == 2
-    assert "made with another model.iterations" in capsys.readouterr().err
+    assert "made with another --model.iterations" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["fit", "validate"])
@@ -470,7 +489,7 @@ def test_a_checkpoint_of_other_settings_is_refused(
     path = fitted / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
     options = fit(tiny_folder, tmp_path, f"--ckpt_path={path}", option)[1:]
     assert run([command, *options]) == 2
-    assert f"was made with another {key}" in capsys.readouterr().err
+    assert f"was made with another --{key}" in capsys.readouterr().err
 
 
 def test_validate_prints_its_score_and_leaves_no_folder(

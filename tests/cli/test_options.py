@@ -21,6 +21,7 @@ from lightning_inversion.cli.options import (
     nearest,
     own_names,
     renamed,
+    replacing_sources,
 )
 from lightning_inversion.cli.parser import OneSentenceParser, options_of
 
@@ -109,6 +110,19 @@ def test_what_is_wrong_at_a_glance_needs_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_prompts_replace_those_of_a_config_before_them() -> None:
+    none = ["--data.prompts=null", "--data.file=null", "--data.targets=null"]
+    for typed in (["--data.file=x"], ["--data.targets", "x"], ["--data.prompts", '["a"]']):
+        words = ["fit", "--config=a.yaml", "--model.iterations=3", *typed]
+        assert replacing_sources(words) == [*words[:3], *none, *typed]
+    for kept in (
+        ["fit", "--data.file=x", "--config", "a.yaml"],
+        ["fit", "--data.file=x", "--data.targets=y"],
+        ["fit", "--config", "a.yaml", "--data.noise", "1"],
+    ):
+        assert replacing_sources(kept) == kept
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,13 @@ def test_a_capture_is_not_overwritten(tiny_folder: Path, captured: Path, capsys)
     assert "exists; give another file" in capsys.readouterr().err
 
 
+def test_a_capture_is_not_written_under_another_formats_name(captured: Path, capsys) -> None:
+    out = captured.with_name("features.npy")
+    words = ["capture", f"--prompts={captured.with_name('prompts.txt')}", f"--out={out}"]
+    assert run(words) == 2
+    assert "no .npy file is written; name a .safetensors file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("place", ["/proc/t.safetensors", f"{__file__}/t.safetensors"])
 def test_a_folder_that_takes_no_file_is_refused_before_the_model_loads(
     place: str, tiny_folder: Path, tmp_path: Path, capsys, monkeypatch

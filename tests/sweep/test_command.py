@@ -150,7 +150,7 @@ def test_a_sweep_of_predict_loads_once_and_its_cells_are_the_runs_they_name(
         assert ours == theirs
     config.write_text("model: {recovery: {init_args: {budget: 100}}}\n")
     assert run(["predict", *sweep]) == 2
-    assert "made with another model.recovery" in capsys.readouterr().err
+    assert "made with another --model.recovery" in capsys.readouterr().err
 
 
 def test_only_what_is_not_done_runs_again(
@@ -213,7 +213,7 @@ def test_a_sweep_that_is_asked_to_end_can_be_resumed(
         patched.setattr(InputInversion, "begin", asked_to_end)
         assert run(sweep) == 1
     assert signal.getsignal(signal.SIGTERM) == before
-    assert "stopped; the same command resumes the sweep" in capsys.readouterr().err
+    assert "stopped; the same command resumes it" in capsys.readouterr().err
     folder = tmp_path / "lightning_logs" / "ended"
     assert len(rows_of(folder / "depth=1")) == 2
     assert not (folder / "depth=3").exists()
@@ -259,7 +259,7 @@ def test_cells_that_differ_in_a_seed_alone_are_checked_once(
     assert run([*sweep, "--dry-run"]) == 0
     (kept / "config.yaml").write_text(yaml.safe_dump({**settings, "seed_everything": 3}))
     assert run([*sweep, "--dry-run"]) == 2
-    assert "seed=4000' was made with another seed_everything" in capsys.readouterr().err
+    assert "seed=4000' was made with another --seed_everything" in capsys.readouterr().err
 
 
 def test_a_dry_run_of_what_is_done(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
@@ -336,7 +336,7 @@ def test_a_changed_config_file_is_not_resumed(finished: Finished, capsys) -> Non
     finished.config.write_text("model: {schedule: {init_args: {window: 3}}}\n")
     try:
         assert run([*finished.options, *finished.over]) == 2
-        assert "made with another model.schedule.init_args.window" in capsys.readouterr().err
+        assert "made with another --model.schedule.init_args.window" in capsys.readouterr().err
     finally:
         finished.config.write_text(before)
 
