@@ -42,7 +42,7 @@ def row(index: int, seed: int, share: float, tuned: float, **more: object) -> di
 def folder(tmp_path: Path) -> Path:
     """Rows of three seeds, by whose blocks half of the effect of training is restored."""
     ends = [(seed, share) for seed in range(3) for share in (0.0, 1.0)]
-    cells = [row(n, seed, share, 0.9 - 0.8 * share + seed / 100, block_gain=0.5 + 9 * share + n)
+    cells = [row(n, seed, share, 0.9 - 0.8 * share + seed / 100, block_gain=0.5 + 9 * share + n/99)
              for n, (seed, share) in enumerate(ends)]  # fmt: skip
     changes = [
         row(2 * n + k, seed, share, value, intervention=name, block_gain=2.0)
