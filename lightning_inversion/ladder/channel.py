@@ -167,7 +167,7 @@ def survive(plan: Plan, root: Path, rows: Rows) -> None:
     for subject in subjects(plan, root):
         blocks = block_count(subject.model.config)
         for depth in sorted({1, min(8, blocks), blocks}):
-            for setting in SETTINGS if depth <= 8 else SETTINGS[::3]:
+            for setting in SETTINGS:
                 names = {name: subject.names[name] for name in ("model", "share")}
                 names["features"] = slice_of_share(subject.names["width"], setting.kept)
                 if not rows.has(kind="survival", **names, depth=depth, channel=setting.name):

@@ -24,6 +24,12 @@ READERS = {
 }
 """Columns of rows, and the names of their readers; the recipe has its tuned rate."""
 SHAPES = {"gpt2": "GPT-2", "llama": "Llama"}
+GAIN_CHANGES = {
+    "none": "as it is", "blocks times 0.35": "blocks times 0.35",
+    "blocks of the other size": "blocks or embedding of the other size",
+    "embedding of the other size": "blocks or embedding of the other size",
+    "blocks exchanged": "blocks exchanged",
+}  # fmt: skip
 _STYLE = FigureStyle(width=3.6, height=3.3)
 _MARGIN = 0.04
 
@@ -70,7 +76,7 @@ def _legend_below(canvas: Any, columns: int) -> None:
     """The legend of the first panel, for all of them."""
     handles, names = canvas.axes[0].get_legend_handles_labels()
     shown = [(handle, name) for handle, name in zip(handles, names, strict=True)
-             if name not in ("training", "shape")]  # fmt: skip
+             if name not in ("training", "shape", "change", "model")]  # fmt: skip
     for axes in canvas.axes:
         if axes.legend_ is not None:
             axes.legend_.remove()
@@ -203,10 +209,45 @@ def channel_figure(rows: pd.DataFrame) -> RenderedFigure:
     return rendered("ladder-channel", "Tokens right by features kept", canvas)
 
 
-def draw(cells: pd.DataFrame, rows: pd.DataFrame, channel: pd.DataFrame) -> list[RenderedFigure]:
-    """Every figure of the page, from the rows of models, interventions and channels."""
+def gain_figure(cells: pd.DataFrame, rows: pd.DataFrame) -> RenderedFigure:
+    """Tokens right against the block's gain, of every model and with its blocks changed."""
+    ends = cells[cells["share"].isin([0.0, 1.0])].assign(intervention="none")
+    changed = rows[rows["intervention"].isin([*GAIN_CHANGES][1:])]
+    points = pd.concat([ends, changed], ignore_index=True)
+    points["change"] = points["intervention"].map(GAIN_CHANGES)
+    points["model"] = points["share"].map({0.0: "untrained", 1.0: "trained"})
+    canvas, grid = _grid(2, 2)
+    for axes, column, name in zip(
+        grid, ("tuned", "tuned_nearest"), ("the recipe", "read by the nearest embedding"),
+        strict=True,
+    ):  # fmt: skip
+        sns.scatterplot(
+            points, x="block_gain", y=column, hue="change", style="model", ax=axes, s=28,
+            palette=["#0173b2", "#cc78bc", "#029e73", "#de8f05"], alpha=0.8,
+            hue_order=dict.fromkeys(GAIN_CHANGES.values()),
+        )  # fmt: skip
+        axes.set(xscale="log", title=name)
+        axes.set_xlabel(f"what the block adds / embedding (n = {len(points)})")
+        _tokens_right(axes)
+        plain_ticks(axes.xaxis)
+    _legend_below(canvas, 3)
+    return rendered("ladder-gain", "Tokens right by what a block adds", canvas)
+
+
+def draw(
+    cells: pd.DataFrame, rows: pd.DataFrame, whole: Sequence[str], channel: pd.DataFrame
+) -> list[RenderedFigure]:
+    """Every figure of the page.
+
+    Args:
+        cells: rows of models.
+        rows: of interventions.
+        whole: models whose interventions have a figure of their own.
+        channel: rows of channels.
+    """
     with rc_context(_STYLE.settings):
         return [
             training_figure(cells), width_figure(cells), mechanism_figure(cells),
-            intervention_figure(rows), channel_figure(channel),
+            intervention_figure(rows[rows["model"].isin(whole)]), gain_figure(cells, rows),
+            channel_figure(channel),
         ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,9 @@ def frame_of(path: Path) -> pd.DataFrame:
 
 
 def between(values: pd.Series, least: float = 0.0) -> str:
-    """A mean with its interval over seeds."""
+    """A mean with its interval over seeds; '' without values."""
+    if not len(values):
+        return ""
     low, high = t_interval([*values], least)
     mean = f"{values.mean():.2f}"
     return mean if math.isnan(low) else f"{mean} [{low:.2f}, {high:.2f}]"
@@ -178,6 +181,43 @@ def by_width_table(rows: pd.DataFrame) -> str:
     return as_markdown(["model", "intervention", *map(str, widths)], lines)
 
 
+def size_table(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """Every model, with its blocks as they are, times 0.35, and as large as at the other end."""
+    lines = []
+    for family, own in cells[cells["share"].isin([0.0, 1.0])].groupby("family", sort=False):
+        line = [str(family)]
+        for share in (0.0, 1.0):
+            end = own[own["share"] == share]
+            changed = rows[(rows["family"] == family) & (rows["share"] == share)]
+            line += [f"{end['block_gain'].mean():.1f}", between(end["tuned"])]
+            line += [
+                between(changed[changed["intervention"] == name]["tuned"])
+                for name in ("blocks times 0.35", "blocks of the other size")
+            ]
+        lines.append(line)
+    columns = ["gain", "tokens right", "blocks times 0.35", "of the other size"]
+    both = [f"{end}: {name}" for end in ("untrained", "trained") for name in columns]
+    return as_markdown(["model", *both], lines)
+
+
+def gain_table(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """Tokens right by what the block adds: all models, and all whose parameters were changed."""
+    models = [one.name for one in INTERVENTIONS if one.model is not None]
+    points = pd.concat([cells, rows[rows["intervention"].isin(models)]])
+    lines = []
+    for least, most in pairwise((0.0, 1.0, 3.0, 10.0, math.inf)):
+        own = points[(points["block_gain"] > least) & (points["block_gain"] <= most)]
+        lines.append([
+            f"above {least:g}" if most == math.inf else f"{least:g} to {most:g}",
+            f"{len(own)} ({(own['share'] == 1).sum()})",
+            *(f"{own[name].mean():.2f} [{own[name].min():.2f}, {own[name].max():.2f}]"
+              for name in ("printed", "tuned", "tuned_nearest")),
+        ])  # fmt: skip
+    columns = ["what the block adds / embedding", "models (trained)", "printed: mean [least, most]",
+               "tuned", "tuned, nearest"]  # fmt: skip
+    return as_markdown(columns, lines)
+
+
 def _changed(right: pd.Series, change: pd.Series) -> str:
     """A mean, and in brackets the interval of a change over seeds."""
     mean = f"{right.mean():.2f}"
@@ -190,22 +230,24 @@ def _share(rows: pd.DataFrame, column: str) -> str:
 
 
 def suspects_table(cells: pd.DataFrame) -> str:
-    """Rank correlation of each suspect with the tuned recipe: over all, and among the trained.
+    """Rank correlation of each suspect with the tuned recipe: of all, untrained, trained models.
 
     The last column is the standardised coefficient of the suspect alone, in logarithms, in a
     regression that also has the share of the training and the width.
     """
-    trained = cells[cells["share"] == 1]
+    untrained, trained = cells[cells["share"] == 0], cells[cells["share"] == 1]
     lines = []
     for column, name in SUSPECTS.items():
         middle = cells.groupby(cells["share"].isin([1.0]))[column].median()
         lines.append([
             name, f"{middle.get(False, math.nan):.3g}", f"{middle.get(True, math.nan):.3g}",
-            f"{_ranks(cells, column):+.2f}", f"{_ranks(trained, column):+.2f}",
+            *(f"{_ranks(own, column):+.2f}" for own in (cells, untrained, trained)),
             f"{_beside(cells, column):+.2f}",
         ])  # fmt: skip
-    columns = ["suspect", "median, before the end", "median, trained", f"all ({len(cells)})",
-               f"trained ({len(trained)})", "beside training and width"]  # fmt: skip
+    columns = [
+        "suspect", "median, before the end", "median, trained", f"all ({len(cells)})",
+        f"untrained ({len(untrained)})", f"trained ({len(trained)})", "beside training and width",
+    ]  # fmt: skip
     return as_markdown(columns, lines)
 
 
@@ -268,7 +310,8 @@ def tables_of(folder: Path) -> dict[str, str]:
         "width": width_table(cells), "slopes": slope_table(cells),
         "suspects": suspects_table(cells),
         "interventions": intervention_table(rows, effects(rows)),
-        "interventions by width": by_width_table(rows),
+        "interventions by width": by_width_table(rows), "sizes": size_table(cells, rows),
+        "gain": gain_table(cells, rows),
         "channel": channel_table(channel), "survival": survival_table(survival),
     }  # fmt: skip
 
@@ -290,7 +333,7 @@ def write(folder: Path, page: Path) -> list[Path]:
     """
     page.write_text(fill(page.read_text("utf-8"), tables_of(folder)), encoding="utf-8")
     written, (cells, rows, channel, _) = [page], _frames(folder)
-    for figure in draw(cells, rows[rows["model"].isin(effects(rows)["model"])], channel):
+    for figure in draw(cells, rows, effects(rows)["model"], channel):
         path = page.parent / "images" / f"{figure.name}.png"
         path.write_bytes(figure.png)
         written.append(path)

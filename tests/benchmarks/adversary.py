@@ -8,9 +8,9 @@ was not told. A token is falsely certified if it is ``verified`` and is not the 
 Told noise is Gaussian or Laplace; a weak one, or so strong that tokens that no candidate was near
 to could pass for the target. More, less, or the other kind of noise may be told than there is.
 ``--channel noise`` has told noise in every case, and ``--channel strong`` strong one;
-``--features "keys and values"`` attacks those of each case instead; ``--embedding pairs --width 96``
-has tokens of which only the next row shows which is right; ``--last`` gives the last
-state alone of texts of two and three tokens.
+``--features "keys and values"`` attacks those of each case instead; ``--embedding pairs
+--features all --channel bfloat16 --width 96 --large`` has tokens of which only the next row shows
+which is right; ``--last`` gives the last state alone of texts of two and three tokens.
 """
 
 from __future__ import annotations

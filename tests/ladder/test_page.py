@@ -8,10 +8,13 @@ import pytest
 
 from lightning_inversion.ladder.figures import t_interval
 from lightning_inversion.ladder.page import (
+    by_width_table,
     channel_table,
     effects,
     frame_of,
+    gain_table,
     intervention_table,
+    size_table,
     tables_of,
     training_table,
     write,
@@ -39,13 +42,13 @@ def row(index: int, seed: int, share: float, tuned: float, **more: object) -> di
 def folder(tmp_path: Path) -> Path:
     """Rows of three seeds, by whose blocks half of the effect of training is restored."""
     ends = [(seed, share) for seed in range(3) for share in (0.0, 1.0)]
-    cells = [row(n, seed, share, 0.9 - 0.8 * share + seed / 100)
+    cells = [row(n, seed, share, 0.9 - 0.8 * share + seed / 100, block_gain=0.5 + 9 * share + n/99)
              for n, (seed, share) in enumerate(ends)]  # fmt: skip
     changes = [
-        row(2 * n + k, seed, share, value, intervention=name)
+        row(2 * n + k, seed, share, value, intervention=name, block_gain=2.0)
         for n, (seed, share) in enumerate(ends)
         for k, (name, value) in enumerate(
-            (("none", 0.9 - 0.8 * share), ("half", 0.5)))
+            (("none", 0.9 - 0.8 * share), ("blocks of the other size", 0.5)))
     ]  # fmt: skip
     kept = {8: 0.0, 16: 0.3, 32: 0.5, 64: 0.6}
     channel = [row(n, 0, 1.0, right, kept=few) for n, (few, right) in enumerate(kept.items())]
@@ -73,8 +76,23 @@ def test_effects_are_shares_of_the_difference(folder: Path) -> None:
     assert shares["removed"].to_list() == pytest.approx([0.4] * 3)
     assert shares["effect"].to_list() == pytest.approx([0.8] * 3)
     rows = frame_of(folder / "interventions.jsonl")
-    assert "| half | 3 | 0.50 | 0.50 | 0.50 |  | 0.50 | 0.50 |" in intervention_table(rows, shares)
+    table = intervention_table(rows, shares)
+    assert "| blocks of the other size | 3 | 0.50 | 0.50 | 0.50 |  | 0.50 | 0.50 |" in table
     assert "| recipe | 0.60 | 16 | 16 | 64 |" in channel_table(frame_of(folder / "channel.jsonl"))
+
+
+def test_the_size_of_the_blocks_has_tables(folder: Path) -> None:
+    cells, rows = (frame_of(folder / f"{name}.jsonl") for name in ("cells", "interventions"))
+    by_width = by_width_table(rows)
+    assert "| trained | none | 0.10 |" in by_width
+    assert "| trained | blocks of the other size | 0.50 [+0.40, +0.40] |" in by_width
+    assert "| untrained | blocks of the other size | 0.50 [-0.40, -0.40] |" in by_width
+    line = size_table(cells, rows).splitlines()[-1].split(" | ")
+    assert line[1] == "0.5"
+    assert line[3:5] == ["", "0.50 [0.50, 0.50]"]  # no row of the blocks times 0.35
+    lines = gain_table(cells, rows).splitlines()[2:]
+    assert [line.split(" | ")[1] for line in lines] == ["3 (0)", "6 (3)", "3 (3)", "0 (0)"]
+    assert "| 1 to 3 | 6 (3) | 0.50 [0.50, 0.50] |" in lines[1]
 
 
 def test_a_model_without_an_effect_has_no_share() -> None:
@@ -91,6 +109,8 @@ def test_the_page_and_its_figures_are_written(folder: Path) -> None:
         "suspects",
         "interventions",
         "interventions by width",
+        "sizes",
+        "gain",
         "channel",
         "survival",
     )
@@ -100,7 +120,7 @@ def test_the_page_and_its_figures_are_written(folder: Path) -> None:
     written = write(folder, page)
     assert [path.name for path in written] == [
         "LADDER.md", "ladder-training.png", "ladder-width.png", "ladder-mechanism.png",
-        "ladder-interventions.png", "ladder-channel.png",
+        "ladder-interventions.png", "ladder-gain.png", "ladder-channel.png",
     ]  # fmt: skip
     assert all(path.stat().st_size > 100 for path in written)
     assert "GPT-2 64, 2 blocks, V 1024" in page.read_text()
