@@ -37,6 +37,7 @@ class Origin:
         channel: what has happened to the features.
         in_order: whether the rows are in the order of the text; else it is found.
         first: whether nothing was recovered before.
+        wording: words a warning, whose options are those of the command line.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Origin:
     channel: Channel | None = None
     in_order: bool = True
     first: bool = True
+    wording: Callable[[str], str] = str
 
     def number(self, row: int) -> int:
         """The number of a prompt in messages, from 1."""
@@ -106,7 +108,7 @@ def explain(measurements: Measurements, targets: Targets, origin: Origin) -> lis
     if origin.first and all(one is not None and one.has_option for one in diagnoses):
         raise InputError(f"{'. '.join(messages)}.")
     for message in messages:
-        _log.warning("%s.", message)
+        _log.warning("%s.", origin.wording(message))
     return diagnoses
 
 
