@@ -11,6 +11,7 @@ from lightning_inversion.ladder.channel import channel, survive
 from lightning_inversion.ladder.measure import Rows, intervene, measure
 from lightning_inversion.ladder.page import write
 from lightning_inversion.ladder.plan import Plan
+from lightning_inversion.ladder.pretrained import intervene_pretrained
 from lightning_inversion.ladder.train import cost, train
 
 STAGES = ("train", "measure", "intervene", "channel", "survive", "page")
@@ -58,6 +59,7 @@ def run(options: argparse.Namespace) -> None:
         elif options.stage == "intervene":
             rows = Rows(options.rows / INTERVENED)
             intervene(plan, options.models, rows, options.iterations)
+            intervene_pretrained(plan, rows, options.iterations)
         elif options.stage == "channel":
             channel(plan, options.models, Rows(options.rows / CHANNEL), options.iterations)
         elif options.stage == "survive":

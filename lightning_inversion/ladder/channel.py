@@ -17,23 +17,21 @@ from lightning_inversion.ladder.measure import (
     Rows,
     Subject,
     probe_scores,
-    prompts_of,
     recipe_scores,
     recovery_scores,
     subject_of,
 )
 from lightning_inversion.ladder.plan import Plan, Rung
+from lightning_inversion.ladder.pretrained import FEW, pretrained
 from lightning_inversion.ladder.recipe import Recipe
-from lightning_inversion.ladder.train import Texts, encoded, is_trained
+from lightning_inversion.ladder.train import Texts, is_trained
 from lightning_inversion.transformer.blocks import block_count
-from lightning_inversion.transformer.loading import TransformerSpec
 
 _log = logging.getLogger(__name__)
-PRETRAINED = "SmolLM2-135M"
 WIDTHS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 7 / 8, 15 / 16, 31 / 32, 127 / 128, 1)
 """Shares of the features that are kept: the first ones, as in the source."""
-_FEW, _BUDGET = 5, 256
-"""Prompts of the pretrained model, and candidates that recovery may run for a token."""
+_BUDGET = 256
+"""Candidates that recovery may run for a token."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +61,6 @@ SETTINGS = (
     Setting("noise 1", noise=1.0),
     Setting("noise 3", noise=3.0),
 )
-
-
-def pretrained(plan: Plan) -> Subject:
-    """SmolLM2-135M on the prompts of the ladder's text; its probe is fitted on text of its own."""
-    model, tokenizer = TransformerSpec().load_causal_lm()
-    rows = encoded(tokenizer, plan.held_out[:200])
-    held_out = rows[: 16 * plan.length].view(-1, plan.length)
-    tuning, reported = prompts_of(tokenizer, plan.held_out)
-    config = model.config
-    names = {"model": PRETRAINED, "shape": "llama", "width": config.hidden_size,
-             "blocks": config.num_hidden_layers, "vocabulary": config.vocab_size,
-             "seed": 0, "share": 1.0}  # fmt: skip
-    return Subject(model, tokenizer, tuning[:2], reported[:_FEW], None, held_out, names)
 
 
 def subjects(plan: Plan, root: Path) -> Iterator[Subject]:
@@ -196,5 +181,5 @@ def survival_row(subject: Subject, depth: int, setting: Setting) -> Record:
         "kind": "survival", **subject.names, "depth": depth, "features": features,
         "channel": setting.name, "noise": noise,
         **probe_scores(measurements, subject.held_out, storage),
-        **recovery_scores(measurements, subject.reported[:_FEW], storage, _BUDGET),
+        **recovery_scores(measurements, subject.reported[:FEW], storage, _BUDGET),
     }  # fmt: skip

@@ -212,8 +212,8 @@ def channel_figure(rows: pd.DataFrame) -> RenderedFigure:
 def gain_figure(cells: pd.DataFrame, rows: pd.DataFrame) -> RenderedFigure:
     """Tokens right against the block's gain, of every model and with its blocks changed."""
     ends = cells[cells["share"].isin([0.0, 1.0])].assign(intervention="none")
-    changed = rows[rows["intervention"].isin([*GAIN_CHANGES][1:])]
-    points = pd.concat([ends, changed], ignore_index=True)
+    changed = rows["intervention"].isin([*GAIN_CHANGES][1:]) & rows["model"].isin(ends["model"])
+    points = pd.concat([ends, rows[changed]], ignore_index=True)
     points["change"] = points["intervention"].map(GAIN_CHANGES)
     points["model"] = points["share"].map({0.0: "untrained", 1.0: "trained"})
     canvas, grid = _grid(2, 2)

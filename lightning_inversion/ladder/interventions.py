@@ -256,6 +256,8 @@ INTERVENTIONS = (
     Intervention("ten times the iterations", longer=10),
 )
 """In the order in which they run: a stage that is stopped has done those that moved most first."""
+BLOCK_CHANGES = ("blocks exchanged", "blocks of the other size", "blocks times 0.35")
+"""Those of the blocks' parameters, which are made on the pretrained model, too."""
 
 
 def changed(base: Recipe, intervention: Intervention, model: TruncatedTransformer) -> Recipe:

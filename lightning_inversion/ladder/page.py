@@ -36,6 +36,8 @@ def frame_of(path: Path) -> pd.DataFrame:
     if len(frame):
         frame["family"] = [
             f"{SHAPES[row.shape]} {row.width}, {row.blocks} blocks, V {row.vocabulary}"
+            if row.model.startswith(row.shape)
+            else row.model
             for row in frame.itertuples()
         ]
     if "printed_step" in frame and "nearest_wrong" in frame:
@@ -44,9 +46,7 @@ def frame_of(path: Path) -> pd.DataFrame:
 
 
 def between(values: pd.Series, least: float = 0.0) -> str:
-    """A mean with its interval over seeds; '' without values."""
-    if not len(values):
-        return ""
+    """A mean with its interval over seeds."""
     low, high = t_interval([*values], least)
     mean = f"{values.mean():.2f}"
     return mean if math.isnan(low) else f"{mean} [{low:.2f}, {high:.2f}]"
@@ -183,16 +183,17 @@ def by_width_table(rows: pd.DataFrame) -> str:
 
 def size_table(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
     """Every model, with its blocks as they are, times 0.35, and as large as at the other end."""
+    ends = cells[cells["share"].isin([0.0, 1.0])].assign(intervention="none")
+    others = rows[~((rows["intervention"] == "none") & rows["model"].isin(cells["model"]))]
     lines = []
-    for family, own in cells[cells["share"].isin([0.0, 1.0])].groupby("family", sort=False):
+    for family, own in pd.concat([ends, others]).groupby("family", sort=False):
         line = [str(family)]
         for share in (0.0, 1.0):
-            end = own[own["share"] == share]
-            changed = rows[(rows["family"] == family) & (rows["share"] == share)]
-            line += [f"{end['block_gain'].mean():.1f}", between(end["tuned"])]
+            changes = dict([*own[own["share"] == share].groupby("intervention")])
+            line.append(f"{changes['none']['block_gain'].mean():.1f}")
             line += [
-                between(changed[changed["intervention"] == name]["tuned"])
-                for name in ("blocks times 0.35", "blocks of the other size")
+                between(changes[name]["tuned"]) if name in changes else ""
+                for name in ("none", "blocks times 0.35", "blocks of the other size")
             ]
         lines.append(line)
     columns = ["gain", "tokens right", "blocks times 0.35", "of the other size"]
@@ -203,7 +204,8 @@ def size_table(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
 def gain_table(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
     """Tokens right by what the block adds: all models, and all whose parameters were changed."""
     models = [one.name for one in INTERVENTIONS if one.model is not None]
-    points = pd.concat([cells, rows[rows["intervention"].isin(models)]])
+    rows = rows[rows["intervention"].isin(models) & rows["model"].isin(cells["model"])]
+    points = pd.concat([cells, rows])
     lines = []
     for least, most in pairwise((0.0, 1.0, 3.0, 10.0, math.inf)):
         own = points[(points["block_gain"] > least) & (points["block_gain"] <= most)]

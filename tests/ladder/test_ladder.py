@@ -16,10 +16,11 @@ from lightning_inversion.decoding import PinvDecoder
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import append_records
 from lightning_inversion.inputs import EmbeddingInput, NormalInitializer
-from lightning_inversion.ladder import channel
+from lightning_inversion.ladder import channel, pretrained
 from lightning_inversion.ladder import train as training
 from lightning_inversion.ladder.channel import fano, slice_of_share
 from lightning_inversion.ladder.interventions import (
+    BLOCK_CHANGES,
     EMBEDDING,
     INTERVENTIONS,
     even_rows,
@@ -28,7 +29,7 @@ from lightning_inversion.ladder.interventions import (
     whitened,
     without_largest,
 )
-from lightning_inversion.ladder.measure import Rows, intervene, measure
+from lightning_inversion.ladder.measure import Rows, Subject, intervene, measure
 from lightning_inversion.ladder.mechanism import block_gain, jacobians, mechanism
 from lightning_inversion.ladder.plan import Plan
 from lightning_inversion.ladder.recipe import RATES, Recipe, RecipeResult, run_recipe, tuned_rate
@@ -253,6 +254,27 @@ def test_fano_bounds_what_can_be_right() -> None:
     assert 0.4 < fano(5, 1024) < 0.6
     assert slice_of_share(64, 1) is None
     assert slice_of_share(64, 0.5) == "0:32"
+
+
+def test_the_pretrained_models_blocks_are_changed_at_both_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = shared_tiny_model("llama"), tiny_model("llama", seed=1)
+    names = {"model": "tiny", "width": 32, "seed": 0, "share": 1.0}
+    subject = Subject(model, SimpleNamespace(), IDS, IDS, None, IDS, names)  # type: ignore[arg-type]
+    monkeypatch.setattr(pretrained, "pretrained", lambda _: subject)
+    monkeypatch.setattr(TransformerSpec, "load_causal_lm", lambda _: (other, None))
+    plan: Any = None
+    rows = Rows(tmp_path / "rows.jsonl")
+    for _ in range(2):  # the second time nothing is missing
+        pretrained.intervene_pretrained(plan, rows, iterations=2)
+    found = rows.read()
+    assert [(row["intervention"], row["share"]) for row in found] == [
+        (name, share) for name in ("none", *BLOCK_CHANGES) for share in (1.0, 0.0)
+    ]
+    gains = {(row["intervention"], row["share"]): row["block_gain"] for row in found}
+    assert gains["none", 1.0] != gains["none", 0.0]
+    assert all(gains["blocks times 0.35", share] < gains["none", share] for share in (0.0, 1.0))
 
 
 def test_a_stopped_survey_measures_no_setting_again(
