@@ -22,9 +22,10 @@ from torch import Tensor
 from lightning_inversion.data.batch import PromptBatch
 from lightning_inversion.data.prompts import PromptDataModule
 from lightning_inversion.data.targets import OPTION, Captured
-from lightning_inversion.errors import InputError
+from lightning_inversion.errors import InputError, module_property
 from lightning_inversion.inversion import Inversion
 from lightning_inversion.recovery.captured import Origin, explain, recover_captured
+from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
 from lightning_inversion.recovery.policy import RecoveredPrompt, Targets, recover_prompts
 from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.state import BatchState
@@ -33,6 +34,7 @@ from lightning_inversion.transformer.blocks import frozen_copy, without_head
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.transformer.unembedding import Unembedding
 from lightning_inversion.verification.calibration import Channel
+from lightning_inversion.verification.measurements import Measurements
 
 _log = logging.getLogger(__name__)
 RoundListener = Callable[[list[RecoveredPrompt]], None]
@@ -146,10 +148,10 @@ class InputInversion(Inversion, LightningModule):
             return -1  # it was too large
         with self._halving_if_too_large():
             if self.state.batch.index != batch.index:
-                self.begin(batch)
                 if batch.target is not None:
-                    explain(self.measurements, self._targets(batch), self._origin(batch))
+                    explain(self._targets(batch), self._origin(batch))
                     self._recovered_before = True
+                self.begin(batch)
                 self.trainer.strategy.setup_optimizers(self.trainer)  # of the new values
             elif self.state.target is None:
                 self.resume(batch)
@@ -229,8 +231,9 @@ class InputInversion(Inversion, LightningModule):
             if batch.target is None:
                 return recover_prompts(self.recovery, self.measurements, targets, self._after_round)
             prompts = recover_captured(
-                self.recovery, self.measurements, targets, self._origin(batch), self._after_round
-            )
+                self.recovery, lambda: self.measurements, targets, self._origin(batch),
+                self._after_round,
+            )  # fmt: skip
             self._recovered_before = True
             return prompts
 
@@ -258,11 +261,18 @@ class InputInversion(Inversion, LightningModule):
         data, captured = self._data, self._captured
         assert data is not None
         assert captured is not None
-        cuts = self._other_cuts() if data.diagnose and self.frozen.causal else None
+        asked = data.diagnose and self.frozen.causal
         return Origin(
-            f"{OPTION} {captured.name!r}", batch.index, cuts, self.channel, captured.in_order,
-            first=not self._recovered_before,
+            f"{OPTION} {captured.name!r}", batch.index, self._diagnose if asked else None,
+            captured.in_order, first=not self._recovered_before,
         )  # fmt: skip
+
+    def _diagnose(self, targets: Targets) -> list[Diagnosis | None]:
+        return diagnose(self._first_tokens, targets, self._other_cuts())
+
+    @module_property
+    def _first_tokens(self) -> Measurements:
+        return Measurements.measure(self.frozen, channel=self.channel, first_alone=True)
 
     def _other_cuts(self) -> OtherCuts:
         """The same model at other depths; it is loaded only where a scan asks for it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,7 @@ from lightning_inversion.data.targets import Captured
 from lightning_inversion.data.texts import ModelLimits, tokenize
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.captured import Origin, recover_captured
+from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
 from lightning_inversion.recovery.policy import RecoveryPolicy, Targets
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.recovery.variants import OtherCuts
@@ -176,7 +178,7 @@ def recover(
     language_model = (
         LanguageModel(model, transformer.caches) if policy.needs_language_model else None
     )
-    measurements = Measurements.measure(transformer, language_model, captured.storage)
+    measure = cache(partial(Measurements.measure, transformer, language_model, captured.storage))
     targets = [captured.target(number) for number in range(len(captured.targets))]
     if logits:
         with errors_name_arguments():
@@ -189,19 +191,22 @@ def recover(
         ),
         shape.blocks,
     )
+
+    def diagnosed(targets: Targets) -> list[Diagnosis | None]:
+        first = Measurements.measure(transformer, channel=captured.storage, first_alone=True)
+        return diagnose(first, targets, cuts)
+
     explained = diagnose_first and not first_position
-    origin = Origin(
-        "hidden_states", None, cuts if explained else None, captured.storage, captured.in_order
-    )
+    origin = Origin("hidden_states", None, diagnosed if explained else None, captured.in_order)
     with errors_name_arguments():
         prompts = recover_captured(
-            policy, measurements, Targets(features, captured.lengths, given.known_prefix), origin
+            policy, measure, Targets(features, captured.lengths, given.known_prefix), origin
         )
     storage = asdict(captured.storage)
     return Recoveries(
         Recovered.of(
             prompt.tokens,
-            Certificate.of(prompt.known, prompt.tokens, measurements, storage, policy.rows),
+            Certificate.of(prompt.known, prompt.tokens, measure(), storage, policy.rows),
             tokenizer,
             prompt.seconds,
             order=tuple(prompt.order),

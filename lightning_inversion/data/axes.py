@@ -68,10 +68,9 @@ def _usual_axes(wanted: Wanted, shape: list[int], name: str, beside: Beside) -> 
         return ["positions", "features"][2 - len(shape) :]
     prompts = ["prompts", "positions", "features"]
     if len(shape) == 4:
-        if beside.depth is None and _counts_layers(wanted, shape[0]) != (
-            second := _counts_layers(wanted, shape[1])
-        ):
-            return ["prompts", "layers", *prompts[1:]] if second else ["layers", *prompts]
+        counting = [axis for axis in range(3) if _counts_layers(wanted, shape[axis])]
+        if beside.depth is None and (counting == [2] or len({0, 1} & set(counting)) == 1):
+            return [*prompts[: counting[0]], "layers", *prompts[counting[0] :]]
         return ["layers", *prompts] if shape[:2] == [1, 1] else None
     if len(shape) != 3:
         return None
@@ -144,6 +143,18 @@ def check_dense(wanted: Wanted, tensor: Tensor, name: str = "") -> None:
     strided = tensor.layout == torch.strided and not tensor.is_nested
     if not strided or tensor.is_meta or tensor.is_quantized:
         raise wanted.error(f"{named(name)} is no dense tensor with values; save a plain one.")
+
+
+def tensor_of(wanted: Wanted, value: Tensor | np.ndarray) -> Tensor:
+    """A tensor or array of NumPy as a dense tensor on the CPU."""
+    if isinstance(value, Tensor):
+        check_dense(wanted, value)
+        return value.detach().cpu()
+    if value.dtype.kind == "V" and value.dtype.itemsize <= 2:  # NumPy has no bfloat16
+        value = value.view(f"u{value.dtype.itemsize}")
+    if value.dtype.kind not in "fiub" or value.dtype.itemsize > 8:
+        raise wanted.error(f" holds NumPy values of type {value.dtype}; store numbers.")
+    return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
 
 
 def floating(wanted: Wanted, tensor: Tensor, name: str) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, unpack_sequence
 
+from lightning_inversion.data.names import counted_number, depth_of_name
+
 _WRAPPERS = ("output", "value")
 """Attributes in which baukit's traces and saved values of nnsight hold what a module put out."""
 
@@ -32,8 +34,20 @@ def opened(given: Any) -> Any:
         inner = getattr(given, name, None)
         if isinstance(inner, Tensor | tuple):
             return opened(inner)
+    if hasattr(given, "_asdict"):
+        return given._asdict()
     if isinstance(given, tuple | list):  # blocks return None where they have no cache
         return [one for one in given if one is not None]
+    return given
+
+
+def alone(given: Any) -> Any:
+    """The tensor that a dict holds alone, under a name that tells no depth."""
+    if isinstance(given, Mapping) and len(given) == 1:
+        ((name, value),) = given.items()
+        value, plain = opened(value), counted_number(str(name)) is None
+        if isinstance(value, Tensor | np.ndarray) and plain and depth_of_name(str(name)) is None:
+            return value
     return given
 
 

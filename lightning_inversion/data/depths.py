@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lightning_inversion.data.layout import Layout, Wanted, named
-from lightning_inversion.data.names import FINAL, counted_number
+from lightning_inversion.data.names import (
+    FINAL,
+    NamedDepth,
+    counted_number,
+    numbers_alone,
+)
 
 
 class Depths:
@@ -42,37 +48,91 @@ class Depths:
     def are_numbered(self, names: Sequence[str]) -> bool:
         """Whether numbers alone name the tensors: depths, blocks or prompts; a manifest decides.
 
+        A word before all of them (``hs_0``, ``arr_0``) changes nothing where they are as many as a
+        model's hidden states or blocks, or as the depths that are told.
+
         Raises:
             InputError: numbers that may be depths leave a choice.
         """
-        if len(names) < 2 or not all(map(str.isdecimal, names)) or not self.wanted.checks_width:
+        numbers, layout = numbers_alone(names), self.wanted.layout
+        if numbers is None or not self.wanted.checks_width:
             return False
-        first, layout = int(names[0]), self.wanted.layout
-        in_a_row = list(map(int, names)) == list(range(first, first + len(names)))
-        if (first > 1 or not in_a_row) and layout == Layout(dtype=layout.dtype):
+        blocks = self.wanted.sizes.blocks if self.wanted.shape is not None else 0
+        in_a_row = numbers == list(range(numbers[0], numbers[0] + len(names)))
+        may_be_depths = not blocks or max(numbers) <= blocks
+        if (
+            may_be_depths
+            and (numbers[0] > 1 or not in_a_row)
+            and layout == Layout(dtype=layout.dtype)
+        ):
             raise self.wanted.error(
                 f" holds tensors named {', '.join(names[:5])}, which may be depths or prompts; set "
-                f"--data.layout.depths [{','.join(names[:5])}], or --data.layout.axes "
+                f"--data.layout.depths [{','.join(map(str, numbers[:5]))}], or --data.layout.axes "
                 "prompts,positions,features."
             )
-        return True
+        several = (blocks, blocks + 1, len(layout.depths or ()))
+        return len(names) in several or all(map(str.isdecimal, names))
 
     def of_numbered_layer(self, names: Sequence[str]) -> int | None:
         """The depth of one numbered layer, where it is the one asked for by one way of counting.
 
+        It may be in the names of several prompts.
+
         Raises:
             InputError: it is another by any.
         """
-        number = counted_number(names[0]) if len(names) == 1 else None
+        numbers = {counted_number(name) for name in names}
+        number = numbers.pop() if len(numbers) == 1 else None
         asked = self.wanted.depths
         if number is None or asked is None or self.wanted.layout.depths is not None:
             return None
+        self.check_number(number, repr(names[0]))
+        return asked[0]
+
+    def check_number(self, number: int, name: str) -> None:
+        """Refuse the number of a layer that is not asked for by either way of counting.
+
+        Raises:
+            InputError: names both depths.
+        """
+        asked = self.wanted.depths
+        if asked is None or self.wanted.layout.depths is not None:
+            return
+        if number < 0:
+            number += self.wanted.sizes.blocks + 1
         if asked[0] not in (number, number + 1):
             raise self.wanted.error(
-                f" holds {names[0]!r}, and depth {asked[0]} is asked for; set "
+                f" holds {name}, and depth {asked[0]} is asked for; set "
                 f"--model.transformer.depth {number + 1} if blocks count from 0, or {number}."
             )
-        return asked[0]
+
+    def of_modules(self, told: dict[str, NamedDepth]) -> dict[str, NamedDepth]:
+        """The depths of names such as layers.0 and layers.1, of one prompt.
+
+        One more than there are blocks are the hidden states, and no outputs of blocks.
+
+        Raises:
+            InputError: a name is of a block that the model does not have.
+        """
+        depths = {name: found.depth for name, found in told.items() if found.depth != FINAL}
+        numbers = sorted(depths.values())
+        if len(numbers) < 2 or numbers != list(range(1, len(numbers) + 1)):
+            return told
+        blocks = self.wanted.sizes.blocks if self.wanted.shape is not None else len(numbers)
+        if len(numbers) <= blocks:
+            return told
+        if len(numbers) > blocks + 1:
+            raise self.wanted.error(
+                f" holds {max(depths, key=depths.__getitem__)!r}, and the model has {blocks} "
+                "blocks; give the model that made it."
+            )
+        source = f"entry of {len(numbers)} hidden states"
+        return {
+            name: found if found.depth == FINAL
+            else replace(found, depth=found.depth - 1 if found.depth <= blocks else FINAL,
+                         source=source)
+            for name, found in told.items()
+        }  # fmt: skip
 
     def of_layers(self, layers: int, name: str) -> list[int]:
         """The depth of each layer that a tensor holds.

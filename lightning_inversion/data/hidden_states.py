@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_inversion.data.axes import arrange, check_dense, floating, refuse_quantised
+from lightning_inversion.data.axes import arrange, floating, refuse_quantised, tensor_of
+from lightning_inversion.data.beside import are_prompts, read_beside
 from lightning_inversion.data.contents import (
+    alone,
     flat,
     holds_ids,
     holds_states,
     is_generated,
     is_tensors,
     leaves,
-    lengths_in,
-    number_in,
     opened,
     output_of_block,
     prompts_of_layers,
@@ -40,8 +40,8 @@ from lightning_inversion.data.key_values import (
 )
 from lightning_inversion.data.layout import Beside, Wanted, named
 from lightning_inversion.data.names import (
-    FINAL,
     NamedDepth,
+    are_of_several_layers,
     depth_of_name,
     depths_of_counted,
     is_other_hook,
@@ -50,14 +50,7 @@ from lightning_inversion.data.names import (
 from lightning_inversion.data.padding import rows_of_prompts
 from lightning_inversion.errors import InputError
 
-_IDS = (
-    "token_ids", "input_ids", "prompt_token_ids", "output_ids", "sequences", "ids", "tokens",
-)  # fmt: skip
-_MASKS = ("attention_mask", "mask")
-_LAYER = ("layer_idx", "layer_index")
 _STEP = re.compile(r"(?:^|[._/-])step[._/-]?\d+$")
-_OUTPUTS = ("logits", "past_key_values", "attentions", "loss", "scores", "cross_attentions")
-"""What a model's output holds beside hidden states."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +73,16 @@ class HiddenStates:
     def dtype(self) -> str:
         """The coarsest of float32, float16 and bfloat16 that holds every value exactly.
 
-        Rounded values that were converted back are compared as rounded ones.
+        Rounded values that were converted back are compared as rounded ones, and all prompts as the
+        one that is rounded most.
         """
         dtypes = {prompt.dtype for prompt in self.prompts}
         if dtypes <= {torch.float32, torch.float64}:
             for dtype in (torch.bfloat16, torch.float16):
                 if all(bool((own.to(dtype) == own).all()) for own in self.prompts):
                     return str(dtype).removeprefix("torch.")
-        return str(self.prompts[0].dtype).removeprefix("torch.")
+        coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        return str(coarsest).removeprefix("torch.")
 
 
 _LARGEST = 1e15
@@ -145,6 +140,9 @@ class _Reader:
             given = given.logits
             return self._of_tensor(self._tensor(given), name, beside)
         if hasattr(given, "items"):
+            if are_prompts(given):
+                names = sorted(given, key=lambda name: natural(str(name)))
+                return [prompt for one in names for prompt in self.prompts(given[one], "", beside)]
             return self._of_dict(flat(given), beside)
         if getattr(given, "hidden_states", None) is not None:
             return self._of_dict({"hidden_states": given.hidden_states}, beside)
@@ -194,38 +192,12 @@ class _Reader:
             )
 
     def _tensor(self, value: Tensor | np.ndarray) -> Tensor:
-        if isinstance(value, Tensor):
-            check_dense(self.wanted, value)
-            return value.detach().cpu()
-        if value.dtype.kind == "V" and value.dtype.itemsize <= 2:  # NumPy has no bfloat16
-            value = value.view(f"u{value.dtype.itemsize}")
-        if value.dtype.kind not in "fiub" or value.dtype.itemsize > 8:
-            raise self.wanted.error(f" holds NumPy values of type {value.dtype}; store numbers.")
-        return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+        return tensor_of(self.wanted, value)
 
     def _beside(self, held: Mapping[str, Any], beside: Beside) -> tuple[Beside, dict[str, Any]]:
         """What lies beside the states in a dict, and what may be the states."""
-        states: dict[str, Any] = {}
-        for name, value in held.items():
-            last = name.rsplit(".", 1)[-1].lower()
-            if last in _MASKS and isinstance(value, Tensor | np.ndarray):
-                beside = replace(beside, mask=self._tensor(value).bool())
-            elif (lengths := lengths_in(last, value)) is not None:
-                beside = replace(beside, lengths=lengths)
-            elif last in _LAYER and number_in(value) is not None:
-                index = number_in(value)
-                assert index is not None
-                blocks = self.wanted.sizes.blocks
-                index = index if index >= 0 else blocks + 1 + index
-                beside = replace(beside, depth=FINAL if index == blocks else index)
-                self.depths.pick([index], [name])
-                self.depths.sources.append(f"from {last}")
-            elif last in _IDS or holds_ids(value):
-                self.ids_beside.append(name)
-                shape = tuple(getattr(value, "shape", ())) or None
-                beside = replace(beside, ids_shape=shape)
-            elif last not in _OUTPUTS and holds_states(value):
-                states[name] = value
+        beside, states, ids = read_beside(held, beside, self.wanted, self.depths)
+        self.ids_beside += ids
         return beside, states
 
     def _of_dict(self, held: dict[str, Any], beside: Beside) -> list[Tensor]:
@@ -265,7 +237,22 @@ class _Reader:
             names
         ):
             return self._of_sequence([states[name] for name in names], "", beside)
+        self._check_prompts({name: states[name] for name in names})
         return [prompt for name in names for prompt in self.prompts(states[name], name, beside)]
+
+    def _check_prompts(self, states: dict[str, Any]) -> None:
+        """Refuse tensors of a dict that are not one prompt each."""
+        if self.layout.axes is None and are_of_several_layers(list(states)):
+            raise self.wanted.error(
+                f" holds {', '.join(list(states)[:3])}, whose layers are not clear; end each name "
+                "in the layer, as prompt_0/layer_8, or save one layer."
+            )
+        vectors = [name for name, own in states.items() if getattr(own, "ndim", 2) == 1]
+        if vectors and len(vectors) < len(states):
+            raise self.wanted.error(
+                f" holds {vectors[0]!r} of shape {list(states[vectors[0]].shape)} beside hidden "
+                "states; leave it out."
+            )
 
     def _of_hooks(
         self, states: dict[str, Any], told: dict[str, NamedDepth], beside: Beside
@@ -276,7 +263,9 @@ class _Reader:
         """
         prompts = []
         for group in sorted({found.prompt for found in told.values()}, key=natural):
-            own = {name: found for name, found in told.items() if found.prompt == group}
+            own = self.depths.of_modules(
+                {name: found for name, found in told.items() if found.prompt == group}
+            )
             names = list(own)
             picked = self.depths.pick([own[name].depth for name in names], names)
             self.depths.sources.extend(own[names[index]].source for index in picked)
@@ -295,6 +284,11 @@ class _Reader:
         if not given:
             raise self.wanted.error(" holds no tensor; give one or more.")
         self._refuse_caches(given)
+        given = [alone(one) for one in given]
+        ids = [one for one in given if holds_ids(one) and isinstance(one, Tensor | np.ndarray)]
+        if 0 < len(ids) < len(given):
+            self.ids_beside.append("integers in a list")
+            given = [one for one in given if not any(one is other for other in ids)]
         if all(isinstance(one, int | float) for one in leaves(given)):
             return self._of_numbers(given, name, beside)
         if not all(isinstance(one, Tensor | np.ndarray) for one in given):
@@ -312,7 +306,8 @@ class _Reader:
                 given = prompts_of_layers(given, layers) or given
             return [prompt for one in given for prompt in self.prompts(one, name, beside)]
         tensors = [self._tensor(one) for one in given]
-        if tensors[-1].dim() == 1 and tensors[0].dim() <= 2:  # a prompt, then a row a step
+        same_width = len({one.shape[-1:] for one in tensors}) == 1
+        if tensors[-1].dim() == 1 and tensors[0].dim() <= 2 and same_width:  # then a row a step
             rows = torch.cat([one.reshape(-1, one.shape[-1]) for one in tensors])
             return self._of_tensor(rows, name, beside)
         alike = len(tensors) > 1 and len({one.shape for one in tensors}) == 1

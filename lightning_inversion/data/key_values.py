@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_inversion.data.axes import floating
+from lightning_inversion.data.axes import floating, tensor_of
 from lightning_inversion.data.layout import Beside, Wanted, named
+from lightning_inversion.data.names import counted_number, stems_of
 from lightning_inversion.data.padding import rows_of_prompts
 
 Kind = Literal["keys", "values"]
@@ -25,7 +26,7 @@ _KINDS: dict[str, Kind] = {"keys": "keys", "key": "keys", "k": "keys", "0": "key
                            "values": "values", "value": "values", "v": "values",
                            "1": "values"}  # fmt: skip
 _NAMES = (
-    r"(?P<kind>keys?|values?|k|v)_?cache[./_\[](?P<block>\d+)\]?",
+    r"(?P<kind>keys?|values?|k|v)_?(?:cache|states)[./_\[](?P<block>\d+)\]?",
     r"cache_(?P<kind>k|v)_l(?P<block>\d+)",
     r"(?:past_key_values?|past|present)[./_\[](?P<block>\d+)[\]./_\[]+"
     r"(?:decoder[./_])?(?P<kind>keys?|values?|0|1)\]?",
@@ -49,9 +50,11 @@ def caches_of_blocks(given: Any, blocks: int) -> list[Blocks]:
     Blocks that lie one by one, without a name, are of one cache where there are as many as the
     model has, and all alike.
     """
-    if isinstance(given, Tensor | np.ndarray):  # [blocks, 2, ...]
-        stacked = given.ndim > 4 and tuple(given.shape[:2]) == (blocks, 2)
-        return _of_pairs(list(given)) if stacked else []
+    if isinstance(given, Tensor | np.ndarray):  # [blocks, 2, ...] or [2, blocks, ...]
+        begins = tuple(given.shape[:2]) if given.ndim > 4 else ()
+        if begins == (blocks, 2):
+            return _of_pairs(list(given))
+        return _of_pairs(list(zip(*given, strict=True))) if begins == (2, blocks) else []
     if isinstance(given, Sequence) and _are_pairs(given, axes=(3, 4)):
         return _of_pairs(given)
     caches = caches_in(given)
@@ -80,7 +83,7 @@ def caches_in(given: Any) -> list[Blocks]:
         if isinstance(holder, Mapping) and holder.get("past_key_values") is not None:
             return caches_in(holder["past_key_values"])
     if isinstance(given, Mapping):
-        return _of_names(given)
+        return _of_numbered_pairs(given) or _of_names(given)
     if isinstance(given, Sequence) and not isinstance(given, str) and _are_pairs(given):
         return _of_pairs(given)
     return []
@@ -135,8 +138,7 @@ def arrange_heads(wanted: Wanted, tensor: Any, name: str = "") -> Tensor:
     Raises:
         InputError: the tensor has another number of axes, or its heads cannot be told.
     """
-    tensor = torch.as_tensor(tensor).detach().cpu()
-    states = floating(wanted, tensor, name)
+    states = floating(wanted, tensor_of(wanted, tensor), name)
     shape = list(states.shape)
     if states.dim() == 3:
         states = states[None]
@@ -184,6 +186,29 @@ def _are_pairs(given: Sequence[Any], axes: tuple[int, ...] = (4,)) -> bool:
     )
 
 
+def _of_numbered_pairs(held: Mapping[Any, Any]) -> list[Blocks]:
+    """A pair for each block, whose number is the name or ends it."""
+    numbers = [counted_number(str(name)) if not str(name).isdecimal() else int(name)
+               for name in held]  # fmt: skip
+    if None in numbers or len(set(numbers)) < len(held) or not _are_pairs(list(held.values())):
+        return []
+    blocks = _of_pairs(list(held.values()))[0]
+    return [{numbers[index or 0]: pair for index, pair in blocks.items()}]
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], int | float)
+
+
+def _name_of_block(name: str) -> tuple[re.Match[str] | None, str]:
+    """What tells block and kind in a name, and what comes after it."""
+    for stem, suffix in stems_of(name):
+        for pattern in _NAMES:
+            if found := re.search(rf"(?:^|[./_-]){pattern}$", stem, re.IGNORECASE):
+                return found, suffix
+    return None, ""
+
+
 def _of_names(held: Mapping[str, Any]) -> list[Blocks]:
     """Tensors whose names tell what they are; lists under ``key_cache`` have a block for each.
 
@@ -191,14 +216,12 @@ def _of_names(held: Mapping[str, Any]) -> list[Blocks]:
     """
     caches: dict[str, Blocks] = {}
     for name, value in held.items():
-        found = next(
-            (match for p in _NAMES if (match := re.search(rf"(?:^|[./_-]){p}$", name, re.I))), None
-        )
+        found, suffix = _name_of_block(name)
         if found is not None:
-            blocks = caches.setdefault(name[: found.start()], {})
+            blocks = caches.setdefault(name[: found.start()] + suffix, {})
             of_block = blocks.setdefault(int(found["block"]), {})
             of_block[_KINDS[found["kind"].lower()]] = (name, value)
-        elif (whole := _WHOLE.search(name)) is not None:
+        elif (whole := _WHOLE.search(name)) is not None and not _are_numbers(value):
             blocks = caches.setdefault(name[: whole.start()], {})
             kind = _KINDS[whole["kind"].lower()]
             several = isinstance(value, Sequence) or getattr(value, "ndim", 0) == 5

@@ -34,6 +34,17 @@ _PATTERNS: tuple[tuple[str, int, str], ...] = (
     (r"depth" + _ENTRY, 0, "from names"),
 )
 """A name, how many blocks more than its number the states have passed, and how that is called."""
+_PROMPT = (
+    r"prompts?|texts?|sentences?|samples?|examples?|requests?|seq(?:uence)?s?|items?|docs?|rows?|"
+    r"batch|ids?|p"
+)
+_SUFFIX = re.compile(
+    r"(?:[./_-]+(?:hidden(?:_states?)?|states?|act(?:ivation)?s?|features?|tensor|data))?"
+    rf"(?:[./_\[-]+(?:(?:{_PROMPT})[._-]?)?\d+\]?)?$"
+)
+"""What may come after a depth in a name: a word for states, the number of a prompt."""
+_NUMBERED = re.compile(r"^(.*?)(\d+)$")
+_OF_PROMPTS = re.compile(rf"(?:^|[./_-])(?:{_PROMPT})[ ./_-]*$", re.IGNORECASE)
 _FINAL_NAMES = (
     r"ln_final\.hook_normalized", r"last_hidden_state", r"result_norm",
     _PATH + r"(?:norm|ln_f|final_layer_?norm|final_norm)" + _OUTPUT,
@@ -41,7 +52,10 @@ _FINAL_NAMES = (
 _COUNTED = re.compile(r"(?:^|[./_-])(?:layers?|blocks?|resid(?:ual)?|L)" + _ENTRY + r"$")
 _OTHER_HOOK = re.compile(
     r"\bhook_\w+|\b(?:resid_mid|mlp_out|attn_out)\b|\.(?:attn|mlp|self_attn|self_attention)\b"
+    rf"|(?:^|[./_-]){_BLOCK}[./][a-z]"
 )
+_ANY_LAYER = re.compile(r"(?:^|[./_ -])(?:layers?|blocks?)[./_\[-]?(\d+)")
+_PATH_OF_NUMBERS = re.compile(r"\d+(?:\.\d+)+")
 
 
 @dataclass(frozen=True)
@@ -60,10 +74,13 @@ class NamedDepth:
 
 
 def depth_of_name(name: str) -> NamedDepth | None:
-    """The depth that the end of a tensor's name tells; None where it tells none."""
-    for pattern, more, source in _PATTERNS:
-        if found := re.search(rf"(?:^|[./_-])(?:{pattern})$", name):
-            return NamedDepth(int(found[1]) + more, _rest(name, found), source)
+    """The depth that a tensor's name tells at its end, but for a prompt's number; else None."""
+    for stem, suffix in stems_of(name):
+        for pattern, more, source in _PATTERNS:
+            found = re.search(rf"(?:^|[./_-])(?:{pattern})$", stem)
+            # In blocks.3.resid_post[1] the number of the block comes before.
+            if found and not _COUNTED.search(rest := _rest(stem, found)):
+                return NamedDepth(int(found[1]) + more, rest + suffix, source)
     for pattern in _FINAL_NAMES:
         if found := re.search(rf"(?:^|[./_-])(?:{pattern})$", name):
             return NamedDepth(FINAL, _rest(name, found), "from names")
@@ -83,17 +100,21 @@ def depths_of_counted(
         blocks: the model's number of blocks.
 
     Returns:
-        None where the names are others, or there is one alone; why they cannot be read.
+        None where the names are others, or all of one number; why they cannot be read.
     """
-    found = {name: match for name in names if (match := _COUNTED.search(name))}
-    if len(found) < max(2, len(names)):
+    if all(re.fullmatch(r"-\d+", name) for name in names):
+        ends = {name: blocks() + 1 + int(name) for name in names}
+        return {name: NamedDepth(FINAL if end == blocks() else end, "", "from negative numbers")
+                for name, end in ends.items()}  # fmt: skip
+    found = {name: counted for name in names if (counted := _counted(name)) is not None}
+    if len(found) < len(names) or len({number for number, _ in found.values()}) < 2:
         return None
     groups: dict[str, list[str]] = {}
-    for name, match in found.items():
-        groups.setdefault(_rest(name, match), []).append(name)
+    for name, (_, prompt) in found.items():
+        groups.setdefault(prompt, []).append(name)
     named = {}
     for prompt, own in groups.items():
-        numbers = [int(found[name][1]) for name in own]
+        numbers = [found[name][0] for name in own]
         if depths is not None and len(depths) == len(own):
             meant = list(depths)
         elif numbers == list(range(blocks() + 1)):
@@ -114,8 +135,17 @@ def depths_of_counted(
 
 def counted_number(name: str) -> int | None:
     """The number in a name such as layer_8, which counts blocks or what they put out."""
-    found = _COUNTED.search(name)
-    return None if found is None else int(found[1])
+    found = _counted(name)
+    return None if found is None else found[0]
+
+
+def numbers_alone(names: Sequence[str]) -> list[int] | None:
+    """The numbers of two names or more that differ in nothing else; None for those of prompts."""
+    parts = [match.groups() for name in names if (match := _NUMBERED.search(name))]
+    words = {word for word, _ in parts}
+    if len(parts) < max(2, len(names)) or len(words) > 1 or _OF_PROMPTS.search(words.pop()):
+        return None
+    return [int(number) for _, number in parts]
 
 
 def is_other_hook(name: str) -> bool:
@@ -123,10 +153,32 @@ def is_other_hook(name: str) -> bool:
     return _OTHER_HOOK.search(name) is not None
 
 
+def are_of_several_layers(names: Sequence[str]) -> bool:
+    """Whether names tell layers apart in a way that is not read."""
+    numbers = {found[1] for name in names if (found := _ANY_LAYER.search(name))}
+    paths = len(names) > 1 and all(map(_PATH_OF_NUMBERS.fullmatch, names))
+    return len(numbers) > 1 or paths
+
+
+def stems_of(name: str) -> list[tuple[str, str]]:
+    """The name, and the name without what may come after a depth or block, with that."""
+    found = _SUFFIX.search(name)
+    start = len(name) if found is None else found.start()
+    return [(name, ""), *([(name[:start], name[start:])] if start < len(name) else [])]
+
+
 def natural(name: str) -> list[tuple[int, int, str]]:
     """A key that sorts names by the numbers in them."""
     parts = re.split(r"(\d+)", name)
     return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
+
+
+def _counted(name: str) -> tuple[int, str] | None:
+    """The number of a layer or block, and the rest of the name."""
+    for stem, suffix in stems_of(name):
+        if found := _COUNTED.search(stem):
+            return int(found[1]), _rest(stem, found) + suffix
+    return None
 
 
 def _rest(name: str, found: re.Match[str]) -> str:

@@ -39,6 +39,17 @@ def rows_of_prompts(wanted: Wanted, states: Tensor, beside: Beside) -> list[Tens
     return prompts
 
 
+def tokens_of_mask(mask: Tensor) -> Tensor:
+    """Which positions ``[..., T]`` are tokens, by a mask of attention of any kind.
+
+    Of an additive one 0 marks tokens, and what is below padding. Of ``[B, heads, T, T]``, with a
+    row for each query, the last query sees every token.
+    """
+    while mask.dim() > 2:
+        mask = mask[:, -1]
+    return mask >= 0 if bool((mask < 0).any()) else mask.bool()
+
+
 def pads_each_by_itself(tensor: Tensor) -> bool:
     """Whether rows at the ends are empty, and others than in the next entry: prompts, no layers."""
     kept = _rows_between_empty_ones(tensor)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lightning_inversion.data.names import natural
+from lightning_inversion.data.names import counted_number, depth_of_name, natural
 from lightning_inversion.errors import InputError
 from lightning_inversion.untrusted import check_regular, read_file, read_json
 
@@ -41,7 +41,8 @@ def read_tensors(path: Path, where: str) -> tuple[Any, dict[str, str]]:
     """What a file holds, a tensor or tensors in dicts and lists; the metadata of safetensors.
 
     A folder is what SIPIT writes (``manifest.json`` and ``tensors/prompt.pt``, read as one dict),
-    or files of one prompt or more each, read as a list in the order of their names.
+    or files of one tensor or of one layer each, read as a dict of their names, or of one prompt or
+    more each, read as a list in the order of their names.
 
     Args:
         path: of the file or folder.
@@ -146,4 +147,18 @@ def _read_folder(path: Path, where: str) -> Any:
         raise InputError(f"{where} is a Zarr store; give {KINDS}.")
     if not files:
         raise InputError(f"{where} is a folder without files of tensors; give {KINDS}.")
-    return [read_tensors(file, f"{where}, {file.name!r}")[0] for file in files]
+    held = {file.name: read_tensors(file, f"{where}, {file.name!r}")[0] for file in files}
+    stems = [file.stem for file in files]
+    tell = all(map(_tells_depth, stems))
+    bare = all(isinstance(own, torch.Tensor | np.ndarray) for own in held.values())
+    if len(set(stems)) == len(stems) and (tell or bare):
+        return dict(zip(stems, held.values(), strict=True))
+    dicts = all(isinstance(own, dict) for own in held.values())
+    names = [name for own in held.values() for name in own] if dicts else []
+    if names and len(set(names)) == len(names) and all(map(_tells_depth, names)):
+        return {name: own[name] for own in held.values() for name in own}  # some layers each
+    return list(held.values())
+
+
+def _tells_depth(name: Any) -> bool:
+    return depth_of_name(str(name)) is not None or counted_number(str(name)) is not None

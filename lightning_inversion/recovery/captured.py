@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
+from lightning_inversion.recovery.diagnosis import Diagnosis
 from lightning_inversion.recovery.order import RowOrder, in_order
 from lightning_inversion.recovery.policy import (
     RecoveredPrompt,
@@ -16,8 +16,6 @@ from lightning_inversion.recovery.policy import (
     Targets,
     recover_prompts,
 )
-from lightning_inversion.recovery.variants import OtherCuts
-from lightning_inversion.verification.calibration import Channel
 from lightning_inversion.verification.measurements import Measurements
 
 _log = logging.getLogger(__name__)
@@ -32,17 +30,15 @@ class Origin:
     Attributes:
         name: of the file or the argument, for messages.
         index: the number of each prompt in it, from 0; None where they are all there is.
-        cuts: the model at other depths, by which features that fit no token are explained; None to
-            explain none.
-        channel: what has happened to the features.
+        diagnose: says what is wrong with features whose position 0 fits no token; None to ask for
+            nothing.
         in_order: whether the rows are in the order of the text; else it is found.
         first: whether nothing was recovered before.
     """
 
     name: str
     index: Sequence[int] | None = None
-    cuts: OtherCuts | None = None
-    channel: Channel | None = None
+    diagnose: Callable[[Targets], list[Diagnosis | None]] | None = None
     in_order: bool = True
     first: bool = True
 
@@ -53,7 +49,7 @@ class Origin:
 
 def recover_captured(
     policy: RecoveryPolicy,
-    measurements: Measurements,
+    measure: Callable[[], Measurements],
     targets: Targets,
     origin: Origin,
     after_round: Callable[[list[RecoveredPrompt]], None] | None = None,
@@ -62,7 +58,8 @@ def recover_captured(
 
     Args:
         policy: which tokens are run, in which order.
-        measurements: of the model.
+        measure: gives the measurements of the model. It is not called for features that an option
+            would make fit: a mistake is named before everything is measured.
         targets: the features to reproduce.
         origin: where they come from.
         after_round: called with the prompts as they stand.
@@ -74,9 +71,10 @@ def recover_captured(
     diagnoses: list[Diagnosis | None] = []
     if policy.needs_first_position:
         if not origin.in_order:
-            targets, orders = in_order(measurements, targets)
+            targets, orders = in_order(measure(), targets)
             _report_orders(orders, origin)
-        diagnoses = explain(measurements, targets, origin)
+        diagnoses = explain(targets, origin)
+    measurements = measure()
     prompts = _search(policy, measurements, targets, diagnoses, after_round)
     _report_breaks(prompts, measurements, origin)
     for prompt, order in zip(prompts, orders, strict=False):
@@ -84,15 +82,15 @@ def recover_captured(
     return prompts
 
 
-def explain(measurements: Measurements, targets: Targets, origin: Origin) -> list[Diagnosis | None]:
-    """What is wrong with each prompt, reported once for each finding; nothing without ``cuts``.
+def explain(targets: Targets, origin: Origin) -> list[Diagnosis | None]:
+    """What is wrong with each prompt, reported once for each finding; nothing where none is asked.
 
     Raises:
         InputError: nothing was recovered before, and options would help every prompt.
     """
-    if origin.cuts is None:
+    if origin.diagnose is None:
         return []
-    diagnoses = diagnose(measurements, targets, origin.cuts, origin.channel)
+    diagnoses = origin.diagnose(targets)
     found: dict[str, list[int]] = {}
     for row, diagnosis in enumerate(diagnoses):
         if diagnosis is not None:

@@ -25,7 +25,6 @@ from lightning_inversion.recovery.likely_first import (
 )
 from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.variants import CLEAR, OtherCuts, Variants
-from lightning_inversion.verification.calibration import Channel
 from lightning_inversion.verification.measurements import Measurements
 from lightning_inversion.verification.noise import NoiseName
 
@@ -105,23 +104,21 @@ def diagnose(
     measurements: Measurements,
     targets: Targets,
     cuts: OtherCuts | None = None,
-    channel: Channel | None = None,
 ) -> list[Diagnosis | None]:
     """What is wrong with each prompt; None where a token fits position 0.
 
     Args:
-        measurements: of a causal model.
+        measurements: of a causal model; those of first tokens alone will do.
         targets: of prompts from position 0 on.
         cuts: the model at other depths; without it only this one is scanned.
-        channel: what has happened to the targets.
     """
     known = targets.known_ids if targets.known else None
-    read = _Scans(measurements, ReadFirstTokens(measurements), cuts, channel, known)
+    read = _Scans(measurements, ReadFirstTokens(measurements), cuts, known)
     found = read.explained(targets)
     failed = [one for one in found if one is not None]
     if len(failed) > _SCANNED or not all(one.cause for one in failed):
         every = measurements.derived(ScannedFirstTokens)
-        found = _Scans(measurements, every, cuts, channel, known).explained(targets)
+        found = _Scans(measurements, every, cuts, known).explained(targets)
     return _with_common_noise(found)
 
 
@@ -149,18 +146,17 @@ class _Scans:
         measurements: Measurements,
         tokens: FirstTokens,
         cuts: OtherCuts | None,
-        channel: Channel | None,
         known: Tensor | None,
     ) -> None:
         self.measurements, self.tokens, self.known = measurements, tokens, known
         self.transformer = measurements.transformer
         self.threshold = float(measurements.calibration.plausible[0])
-        self.cuts, self.channel = cuts, channel
+        self.cuts = cuts
 
     @cached_property
     def variants(self) -> Variants:
         """The model, cut otherwise."""
-        return Variants(self.measurements, self.tokens, self.cuts, self.channel)
+        return Variants(self.measurements, self.tokens, self.cuts)
 
     def explained(self, targets: Targets) -> list[Diagnosis | None]:
         """The diagnosis of each prompt; None where a token fits."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_inversion.proposers.probe_proposer import ProbeRanking
 from lightning_inversion.transformer.blocks import most_positions
+from lightning_inversion.transformer.linear_probe import as_frequent_as_in_text
 from lightning_inversion.verification.measurements import Measurements
 
-_TEXTS, _LENGTH = 80, 24
-"""Sequences of text, and of random tokens, whose later rows are run."""
+_SEQUENCES, _LENGTH = 80, 24
+"""Sequences of random tokens, and of tokens as frequent as in text, whose later rows are run."""
 _HELD_OUT = 0.2
 """Share of the sequences that the covariance is not of."""
 _MOST_ROWS = 16
@@ -53,7 +54,8 @@ class LaterRows:
     @classmethod
     @torch.no_grad()
     def of(cls, measurements: Measurements) -> LaterRows:
-        """Run random tokens, and the model's own text."""
+        """Run random tokens; the model writes no text for it."""
+        measurements = replace(measurements, probe=measurements.probe_of(None))
         sequences = list(_sequences(measurements))
         fitted = torch.cat([rows[_held_out(rows) :].flatten(0, 1) for rows in sequences])
         mean = fitted.mean(0)
@@ -111,15 +113,14 @@ def _held_out(rows: Tensor) -> int:
 
 
 def _sequences(measurements: Measurements) -> Iterator[Tensor]:
-    """Later rows ``[S, L, F]`` of random tokens and of the model's own text, float64."""
-    transformer, text = measurements.transformer, measurements.text
+    """Later rows ``[S, L, F]`` of random tokens, drawn evenly and as in text, float64."""
+    transformer = measurements.transformer
+    vocabulary = transformer.embedding.vocabulary_size
     generator = torch.Generator().manual_seed(3)
     length = min(_LENGTH, most_positions(transformer.model.config) or _LENGTH)
-    size = (_TEXTS, length)
-    ids = [torch.randint(transformer.embedding.vocabulary_size, size, generator=generator)]
-    if text is not None and text.shape[1] >= length:
-        ids.append(text[:_TEXTS, :length])
-    for some in ids:
+    size = (_SEQUENCES, length)
+    evenly = torch.randint(vocabulary, size, generator=generator)
+    for some in (evenly, as_frequent_as_in_text(vocabulary, size, generator)):
         yield transformer.features_of(some.to(transformer.device))[:, 1:].double()
 
 

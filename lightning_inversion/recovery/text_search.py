@@ -29,7 +29,10 @@ from torch.nn.functional import cosine_similarity
 from lightning_inversion.proposers.probe_proposer import ProbeRanking
 from lightning_inversion.proposers.proposals import UNIFORM_SHARE, mix_with_uniform
 from lightning_inversion.transformer.embedding import best_tokens
-from lightning_inversion.transformer.linear_probe import TOKENS_AT_A_TIME
+from lightning_inversion.transformer.linear_probe import (
+    TOKENS_AT_A_TIME,
+    as_frequent_as_in_text,
+)
 from lightning_inversion.verification.measurements import Measurements
 
 _RANDOM = 4096
@@ -279,8 +282,7 @@ class TextSearch:
         """``[N, T]`` random tokens: a quarter evenly, the others as frequent as in text."""
         size, V = (count, self.texts.shape[1]), self.embedding.vocabulary_size
         even = torch.randint(V, size, generator=self._generator)
-        exponents = torch.rand(size, generator=self._generator)
-        frequent = ((V + 1.0) ** exponents).long().sub(1).clamp(max=V - 1)
+        frequent = as_frequent_as_in_text(V, size, self._generator)
         pick = torch.rand(size, generator=self._generator) < 0.25
         return torch.where(pick, even, frequent).to(self.texts.device)
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from lightning_inversion.recovery.likely_first import FirstTokens
 from lightning_inversion.transformer.embedding import best_tokens
 from lightning_inversion.transformer.truncated import TruncatedTransformer
-from lightning_inversion.verification.calibration import Channel
 from lightning_inversion.verification.measurements import Measurements
 
 _NEAREST = 48
@@ -58,18 +57,13 @@ class Variants:
         measurements: of the model.
         tokens: finds tokens to run.
         cuts: the model at other depths; without it only centring and a factor are tried.
-        channel: what has happened to the targets.
     """
 
     def __init__(
-        self,
-        measurements: Measurements,
-        tokens: FirstTokens,
-        cuts: OtherCuts | None,
-        channel: Channel | None,
+        self, measurements: Measurements, tokens: FirstTokens, cuts: OtherCuts | None
     ) -> None:
         self.transformer, self.tokens, self.cuts = measurements.transformer, tokens, cuts
-        self.channel = channel
+        self.channel = measurements.channel
         self.selection = self.transformer.selection
         generator = torch.Generator().manual_seed(2)
         vocabulary = self.transformer.embedding.vocabulary_size

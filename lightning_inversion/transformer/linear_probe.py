@@ -181,6 +181,7 @@ class LinearProbe:
         noise: float = 0.0,
         largest: float = 1.0,
         sums: Sums = Moments.of,
+        first_alone: bool = False,
     ) -> LinearProbe:
         """Fit on random tokens: 16,384 later ones and 4,096 first ones, more for wide features.
 
@@ -197,33 +198,41 @@ class LinearProbe:
                 reads the features in which a token stands out from it (a Wiener filter).
             largest: the share of each position's features that is kept; see ``keep_largest``.
             sums: gives the moments of ids; ``Moments.of`` runs them.
+            first_alone: fit the map for position 0, in a quarter of the time; it serves for both.
         """
         generator = torch.Generator().manual_seed(seed)
         enough = max(4096, 2 * transformer.feature_size)
         vocabulary = transformer.embedding.vocabulary_size
         singles = torch.randint(vocabulary, (enough, 1), generator=generator)
         sequences = torch.randint(vocabulary, (2 * enough // _LENGTH, _LENGTH), generator=generator)
-        frequent, more = _as_frequent_as_in_text(vocabulary, 2 * enough, generator).chunk(2)
+        size = (2 * enough // _LONG_LENGTH, _LONG_LENGTH)
+        frequent, more = as_frequent_as_in_text(vocabulary, size, generator).chunk(2)
         most = most_positions(transformer.model.config)
 
-        def moments(share: float) -> tuple[Moments, Moments]:
+        def moments(share: float) -> list[Moments]:
+            first = sums(transformer, [singles], 0, share)
+            if first_alone:
+                return [first]
             drawn = sums(transformer, [sequences[:, :most], frequent[:, :most]], 1, share)
             added = sums(transformer, [(more if text is None else text)[:, :most]], 1, share)
-            return sums(transformer, [singles], 0, share), drawn.add_(added)
+            return [first, drawn.add_(added)]
 
         kept = moments(largest)
         stds = [one.std for one in (kept if largest == 1 else moments(1.0))]
         parts = [_regression(one, std, noise) for one, std in zip(kept, stds, strict=True)]
-        stacked: list[Any] = [torch.stack(pair) for pair in zip(*parts, strict=True)]
+        both = zip(parts[0], parts[-1], strict=True)
+        stacked: list[Any] = [torch.stack(pair) for pair in both]
         return replace(cls(*stacked), largest=largest)
 
 
-def _as_frequent_as_in_text(vocabulary: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """``[N, 64]`` ids by Zipf's law, a token's id for its rank: frequent tokens are merged first.
+def as_frequent_as_in_text(
+    vocabulary: int, size: tuple[int, int], generator: torch.Generator
+) -> Tensor:
+    """Ids of a size by Zipf's law, a token's id for its rank: frequent tokens are merged first.
 
     Where ids are in another order, it is one more uneven draw, and does no harm.
     """
-    even = torch.rand(tokens // _LONG_LENGTH, _LONG_LENGTH, generator=generator)
+    even = torch.rand(size, generator=generator)
     return ((vocabulary + 1.0) ** even).long().sub(1).clamp(max=vocabulary - 1)
 
 

@@ -302,7 +302,7 @@ class Calibration:
         kinds = HeldOut.measure(transformer, probe, stored, runs, kept)
         parts = [_thresholds(kind) for kind in kinds]
         measured: dict[str, Any] = {
-            name: torch.stack([part[name] for part in parts]) for name in parts[0]
+            name: torch.stack([parts[0][name], parts[-1][name]]) for name in parts[0]
         }
         measured["freedom"] = (measured["freedom"] * kept / F).clamp_min(1.0)
         calibration = cls(mean=probe.mean, std=probe.std, features=kept, **measured)

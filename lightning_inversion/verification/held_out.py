@@ -53,7 +53,11 @@ class HeldOutRuns:
     @classmethod
     @torch.no_grad()
     def measure(
-        cls, transformer: TruncatedTransformer, text: Tensor | None = None, seed: int = 1
+        cls,
+        transformer: TruncatedTransformer,
+        text: Tensor | None = None,
+        seed: int = 1,
+        first_alone: bool = False,
     ) -> HeldOutRuns:
         """Run prompts whole, with other roundings, and token by token.
 
@@ -61,8 +65,9 @@ class HeldOutRuns:
             transformer: the frozen model; one that is not causal runs candidates in whole prompts.
             text: ``[N, T]`` ids of text to use beside random tokens.
             seed: of the random tokens and roundings.
+            first_alone: run prompts of one token.
         """
-        ids = held_out_prompts(transformer, text, seed)
+        ids = held_out_prompts(transformer, text, seed)[:, : 1 if first_alone else None]
         first = _roundings(transformer, _first_tokens(transformer, seed), seed)
         prompts = _roundings(transformer, ids, seed)
         positions, *parts = zip(*_runs(transformer, ids, seed), strict=True)
@@ -108,7 +113,7 @@ class HeldOut:
         runs: HeldOutRuns,
         kept: int,
     ) -> list[HeldOut]:
-        """Compare what held-out prompts gave, for each kind of position.
+        """Compare what held-out prompts gave, for each kind of position that they have.
 
         ``stored`` is what has happened to features ``[..., F]`` of targets, of which ``kept`` are
         compared at each position.
@@ -152,6 +157,7 @@ class HeldOut:
         return [
             cls(errors[kind], left_out[kind], *map(torch.cat, parts))
             for kind, parts in enumerate(found)
+            if parts[0]
         ]
 
     @property

@@ -89,6 +89,7 @@ class Measurements:
         transformer: TruncatedTransformer,
         language_model: LanguageModel | None = None,
         channel: Channel | None = None,
+        first_alone: bool = False,
     ) -> Measurements:
         """Measure everything for a model, or read what was measured from the cache folder.
 
@@ -97,9 +98,10 @@ class Measurements:
             language_model: the whole model, of the same weights.
             channel: what has happened to the targets; only where it is a dataclass, or None, is the
                 calibration kept.
+            first_alone: measure position 0 in a fraction of the time; later ones count as it.
         """
         text = None if language_model is None else own_text(language_model)
-        told = _told(channel)
+        told = {**_told(channel), "first_alone": first_alone}
         identity, digest = recognised(transformer), _digest(text)
         runs = _Runs(transformer)
 
@@ -109,15 +111,17 @@ class Measurements:
 
         def calibrate() -> Calibration:
             _log.info("calibrating verification thresholds ...")
-            return Calibration.measure(transformer, probe, channel, text, runs.held_out(text))
+            held_out = runs.held_out(text, first_alone)
+            return Calibration.measure(transformer, probe, channel, text, held_out)
 
         probe = _kept(identity, LinearProbe, fit, transformer, text=digest, **told)
         plain = channel is None or is_dataclass(channel)
         calibration = _kept(
             identity if plain else None, Calibration, calibrate, transformer,
             text=digest, channel=None if channel is None else repr(channel),
+            first_alone=first_alone,
         )  # fmt: skip
-        if calibration.is_too_sparse:
+        if calibration.is_too_sparse and not first_alone:
             _log.warning(
                 "%d of the %d features of a position are kept, which is too few to verify a token.",
                 calibration.features, calibration.std.shape[1],
@@ -158,12 +162,13 @@ class _Runs:
         )  # fmt: skip
         return found.of_slice(cut)
 
-    def held_out(self, text: Tensor | None) -> HeldOutRuns:
+    def held_out(self, text: Tensor | None, first_alone: bool) -> HeldOutRuns:
         """Held-out prompts, half of them of text ``[N, T]``."""
         whole = self._whole
         found = _kept(
-            self._identity, HeldOutRuns, lambda: HeldOutRuns.measure(whole, text), whole,
-            text=_digest(text),
+            self._identity, HeldOutRuns,
+            lambda: HeldOutRuns.measure(whole, text, first_alone=first_alone), whole,
+            text=_digest(text), first_alone=first_alone,
         )  # fmt: skip
         return found.of_slice(self._slice)
 

@@ -1,7 +1,9 @@
 """``python -m tests.benchmarks.planted_mistakes``: whether mistakes in captured features are named.
 
 Each of the protocol's prompts is captured with one mistake, and diagnosed alone. Prints a markdown
-table: how many mistakes are named with their option, how many others are named, and the seconds.
+table: how many mistakes are named with their option, how many others are named, and the seconds,
+beside those of what is measured before. With nothing in the cache folder
+(``LIGHTNING_INVERSION_CACHE``) they are those of a first run.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
 from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.variants import OtherCuts
 from lightning_inversion.replication.policies import protocol_prompts
-from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.verification.measurements import Measurements
@@ -67,7 +68,9 @@ def main() -> None:
     transformer, whole = spec.load_with_head()
     tokenizer = transformer.tokenizer
     assert tokenizer is not None
-    measurements = Measurements.measure(transformer, LanguageModel(whole, transformer.caches))
+    began = time.process_time()
+    measurements = Measurements.measure(transformer, first_alone=True)
+    print(f"Measured in {time.process_time() - began:.1f} CPU seconds.\n")
     made: dict[tuple[tuple[int, ...], bool], TruncatedTransformer] = {}
 
     def cut(depths: tuple[int, ...], final_norm: bool) -> TruncatedTransformer:

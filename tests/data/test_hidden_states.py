@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -88,6 +88,11 @@ def packed(states: Tensor) -> Tensor:
     return torch.cat([states[0], states[1, :4]])
 
 
+class Output(NamedTuple):
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...]
+
+
 Holds = Callable[[tuple[Tensor, ...]], Any]
 ONE: dict[str, Holds] = {
     "[T, D]": lambda hs: hs[2][0],
@@ -152,6 +157,22 @@ ONE: dict[str, Holds] = {
     ),
     "a memoryview": lambda hs: memoryview(hs[2][0].numpy()),
     "padding of zeros": lambda hs: torch.nn.functional.pad(hs[2][0], (0, 0, 2, 3)),
+    "words after the layer": lambda hs: {
+        f"layer_{i}_activations": hs[i][0] for i in range(N + 1)
+    },
+    "layers of a dict, all depths": lambda hs: {
+        "run": {"layers": {str(i): hs[i][0] for i in range(N + 1)}}
+    },
+    "dicts of one tensor, all depths": lambda hs: tuple({"h": own[:1]} for own in hs),
+    "an output as a tuple of names": lambda hs: Output(hs[4][:1], tuple(own[:1] for own in hs)),
+    "negative numbers of all depths": lambda hs: {i - N - 1: hs[i][0] for i in range(N + 1)},
+    "inputs and outputs": lambda hs: {
+        "inputs": {"input_ids": IDS[:1], "attention_mask": torch.ones(1, T)},
+        "outputs": {"hidden_states": tuple(own[:1] for own in hs), "sequences": IDS[:1]},
+    },
+    "states and ids": lambda hs: (hs[2][0], IDS[0]),
+    "the number of the layer": lambda hs: {"hidden": hs[2][0], "layer": 1},
+    "np.savez of all depths": lambda hs: {f"arr_{i}": hs[i][0].numpy() for i in range(N + 1)},
     "padding of nan": lambda hs: torch.nn.functional.pad(hs[2][0], (0, 0, 1, 0), value=torch.nan),
 }  # fmt: skip
 
@@ -182,6 +203,37 @@ TWO: dict[str, tuple[Holds, dict[str, Any]]] = {
         {},
     ),
     "named prompts": (lambda hs: {"text 10": hs[2][1, :4], "text 9": hs[2][0]}, {}),
+    "the prompt after the hook": (
+        lambda hs: {
+            f"blocks.{i}.hook_resid_post{name}": own for i in range(N - 1)
+            for name, own in (("[0]", hs[i + 1][0]), ("[1]", hs[i + 1][1, :4]))
+        },
+        {},
+    ),
+    "the prompt after the layer": (
+        lambda hs: {
+            f"layer{i}": {"p0": hs[i][0], "p1": hs[i][1, :4]} for i in range(N + 1)
+        },
+        {},
+    ),
+    "the prompt after some layers": (
+        lambda hs: {
+            f"layer_{i}/prompt_{n}": hs[i][n, : 6 - 2 * n] for i in (2, 3) for n in range(2)
+        },
+        {"depths": [2, 3]},
+    ),
+    "the prompt after one layer": (
+        lambda hs: {"layer_2/prompt_0": hs[2][0], "layer_2/prompt_1": hs[2][1, :4]}, {}
+    ),
+    "[prompts, T, layers, D]": (
+        lambda hs: {"states": torch.stack(hs, dim=2), "lengths": [6, 4]}, {}
+    ),
+    "prompts with masks of their own": (
+        lambda hs: {
+            "b": {"hidden": hs[2][1:], "attention_mask": torch.tensor([[1] * 4 + [0] * 2])},
+            "a": {"hidden": hs[2][:1], "attention_mask": torch.ones(1, T), "input_ids": IDS[:1]},
+        }, {}
+    ),
     "hooks of named prompts": (
         lambda hs: {
             "a/blocks.1.hook_resid_post": hs[2][0], "a/blocks.2.hook_resid_post": hs[3][0],
@@ -294,6 +346,41 @@ def test_token_ids_are_reported(hs: tuple[Tensor, ...]) -> None:
     assert captured.ids is None
 
 
+MASK = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+MASKS: dict[str, Tensor | list[list[int]]] = {
+    "attn_mask": MASK,
+    "attention_mask": MASK.tolist(),
+    "an additive attention_mask": torch.where(MASK.bool(), 0.0, -torch.inf),
+    "an attention_mask [B, 1, 1, T]": MASK.bool()[:, None, None],
+    "an attention_mask [B, 1, T, T]": torch.where(
+        MASK.bool()[:, None, None] & torch.ones(T, T).tril().bool(), 0.0, -1e38
+    ),
+    "input_mask": MASK.to(torch.uint8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "mask"), MASKS.items(), ids=MASKS.keys())
+def test_masks_of_every_kind(name: str, mask: Tensor, hs: tuple[Tensor, ...]) -> None:
+    name = next(word for word in name.split() if word.endswith("mask"))
+    captured = read({"hidden": hs[2], name: mask})
+    assert [len(target) for target in captured.targets] == [6, 4]
+    left = {"hidden": hs[2], name: torch.as_tensor(mask).flip(0)}
+    assert [len(target) for target in read(left).targets] == [4, 6]
+
+
+def test_a_mask_of_padding_is_refused_where_it_marks_some(hs: tuple[Tensor, ...]) -> None:
+    with pytest.raises(InputError, match="where 1 may mark tokens or padding; save an attention_"):
+        read({"hidden": hs[2], "key_padding_mask": MASK == 0})
+    (target,) = read({"hidden": hs[2][:1], "key_padding_mask": torch.zeros(1, T).bool()}).targets
+    assert torch.equal(target, hs[2][0])
+
+
+def test_prompts_of_several_types_are_compared_as_the_coarsest(hs: tuple[Tensor, ...]) -> None:
+    pair = [hs[2][0], hs[2][1, :4].bfloat16()]
+    assert read(pair).storage.dtype == read(pair[::-1]).storage.dtype == "bfloat16"
+    assert read([hs[2][0].half(), hs[2][1].double()]).storage.dtype == "float16"
+
+
 REFUSED: dict[str, tuple[Holds, str]] = {
     "nothing": (lambda hs: [], "holds no tensor"),
     "another width": (lambda hs: torch.ones(3, 31), "features are 31 in the file and 32 in the"),
@@ -356,6 +443,40 @@ REFUSED: dict[str, tuple[Holds, str]] = {
     "depths or prompts": (
         lambda hs: {"2": hs[2][0], "3": hs[3][0]},
         r"named 2, 3, which may be depths or prompts; set --data.layout.depths \[2,3\]",
+    ),
+    "states of numbers": (
+        lambda hs: {"hs_2": hs[2][0], "hs_3": hs[3][0]},
+        r"named hs_2, hs_3, which may be depths or prompts; set --data.layout.depths \[2,3\]",
+    ),
+    "some layers of prompts": (
+        lambda hs: {f"layer_{i}/prompt_{n}": hs[i][n] for i in (1, 2) for n in range(2)},
+        "may count blocks",
+    ),
+    "a block too many": (
+        lambda hs: {f"model.layers.{i}": hs[1][0] for i in range(N + 2)},
+        r"holds 'model\.layers\.5', and the model has 4 blocks; give the model that made it",
+    ),
+    "words after some layers": (
+        lambda hs: {f"layer_{i}_out": hs[i][0] for i in (2, 3)},
+        "holds layer_2_out, layer_3_out, whose layers are not clear; end each name in the layer",
+    ),
+    "numbers in numbers": (
+        lambda hs: {n: {i: hs[i][n] for i in (1, 2)} for n in range(2)}, "layers are not clear"
+    ),
+    "a module of a block": (
+        lambda hs: {"model.layers.2.input_layernorm": hs[2][0]}, "which is no residual stream"
+    ),
+    "a mean beside": (
+        lambda hs: {"hidden": hs[2][0], "mean": torch.ones(D)}, r"holds 'mean' of shape \[32\]"
+    ),
+    "the number of another layer": (
+        lambda hs: {"hidden": hs[3][0], "layer": 3}, "holds layer 3, and depth 2 is asked for"
+    ),
+    "states and probabilities": (
+        lambda hs: (hs[2][0], torch.ones(T)), "the features are 6 in the file and 32 in the model"
+    ),
+    "a mask of words": (
+        lambda hs: {"hidden": hs[2][:1], "mask": ["a"]}, "'mask' is no mask; save numbers"
     ),
     "another numbered layer": (
         lambda hs: {"block_3": hs[4][0]}, "'block_3', and depth 2 is asked for; set .*depth 4 if"
@@ -485,6 +606,59 @@ def test_a_folder_with_a_file_for_each_row(hs: tuple[Tensor, ...], tmp_path: Pat
     for number, row in enumerate(rows):
         numpy_file(tmp_path / f"token_{number}.npy", row.numpy())
     assert torch.equal(read_file(tmp_path).targets[0], rows)
+
+
+def files_of_layers(folder: Path, hs: tuple[Tensor, ...]) -> None:
+    for depth, own in enumerate(hs):
+        torch.save(own[0].clone(), folder / f"layer_{depth}.pt")
+
+
+def files_of_hooks(folder: Path, hs: tuple[Tensor, ...]) -> None:
+    for depth, own in enumerate(hs[1:]):
+        np.save(folder / f"blocks.{depth}.hook_resid_post.npy", own[:1].numpy())
+
+
+def files_of_layers_with_ids(folder: Path, hs: tuple[Tensor, ...]) -> None:
+    for depth, own in enumerate(hs):
+        held = {"hidden_states": own[0].clone(), "input_ids": IDS[0]}
+        save_file(held, folder / f"layer_{depth}.safetensors")
+
+
+def files_of_some_hooks(folder: Path, hs: tuple[Tensor, ...]) -> None:
+    for number, depths in enumerate(((1, 2), (3,))):
+        held = {f"blocks.{depth - 1}.hook_resid_post": hs[depth][:1].clone() for depth in depths}
+        save_file(held, folder / f"states-{number}.safetensors")
+
+
+def a_file_of_the_mask(folder: Path, hs: tuple[Tensor, ...]) -> None:
+    np.save(folder / "hidden_states.npy", torch.cat([hs[2][:1], hs[2][:1]], 1).numpy())
+    np.save(folder / "attention_mask.npy", np.array([[1] * T + [0] * T]))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        files_of_layers,
+        files_of_hooks,
+        files_of_some_hooks,
+        files_of_layers_with_ids,
+        a_file_of_the_mask,
+    ],
+)
+def test_a_folder_whose_files_are_named(
+    files: Callable[[Path, tuple[Tensor, ...]], None], hs: tuple[Tensor, ...], tmp_path: Path
+) -> None:
+    files(tmp_path, hs)
+    (target,) = read_file(tmp_path).targets
+    assert torch.equal(target, hs[2][0])
+
+
+def test_some_layers_in_a_folder_are_refused(hs: tuple[Tensor, ...], tmp_path: Path) -> None:
+    for depth in (1, 2):
+        torch.save(hs[depth][0].clone(), tmp_path / f"layer_{depth}.pt")
+    with pytest.raises(InputError, match="may count blocks"):
+        read_file(tmp_path)
+    assert torch.equal(read_file(tmp_path, depths=[1, 2]).targets[0], hs[2][0])
 
 
 def test_a_folder_with_a_file_for_each_request(hs: tuple[Tensor, ...], tmp_path: Path) -> None:

@@ -94,6 +94,15 @@ HELD: dict[str, Callable[[], Any]] = {
     "blocks as dicts": lambda: {i: {"k": k, "v": v} for i, (k, v) in enumerate(pairs())},
     "a list of blocks as dicts": lambda: [{"keys": k, "values": v} for k, v in pairs()],
     "a list of blocks": lambda: [SimpleNamespace(keys=k, values=v) for k, v in pairs()],
+    "pairs by number": lambda: dict(enumerate(pairs())),
+    "pairs by layer": lambda: {f"layer_{i}": pair for i, pair in enumerate(pairs())},
+    "key_states.2": names("key_states.{}", "value_states.{}"),
+    "kinds first": lambda: torch.stack([torch.stack(own) for own in zip(*pairs(), strict=True)]),
+    "two prompts after the block": lambda: {
+        f"layers.2.{kind}.prompt_{row}": part[row : row + 1]
+        for row in (0, 1)
+        for kind, part in zip(("key", "value"), pairs()[BLOCK], strict=True)
+    },
     "one tensor": lambda: torch.stack([torch.stack(pair) for pair in pairs()]),
     "a tensor of each kind": lambda: {
         "k": torch.stack([k for k, _ in pairs()]),

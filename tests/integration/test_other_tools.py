@@ -19,7 +19,6 @@ from lightning_inversion.recovery.diagnosis import diagnose
 from lightning_inversion.recovery.policy import Targets
 from lightning_inversion.recovery.reading import Reading
 from lightning_inversion.recovery.variants import OtherCuts
-from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.verification.measurements import Measurements
@@ -134,7 +133,7 @@ def test_mistakes_are_named_and_right_features_are_not(loaded: Loaded) -> None:
         )
 
     transformer = cut((DEPTH,), False)
-    measurements = Measurements.measure(transformer, LanguageModel(model, transformer.caches))
+    measurements = Measurements.measure(transformer, first_alone=True)
     ids = tokenizer(PROMPTS[7] + " " + PROMPTS[9], return_tensors="pt").input_ids[0]
     for name, (features, wanted) in kinds(cut, DEPTH, 30).items():
         target = features(ids)

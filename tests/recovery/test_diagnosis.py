@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -46,14 +47,23 @@ def whole(target: Tensor) -> Targets:
     return Targets(target, [target.shape[1]] * len(target))
 
 
+@pytest.fixture(scope="module")
+def first_alone(measurements: Measurements) -> Measurements:
+    return Measurements.measure(measurements.transformer, first_alone=True)
+
+
 def diagnosed(measurements: Measurements, target: Tensor) -> list[Diagnosis | None]:
     return diagnose(measurements, whole(target), CUTS)
 
 
-def test_features_that_fit_are_not_diagnosed(measurements: Measurements) -> None:
-    assert diagnosed(measurements, features()) == [None, None]
+def by(measurements: Measurements) -> Callable[[Targets], list[Diagnosis | None]]:
+    return partial(diagnose, measurements, cuts=CUTS)
+
+
+def test_features_that_fit_are_not_diagnosed(first_alone: Measurements) -> None:
+    assert diagnosed(first_alone, features()) == [None, None]
     known = (int(IDS[0, 0]),)
-    assert diagnose(measurements, Targets(features()[:1], [6], known), CUTS) == [None]
+    assert diagnose(first_alone, Targets(features()[:1], [6], known), CUTS) == [None]
 
 
 MISTAKES: dict[str, tuple[Callable[[], Tensor], str]] = {
@@ -88,23 +98,29 @@ def embedded() -> Tensor:
 
 @pytest.mark.parametrize(("planted", "message"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_planted_mistake_is_named(
-    measurements: Measurements, planted: Callable[[], Tensor], message: str
+    first_alone: Measurements, planted: Callable[[], Tensor], message: str
 ) -> None:
-    for found in diagnosed(measurements, planted()):
+    for found in diagnosed(first_alone, planted()):
         assert found is not None
         assert re.search(message, str(found))
 
 
+def never() -> Measurements:
+    raise AssertionError("everything is measured before a mistake is named")
+
+
 def test_a_mistake_of_every_prompt_that_an_option_corrects_ends_the_run(
-    measurements: Measurements, messages: list[str]
+    first_alone: Measurements, messages: list[str]
 ) -> None:
     with pytest.raises(InputError, match=r"x, prompts 1, 2: position 0 fits no .*depth 2\."):
-        explain(measurements, whole(features(2)), Origin("x", cuts=CUTS))
+        recover_captured(
+            TokenRecovery(), never, whole(features(2)), Origin("x", diagnose=by(first_alone))
+        )
     mixed = whole(torch.cat([features()[:1], features(2)]))
-    _, found, _ = explain(measurements, mixed, Origin("x", (7, 8, 9), CUTS))
+    _, found, _ = explain(mixed, Origin("x", (7, 8, 9), by(first_alone)))
     assert messages == [f"x, prompts 9, 10: {found}."]
     messages.clear()
-    explain(measurements, whole(features(2)), Origin("x", cuts=CUTS, first=False))
+    explain(whole(features(2)), Origin("x", diagnose=by(first_alone), first=False))
     assert messages == [f"x, prompts 1, 2: {found}."]
 
 
@@ -112,24 +128,26 @@ def no_text() -> Tensor:
     return 3 * torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
 
 
-def test_features_of_no_text_have_no_mistake(measurements: Measurements) -> None:
-    for found in diagnosed(measurements, no_text()):
+def test_features_of_no_text_have_no_mistake(first_alone: Measurements) -> None:
+    for found in diagnosed(first_alone, no_text()):
         assert found is not None
         assert found.cause is None
         assert not found.has_option
         assert f"nearest has residual {found.residual:.2g}" in str(found)
 
 
-def test_what_is_made_of_rows_is_not_called_rows(measurements: Measurements) -> None:
+def test_what_is_made_of_rows_is_not_called_rows(
+    measurements: Measurements, first_alone: Measurements
+) -> None:
     """Neither differences nor projections are rows of later positions."""
     ids = torch.randint(300, (8, 12), generator=torch.Generator().manual_seed(5))[1:]
     rows = measurements.transformer.features_of(ids)
     axes = torch.linalg.svd(rows.flatten(0, 1), full_matrices=False).Vh
     for target in (rows - rows.flip(1), rows - rows.roll(1, 0)):
-        for found in diagnosed(measurements, target):
+        for found in diagnosed(first_alone, target):
             assert found is not None
             assert found.cause is None
-    for found in diagnosed(measurements, rows @ axes[:8].T @ axes[:8]):
+    for found in diagnosed(first_alone, rows @ axes[:8].T @ axes[:8]):
         assert "no first position" not in str(found)
 
 
@@ -149,21 +167,23 @@ def test_later_rows_are_told_from_what_is_made_of_them() -> None:
     assert alike.include(torch.zeros(16, 6)) is None
 
 
-def test_noise_on_features_leaves_the_nearest_token_clear(measurements: Measurements) -> None:
+def test_noise_on_features_leaves_the_nearest_token_clear(
+    measurements: Measurements, first_alone: Measurements
+) -> None:
     noisy = features() + 0.05 * measurements.probe.std[0] * torch.randn(
         (2, 6, 32), generator=torch.Generator().manual_seed(0)
     )
-    for found, ids in zip(diagnosed(measurements, noisy), IDS, strict=True):
+    for found, ids in zip(diagnosed(first_alone, noisy), IDS, strict=True):
         assert found is not None
         assert found.near
         assert found.token == int(ids[0])
 
 
 @pytest.mark.parametrize("kind", get_args(NoiseName))
-def test_noise_that_was_not_told_is_estimated(measurements: Measurements, kind: NoiseName) -> None:
+def test_noise_that_was_not_told_is_estimated(first_alone: Measurements, kind: NoiseName) -> None:
     std = 0.02 * float(features().std())
     noisy = Storage(noise=std, noise_kind=kind)(features(), torch.Generator().manual_seed(0))
-    found = diagnosed(measurements, noisy)
+    found = diagnosed(first_alone, noisy)
     for one in found:
         assert one is not None
         assert one.noise is not None
@@ -177,27 +197,27 @@ def test_noise_that_was_not_told_is_estimated(measurements: Measurements, kind: 
     # One feature that is off is no noise.
     off = features()
     off[..., 3] += 10 * std
-    for one in diagnosed(measurements, off):
+    for one in diagnosed(first_alone, off):
         assert one is not None
         assert one.noise is None
 
 
-def test_a_wrong_known_prefix_is_named(measurements: Measurements) -> None:
-    (found,) = diagnose(measurements, Targets(features()[:1], [6], (12,)), CUTS)
+def test_a_wrong_known_prefix_is_named(first_alone: Measurements) -> None:
+    (found,) = diagnose(first_alone, Targets(features()[:1], [6], (12,)), CUTS)
     assert found is not None
     assert "does not reproduce its own rows" in str(found)
 
 
 def test_prompts_without_an_option_are_reported_and_searched_in_bounded_time(
-    measurements: Measurements, messages: list[str]
+    measurements: Measurements, first_alone: Measurements, messages: list[str]
 ) -> None:
     target = torch.cat([features()[:1], no_text()[:1]])
     policy, rounds = TokenRecovery(Exhaustive(), candidates=64), []
     prompts = recover_captured(
-        policy, measurements, whole(target), Origin("x", cuts=CUTS),
+        policy, lambda: measurements, whole(target), Origin("x", diagnose=by(first_alone)),
         lambda some: rounds.append(len(some)),
     )  # fmt: skip
-    assert messages == [f"x, prompt 2: {diagnosed(measurements, target)[1]}."]
+    assert messages == [f"x, prompt 2: {diagnosed(first_alone, target)[1]}."]
     assert prompts[0].ids == IDS[0].tolist()
     assert prompts[0].verified
     assert not any(token.verified for token in prompts[1].tokens)
@@ -210,10 +230,10 @@ def test_where_rows_stop_fitting_is_reported(
 ) -> None:
     mixed = torch.cat([features()[:1, :3], features()[1:, 3:]], dim=1)
     policy = TokenRecovery(Exhaustive(), candidates=64)
-    prompts = recover_captured(policy, measurements, whole(mixed), Origin("x"))
+    prompts = recover_captured(policy, lambda: measurements, whole(mixed), Origin("x"))
     assert [token.verified for token in prompts[0].tokens] == [True] * 3 + [False] * 3
     assert "x, prompt 1: no token fits position 3 or one after it" in messages[-1]
-    recover_captured(policy, measurements, whole(features()[:1]), Origin("x"))
+    recover_captured(policy, lambda: measurements, whole(features()[:1]), Origin("x"))
     assert len([line for line in messages if "no token fits" in line]) == 1
 
 

@@ -66,6 +66,24 @@ def nothing_is_measured(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("channel", [None, Storage("bfloat16"), Storage(noise=0.5)])
+def test_position_0_alone_is_measured_as_it_is_beside_the_others(channel: Storage | None) -> None:
+    transformer = measure().transformer
+    whole = Measurements.measure(transformer, channel=channel)
+    alone = Measurements.measure(transformer, channel=channel, first_alone=True)
+    for name in ("mean", "std", "matrix", "signal"):
+        of_both = getattr(alone.probe, name)
+        assert torch.equal(of_both[0], getattr(whole.probe, name)[0])
+        assert torch.equal(of_both[0], of_both[1])
+    assert torch.equal(alone.calibration.std[0], whole.calibration.std[0])
+    ratio = float(alone.calibration.plausible[0] / whole.calibration.plausible[0])
+    assert 0.5 < ratio < 2
+    first = transformer.features_of(IDS[:, :1])
+    stored = first if channel is None else channel(first, torch.Generator().manual_seed(0))
+    residuals = alone.calibration.residual(first, stored, torch.zeros(2, 1, dtype=torch.long))
+    assert bool((residuals <= alone.calibration.plausible[0]).all())
+
+
+@pytest.mark.parametrize("channel", [None, Storage("bfloat16"), Storage(noise=0.5)])
 def test_what_is_kept_is_what_was_measured(
     channel: Storage | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
