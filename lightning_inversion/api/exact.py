@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_inversion.api.in_memory import Given, errors_name_arguments, in_memory
+from lightning_inversion.api.in_memory import (
+    Given,
+    check_kind,
+    errors_name_arguments,
+    in_memory,
+    naming_arguments,
+)
 from lightning_inversion.api.recovered import Recovered, Recoveries
 from lightning_inversion.data.capture import captured_features
 from lightning_inversion.data.layout import Layout, ModelShape
@@ -26,6 +32,7 @@ from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
 from lightning_inversion.recovery.policy import RecoveryPolicy, Targets
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.recovery.variants import OtherCuts
+from lightning_inversion.transformer.blocks import frozen_copy
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.selection import Output
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -163,10 +170,11 @@ def recover(
         InputError: the tensors do not fit the model, could be read in several ways, or the known
             prefix does not fit them.
     """
+    check_kind("policy", policy, RecoveryPolicy)
     policy = policy or TokenRecovery()
     model, tokenizer = in_memory(model, tokenizer)
     given = Given(
-        hidden_states, depth, final_norm, tuple(known_prefix), first_position, centred, scale,
+        hidden_states, depth, final_norm, known_prefix, first_position, centred, scale,
         noise, noise_kind, largest, layout, attention_mask, output, order, logits,
     )  # fmt: skip
     # Some models with a head are their own base model: Llama 4, Mllama.
@@ -175,9 +183,9 @@ def recover(
         raise InputError(f"model is a {type(model).__name__}, without its head; give it whole.")
     transformer, shape = given.cut(model, tokenizer), ModelShape.of(model.config)
     captured = given.read(transformer, shape)
-    language_model = (
-        LanguageModel(model, transformer.caches) if policy.needs_language_model else None
-    )
+    language_model = None
+    if policy.needs_language_model:  # a copy, which hooks and other threads leave alone
+        language_model = LanguageModel(frozen_copy(model).train(False), transformer.caches)
     measure = cache(partial(Measurements.measure, transformer, language_model, captured.storage))
     targets = [captured.target(number) for number in range(len(captured.targets))]
     if logits:
@@ -197,10 +205,14 @@ def recover(
         return diagnose(first, targets, cuts)
 
     explained = diagnose_first and not first_position
-    origin = Origin("hidden_states", None, diagnosed if explained else None, captured.in_order)
+    origin = Origin(
+        "hidden_states", None, diagnosed if explained else None, captured.in_order,
+        wording=naming_arguments,
+    )  # fmt: skip
+    known = tuple(given.known_prefix)
     with errors_name_arguments():
         prompts = recover_captured(
-            policy, measure, Targets(features, captured.lengths, given.known_prefix), origin
+            policy, measure, Targets(features, captured.lengths, known), origin
         )
     storage = asdict(captured.storage)
     return Recoveries(

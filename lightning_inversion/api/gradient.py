@@ -5,13 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_inversion.api.in_memory import Given, errors_name_arguments, in_memory
+from lightning_inversion.api.in_memory import (
+    Given,
+    check_kind,
+    errors_name_arguments,
+    in_memory,
+)
 from lightning_inversion.api.recovered import Inverted, Recoveries
 from lightning_inversion.data.batch import PromptBatch, pack
 from lightning_inversion.data.layout import Layout, ModelShape
@@ -22,6 +28,7 @@ from lightning_inversion.objectives import Objective
 from lightning_inversion.progress import counted
 from lightning_inversion.recovery.policy import ALTERNATIVES
 from lightning_inversion.schedules import Schedule
+from lightning_inversion.transformer.blocks import frozen_copy
 from lightning_inversion.verification.certificate import Certificate, TokenCertificate
 from lightning_inversion.verification.noise import NoiseName
 from lightning_inversion.verification.verifier import Verifier
@@ -87,9 +94,15 @@ def invert(
     Raises:
         InputError: the tensors do not fit the model, or the parts contradict.
     """
+    for name, part, kind in (
+        ("objective", objective, Objective), ("schedule", schedule, Schedule),
+        ("learnable", learnable, LearnableInput), ("decoder", decoder, Decoder),
+        ("iterations", iterations, Integral),
+    ):  # fmt: skip
+        check_kind(name, part, kind)
     model, tokenizer = in_memory(model, tokenizer)
     given = Given(
-        hidden_states, depth, final_norm, tuple(known_prefix), noise=noise, noise_kind=noise_kind,
+        hidden_states, depth, final_norm, known_prefix, noise=noise, noise_kind=noise_kind,
         largest=largest, layout=layout, attention_mask=attention_mask,
     )  # fmt: skip
     transformer = given.cut(model, tokenizer)
@@ -115,9 +128,12 @@ def invert(
 
 
 def _with_head(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The model where it has a head: what is measured of it is then what ``recover`` measures."""
+    """The model where it has a head: what is measured of it is then what ``recover`` measures.
+
+    A copy, which hooks and other threads leave alone.
+    """
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return None if head is None else model
+    return None if head is None else frozen_copy(model).train(False)
 
 
 def _optimise(

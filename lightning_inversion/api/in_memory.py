@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
+_ARGUMENTS = {
+    "--model.recovery": "policy", "--model.transformer.": "", "--data.": "", "--model.": "",
+}  # fmt: skip
+"""How options begin, and the arguments of calls that are the same."""
 
 
 @contextmanager
@@ -33,10 +39,21 @@ def errors_name_arguments() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        sentence = str(error)
-        for option in ("--model.transformer.", "--data.", "--model."):
-            sentence = sentence.replace(option, "")
-        raise InputError(sentence) from error
+        raise InputError(naming_arguments(str(error))) from error
+
+
+def naming_arguments(sentence: str) -> str:
+    """A sentence with arguments of ``recover`` and ``invert`` in place of options."""
+    for option, argument in _ARGUMENTS.items():
+        sentence = sentence.replace(option, argument)
+    return sentence
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Raise InputError for an argument that is no instance of a class; None is its default."""
+    if value is not None and not isinstance(value, kind):
+        wanted = "whole number" if kind is Integral else kind.__name__
+        raise InputError(f"{name} is a {type(value).__name__}; give a {wanted}.")
 
 
 def in_memory(
@@ -51,15 +68,29 @@ def in_memory(
         kind = type(tokenizer).__name__
         raise InputError(f"tokenizer is a {kind}; give a tokenizer of transformers, or None.")
     if not isinstance(model, str | Path):
-        if not hasattr(model, "base_model"):
+        held = _without_wrapper(model)
+        if not hasattr(held, "base_model"):
             raise InputError(
-                f"model is a {type(model).__name__}; give a causal language model of transformers, "
+                f"model is a {type(held).__name__}; give a causal language model of transformers, "
                 "or its name."
             )
-        return model, tokenizer
+        return held, tokenizer
     with errors_name_arguments():
         loaded, own = TransformerSpec(model=str(model)).load_causal_lm()
     return loaded, tokenizer or own
+
+
+def _without_wrapper(model: Any) -> Any:
+    """The model itself, where it is one of peft, which puts adapters into it."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    config = model.active_peft_config
+    if config.is_prompt_learning:
+        raise InputError(
+            f"model has {config.peft_type.value.lower()} vectors before its tokens; give a model "
+            "without them."
+        )
+    return model.get_base_model()
 
 
 @dataclass(frozen=True)
@@ -69,7 +100,7 @@ class Given:
     hidden_states: Any
     depth: int
     final_norm: bool = False
-    known_prefix: tuple[int, ...] = ()
+    known_prefix: Sequence[int] = ()
     first_position: int = 0
     centred: bool = False
     scale: float = 1.0
@@ -88,6 +119,17 @@ class Given:
         if self.output is None and not self.logits and holds_caches(self.hidden_states):
             return "keys_values"
         return self.output or "hidden_states"
+
+    def __post_init__(self) -> None:
+        check_kind("depth", self.depth, Integral)
+        check_kind("layout", self.layout, Layout)
+        try:
+            known = tuple(map(index, self.known_prefix))
+        except TypeError as error:
+            raise InputError(
+                f"known_prefix must hold token ids; it is {self.known_prefix!r:.60}."
+            ) from error
+        object.__setattr__(self, "known_prefix", known)
 
     def cut(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
@@ -113,7 +155,7 @@ class Given:
         with errors_name_arguments():
             request = Request(
                 (self.depth,), self.final_norm, lambda: shape, self.layout, self.first_position,
-                self.known_prefix, self.centred, self.scale, self.noise, self.noise_kind,
+                tuple(self.known_prefix), self.centred, self.scale, self.noise, self.noise_kind,
                 self.largest, self.read_output, self.order, self.logits,
             )  # fmt: skip
             captured = Captured.of_objects(held, request)
@@ -124,7 +166,7 @@ class Given:
             )
         _log.info("hidden_states: %s.", captured.understood)
         for warning in captured.warnings:
-            _log.warning("%s", warning)
+            _log.warning("%s", naming_arguments(warning))
         vocabulary = transformer.embedding.vocabulary_size
         if any(not 0 <= token < vocabulary for token in self.known_prefix):
             raise InputError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import platform
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ which fewer rows get a kernel that loses two digits of float32 (measured with 49
 row is run this many times."""
 
 
+_ONE_AT_A_TIME = threading.RLock()
+"""Held while a model is not as its user left it."""
 _CHECKED: WeakSet[PreTrainedModel] = WeakSet()
 """Models whose logits are known to follow from token vectors."""
 
@@ -240,7 +243,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """The model frozen and in evaluation mode within, and exactly as it was afterwards.
 
     Gradients can be taken within, even inside `torch.inference_mode()`, as in `predict_step`.
+    Threads that attribute wait for each other.
     """
+    with _ONE_AT_A_TIME:
+        yield from _undisturbed(model)
+
+
+def _undisturbed(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.inference_mode(False), torch.enable_grad():

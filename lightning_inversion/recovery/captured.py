@@ -34,6 +34,7 @@ class Origin:
             nothing.
         in_order: whether the rows are in the order of the text; else it is found.
         first: whether nothing was recovered before.
+        wording: words a warning, whose options are those of the command line.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Origin:
     diagnose: Callable[[Targets], list[Diagnosis | None]] | None = None
     in_order: bool = True
     first: bool = True
+    wording: Callable[[str], str] = str
 
     def number(self, row: int) -> int:
         """The number of a prompt in messages, from 1."""
@@ -104,7 +106,7 @@ def explain(targets: Targets, origin: Origin) -> list[Diagnosis | None]:
     if origin.first and all(one is not None and one.has_option for one in diagnoses):
         raise InputError(f"{'. '.join(messages)}.")
     for message in messages:
-        _log.warning("%s.", message)
+        _log.warning("%s.", origin.wording(message))
     return diagnoses
 
 

@@ -150,11 +150,15 @@ def block_count(config: PretrainedConfig) -> int:
 def frozen_copy(model: M) -> M:
     """New modules around the same weights: what is cut from them leaves `model` as it was.
 
-    RWKV divides its weights when it is run, and is copied whole.
+    Hooks are the same objects: what they hold may not be copied. RWKV divides its weights when it
+    is run, and is copied whole.
     """
     if any(hasattr(module, "layers_are_rescaled") for module in model.modules()):
         return copy.deepcopy(model).requires_grad_(False)
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            memo.update((id(hook), hook) for hook in hooks.values())
     for parameter in model.parameters():
         memo[id(parameter)] = (
             nn.Parameter(parameter.detach(), requires_grad=False)

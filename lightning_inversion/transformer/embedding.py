@@ -159,8 +159,9 @@ class TokenEmbedding(nn.Module):
     @torch.no_grad()
     def norms(self) -> Tensor:
         """The Euclidean norm of each token's vector [V], float32."""
-        norms: Tensor = torch.linalg.vector_norm(self.matrix, dim=1, dtype=torch.float32)
-        return norms
+        wide = torch.promote_types(self.matrix.dtype, torch.float32)  # float64 may not be narrowed
+        norms: Tensor = torch.linalg.vector_norm(self.matrix, dim=1, dtype=wide)
+        return norms.float()
 
     def duplicates(self) -> tuple[tuple[int, ...], ...]:
         """Groups of token ids with identical rows, which no hidden state distinguishes."""

@@ -38,7 +38,7 @@ def rounded_differently(
         generator: of the errors, on the CPU.
     """
     dtype = transformer.dtype if transformer.dtype.is_floating_point else torch.float32
-    epsilon = torch.finfo(dtype).eps
+    epsilon = max(torch.finfo(one).eps for one in (dtype, torch.float32))  # features are float32
     size = (_OF_COARSE_EPSILON if epsilon > _COARSE else _OF_EPSILON) * epsilon
     blocks = set(transformer.blocks)
     hooks = [
