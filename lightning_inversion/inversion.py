@@ -37,8 +37,9 @@ from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.prefix import FixedPrefix
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.verification.calibration import Channel
+from lightning_inversion.verification.judgement import Verdict
 from lightning_inversion.verification.measurements import Measurements
-from lightning_inversion.verification.verifier import Verdict, Verifier
+from lightning_inversion.verification.verifier import Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

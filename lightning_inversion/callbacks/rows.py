@@ -20,7 +20,7 @@ from lightning_inversion.results import ResultRow
 from lightning_inversion.transformer.embedding import TokenEmbedding
 from lightning_inversion.transformer.tokens import decoded, is_text_of, token_texts
 from lightning_inversion.verification.certificate import Certificate
-from lightning_inversion.verification.verifier import Verdict
+from lightning_inversion.verification.judgement import Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,9 +15,10 @@ from torch import Tensor
 from lightning_inversion.proposers.open_positions import FARTHEST, OpenPositions
 from lightning_inversion.proposers.proposals import Candidates, Proposals
 from lightning_inversion.transformer.prefix import FixedPrefix
+from lightning_inversion.verification.judgement import Judgement
 from lightning_inversion.verification.measurements import Measurements
 from lightning_inversion.verification.rivals import NearTokens
-from lightning_inversion.verification.verifier import Judgement, Verifier
+from lightning_inversion.verification.verifier import Verifier
 
 _FEW_ROWS = 32
 """Rows up to which all are run at one width."""

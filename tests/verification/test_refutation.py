@@ -12,8 +12,9 @@ from lightning_inversion.recovery.policy import Targets, recover_prompts
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.verification.calibration import CLEARANCE
 from lightning_inversion.verification.certificate import Certificate
+from lightning_inversion.verification.judgement import Verdict
 from lightning_inversion.verification.measurements import Measurements
-from lightning_inversion.verification.verifier import Verdict, Verifier
+from lightning_inversion.verification.verifier import Verifier
 from tests.tiny import VOCABULARY
 
 IDS = [9, 3, 5, 4]

@@ -20,9 +20,10 @@ from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.verification import held_out, rivals
 from lightning_inversion.verification.calibration import CLEARANCE, RISK, Calibration
 from lightning_inversion.verification.certificate import Certificate
+from lightning_inversion.verification.judgement import Verdict
 from lightning_inversion.verification.measurements import Measurements
 from lightning_inversion.verification.rivals import NearTokens
-from lightning_inversion.verification.verifier import Verdict, Verifier
+from lightning_inversion.verification.verifier import Verifier
 from tests.tiny import shared_tiny_model
 
 
