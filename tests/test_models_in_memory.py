@@ -167,13 +167,16 @@ def test_a_model_with_adapters_of_peft() -> None:
         ({"objective": "L1"}, "objective is a str; give a Objective"),
         ({"schedule": "AllPositions"}, "schedule is a str; give a Schedule"),
         ({"iterations": 2.5}, "iterations is a float; give a whole number"),
+        ({"rates": (1.0,)}, "give two numbers, the first rate and the last"),
+        ({"tokens_per_batch": 0}, "tokens_per_batch must be at least 1, and is 0"),
     ],
 )
 def test_an_argument_of_the_wrong_kind_is_one_sentence(
     changed: dict[str, Any], sentence: str
 ) -> None:
     model = shared_tiny_model("llama")
-    call: Any = invert if {"objective", "schedule", "iterations"} & set(changed) else recover
+    of_recover = {"depth", "known_prefix", "policy", "layout"}
+    call: Any = recover if of_recover & set(changed) else invert
     with pytest.raises(InputError, match=sentence):
         call(model, None, torch.ones(3, 64), **{"depth": 2, **changed})
 

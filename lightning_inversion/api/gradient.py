@@ -22,6 +22,7 @@ from lightning_inversion.api.recovered import Inverted, Recoveries
 from lightning_inversion.data.batch import PromptBatch, pack
 from lightning_inversion.data.layout import Layout, ModelShape
 from lightning_inversion.decoding import Decoder
+from lightning_inversion.errors import InputError
 from lightning_inversion.inputs import LearnableInput
 from lightning_inversion.inversion import Inversion, MakeOptimizer, linear_rate
 from lightning_inversion.objectives import Objective
@@ -100,6 +101,10 @@ def invert(
         ("iterations", iterations, Integral),
     ):  # fmt: skip
         check_kind(name, part, kind)
+    if len(rates) != 2 or min(rates) < 0:
+        raise InputError(f"rates are {rates!r}; give two numbers, the first rate and the last.")
+    if tokens_per_batch < 1:
+        raise InputError(f"tokens_per_batch must be at least 1, and is {tokens_per_batch}.")
     model, tokenizer = in_memory(model, tokenizer)
     given = Given(
         hidden_states, depth, final_norm, known_prefix, noise=noise, noise_kind=noise_kind,

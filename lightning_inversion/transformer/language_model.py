@@ -29,6 +29,8 @@ from lightning_inversion.transformer.load_checks import FAILURES
 
 _NEAR = 0.02
 """How far logits of a kept cache may be off, relative to the largest; half precision rounds."""
+_WORDS = 2**16
+"""Eight bytes each of weights, that a checksum sums at a time."""
 
 
 class LanguageModel:
@@ -143,17 +145,20 @@ def own_text(language_model: LanguageModel, rows: int = 48, length: int = 48) ->
 
 @torch.no_grad()
 def weights_checksum(model: nn.Module) -> str:
-    """A checksum that distinguishes fine-tuned models: sums of the weights' bytes as integers.
+    """A checksum of all weights in their order: sums of their bytes, as integers times odd numbers.
 
-    Ten times as fast as sha256 and computed where the weights are; no protection against forgery.
+    Several times as fast as sha256, and computed where the weights are; no protection against
+    forgery.
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         raw = tensor.reshape(-1).clone() if tensor.storage_offset() % 8 else tensor.reshape(-1)
         raw = raw.view(torch.uint8)
         whole = len(raw) // 8 * 8
-        total = int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum())
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {total}\n".encode())
+        parts = [*raw[:whole].view(torch.int64).split(_WORDS), raw[whole:].long()]
+        odd = torch.arange(1, 2 * _WORDS, 2, device=raw.device)
+        sums = torch.stack([(part * odd[: len(part)]).sum() for part in parts]).tolist()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {sums}\n".encode())
     return digest.hexdigest()
 
 

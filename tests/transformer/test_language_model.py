@@ -62,6 +62,12 @@ def test_the_checksum_is_of_every_weight(dtype: torch.dtype) -> None:
         module.weight.view(-1)[place] += 1
         assert weights_checksum(module) != before
         module.weight.view(-1)[place] -= 1
+    long = torch.arange(300_000).to(dtype)
+    sums = []
+    for order in (slice(None), torch.arange(300_000).roll(8)):
+        module.register_buffer("weight", long[order].clone())
+        sums.append(weights_checksum(module))
+    assert sums[0] != sums[1]
     module.register_buffer("weight", memory[1:22].clone().view(7, 3))
     assert weights_checksum(module) != before
 
