@@ -100,6 +100,14 @@ def other_format(path: Path, *own: str) -> str | None:
     return ending if _FORMATS.fullmatch(ending) and ending not in own else None
 
 
+def check_ending(path: Path, option: str, *own: str) -> None:
+    """Raise InputError for a path to write whose ending names a format that is none of `own`."""
+    if kind := other_format(path, *own):
+        raise InputError(
+            f"{option} {str(path)!r}: no {kind} file is written; name a {own[0]} file."
+        )
+
+
 @contextmanager
 def as_os_error() -> Iterator[None]:
     """Raise a full disk as the OSError that it is: safetensors has an error of its own."""

@@ -17,6 +17,7 @@ from lightning_inversion.api.in_memory import (
     check_kind,
     errors_name_arguments,
     in_memory,
+    left_alone,
     naming_arguments,
 )
 from lightning_inversion.api.recovered import Recovered, Recoveries
@@ -32,7 +33,6 @@ from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
 from lightning_inversion.recovery.policy import RecoveryPolicy, Targets
 from lightning_inversion.recovery.token_recovery import TokenRecovery
 from lightning_inversion.recovery.variants import OtherCuts
-from lightning_inversion.transformer.blocks import frozen_copy
 from lightning_inversion.transformer.language_model import LanguageModel
 from lightning_inversion.transformer.selection import Output
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -184,8 +184,8 @@ def recover(
     transformer, shape = given.cut(model, tokenizer), ModelShape.of(model.config)
     captured = given.read(transformer, shape)
     language_model = None
-    if policy.needs_language_model:  # a copy, which hooks and other threads leave alone
-        language_model = LanguageModel(frozen_copy(model).train(False), transformer.caches)
+    if policy.needs_language_model:
+        language_model = LanguageModel(left_alone(model), transformer.caches)
     measure = cache(partial(Measurements.measure, transformer, language_model, captured.storage))
     targets = [captured.target(number) for number in range(len(captured.targets))]
     if logits:

@@ -17,6 +17,7 @@ from lightning_inversion.api.in_memory import (
     check_kind,
     errors_name_arguments,
     in_memory,
+    left_alone,
 )
 from lightning_inversion.api.recovered import Inverted, Recoveries
 from lightning_inversion.data.batch import PromptBatch, pack
@@ -29,7 +30,6 @@ from lightning_inversion.objectives import Objective
 from lightning_inversion.progress import counted
 from lightning_inversion.recovery.policy import ALTERNATIVES
 from lightning_inversion.schedules import Schedule
-from lightning_inversion.transformer.blocks import frozen_copy
 from lightning_inversion.verification.certificate import Certificate, TokenCertificate
 from lightning_inversion.verification.noise import NoiseName
 from lightning_inversion.verification.verifier import Verifier
@@ -133,12 +133,9 @@ def invert(
 
 
 def _with_head(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The model where it has a head: what is measured of it is then what ``recover`` measures.
-
-    A copy, which hooks and other threads leave alone.
-    """
+    """The model where it has a head: what is measured of it is then what ``recover`` measures."""
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return None if head is None else frozen_copy(model).train(False)
+    return None if head is None else left_alone(model)
 
 
 def _optimise(

@@ -18,6 +18,7 @@ from lightning_inversion.data.layout import Layout, ModelShape
 from lightning_inversion.data.request import Order, Request
 from lightning_inversion.data.targets import Captured
 from lightning_inversion.errors import InputError
+from lightning_inversion.transformer.blocks import frozen_copy
 from lightning_inversion.transformer.loading import TransformerSpec
 from lightning_inversion.transformer.selection import Output
 from lightning_inversion.transformer.truncated import TruncatedTransformer
@@ -91,6 +92,13 @@ def _without_wrapper(model: Any) -> Any:
             "without them."
         )
     return model.get_base_model()
+
+
+def left_alone(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy around the same weights, in evaluation mode, which other threads leave alone."""
+    copied = frozen_copy(model)
+    copied.train(False)
+    return copied
 
 
 @dataclass(frozen=True)

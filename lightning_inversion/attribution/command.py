@@ -20,7 +20,7 @@ from lightning_inversion.attribution.replacement import Replacement
 from lightning_inversion.attribution.result import AttributionResult
 from lightning_inversion.data.texts import ModelLimits, read_prompts
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import check_processes, check_writable, other_format
+from lightning_inversion.files import check_ending, check_processes, check_writable
 from lightning_inversion.transformer.loading import WHAT_IS_LOADED, TransformerSpec
 from lightning_inversion.transformer.tokens import named_token
 
@@ -184,11 +184,9 @@ def _check_files(options: Namespace) -> None:
         if path is None or path == _STDIO:
             continue
         pages = option == "out" and options.prompts is not None
-        own = (".html", ".htm") if option == "out" else (".json", ".jsonl")
-        if not pages and (kind := other_format(path, *own)):
-            raise InputError(
-                f"--{option} {str(path)!r}: no {kind} file is written; name a {own[0]} file."
-            )
+        if not pages:
+            own = (".html", ".htm") if option == "out" else (".json", ".jsonl")
+            check_ending(path, f"--{option}", *own)
         if path.is_dir() and not pages:
             raise InputError(f"--{option} {str(path)!r} is a folder; give a file in it.")
         check_writable(path, f"--{option}", folder=pages)

@@ -245,14 +245,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Gradients can be taken within, even inside `torch.inference_mode()`, as in `predict_step`.
     Threads that attribute wait for each other.
     """
-    with _ONE_AT_A_TIME:
-        yield from _undisturbed(model)
-
-
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.inference_mode(False), torch.enable_grad():
+    with _ONE_AT_A_TIME, torch.inference_mode(False), torch.enable_grad():
+        modes = [(module, module.training) for module in model.modules()]
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             for module, _ in modes:
                 module.training = False

@@ -13,7 +13,7 @@ from lightning_inversion.data.axes import tensor_of
 from lightning_inversion.data.contents import holds_ids, holds_states, lengths_in, number_in
 from lightning_inversion.data.depths import Depths
 from lightning_inversion.data.layout import Beside, Wanted, named
-from lightning_inversion.data.names import FINAL, counted_number, depth_of_name
+from lightning_inversion.data.names import FINAL, tells_depth
 from lightning_inversion.data.padding import tokens_of_mask
 
 _IDS = (
@@ -86,10 +86,7 @@ def are_prompts(held: Any) -> bool:
         )
 
     return bool(held) and all(
-        isinstance(value, Mapping)
-        and of_both(value)
-        and depth_of_name(str(name)) is None
-        and counted_number(str(name)) is None
+        isinstance(value, Mapping) and of_both(value) and not tells_depth(name)
         for name, value in held.items()
     )
 

@@ -17,7 +17,7 @@ from lightning_inversion.data.storage import Storage, check_told
 from lightning_inversion.data.targets import Captured
 from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import check_writable, other_format, printable
+from lightning_inversion.files import check_ending, check_writable, printable
 from lightning_inversion.inputs import row_generator
 from lightning_inversion.progress import counted
 from lightning_inversion.transformer.loading import TransformerSpec
@@ -68,10 +68,7 @@ class CaptureOptions:
             raise InputError(
                 f"--tokens_per_batch must be at least 1, and is {self.tokens_per_batch}."
             )
-        if kind := other_format(self.out, ".safetensors"):
-            raise InputError(
-                f"--out {str(self.out)!r}: no {kind} file is written; name a .safetensors file."
-            )
+        check_ending(self.out, "--out", ".safetensors")
         if self.out.is_dir():
             raise InputError(f"--out {str(self.out)!r} is a folder; give a file in it.")
         if self.out.exists() and not self.out.is_file():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, unpack_sequence
 
-from lightning_inversion.data.names import counted_number, depth_of_name
+from lightning_inversion.data.names import tells_depth
 
 _WRAPPERS = ("output", "value")
 """Attributes in which baukit's traces and saved values of nnsight hold what a module put out."""
@@ -45,8 +45,8 @@ def alone(given: Any) -> Any:
     """The tensor that a dict holds alone, under a name that tells no depth."""
     if isinstance(given, Mapping) and len(given) == 1:
         ((name, value),) = given.items()
-        value, plain = opened(value), counted_number(str(name)) is None
-        if isinstance(value, Tensor | np.ndarray) and plain and depth_of_name(str(name)) is None:
+        value = opened(value)
+        if isinstance(value, Tensor | np.ndarray) and not tells_depth(name):
             return value
     return given
 

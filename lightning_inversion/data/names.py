@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 FINAL = -1
 """Stands for the depth of all blocks, after the final norm."""
@@ -137,6 +138,11 @@ def counted_number(name: str) -> int | None:
     """The number in a name such as layer_8, which counts blocks or what they put out."""
     found = _counted(name)
     return None if found is None else found[0]
+
+
+def tells_depth(name: Any) -> bool:
+    """Whether a name tells the depth, or the number of a layer or block."""
+    return depth_of_name(str(name)) is not None or counted_number(str(name)) is not None
 
 
 def numbers_alone(names: Sequence[str]) -> list[int] | None:

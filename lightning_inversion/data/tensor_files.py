@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lightning_inversion.data.names import counted_number, depth_of_name, natural
+from lightning_inversion.data.names import natural, tells_depth
 from lightning_inversion.errors import InputError
 from lightning_inversion.untrusted import check_regular, read_file, read_json
 
@@ -149,16 +149,12 @@ def _read_folder(path: Path, where: str) -> Any:
         raise InputError(f"{where} is a folder without files of tensors; give {KINDS}.")
     held = {file.name: read_tensors(file, f"{where}, {file.name!r}")[0] for file in files}
     stems = [file.stem for file in files]
-    tell = all(map(_tells_depth, stems))
+    tell = all(map(tells_depth, stems))
     bare = all(isinstance(own, torch.Tensor | np.ndarray) for own in held.values())
     if len(set(stems)) == len(stems) and (tell or bare):
         return dict(zip(stems, held.values(), strict=True))
     dicts = all(isinstance(own, dict) for own in held.values())
     names = [name for own in held.values() for name in own] if dicts else []
-    if names and len(set(names)) == len(names) and all(map(_tells_depth, names)):
+    if names and len(set(names)) == len(names) and all(map(tells_depth, names)):
         return {name: own[name] for own in held.values() for name in own}  # some layers each
     return list(held.values())
-
-
-def _tells_depth(name: Any) -> bool:
-    return depth_of_name(str(name)) is not None or counted_number(str(name)) is not None
