@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import rc_context
-from scipy import stats
 
+from lightning_inversion.ladder.intervals import t_interval
 from lightning_inversion.report.canvas import FigureStyle, RenderedFigure, plain_ticks, rendered
 
 READERS = {
@@ -32,23 +31,6 @@ GAIN_CHANGES = {
 }  # fmt: skip
 _STYLE = FigureStyle(width=3.6, height=3.3)
 _MARGIN = 0.04
-
-
-def t_interval(values: Sequence[float], least: float = 0.0) -> tuple[float, float]:
-    """The 95% interval of a mean by Student's t, one value for each seed.
-
-    Args:
-        values: shares, or differences of shares.
-        least: what they can be at least; 1 is what they can be at most.
-
-    >>> t_interval([0.5, 0.5, 0.5])
-    (0.5, 0.5)
-    """
-    found = np.asarray(values, dtype=float)
-    if len(found) < 2:
-        return float("nan"), float("nan")
-    half = stats.t.ppf(0.975, len(found) - 1) * stats.sem(found)
-    return max(least, float(found.mean() - half)), min(1.0, float(found.mean() + half))
 
 
 def _grid(panels: int, columns: int) -> tuple[Any, list[Any]]:
@@ -234,6 +216,47 @@ def gain_figure(cells: pd.DataFrame, rows: pd.DataFrame) -> RenderedFigure:
     return rendered("ladder-gain", "Tokens right by what a block adds", canvas)
 
 
+READINGS = {
+    "tuned_by_direction": "nearest direction",
+    "tuned_far_apart": "tokens far apart only",
+    "tuned_in_64": "in 64 dimensions",
+}
+"""Columns of ``room_numbers``, and their names."""
+
+
+def room_figure(cells: pd.DataFrame, rows: pd.DataFrame) -> RenderedFigure:
+    """Tokens right against the room beside a token, of all rows; and GPT-2's by width."""
+    rows = rows[(rows["intervention"] != "none") & rows["model"].isin(cells["model"])]
+    points = pd.concat([cells, rows], ignore_index=True)
+    points["model"] = points["share"].gt(0).map({False: "untrained", True: "trained"})
+    points["width"] = points["width"].astype(str)
+    points["room"] = points["tuned_room"].clip(0.1)
+    own = cells[(cells["shape"] == "gpt2") & (cells["blocks"] == 2) & (cells["vocabulary"] == 1024)]
+    long = own.melt(["share", "width", "seed"], [*READINGS])
+    long["reading"] = long["variable"].map(READINGS)
+    canvas, (scatter, *by_width) = _grid(3, 3)
+    sns.scatterplot(
+        points, x="room", y="tuned_by_direction", hue="width", style="model", ax=scatter, s=16,
+        palette="viridis", alpha=0.7, hue_order=sorted(points["width"].unique(), key=int),
+    )  # fmt: skip
+    scatter.set(xscale="log", title="all models and interventions")
+    scatter.set_xlabel(f"room (n = {len(points)})")
+    scatter.legend(loc="upper left", fontsize="x-small")
+    plain_ticks(scatter.xaxis)
+    _tokens_right(scatter)
+    for axes, (share, title) in zip(
+        by_width, ((0.0, "GPT-2, before training"), (1.0, "GPT-2, trained")), strict=True
+    ):
+        shown = long[long["share"] == share]
+        _lines(axes, shown, "width", "value", "reading")
+        axes.set_xscale("log", base=2)
+        plain_ticks(axes.xaxis)
+        axes.set_xticks(sorted(shown["width"].unique()))
+        axes.set(title=title, xlabel=f"width ({_n(shown)})")
+        axes.legend(loc="lower left" if share == 0 else "upper left", fontsize="x-small")
+    return rendered("ladder-room", "Tokens right by the room beside a token", canvas)
+
+
 def draw(
     cells: pd.DataFrame, rows: pd.DataFrame, whole: Sequence[str], channel: pd.DataFrame
 ) -> list[RenderedFigure]:
@@ -249,5 +272,5 @@ def draw(
         return [
             training_figure(cells), width_figure(cells), mechanism_figure(cells),
             intervention_figure(rows[rows["model"].isin(whole)]), gain_figure(cells, rows),
-            channel_figure(channel),
+            room_figure(cells, rows), channel_figure(channel),
         ]  # fmt: skip

@@ -20,6 +20,7 @@ from lightning_inversion.ladder.interventions import INTERVENTIONS, Intervention
 from lightning_inversion.ladder.mechanism import block_gain, mechanism
 from lightning_inversion.ladder.plan import Plan, Rung
 from lightning_inversion.ladder.recipe import PRINTED, RATES, Recipe, run_recipe, tuned_rate
+from lightning_inversion.ladder.room import room_numbers
 from lightning_inversion.ladder.train import Texts, is_trained, model_folder, training_of
 from lightning_inversion.proposers.probe_proposer import ProbeRanking
 from lightning_inversion.proposers.proposals import mix_with_uniform
@@ -159,7 +160,8 @@ def recipe_scores(
 ) -> Record:
     """The recipe at the printed rate and at one tuned on other prompts; tokens right.
 
-    ``printed`` and ``tuned`` are read by ``decoder``; ``..._nearest`` and ``..._cosine`` by those.
+    ``printed`` and ``tuned`` are read by ``decoder``, ``..._nearest`` by the nearest embedding. The
+    names ``tuned_...`` of ``room_numbers`` are of the inputs at the rate tuned for ``decoder``.
     """
     tuning = run_recipe(transformer, subject.tuning, RATES, recipe)
     rates = {"printed": PRINTED, "tuned": tuned_rate(tuning, RATES, decoder)}
@@ -176,7 +178,10 @@ def recipe_scores(
     scores["printed_nearest"] = float(out.right["nearest"][at["printed"]].mean())
     scores["tuned_nearest"] = float(out.right["nearest"][at["tuned_nearest"]].mean())
     scores["tuned_prompts"] = [round(float(one), 4) for one in out.right[decoder][at["tuned"]]]
-    return scores
+    room = room_numbers(
+        out.values[at["tuned"]], subject.reported, transformer.embedding.matrix.detach()
+    )
+    return scores | {f"tuned_{name}": number for name, number in room.items()}
 
 
 def cell_row(subject: Subject, depth: int, seed: int, iterations: int) -> Record:

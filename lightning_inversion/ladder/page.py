@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,16 @@ import pandas as pd
 from scipy import stats
 
 from lightning_inversion.files import read_records
-from lightning_inversion.ladder.figures import READERS, SHAPES, draw, t_interval
-from lightning_inversion.ladder.interventions import INTERVENTIONS
+from lightning_inversion.ladder.figures import READERS, SHAPES, draw
+from lightning_inversion.ladder.intervals import between, t_interval
+from lightning_inversion.ladder.intervention_tables import (
+    by_width_table,
+    effects,
+    gain_table,
+    intervention_table,
+    room_bins_table,
+    size_table,
+)
 from lightning_inversion.replication.tables import fill
 from lightning_inversion.report.tables import as_markdown
 
@@ -24,9 +31,19 @@ SUSPECTS = {
     "massive_first": "largest / median activation, position 0",
     "massive_later": "largest / median activation, later",
     "jacobian_largest_later": "largest singular value of the Jacobian",
+    "jacobian_median_later": "median singular value of the Jacobian",
     "jacobian_condition_later": "conditioning of the Jacobian",
     "steps_to_nearest": "distance to the nearest token / last step",
     "probe_bits": "bits of the linear probe's channel",
+    "tuned_room": "room beside the token",
+}
+SLOPES = {
+    "printed": "printed",
+    "tuned": "tuned",
+    "tuned_nearest": "tuned, nearest",
+    "tuned_by_direction": "tuned, nearest direction",
+    "tuned_far_apart": "the same, tokens far apart only",
+    "tuned_in_64": "the same, in 64 dimensions",
 }
 
 
@@ -43,13 +60,6 @@ def frame_of(path: Path) -> pd.DataFrame:
     if "printed_step" in frame and "nearest_wrong" in frame:
         frame["steps_to_nearest"] = frame["nearest_wrong"] / frame["tuned_step"]
     return frame
-
-
-def between(values: pd.Series, least: float = 0.0) -> str:
-    """A mean with its interval over seeds."""
-    low, high = t_interval([*values], least)
-    mean = f"{values.mean():.2f}"
-    return mean if math.isnan(low) else f"{mean} [{low:.2f}, {high:.2f}]"
 
 
 def training_table(cells: pd.DataFrame) -> str:
@@ -93,8 +103,9 @@ def width_table(cells: pd.DataFrame) -> str:
     """By width, GPT-2's shape with 1,024 tokens and two blocks, before and after training."""
     own = cells[(cells["blocks"] == 2) & cells["share"].isin([0.0, 1.0])]
     lines = [
-        [f"{shape}, V {vocabulary}, {100 * share:g}%", str(width), str(rows["seed"].nunique()),
-         between(rows["printed"]), between(rows["tuned"]), between(rows["tuned_nearest"]),
+        [f"{SHAPES[shape]}, V {vocabulary}, {100 * share:g}%", str(width),
+         str(rows["seed"].nunique()),
+         *(between(rows[one]) for one in ("printed", "tuned", "tuned_nearest")),
          f"{rows['jacobian_condition_later'].median():.0f}",
          f"{rows['embedding_condition'].median():.0f}"]
         for (shape, vocabulary, share, width), rows in own.groupby(
@@ -112,123 +123,13 @@ def slope_table(cells: pd.DataFrame) -> str:
     for (shape, share), rows in own[own["share"].isin([0.0, 1.0])].groupby(["shape", "share"]):
         if rows["width"].nunique() < 3:
             continue
-        for column in ("printed", "tuned", "tuned_nearest"):
+        for column, name in SLOPES.items():
             fit = stats.linregress(np.log2(rows["width"]), rows[column])
             half = stats.t.ppf(0.975, len(rows) - 2) * fit.stderr
             low, high = fit.slope - half, fit.slope + half
-            lines.append([str(shape), f"{100 * share:g}%", column, str(len(rows)),
+            lines.append([SHAPES[shape], f"{100 * share:g}%", name, str(len(rows)),
                           f"{fit.slope:+.2f} [{low:+.2f}, {high:+.2f}]"])  # fmt: skip
     return as_markdown(["shape", "training", "recipe", "models", "for each doubling"], lines)
-
-
-def effects(rows: pd.DataFrame) -> pd.DataFrame:
-    """What an intervention does to the tuned recipe, beside what training does, for each model.
-
-    ``effect`` is untrained - trained without it, ``restored`` with - without it on the trained
-    model, ``removed`` without - with it on the untrained one. Models whose effect is less than 0.1
-    are left out, and those on which more than one intervention was not run.
-    """
-    found = []
-    run = rows.groupby("model")["intervention"].transform("nunique")
-    for _, own in rows[run >= run.max() - 1].groupby("model", sort=False):
-        means = own.pivot_table("tuned", "intervention", "share")
-        if not {0.0, 1.0} <= {*means.columns}:
-            continue
-        none = means.loc["none"]
-        effect = none[0.0] - none[1.0]
-        if effect >= 0.1:
-            table = pd.DataFrame({"restored": means[1.0] - none[1.0],
-                                  "removed": none[0.0] - means[0.0]})  # fmt: skip
-            names = own.iloc[0][["model", "shape", "family", "seed"]].to_dict()
-            found.append(table.drop("none").reset_index().assign(effect=effect, **names))
-    return pd.concat(found) if found else pd.DataFrame()
-
-
-def intervention_table(rows: pd.DataFrame, shares: pd.DataFrame) -> str:
-    """Tokens right with each intervention at both ends, and the share of the effect it moves."""
-    rows = rows[rows["model"].isin(shares["model"])]
-    means = rows.pivot_table("tuned", "intervention", "share")
-    lines = []
-    for name, own in shares.groupby("intervention"):
-        shapes = [own, own[own["shape"] == "gpt2"], own[own["shape"] == "llama"]]
-        lines.append([
-            str(name), str(len(own)), f"{means.loc[name, 1.0]:.2f}",
-            *(_share(one, "restored") for one in shapes), f"{means.loc[name, 0.0]:.2f}",
-            _share(own, "removed"),
-        ])  # fmt: skip
-    lines.sort(key=lambda line: -float(line[3]))
-    base = means.loc["none"]
-    lines.insert(0, ["none", str(len(rows["model"].unique())), f"{base[1.0]:.2f}", "", "", "",
-                     f"{base[0.0]:.2f}", ""])  # fmt: skip
-    columns = ["intervention", "n", "trained: tokens right", "share restored", "GPT-2", "Llama",
-               "untrained: tokens right", "share removed"]  # fmt: skip
-    return as_markdown(columns, lines)
-
-
-def by_width_table(rows: pd.DataFrame) -> str:
-    """GPT-2's shape by width: tokens right with each intervention, and the change of a seed."""
-    rows = rows[(rows["shape"] == "gpt2") & (rows["blocks"] == 2) & (rows["vocabulary"] == 1024)]
-    seeds = rows.groupby("intervention")["model"].nunique()
-    names = [one.name for one in INTERVENTIONS if seeds.get(one.name) == seeds.max()]
-    lines = []
-    for share, end in ((1.0, "trained"), (0.0, "untrained")):
-        right = rows[rows["share"] == share].pivot_table("tuned", "intervention", ["width", "seed"])
-        change, widths = right - right.loc["none"], right.columns.unique("width")
-        lines += [
-            [end, name, *(_changed(right.loc[name, one], change.loc[name, one]) for one in widths)]
-            for name in names
-        ]
-    return as_markdown(["model", "intervention", *map(str, widths)], lines)
-
-
-def size_table(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
-    """Every model, with its blocks as they are, times 0.35, and as large as at the other end."""
-    ends = cells[cells["share"].isin([0.0, 1.0])].assign(intervention="none")
-    others = rows[~((rows["intervention"] == "none") & rows["model"].isin(cells["model"]))]
-    lines = []
-    for family, own in pd.concat([ends, others]).groupby("family", sort=False):
-        line = [str(family)]
-        for share in (0.0, 1.0):
-            changes = dict([*own[own["share"] == share].groupby("intervention")])
-            line.append(f"{changes['none']['block_gain'].mean():.1f}")
-            line += [
-                between(changes[name]["tuned"]) if name in changes else ""
-                for name in ("none", "blocks times 0.35", "blocks of the other size")
-            ]
-        lines.append(line)
-    columns = ["gain", "tokens right", "blocks times 0.35", "of the other size"]
-    both = [f"{end}: {name}" for end in ("untrained", "trained") for name in columns]
-    return as_markdown(["model", *both], lines)
-
-
-def gain_table(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
-    """Tokens right by what the block adds: all models, and all whose parameters were changed."""
-    models = [one.name for one in INTERVENTIONS if one.model is not None]
-    rows = rows[rows["intervention"].isin(models) & rows["model"].isin(cells["model"])]
-    points = pd.concat([cells, rows])
-    lines = []
-    for least, most in pairwise((0.0, 1.0, 3.0, 10.0, math.inf)):
-        own = points[(points["block_gain"] > least) & (points["block_gain"] <= most)]
-        lines.append([
-            f"above {least:g}" if most == math.inf else f"{least:g} to {most:g}",
-            f"{len(own)} ({(own['share'] == 1).sum()})",
-            *(f"{own[name].mean():.2f} [{own[name].min():.2f}, {own[name].max():.2f}]"
-              for name in ("printed", "tuned", "tuned_nearest")),
-        ])  # fmt: skip
-    columns = ["what the block adds / embedding", "models (trained)", "printed: mean [least, most]",
-               "tuned", "tuned, nearest"]  # fmt: skip
-    return as_markdown(columns, lines)
-
-
-def _changed(right: pd.Series, change: pd.Series) -> str:
-    """A mean, and in brackets the interval of a change over seeds."""
-    mean = f"{right.mean():.2f}"
-    low, high = t_interval([*change], -1.0)
-    return mean if not change.any() else f"{mean} [{low:+.2f}, {high:+.2f}]"
-
-
-def _share(rows: pd.DataFrame, column: str) -> str:
-    return f"{rows[column].sum() / rows['effect'].sum():.2f}" if len(rows) else ""
 
 
 def suspects_table(cells: pd.DataFrame) -> str:
@@ -264,6 +165,24 @@ def _beside(frame: pd.DataFrame, column: str) -> float:
     table = (table - table.mean(0)) / (table.std(0) + 1e-12)
     found, *_ = np.linalg.lstsq(table[:, :-1], table[:, -1], rcond=None)
     return float(found[0])
+
+
+def room_table(cells: pd.DataFrame) -> str:
+    """The room beside a token, what it is made of, and what is read without a part of it."""
+    own = cells[(cells["blocks"] == 2) & cells["share"].isin([0.0, 1.0])]
+    names = ("in_64", "far_apart", "as_few", "random_error")
+    lines = [
+        [f"{SHAPES[shape]}, V {vocabulary}, {100 * share:g}%", str(width),
+         f"{rows['tuned_direction'].mean():.2f}", f"{rows['tuned_nearest_direction'].mean():.2f}",
+         between(rows["tuned_room"], -math.inf, math.inf), between(rows["tuned_by_direction"]),
+         *(f"{rows[f'tuned_{name}'].mean():.2f}" for name in names)]
+        for (shape, vocabulary, share, width), rows in own.groupby(
+            ["shape", "vocabulary", "share", "width"])
+    ]  # fmt: skip
+    columns = ["models", "width", "input to true token", "true to nearest wrong", "room",
+               "tokens right", "in 64 dimensions", "tokens far apart", "as few at random",
+               "random error"]  # fmt: skip
+    return as_markdown(columns, lines)
 
 
 def channel_table(rows: pd.DataFrame) -> str:
@@ -310,7 +229,8 @@ def tables_of(folder: Path) -> dict[str, str]:
     return {
         "training": training_table(cells), "readers": readers_table(cells),
         "width": width_table(cells), "slopes": slope_table(cells),
-        "suspects": suspects_table(cells),
+        "suspects": suspects_table(cells), "room": room_table(cells),
+        "room bins": room_bins_table(cells, rows),
         "interventions": intervention_table(rows, effects(rows)),
         "interventions by width": by_width_table(rows), "sizes": size_table(cells, rows),
         "gain": gain_table(cells, rows),

@@ -71,12 +71,14 @@ class RecipeResult:
         error: ``[R, N, T]`` the distance from the true embedding.
         step: ``[R, N, T]`` how far the last iteration moved a position.
         first: ``[R, N]`` whether position 0 is right, by the pseudo-inverse.
+        values: ``[R, N, T, D]`` the input.
     """
 
     right: dict[str, Tensor]
     error: Tensor
     step: Tensor
     first: Tensor
+    values: Tensor
 
 
 DECODERS = {"pinv": PinvDecoder(), "nearest": L2Decoder(), "cosine": CosineDecoder()}
@@ -120,6 +122,7 @@ def run_recipe(
         (values - inversion.embedding(own)).norm(dim=-1).view(*shape, T),
         (values - before).norm(dim=-1).view(*shape, T),
         (best["pinv"] == own)[:, 0].view(shape),
+        values.view(*shape, T, -1),
     )
 
 

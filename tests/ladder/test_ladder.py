@@ -176,7 +176,7 @@ def test_a_rate_of_a_row_is_the_learning_rate() -> None:
 def test_the_tuned_rate_is_the_nearest_of_the_best() -> None:
     right = torch.zeros(len(RATES), 2)
     right[2] = right[4] = 1.0
-    outcome = RecipeResult({"pinv": right}, right, right, right)
+    outcome = RecipeResult({"pinv": right}, right, right, right, right)
     assert tuned_rate(outcome, RATES) == RATES[2]
 
 

@@ -6,15 +6,19 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lightning_inversion.ladder.figures import t_interval
-from lightning_inversion.ladder.page import (
+from lightning_inversion.ladder.intervals import t_interval
+from lightning_inversion.ladder.intervention_tables import (
     by_width_table,
-    channel_table,
     effects,
-    frame_of,
     gain_table,
     intervention_table,
+    room_bins_table,
     size_table,
+)
+from lightning_inversion.ladder.page import (
+    channel_table,
+    frame_of,
+    room_table,
     tables_of,
     training_table,
     write,
@@ -25,9 +29,11 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 RUNG = {"shape": "gpt2", "width": 64, "blocks": 2, "vocabulary": 1024}
 NUMBERS = (
     "tuned_nearest", "probe_top1", "probe_read_bits", "recovery_right", "recovery_verified",
-    "loss", "nearest_wrong", "embedding_condition", "anisotropy",
-    "row_norm_variation", "block_gain", "massive_first", "massive_later", "jacobian_largest_later",
-    "jacobian_condition_later", "probe_bits", "theory_right", "from_mean",
+    "loss", "nearest_wrong", "embedding_condition", "anisotropy", "row_norm_variation",
+    "block_gain", "massive_first", "massive_later", "jacobian_largest_later",
+    "jacobian_median_later", "jacobian_condition_later", "probe_bits", "theory_right", "from_mean",
+    "tuned_room", "tuned_direction", "tuned_nearest_direction", "tuned_by_direction",
+    "tuned_in_64", "tuned_far_apart", "tuned_as_few", "tuned_random_error",
 )  # fmt: skip
 
 
@@ -95,6 +101,21 @@ def test_the_size_of_the_blocks_has_tables(folder: Path) -> None:
     assert "| 1 to 3 | 6 (3) | 0.50 [0.50, 0.50] |" in lines[1]
 
 
+def test_the_room_has_a_table(folder: Path) -> None:
+    lines = room_table(frame_of(folder / "cells.jsonl")).splitlines()
+    assert len(lines) == 4
+    assert lines[2].startswith("| GPT-2, V 1024, 0% | 64 | 0.52 | 0.52 | 0.52 [")
+
+
+def test_what_is_read_is_told_by_the_room(folder: Path) -> None:
+    cells, rows = (frame_of(folder / f"{name}.jsonl") for name in ("cells", "interventions"))
+    cells["tuned_room"], rows["tuned_room"] = -0.5, 3.5
+    lines = [line.split(" | ") for line in room_bins_table(cells, rows).splitlines()[2:]]
+    assert lines[0][:2] == ["| at most 1", "6 (3)"]
+    assert lines[3][:2] == ["| 3 to 4", "6 (3)"]  # the rows without a change are cells' own
+    assert all(line[1] == "0 (0)" for line in lines[1:3] + lines[4:])
+
+
 def test_a_model_without_an_effect_has_no_share() -> None:
     rows = [row(n, 0, share, 0.5, intervention="none") for n, share in enumerate((0.0, 1.0))]
     assert effects(pd.DataFrame(rows)).empty
@@ -107,6 +128,8 @@ def test_the_page_and_its_figures_are_written(folder: Path) -> None:
         "width",
         "slopes",
         "suspects",
+        "room",
+        "room bins",
         "interventions",
         "interventions by width",
         "sizes",
@@ -120,7 +143,8 @@ def test_the_page_and_its_figures_are_written(folder: Path) -> None:
     written = write(folder, page)
     assert [path.name for path in written] == [
         "LADDER.md", "ladder-training.png", "ladder-width.png", "ladder-mechanism.png",
-        "ladder-interventions.png", "ladder-gain.png", "ladder-channel.png",
+        "ladder-interventions.png", "ladder-gain.png", "ladder-room.png",
+        "ladder-channel.png",
     ]  # fmt: skip
     assert all(path.stat().st_size > 100 for path in written)
     assert "GPT-2 64, 2 blocks, V 1024" in page.read_text()
