@@ -74,7 +74,8 @@ def subjects(plan: Plan, root: Path) -> Iterator[Subject]:
 
 
 def _is_example(rung: Rung) -> bool:
-    return (rung.width, rung.blocks, rung.vocabulary, rung.seed) == (128, 2, 1024, 0)
+    example = (128, 2, 1024, 0, 1.0)
+    return (rung.width, rung.blocks, rung.vocabulary, rung.seed, rung.rate) == example
 
 
 def slice_of_share(width: int, kept: float) -> str | None:

@@ -232,6 +232,7 @@ def room_figure(cells: pd.DataFrame, rows: pd.DataFrame) -> RenderedFigure:
     points["width"] = points["width"].astype(str)
     points["room"] = points["tuned_room"].clip(0.1)
     own = cells[(cells["shape"] == "gpt2") & (cells["blocks"] == 2) & (cells["vocabulary"] == 1024)]
+    own = own[own["rate"] == 1]
     long = own.melt(["share", "width", "seed"], [*READINGS])
     long["reading"] = long["variable"].map(READINGS)
     canvas, (scatter, *by_width) = _grid(3, 3)
@@ -263,14 +264,15 @@ def draw(
     """Every figure of the page.
 
     Args:
-        cells: rows of models.
+        cells: rows of models; those trained at another rate than the plan's are in one figure.
         rows: of interventions.
         whole: models whose interventions have a figure of their own.
         channel: rows of channels.
     """
+    own = cells[cells["rate"] == 1]
     with rc_context(_STYLE.settings):
         return [
-            training_figure(cells), width_figure(cells), mechanism_figure(cells),
-            intervention_figure(rows[rows["model"].isin(whole)]), gain_figure(cells, rows),
+            training_figure(own), width_figure(own), mechanism_figure(own),
+            intervention_figure(rows[rows["model"].isin(whole)]), gain_figure(own, rows),
             room_figure(cells, rows), channel_figure(channel),
         ]  # fmt: skip

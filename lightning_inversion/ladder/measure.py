@@ -97,7 +97,8 @@ def subject_of(rung: Rung, share: float, plan: Plan, root: Path, texts: Texts) -
     _, trained_on, held_out = texts.of(rung.vocabulary)
     rows = trained_on[: len(trained_on) // plan.length * plan.length].view(-1, plan.length)
     text = rows[:: max(1, len(rows) // _PROBE_ROWS)][:_PROBE_ROWS]
-    names = {"model": rung.name, **asdict(rung), "share": share, **training_of(folder)}
+    names = {"model": rung.name, **asdict(rung), "learning_rate": plan.learning_rate_of(rung),
+             "share": share, **training_of(folder)}  # fmt: skip
     return Subject(model, tokenizer, *prompts_of(tokenizer, plan.held_out), text, held_out, names)
 
 
@@ -255,7 +256,7 @@ def _rounded(value: Any) -> Any:
 def measure(plan: Plan, root: Path, rows: Rows, iterations: int) -> None:
     """Measure every trained model at depth 1; the same call resumes."""
     texts = Texts(plan)
-    for rung, share in _cells(plan, root):
+    for rung, share in cells_of(plan, root):
         if rows.has(kind="cell", model=rung.name, share=share, depth=1):
             continue
         subject = subject_of(rung, share, plan, root, texts)
@@ -268,20 +269,32 @@ def measure(plan: Plan, root: Path, rows: Rows, iterations: int) -> None:
         )  # fmt: skip
 
 
-def _cells(plan: Plan, root: Path) -> Iterator[tuple[Rung, float]]:
-    """The models that are trained, both ends of the training first."""
+def cells_of(plan: Plan, root: Path) -> Iterator[tuple[Rung, float]]:
+    """The models that are trained, both ends of the training first.
+
+    Of a model trained at another rate only the end: before it, it is the model of rate 1.
+    """
     ends = (plan.checkpoints[-1], plan.checkpoints[0])
-    trained = [rung for rung in plan.rungs if is_trained(rung, plan, root)]
+    trained, others = trained_of(plan, root)
     between = [share for share in plan.checkpoints if share not in ends]
     yield from ((rung, share) for rung in trained for share in ends)
+    yield from ((rung, ends[0]) for rung in others)
     yield from ((rung, share) for rung in trained for share in between)
+
+
+def trained_of(plan: Plan, root: Path) -> tuple[list[Rung], list[Rung]]:
+    """The models that are trained: at the plan's rate, and at others."""
+    trained = [rung for rung in plan.rungs if is_trained(rung, plan, root)]
+    return [rung for rung in trained if rung.rate == 1], [
+        rung for rung in trained if rung.rate != 1
+    ]
 
 
 def intervene(plan: Plan, root: Path, rows: Rows, iterations: int) -> None:
     """Run every intervention on both ends of each rung's training; the same call resumes."""
     texts = Texts(plan)
     ends = (plan.checkpoints[-1], plan.checkpoints[0])
-    trained = [rung for rung in plan.rungs if is_trained(rung, plan, root)]
+    trained, _ = trained_of(plan, root)
     for one, rung, (share, far) in product(INTERVENTIONS, trained, (ends, ends[::-1])):
         names = {"kind": "intervention", "intervention": one.name, "model": rung.name}
         if rows.has(**names, share=share, depth=1):

@@ -51,6 +51,7 @@ def frame_of(path: Path) -> pd.DataFrame:
     """Kept rows as a table; with ``family``, the model but for its seed."""
     frame = pd.DataFrame(read_records(path))
     if len(frame):
+        frame["rate"] = frame["rate"].fillna(1.0) if "rate" in frame else 1.0
         frame["family"] = [
             f"{SHAPES[row.shape]} {row.width}, {row.blocks} blocks, V {row.vocabulary}"
             if row.model.startswith(row.shape)
@@ -185,6 +186,45 @@ def room_table(cells: pd.DataFrame) -> str:
     return as_markdown(columns, lines)
 
 
+def rate_table(cells: pd.DataFrame) -> str:
+    """Trained models of GPT-2's shape by learning rate and width."""
+    lines = [
+        [f"{learning_rate:g}" + ("" if rate != 1 else " (the plan's)"), str(width),
+         str(rows["seed"].nunique()), between(rows["loss"], 0.0, math.inf),
+         *(f"{rows[name].mean():.{digits}f}" for name, digits in
+           (("block_gain", 1), ("tuned_direction", 2), ("tuned_nearest_direction", 2),
+            ("tuned_room", 1))),
+         between(rows["tuned"]), between(rows["tuned_nearest"])]
+        for (learning_rate, width, rate), rows in _by_rate(cells).groupby(
+            ["learning_rate", "width", "rate"])
+    ]  # fmt: skip
+    columns = ["learning rate", "width", "seeds", "loss", "gain", "input to true token",
+               "true to nearest wrong", "room", "tuned", "tuned, nearest"]  # fmt: skip
+    return as_markdown(columns, lines)
+
+
+def rate_ranks_table(cells: pd.DataFrame) -> str:
+    """What goes with the tokens right over the models of ``rate_table``: rank correlations."""
+    own = _by_rate(cells)
+    groups = (own, own[own["rate"] == 1])
+    suspects = {"width": "width", "learning_rate": "learning rate", "loss": "loss"} | {
+        column: SUSPECTS[column] for column in ("block_gain", "tuned_room")
+    }
+    lines = [
+        [name, *(f"{_ranks(rows, column):+.2f}" if rows[column].nunique() > 1 else ""
+                 for rows in groups)]
+        for column, name in suspects.items()
+    ]  # fmt: skip
+    plan = (own["rate"] == 1).sum()
+    return as_markdown(["suspect", f"all rates ({len(own)})", f"the plan's ({plan})"], lines)
+
+
+def _by_rate(cells: pd.DataFrame) -> pd.DataFrame:
+    """The trained models whose learning rate was varied."""
+    shape = (cells["shape"] == "gpt2") & (cells["blocks"] == 2) & (cells["vocabulary"] == 1024)
+    return cells[shape & (cells["share"] == 1)]
+
+
 def channel_table(rows: pd.DataFrame) -> str:
     """Features at which each reader crosses a tenth, a half and nine tenths of what all give."""
     lines = []
@@ -225,12 +265,14 @@ def survival_table(rows: pd.DataFrame) -> str:
 
 def tables_of(folder: Path) -> dict[str, str]:
     """The tables of the page, by name, from the folder of kept rows."""
-    cells, rows, channel, survival = _frames(folder)
+    every, rows, channel, survival = _frames(folder)
+    cells = every[every["rate"] == 1]
     return {
         "training": training_table(cells), "readers": readers_table(cells),
         "width": width_table(cells), "slopes": slope_table(cells),
         "suspects": suspects_table(cells), "room": room_table(cells),
-        "room bins": room_bins_table(cells, rows),
+        "room bins": room_bins_table(every, rows), "rates": rate_table(every),
+        "rate ranks": rate_ranks_table(every),
         "interventions": intervention_table(rows, effects(rows)),
         "interventions by width": by_width_table(rows), "sizes": size_table(cells, rows),
         "gain": gain_table(cells, rows),

@@ -26,18 +26,20 @@ _HELD_OUT = 10
 
 @dataclass(frozen=True)
 class Rung:
-    """One model of the ladder."""
+    """One model of the ladder; ``rate`` multiplies the plan's learning rate."""
 
     shape: ShapeName
     width: int
     blocks: int
     vocabulary: int
     seed: int
+    rate: float = 1.0
 
     @property
     def name(self) -> str:
         """Of its folder and its rows."""
-        return f"{self.shape}-w{self.width}-b{self.blocks}-v{self.vocabulary}-s{self.seed}"
+        name = f"{self.shape}-w{self.width}-b{self.blocks}-v{self.vocabulary}-s{self.seed}"
+        return name if self.rate == 1 else f"{name}-r{self.rate:g}"
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,10 @@ class Plan:
         """Tokens that each model is trained on."""
         return self.steps * self.batch * self.length
 
+    def learning_rate_of(self, rung: Rung) -> float:
+        """The learning rate that a model's training begins with."""
+        return self.learning_rate * rung.rate * 128 / rung.width
+
     @property
     def kept_steps(self) -> dict[int, float]:
         """The steps after which a model is kept, and the share of the training that each is."""
@@ -139,7 +145,8 @@ class Plan:
 
 def _rungs_of(entry: dict[str, Any]) -> list[Rung]:
     """An entry of a plan, whose values may be lists: their product, the seeds outermost."""
-    keys = ("seed", "vocabulary", "shape", "blocks", "width")
+    keys = ("seed", "vocabulary", "shape", "blocks", "width", "rate")
+    entry = {"rate": 1.0, **entry}
     lists: Sequence[Any] = [entry[key] if isinstance(entry[key], list) else [entry[key]]
                             for key in keys]  # fmt: skip
     if unknown := set(entry) - set(keys):

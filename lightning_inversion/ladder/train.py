@@ -79,13 +79,14 @@ class LadderTraining(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW without decay of norms and biases; a warm-up, then a cosine."""
-        rate = self.plan.learning_rate * 128 / self.rung.width
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() < 2]
         groups: list[dict[str, Any]] = [
             {"params": matrices, "weight_decay": 0.1}, {"params": others}
         ]  # fmt: skip
-        optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            groups, lr=self.plan.learning_rate_of(self.rung), betas=(0.9, 0.95), weight_decay=0.0
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_rate)
         return {
             "optimizer": optimizer,

@@ -29,7 +29,7 @@ from lightning_inversion.ladder.interventions import (
     whitened,
     without_largest,
 )
-from lightning_inversion.ladder.measure import Rows, Subject, intervene, measure
+from lightning_inversion.ladder.measure import Rows, Subject, cells_of, intervene, measure
 from lightning_inversion.ladder.mechanism import block_gain, jacobians, mechanism
 from lightning_inversion.ladder.plan import Plan
 from lightning_inversion.ladder.recipe import RATES, Recipe, RecipeResult, run_recipe, tuned_rate
@@ -66,6 +66,24 @@ def test_the_plan_that_is_kept_can_be_read() -> None:
     assert {rung.width for rung in plan.rungs} == {64, 128, 256, 512}
     assert {rung.vocabulary for rung in plan.rungs} == {1024, 8192}
     assert plan.kept_steps[plan.steps] == 1.0
+
+
+def test_a_plan_may_try_other_rates(plan: Plan, tmp_path: Path) -> None:
+    stored = yaml.safe_load((tmp_path / "plan.yaml").read_text("utf-8"))
+    stored["rungs"].append({**stored["rungs"][0], "shape": "gpt2", "rate": [0.25, 2]})
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(stored), encoding="utf-8")
+    more = Plan.read(tmp_path / "plan.yaml")
+    assert [rung.name for rung in more.rungs[2:]] == [
+        "gpt2-w16-b1-v280-s0-r0.25", "gpt2-w16-b1-v280-s0-r2",
+    ]  # fmt: skip
+    rates = [more.learning_rate_of(rung) for rung in more.rungs]
+    assert rates == [0.024, 0.024, 0.006, 0.048]
+    for rung in more.rungs:
+        for share in more.checkpoints:
+            model_folder(tmp_path, rung, share).mkdir(parents=True)
+    cells = [(rung.name, share) for rung, share in cells_of(more, tmp_path)]
+    assert [share for name, share in cells if name.endswith("-r2")] == [1.0]
+    assert [share for name, share in cells if name.endswith("-s0")] == [1.0, 0.0] * 2 + [0.3] * 2
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from lightning_inversion.ladder.intervention_tables import (
 from lightning_inversion.ladder.page import (
     channel_table,
     frame_of,
+    rate_table,
     room_table,
     tables_of,
     training_table,
@@ -40,7 +41,8 @@ NUMBERS = (
 def row(index: int, seed: int, share: float, tuned: float, **more: object) -> dict[str, object]:
     numbers = dict.fromkeys(NUMBERS, 0.5 + index / 100)
     return {"index": index, "model": f"gpt2-w64-b2-v1024-s{seed}", **RUNG, "seed": seed,
-            "share": share, "depth": 1, "printed": tuned, "tuned": tuned, "recovery_false": 0,
+            "share": share, "rate": 1.0, "learning_rate": 0.006, "depth": 1,
+            "printed": tuned, "tuned": tuned, "recovery_false": 0,
             "printed_step": 0.1, **numbers, "tuned_step": 1 / (index + 2), **more}  # fmt: skip
 
 
@@ -116,6 +118,22 @@ def test_what_is_read_is_told_by_the_room(folder: Path) -> None:
     assert all(line[1] == "0 (0)" for line in lines[1:3] + lines[4:])
 
 
+def test_rates_have_a_table_and_no_place_in_the_others(folder: Path) -> None:
+    with (folder / "cells.jsonl").open("a", encoding="utf-8") as file:
+        for seed in range(3):
+            slow = row(6 + seed, seed, 1.0, 0.7, rate=0.5, learning_rate=0.003)
+            file.write(json.dumps({**slow, "model": f"{slow['model']}-r0.5"}) + "\n")
+    lines = rate_table(frame_of(folder / "cells.jsonl")).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| 0.003", "| 0.006 (the plan's)"]
+    assert "0.70 [0.70, 0.70]" in lines[0]
+    tables = tables_of(folder)
+    assert tables["rate ranks"].splitlines()[0] == "| suspect | all rates (6) | the plan's (3) |"
+    assert "| learning rate | -0.93 |" in tables["rate ranks"]  # the slower ones are read better
+    assert "0.70" not in tables["training"] + tables["width"] + tables["gain"]
+    assert sum(int(line.split(" | ")[1].split()[0])
+               for line in tables["room bins"].splitlines()[2:]) == 6 + 6 + 3  # fmt: skip
+
+
 def test_a_model_without_an_effect_has_no_share() -> None:
     rows = [row(n, 0, share, 0.5, intervention="none") for n, share in enumerate((0.0, 1.0))]
     assert effects(pd.DataFrame(rows)).empty
@@ -130,6 +148,8 @@ def test_the_page_and_its_figures_are_written(folder: Path) -> None:
         "suspects",
         "room",
         "room bins",
+        "rates",
+        "rate ranks",
         "interventions",
         "interventions by width",
         "sizes",
