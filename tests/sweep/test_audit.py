@@ -149,8 +149,16 @@ def test_the_plan_in_the_package_can_be_run() -> None:
         ),
         ({}, ["--prompts=nowhere.txt"], "--prompts 'nowhere.txt' does not exist"),
         ({}, ["--config=nowhere.yaml"], "--config 'nowhere.yaml' does not exist"),
-        ({"channels": {"a": {"noise": -1.0}}}, ["--depth=1"], "channel 'a' has noise -1.0"),
-        ({"channels": {"a": {"largest": 3.0}}}, ["--depth=1"], "channel 'a' has largest 3.0"),
+        (
+            {"channels": {"a": {"noise": -1.0}}},
+            ["--depth=1"],
+            "channel 'a': noise must be between 0 and 1e+15, and is -1",
+        ),
+        (
+            {"channels": {"a": {"largest": 3.0}}},
+            ["--depth=1"],
+            "channel 'a': largest is a share of the features",
+        ),
         ({"predict": {"options": {"model.recovery.budget": "x"}}}, [], "--model.recovery.budget"),
         ({"channels": {"a": {"store": "int8"}}}, [], "is no plan of an audit"),
         *(
