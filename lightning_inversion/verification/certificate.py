@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import check_of
+from lightning_inversion.files import check_of, write_whole
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.untrusted import read_file, read_json
 from lightning_inversion.verification.calibration import CLEARANCE, Calibration
@@ -271,8 +271,8 @@ class Certificate:
             raise InputError(f"This is no certificate: {error}.") from error
 
     def write(self, path: Path) -> None:
-        """Write the certificate's JSON."""
-        path.write_text(self.to_json() + "\n", encoding="utf-8")
+        """Write the certificate's JSON, whole or not at all."""
+        write_whole(path, self.to_json() + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Certificate:
