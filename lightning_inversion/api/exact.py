@@ -249,14 +249,17 @@ def verify(
     description, storage = certificate.transformer, Storage(**certificate.storage)
     output = description.get("output", "hidden_states")
     transformer = TruncatedTransformer.from_model(
-        model, layers=description["layers"], final_norm=description["final_norm"], output=output
-    )
+        model, layers=description["layers"], features=description["features"],
+        final_norm=description["final_norm"], output=output,
+    )  # fmt: skip
     if storage.centred:
         transformer = transformer.centred()
     shape = ModelShape.of(model.config)
     request = Request(
-        tuple(description["layers"]), description["final_norm"], lambda: shape, output=output
-    )
+        tuple(description["layers"]), description["final_norm"],
+        None if description["features"] else lambda: shape,  # a slice has a width of its own
+        output=output,
+    )  # fmt: skip
     with errors_name_arguments():
         captured = Captured.of_objects(hidden_states, request)
     if len(captured.targets) > 1:

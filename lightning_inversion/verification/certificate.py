@@ -23,6 +23,12 @@ from lightning_inversion.verification.verifier import Verifier
 FORMAT = 4
 """Version of the certificate's file."""
 
+_SAME = (
+    "layers", "features", "final_norm", "mlp", "norms", "residuals", "positions", "causal",
+    "repeat_first",
+)  # fmt: skip
+"""What a model computes beside its weights, in its description."""
+
 Rows = Literal["all", "last"]
 """Which hidden states of a prompt a policy reads."""
 State = Literal["verified", "conditional", "group", "unresolved", "read"]
@@ -166,7 +172,7 @@ class Certificate:
             own = transformer.description.get(key)
             if key == "weights_sha256" and own != value:
                 raise InputError("The certificate was written for a model of other weights.")
-            if key in ("layers", "features", "final_norm") and own != value:
+            if key in _SAME and own != value:
                 raise InputError(
                     f"The certificate was written for {key} {value}, and the model has {own}."
                 )

@@ -84,6 +84,25 @@ def test_certificates_of_a_run_are_checked_again(predicted: Path, tiny_folder: P
         read_certificates(predicted)
 
 
+def test_certificates_of_a_slice_are_checked_again(tiny_folder: Path, tmp_path: Path) -> None:
+    assert run(predict(tiny_folder, tmp_path, "--model.transformer.features=4:20")) == 0
+    certificates = read_certificates(tmp_path / "lightning_logs" / "version_0")
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    for certificate in certificates.values():
+        ids = torch.tensor([certificate.ids])
+        states = model(ids, output_hidden_states=True).hidden_states[2][..., 4:20]
+        assert verify(certificate, model, states).holds
+        assert not verify(certificate, model, states + 0.1).holds
+
+
+def test_certificates_of_a_changed_model_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    assert run(predict(tiny_folder, tmp_path, "--model.transformer.mlp=false")) == 0
+    certificate = read_certificates(tmp_path / "lightning_logs" / "version_0")[0]
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    with pytest.raises(InputError, match="was written for mlp False, and the model has True"):
+        verify(certificate, model, torch.ones(len(certificate.ids), 32))
+
+
 def test_a_stopped_run_is_resumed(predicted: Path, tiny_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(predicted, tmp_path, dirs_exist_ok=True)
     arguments = predict(tiny_folder, tmp_path, "--data.batch_size=1")
