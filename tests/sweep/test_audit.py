@@ -144,6 +144,11 @@ def test_the_plan_in_the_package_can_be_run() -> None:
         ({}, ["--processes=0"], "--processes must be at least 1"),
         (
             {},
+            ["--trainer.default_root_dir=/proc/x"],
+            "--trainer.default_root_dir '/proc/x' cannot be written",
+        ),
+        (
+            {},
             ["--model.recovery.budgte=3"],
             "unknown option --model.recovery.budgte; see lightning-inversion fit --model",
         ),
