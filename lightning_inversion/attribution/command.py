@@ -55,7 +55,7 @@ def add_attribute_arguments(parser: ArgumentParser) -> None:
         "--prompts",
         type=Path,
         help="A file of texts, one a line (or .jsonl, key prompt), instead of one; needs --out or "
-        "--json.",
+        "--json. The row of a text that the model cannot run holds the error.",
     )
     parser.add_argument(
         "--out",

@@ -35,7 +35,8 @@ class CaptureOptions:
     """What is captured, and how it is stored.
 
     Args:
-        prompts: a file of prompts, one a line (or .jsonl, key prompt).
+        prompts: a file of prompts, one a line (or .jsonl, key prompt); those that the model cannot
+            run are named and left out.
         out: the safetensors file to write; whole or not at all.
         store: the type that the features are rounded to.
         largest: keep this share of each position's features, the largest by size; the others
