@@ -49,6 +49,17 @@ def claimed(path: Path) -> Iterator[bool]:
         lock.release()
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all: whoever reads it finds the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Error numbers of a full disk, quota or file."""
 

@@ -24,9 +24,9 @@ from lightning_inversion.api.recovered import Recovered, Recoveries
 from lightning_inversion.data.capture import captured_features
 from lightning_inversion.data.layout import Layout, ModelShape
 from lightning_inversion.data.request import Order, Request
-from lightning_inversion.data.storage import Storage, check_told
+from lightning_inversion.data.storage import Storage
 from lightning_inversion.data.targets import Captured
-from lightning_inversion.data.texts import ModelLimits, tokenize
+from lightning_inversion.data.texts import ModelLimits, tokenize_each
 from lightning_inversion.errors import InputError
 from lightning_inversion.recovery.captured import Origin, recover_captured
 from lightning_inversion.recovery.diagnosis import Diagnosis, diagnose
@@ -81,7 +81,8 @@ def capture(
         InputError: a prompt does not fit the model, there is no tokenizer, or noise or largest
             cannot be.
     """
-    check_told("", noise, noise_kind, largest)
+    storage = Storage(store, noise, noise_kind, largest=largest)
+    storage.check("")
     model, tokenizer = in_memory(model, tokenizer)
     if tokenizer is None:
         raise InputError("capture needs the tokenizer of the model, and it is None.")
@@ -90,14 +91,10 @@ def capture(
         raise InputError("prompts holds no prompt; give one or several.")
     transformer = Given(None, depth, final_norm).cut(model, tokenizer)
     limits = ModelLimits.of(model.config)
-    ids = []
-    for number, prompt in enumerate(given, start=1):
-        try:
-            ids.append(tokenize(prompt, tokenizer, limits, special_tokens))
-        except InputError as error:
-            raise InputError(f"Prompt {number} {error}") from error
-    storage = Storage(store, noise, noise_kind, largest=largest)
-    found = captured_features(transformer, ids, storage, seed, tokens_per_batch)
+    ids, bad = tokenize_each(given, tokenizer, limits, special_tokens)
+    for index, reason in bad.items():
+        raise InputError(f"Prompt {index + 1} {reason}")
+    found = captured_features(transformer, list(ids.values()), storage, seed, tokens_per_batch)
     return [rows.to(getattr(torch, store)) for rows in found]
 
 
@@ -252,14 +249,17 @@ def verify(
     description, storage = certificate.transformer, Storage(**certificate.storage)
     output = description.get("output", "hidden_states")
     transformer = TruncatedTransformer.from_model(
-        model, layers=description["layers"], final_norm=description["final_norm"], output=output
-    )
+        model, layers=description["layers"], features=description["features"],
+        final_norm=description["final_norm"], output=output,
+    )  # fmt: skip
     if storage.centred:
         transformer = transformer.centred()
     shape = ModelShape.of(model.config)
     request = Request(
-        tuple(description["layers"]), description["final_norm"], lambda: shape, output=output
-    )
+        tuple(description["layers"]), description["final_norm"],
+        None if description["features"] else lambda: shape,  # a slice has a width of its own
+        output=output,
+    )  # fmt: skip
     with errors_name_arguments():
         captured = Captured.of_objects(hidden_states, request)
     if len(captured.targets) > 1:

@@ -151,16 +151,13 @@ def attribute(
     )
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, config: PretrainedConfig, name: str = "The text"
-) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, config: PretrainedConfig) -> list[int]:
     """The tokens of a text, with those that the tokenizer adds.
 
     Args:
         tokenizer: of the model.
         text: what is attributed.
         config: of the model, for its limits.
-        name: of the text, for messages.
 
     Raises:
         InputError: there is no token, or the model cannot run them.
@@ -168,7 +165,7 @@ def encode(
     try:
         return tokenize(text, tokenizer, ModelLimits.of(config), special_tokens=True)
     except InputError as error:
-        raise InputError(f"{name} {error}") from error
+        raise InputError(f"The text {error}") from error
 
 
 class _Attribution:

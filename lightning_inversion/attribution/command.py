@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,13 @@ from lightning_inversion.attribution.many_texts import Request, RowFile, run_tex
 from lightning_inversion.attribution.render import score_lines
 from lightning_inversion.attribution.replacement import Replacement
 from lightning_inversion.attribution.result import AttributionResult
-from lightning_inversion.data.texts import ModelLimits, read_prompts
+from lightning_inversion.data.texts import (
+    ModelLimits,
+    read_prompts,
+    tokenize_each,
+    warn_of_bad,
+    writable,
+)
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_ending, check_processes, check_writable
 from lightning_inversion.transformer.loading import WHAT_IS_LOADED, TransformerSpec
@@ -48,7 +55,7 @@ def add_attribute_arguments(parser: ArgumentParser) -> None:
         "--prompts",
         type=Path,
         help="A file of texts, one a line (or .jsonl, key prompt), instead of one; needs --out or "
-        "--json.",
+        "--json. The row of a text that the model cannot run holds the error.",
     )
     parser.add_argument(
         "--out",
@@ -104,21 +111,24 @@ def _run(options: Namespace) -> int:
     _check_files(options)
     _check_processes(options)
     request = Request(choices, display, options.preset, _spec(options))
-    _check_tokens(request, texts, options.prompts)
+    bad = _check_tokens(request, texts, options.prompts)
+    texts = [writable(text) for text in texts]
     if options.prompts is not None and options.json != _STDIO:
-        return _run_file(request, texts, options)
+        return _run_file(request, texts, bad, options)
     model, tokenizer = request.spec.load_causal_lm()
-    for text in texts:
-        result = request.result(model, tokenizer, text)
-        if options.prompts is None:
-            _write_result(result, options)
-        else:
-            print(result.to_json(indent=None), flush=True)
+    if options.prompts is None:
+        _write_result(request.result(model, tokenizer, texts[0]), options)
+        return 0
+    for index, text in enumerate(texts):
+        row = request.row(model, tokenizer, text, bad.get(index))
+        print(json.dumps(row, ensure_ascii=False, allow_nan=False), flush=True)
     return 0
 
 
-def _run_file(request: Request, texts: Sequence[str], options: Namespace) -> int:
-    rows = RowFile(options.json or options.out / _ROWS, texts, request.settings)
+def _run_file(
+    request: Request, texts: Sequence[str], bad: Mapping[int, str], options: Namespace
+) -> int:
+    rows = RowFile(options.json or options.out / _ROWS, texts, request.settings, bad)
     try:
         run_texts(request, rows, options.processes)
         if options.out is not None:
@@ -213,18 +223,25 @@ def _check_processes(options: Namespace) -> None:
         )
 
 
-def _check_tokens(request: Request, texts: Sequence[str], file: Path | None) -> None:
-    """Check what needs the model's tokenizer and configuration, and no weights."""
+def _check_tokens(request: Request, texts: Sequence[str], file: Path | None) -> dict[int, str]:
+    """Check what needs the model's tokenizer and configuration, and no weights.
+
+    Returns:
+        Why texts of the file cannot be run, by their index.
+    """
     tokenizer, choices = request.spec.load_tokenizer(), request.choices
     config = request.spec.config()
-    vocabulary = ModelLimits.of(config).vocabulary
+    limits = ModelLimits.of(config)
     for option, name in (("token", choices.token), ("against", choices.against)):
         if name is not None:
-            named_token(tokenizer, name, option, vocabulary)
-    Replacement.named(tokenizer, choices.replacement, vocabulary)
-    for number, text in enumerate(texts, start=1):
-        name = "The text" if file is None else f"--prompts {str(file)!r}, line {number}"
-        encode(tokenizer, text, config, name)
+            named_token(tokenizer, name, option, limits.vocabulary)
+    Replacement.named(tokenizer, choices.replacement, limits.vocabulary)
+    if file is None:
+        encode(tokenizer, texts[0], config)
+        return {}
+    _, bad = tokenize_each(texts, tokenizer, limits, special_tokens=True)
+    warn_of_bad(bad, len(texts), f"--prompts {str(file)!r}")
+    return bad
 
 
 def _write_result(result: AttributionResult, options: Namespace) -> None:

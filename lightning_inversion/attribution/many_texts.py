@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import Connection, wait
@@ -88,6 +88,25 @@ class Request:
             model_options=self._model_options,
         )
 
+    def row(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        bad: str | None,
+    ) -> Record:
+        """The attribution of one text as a row; where it cannot be run, its row says why.
+
+        Args:
+            model: that `spec` loads.
+            tokenizer: of the model.
+            text: of a file of texts.
+            bad: why it cannot be run; None if it can.
+        """
+        if bad is not None:
+            return {"text": text, "error": bad}
+        return self.result(model, tokenizer, text).to_dict()
+
 
 class RowFile:
     """A file of JSON lines with one row per text, which several processes fill.
@@ -96,6 +115,7 @@ class RowFile:
         path: of the file, which may exist.
         texts: of the whole run, in order.
         settings: what the scores depend on beside the text.
+        bad: why texts cannot be run, by their index; the row of such a text holds the error.
 
     Attributes:
         finished: the texts that have their row.
@@ -104,8 +124,14 @@ class RowFile:
         InputError: the file holds rows of another run.
     """
 
-    def __init__(self, path: Path, texts: Sequence[str], settings: Record) -> None:
-        self.path, self.texts, self.settings = path, texts, settings
+    def __init__(
+        self,
+        path: Path,
+        texts: Sequence[str],
+        settings: Record,
+        bad: Mapping[int, str] | None = None,
+    ) -> None:
+        self.path, self.texts, self.settings, self.bad = path, texts, settings, bad or {}
         self.finished: set[int] = set()
         for row in read_records(path):
             self._add(row)
@@ -149,9 +175,11 @@ class RowFile:
         self.finished.add(index)
 
     def results(self, display: Display) -> AttributionResults:
-        """The results of all texts, from their rows."""
+        """The results of the texts that can be run, from their rows."""
         return AttributionResults(
-            AttributionResult.from_dict(row, display=display) for row in read_records(self.path)
+            AttributionResult.from_dict(row, display=display)
+            for row in read_records(self.path)
+            if "error" not in row
         )
 
     def close(self) -> None:
@@ -206,7 +234,8 @@ def _fill(request: Request, rows: RowFile, written: Callable[[int], None]) -> No
     """Load the model and run the texts that no other process has claimed."""
     model, tokenizer = request.spec.load_causal_lm()
     for index in rows.unclaimed():
-        rows.append(index, request.result(model, tokenizer, rows.texts[index]).to_dict())
+        bad = rows.bad.get(index)
+        rows.append(index, request.row(model, tokenizer, rows.texts[index], bad))
         written(index)
 
 

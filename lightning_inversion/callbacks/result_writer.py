@@ -153,10 +153,10 @@ class ResultWriter(Callback):
         rows = recovered_rows(
             batch, outputs, tokenizer, pl_module.embedding, settings_of_predict(pl_module)
         )
-        self._write(trainer, pl_module, rows)
         path = self._path.with_name(CERTIFICATE)
-        if not path.exists() and trainer.is_global_zero:
+        if not path.exists():  # before the first row, which it belongs to: a run may end any time
             hypothesis(pl_module).write(path)
+        self._write(trainer, pl_module, rows)
         pl_module.report(_final(rows))
         self._report_progress(trainer, batch)
 
@@ -249,12 +249,14 @@ class ResultWriter(Callback):
         rows = self._count(trainer, "rows", len(batch.index))
         tokens = self._count(trainer, "tokens", batch.size)
         elapsed = time.monotonic() - self._run_began
-        left = elapsed * max(0, sum(b.size for b in todo) - tokens) / tokens
+        left = sum(b.size for b in todo) - tokens
+        if left <= 0:
+            return
         _log.info(
             "%d of %d prompts, about %s left",
             len(data.finished | set(data.bad)) + rows,
             len(data.prompts),
-            readable_time(left),
+            readable_time(elapsed * left / tokens),
         )
 
     def _count(self, trainer: Trainer, key: str, more: int) -> int:

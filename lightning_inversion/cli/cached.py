@@ -40,22 +40,27 @@ def run_cache(options: Namespace) -> int:
         gone = [*measured_files(), *(models() if options.models else [])]
         for entry in gone:
             remove(entry.path)
-        for lock in measured_folder().glob("*.lock"):
-            remove(lock)
+        for left in measured_folder().iterdir():  # locks, and parts of runs that were killed
+            remove(left)
         count = len(gone)
         print(f"{count} removed, {_megabytes(sum(one.size for one in gone))} MB")
         return 0
     console = Console()
-    console.print(_table("measured", measured_files(), f" of {_megabytes(limit())}"))
-    console.print(_table("models and other folders", models()))
+    for title, entries, most in (
+        ("measured", measured_files(), f" of {_megabytes(limit())}"),
+        ("models and other folders", models(), ""),
+    ):
+        total = _megabytes(sum(entry.size for entry in entries))
+        console.print(f"{title}: {total}{most} MB", highlight=False)
+        if entries:
+            console.print(_table(entries))
     console.print(printable(f"{cache_root()}"), soft_wrap=True, markup=False, highlight=False)
     return 0
 
 
-def _table(title: str, entries: list[Entry], most: str = "") -> Table:
+def _table(entries: list[Entry]) -> Table:
     """A row for each model and depth, with the kinds of what was measured; the newest first."""
-    total = _megabytes(sum(entry.size for entry in entries))
-    table = Table(title=f"{title}: {total}{most} MB", title_justify="left")
+    table = Table()
     for heading, justify in (("of", "left"), ("what", "left"), ("MB", "right"), ("used", "left")):
         table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
     rows: dict[str, list[tuple[str, Entry]]] = defaultdict(list)

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from lightning_inversion.cli.resume import (
     read_stored_input,
     unfinished_checkpoint,
 )
+from lightning_inversion.cli.run_folder import own_folder
 from lightning_inversion.cli.trainer import (
     DEFAULTS,
     compute_in_precision,
@@ -314,7 +316,10 @@ class InversionCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the command; what Lightning or an optimizer cannot work with is wrong input."""
-        with wrong_run(self.config_init[subcommand].ckpt_path):
+        ckpt_path = self.config_init[subcommand].ckpt_path
+        new = self.config[subcommand].trainer.logger in (None, True)
+        alone = nullcontext() if subcommand == "validate" else own_folder(self.trainer, new)
+        with alone, wrong_run(ckpt_path):
             super()._run_subcommand(subcommand)
 
     @property

@@ -13,9 +13,9 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from lightning_inversion.data.batch import PromptBatch, pack
-from lightning_inversion.data.storage import Storage, check_told
+from lightning_inversion.data.storage import Storage
 from lightning_inversion.data.targets import Captured
-from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize
+from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize_each, warn_of_bad
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_ending, check_writable, printable
 from lightning_inversion.inputs import row_generator
@@ -35,7 +35,8 @@ class CaptureOptions:
     """What is captured, and how it is stored.
 
     Args:
-        prompts: a file of prompts, one a line (or .jsonl, key prompt).
+        prompts: a file of prompts, one a line (or .jsonl, key prompt); those that the model cannot
+            run are named and left out.
         out: the safetensors file to write; whole or not at all.
         store: the type that the features are rounded to.
         largest: keep this share of each position's features, the largest by size; the others
@@ -61,9 +62,14 @@ class CaptureOptions:
     tokens_per_batch: int = 2048
     overwrite: bool = False
 
+    @property
+    def storage(self) -> Storage:
+        """What happens to the features between the model and the file."""
+        return Storage(self.store, self.noise, self.noise_kind, largest=self.largest)
+
     def check(self) -> None:
         """Raise InputError for what cannot be done, before a model is loaded."""
-        check_told("--", self.noise, self.noise_kind, self.largest)
+        self.storage.check("--")
         if self.tokens_per_batch < 1:
             raise InputError(
                 f"--tokens_per_batch must be at least 1, and is {self.tokens_per_batch}."
@@ -114,22 +120,18 @@ def capture(
         load: loads it, or returns one in memory.
 
     Raises:
-        InputError: the options are wrong, or a prompt does not fit the model.
+        InputError: the options are wrong, or no prompt fits the model. One that does not is left
+            out, and named.
     """
     options.check()
     prompts = read_prompts(options.prompts, "--prompts")
     spec.check()
     tokenizer, limits = spec.load_tokenizer(), ModelLimits.of(spec.config())
-    ids = []
-    for number, prompt in enumerate(prompts, start=1):
-        try:
-            ids.append(tokenize(prompt, tokenizer, limits, options.special_tokens))
-        except InputError as error:
-            raise InputError(
-                f"--prompts {str(options.prompts)!r}, prompt {number} {error}"
-            ) from error
+    found, bad = tokenize_each(prompts, tokenizer, limits, options.special_tokens)
+    warn_of_bad(bad, len(prompts), f"--prompts {str(options.prompts)!r}", others="captured")
+    prompts, ids = [prompts[index] for index in found], list(found.values())
     transformer = load(spec)
-    storage = Storage(options.store, options.noise, options.noise_kind, largest=options.largest)
+    storage = options.storage
     captured = Captured(
         captured_features(transformer, ids, storage, options.seed, options.tokens_per_batch),
         transformer.description,

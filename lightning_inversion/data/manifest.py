@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from lightning_inversion.data.storage import MOST_NOISE
+from lightning_inversion.data.storage import Storage
 from lightning_inversion.errors import InputError
 from lightning_inversion.files import check_of
 from lightning_inversion.transformer.loading import TransformerSpec
@@ -101,6 +101,7 @@ class Manifest:
         wrong = _wrong_types(record) or _wrong_values(manifest := cls(**record))
         if wrong is not None:
             raise InputError(f"{where}: its manifest {wrong}")
+        Storage(**manifest.storage).check(f"{where}: its manifest's storage.")
         return manifest
 
 
@@ -144,12 +145,6 @@ def _wrong_values(manifest: Manifest) -> str | None:
     storage = manifest.storage
     if not all(k in _STORAGE and check_of(_STORAGE[k])(value) for k, value in storage.items()):
         return f"has storage {json.dumps(storage)}; {WAYS_OUT['storage']}."
-    if not 0 <= storage.get("noise", 0) <= MOST_NOISE:
-        return f"has storage.noise {storage['noise']!r}; write a standard deviation, 0 or more."
-    if not 0 < storage.get("largest", 1) <= 1:
-        return f"has storage.largest {storage['largest']!r}; write a share above 0, up to 1."
-    if not 0 < abs(storage.get("scale", 1)) < float("inf"):
-        return f"has storage.scale {storage['scale']!r}; write a factor other than 0."
     if any("\ud800" <= letter <= "\udfff" for text in manifest.prompts or () for letter in text):
         return "has prompts with half of a surrogate pair, which is no character; correct them."
     for key, lists in (("known_prefix", [manifest.known_prefix]), ("ids", manifest.ids or [])):

@@ -18,7 +18,13 @@ from lightning_inversion.data.memory import tokens_that_fit
 from lightning_inversion.data.queue import Batches, BatchQueue, Iterations
 from lightning_inversion.data.request import Order, Request
 from lightning_inversion.data.targets import OPTION, Captured
-from lightning_inversion.data.texts import ModelLimits, read_prompts, tokenize
+from lightning_inversion.data.texts import (
+    ModelLimits,
+    read_prompts,
+    tokenize_each,
+    warn_of_bad,
+    writable,
+)
 from lightning_inversion.errors import InputError
 from lightning_inversion.strategy import take
 from lightning_inversion.transformer.loading import TransformerSpec
@@ -141,16 +147,16 @@ class PromptDataModule(LightningDataModule):
             order, logits,
         )  # fmt: skip
         self.captured = None if targets is None else Captured.read(Path(targets), request)
+        self._option = given[0]
         given_prompts: Sequence[str | None]
         if self.captured is not None:
             given_prompts = self.captured.prompts or [None] * len(self.captured.targets)
         else:
-            option = "--data.file" if file else "--data.prompts"
-            given_prompts = read_prompts(Path(file), option) if file else list(prompts or ())
+            given_prompts = read_prompts(Path(file), self._option) if file else list(prompts or ())
             if not given_prompts:
                 raise InputError("--data.prompts holds no prompt; give one or more.")
             if not any(given_prompts):
-                raise InputError(f"{option}, prompt 1 is empty; give it a text.")
+                raise InputError(f"{self._option}, prompt 1 is empty; give it a text.")
         if repeat > 1 and repeat * len(given_prompts) > MOST_ROWS:
             raise InputError(
                 f"--data.repeat {repeat} gives {repeat * len(given_prompts)} rows; at most "
@@ -187,17 +193,13 @@ class PromptDataModule(LightningDataModule):
                 if self.captured is None
                 else self._captured_batches(self.captured)
             )
-            if not self.batches:
-                number, reason = next(iter(self.bad.items()))
-                option = "--data.prompts" if self.captured is None else OPTION
-                raise InputError(f"{option}, prompt {number + 1} {reason}")
-            if self.trainer is None or self.trainer.is_global_zero:
-                if self.captured is not None:
-                    _log.info("%s: %s.", self.captured.name, self.captured.understood)
-                    for warning in self.captured.warnings:
-                        _log.warning("%s", warning)
-                for index, reason in self.bad.items():
-                    _log.warning("prompt %d %s The others are run.", index + 1, reason)
+            reports = self.trainer is None or self.trainer.is_global_zero
+            if reports and self.captured is not None:
+                _log.info("%s: %s.", self.captured.name, self.captured.understood)
+                for warning in self.captured.warnings:
+                    _log.warning("%s", warning)
+            if reports or not self.batches:
+                warn_of_bad(self.bad, len(self.prompts), self._option)
         self._round += 1
         self.queue = BatchQueue(self.batches, self.finished, self._claim)
         if self.trainer is not None:
@@ -221,15 +223,11 @@ class PromptDataModule(LightningDataModule):
 
     def _prompt_batches(self) -> list[PromptBatch]:
         tokenizer, limits = self._spec.load_tokenizer(), ModelLimits.of(self._spec.config())
-        rows = []
-        for index, prompt in enumerate(self.prompts):
-            assert prompt is not None
-            try:
-                ids = tokenize(prompt, tokenizer, limits, self.special_tokens)
-                rows.append((index, prompt, ids))
-            except InputError as error:
-                self.bad[index] = str(error)
-                self.prompts[index] = prompt.encode(errors="replace").decode()  # can be written
+        prompts = [prompt or "" for prompt in self.prompts]
+        found, self.bad = tokenize_each(prompts, tokenizer, limits, self.special_tokens)
+        rows = [(index, prompts[index], ids) for index, ids in found.items()]
+        for index in self.bad:
+            self.prompts[index] = writable(prompts[index])
         groups = self._packed([len(ids) for _, _, ids in rows])
         return [PromptBatch.collate([rows[row] for row in group]) for group in groups]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from lightning_inversion.data.layout import Layout, ModelShape, Wanted
-from lightning_inversion.data.storage import check_told
+from lightning_inversion.data.storage import Storage
 from lightning_inversion.errors import InputError
 from lightning_inversion.transformer.selection import Output
 from lightning_inversion.verification.noise import NoiseName
@@ -58,9 +58,10 @@ class Request:
         ):
             if value not in known:
                 raise InputError(f"{name}: {value!r} is unknown; choose from {', '.join(known)}.")
-        if not 0 < abs(self.scale) < float("inf"):
-            raise InputError(f"--data.scale is a factor other than 0, and is {self.scale}.")
-        check_told("--data.", self.noise, self.noise_kind, self.largest)
+        told = Storage(
+            noise=self.noise, noise_kind=self.noise_kind, scale=self.scale, largest=self.largest
+        )
+        told.check("--data.")
         if self.first_position is not None and self.first_position < 0:
             raise InputError(
                 f"--data.first_position must be 0 or more, and is {self.first_position}."

@@ -16,26 +16,6 @@ MOST_NOISE = 1e15
 """Std of noise that can be told; float32 holds the sum of its squares over any features."""
 
 
-def check_told(option: str, noise: float, noise_kind: str, largest: float) -> None:
-    """Raise InputError for told noise, or a told share of the features, that cannot be.
-
-    Args:
-        option: what the names of the options begin with in messages, as ``--data.``.
-        noise: see ``Storage`` for this and the others.
-        noise_kind: of the noise.
-        largest: the share.
-    """
-    if not 0 <= noise <= MOST_NOISE:
-        raise InputError(f"{option}noise must be between 0 and {MOST_NOISE:.0e}, and is {noise}.")
-    if noise_kind not in get_args(NoiseName):
-        known = ", ".join(get_args(NoiseName))
-        raise InputError(f"{option}noise_kind: {noise_kind!r} is unknown; choose from {known}.")
-    if not 0 < largest <= 1:
-        raise InputError(
-            f"{option}largest is a share of the features, above 0 and at most 1, and is {largest}."
-        )
-
-
 @dataclass(frozen=True)
 class Storage:
     """What happens to features between the model and the file.
@@ -59,6 +39,32 @@ class Storage:
     centred: bool = False
     scale: float = 1.0
     largest: float = 1.0
+
+    def check(self, option: str) -> None:
+        """Refuse what cannot be.
+
+        Args:
+            option: what the names of the options begin with in messages, as ``--data.``.
+
+        Raises:
+            InputError: names the option.
+        """
+        if not 0 <= self.noise <= MOST_NOISE:
+            raise InputError(
+                f"{option}noise must be between 0 and {MOST_NOISE:.0e}, and is {self.noise}."
+            )
+        if self.noise_kind not in get_args(NoiseName):
+            known = ", ".join(get_args(NoiseName))
+            raise InputError(
+                f"{option}noise_kind: {self.noise_kind!r} is unknown; choose from {known}."
+            )
+        if not 0 < self.largest <= 1:
+            raise InputError(
+                f"{option}largest is a share of the features, above 0 and at most 1, and is "
+                f"{self.largest}."
+            )
+        if not 0 < abs(self.scale) < float("inf"):
+            raise InputError(f"{option}scale is a factor other than 0, and is {self.scale}.")
 
     def __call__(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Features ``[..., F]`` read back from the file in the model's units, in their own type."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ from lightning_inversion.untrusted import RepeatedKeyError, read_file, read_json
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+_log = logging.getLogger(__name__)
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 _TEXT = (".txt", ".md")
 _SURELY_TOO_LONG = 64
@@ -155,3 +158,45 @@ def tokenize(
         raise InputError("has no tokens; remove it.")
     limits.check(ids)
     return ids
+
+
+def tokenize_each(
+    prompts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: ModelLimits,
+    special_tokens: bool,
+) -> tuple[dict[int, list[int]], dict[int, str]]:
+    """The tokens of each prompt that the model can run, by its index, and why it cannot run others.
+
+    One prompt that cannot be run never costs the user the others: see ``warn_of_bad``.
+    """
+    ids, bad = {}, {}
+    for index, prompt in enumerate(prompts):
+        try:
+            ids[index] = tokenize(prompt, tokenizer, limits, special_tokens)
+        except InputError as error:
+            bad[index] = str(error)
+    return ids, bad
+
+
+def warn_of_bad(bad: Mapping[int, str], count: int, option: str, others: str = "run") -> None:
+    """Name the prompts that cannot be run.
+
+    Args:
+        bad: why each of them cannot, by its index, as of ``tokenize_each``.
+        count: of all prompts.
+        option: of the command line that named the prompts.
+        others: what is done with the others, as a participle.
+
+    Raises:
+        InputError: there are no others.
+    """
+    if len(bad) == count:
+        raise InputError(f"{option}, prompt {min(bad) + 1} {bad[min(bad)]}")
+    for index, reason in bad.items():
+        _log.warning("prompt %d %s The others are %s.", index + 1, reason, others)
+
+
+def writable(prompt: str) -> str:
+    """The prompt with ? in place of what UTF-8 cannot write."""
+    return prompt.encode(errors="replace").decode()

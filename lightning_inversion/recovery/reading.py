@@ -7,6 +7,7 @@ was fitted on many contexts. Read tokens have the state ``read`` and a probabili
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.progress import counted
 from lightning_inversion.proposers.probe_proposer import ProbeRanking
 from lightning_inversion.proposers.proposals import mix_with_uniform
 from lightning_inversion.recovery.policy import (
@@ -31,6 +33,7 @@ from lightning_inversion.transformer.linear_probe import LinearProbe
 from lightning_inversion.verification.certificate import TokenCertificate
 from lightning_inversion.verification.measurements import Measurements
 
+_log = logging.getLogger(__name__)
 _TEMPERATURES = (2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01)
 _SHARES = (1e-4, 1e-3, 1e-2, 0.03, 0.1)
 _HELD_OUT = 0.25
@@ -78,7 +81,12 @@ class ReadingScale:
         """
         channel = torch.tensor([*repr(measurements.channel).encode()])
         of = measurements.probe.matrix, measurements.text, channel, torch.tensor(beams)
-        return measurements.kept(cls, lambda: cls.of(measurements, beams), *of)
+
+        def measure() -> ReadingScale:
+            _log.info("calibrating the probabilities of tokens that are read ...")
+            return cls.of(measurements, beams)
+
+        return measurements.kept(cls, measure, *of)
 
     @classmethod
     @torch.no_grad()
@@ -93,7 +101,7 @@ class ReadingScale:
         scores = torch.stack([_scores(*one, language_model) for one in held_out]).sum(0)
         plain = cls(*grid[int(scores.argmax())])
         evidence, right = [], []
-        for likelihood, ids in held_out:
+        for likelihood, ids in counted(held_out, "calibrating"):
             read = plain.read(likelihood, language_model, beams)
             evidence.append(read.evidence)
             right.append(read.ids == ids)

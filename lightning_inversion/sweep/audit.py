@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +28,7 @@ from lightning_inversion.sweep.grid import COMMANDS, Cell, check_count, short
 from lightning_inversion.untrusted import read_file, read_yaml
 
 if TYPE_CHECKING:
+    from lightning_inversion.data.capture import CaptureOptions
     from lightning_inversion.report.audit_page import AuditRun
     from lightning_inversion.sweep.run import Sweep
     from lightning_inversion.transformer.loading import TransformerSpec
@@ -44,6 +45,15 @@ class ChannelSpec:
     noise_kind: Literal["gaussian", "laplace"] = "gaussian"
     largest: float = 1.0
     features: str | None = None
+
+    def stored(self, prompts: Path, path: Path) -> CaptureOptions:
+        """How the activations of a file of prompts are captured and stored at ``path``."""
+        from lightning_inversion.data.capture import CaptureOptions  # it imports torch
+
+        return CaptureOptions(
+            prompts, path, store=self.store, noise=self.noise, noise_kind=self.noise_kind,
+            largest=self.largest, keep_prompts=True,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -142,7 +152,7 @@ def run_audit(options: Namespace) -> int:
     if options.dry_run:
         print_cells(sweep)
         return 0
-    _capture(specs, options.prompts)
+    _capture(specs.values())
     try:
         return run_cells(sweep, check(sweep), options.processes)
     finally:
@@ -200,49 +210,36 @@ def _transformer(channel: ChannelSpec, depth: int) -> list[str]:
 
 def _specs_to_capture(
     sweep: Sweep, plan: AuditPlan, prompts: Path
-) -> dict[Path, tuple[ChannelSpec, TransformerSpec]]:
-    """The files of activations that are not there yet, and the model of each.
+) -> dict[Path, tuple[CaptureOptions, TransformerSpec]]:
+    """The files of activations that are not there yet: what is in each, and its model.
 
     Raises:
         InputError: a channel, or the options of fit or predict, are wrong.
     """
-    from lightning_inversion.data.storage import MOST_NOISE
     from lightning_inversion.sweep.run import spec_of
 
-    wanted: dict[Path, tuple[ChannelSpec, TransformerSpec]] = {}
+    wanted: dict[Path, tuple[CaptureOptions, TransformerSpec]] = {}
     checked: set[str] = set()
     for cell in sweep.cells:
         path = Path(cell.arguments[-1].partition("=")[2])
         if path.exists() or (path in wanted and cell.command in checked):
             continue
-        channel = plan.channels[cell.values["channel"]]
-        if not 0 <= channel.noise <= MOST_NOISE:
-            raise InputError(
-                f"--config: channel {cell.values['channel']!r} has noise {channel.noise}; give a "
-                f"standard deviation between 0 and {MOST_NOISE:.0e}."
-            )
-        if not 0 < channel.largest <= 1:
-            raise InputError(
-                f"--config: channel {cell.values['channel']!r} has largest {channel.largest}; give "
-                "a share above 0, up to 1."
-            )
+        name = cell.values["channel"]
+        stored = plan.channels[name].stored(prompts, path)
+        stored.storage.check(f"--config: channel {name!r}: ")
         arguments = [*cell.arguments[:-1], f"--data.file={prompts}"]
-        wanted[path] = channel, spec_of(cell.command, arguments)
+        wanted[path] = stored, spec_of(cell.command, arguments)
         checked.add(cell.command)
     return wanted
 
 
-def _capture(wanted: dict[Path, tuple[ChannelSpec, TransformerSpec]], prompts: Path) -> None:
+def _capture(wanted: Collection[tuple[CaptureOptions, TransformerSpec]]) -> None:
     """Write the activations that each run starts from."""
-    from lightning_inversion.data.capture import CaptureOptions, capture
+    from lightning_inversion.data.capture import capture
     from lightning_inversion.transformer.shared import SharedModels
 
-    models = SharedModels([spec for _, spec in wanted.values()])
-    for path, (channel, spec) in wanted.items():
-        stored = CaptureOptions(
-            prompts, path, store=channel.store, noise=channel.noise,
-            noise_kind=channel.noise_kind, largest=channel.largest, keep_prompts=True,
-        )  # fmt: skip
+    models = SharedModels([spec for _, spec in wanted])
+    for stored, spec in wanted:
         capture(stored, spec, models.load)
 
 

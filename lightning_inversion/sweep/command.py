@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 from lightning_inversion.cli.options import in_full, renamed
 from lightning_inversion.cli.parser import OneSentenceParser
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import check_processes, is_plain_name, printable
+from lightning_inversion.files import check_processes, check_writable, is_plain_name, printable
 from lightning_inversion.sweep.grid import (
     COMMANDS,
     MAX_CELLS,
@@ -97,14 +97,19 @@ def _planned(options: Namespace) -> Sweep:
 
 
 def root_of(arguments: Sequence[str]) -> Path:
-    """The folder that lightning_logs is in."""
-    option = "--trainer.default_root_dir"
+    """The folder that lightning_logs is in.
+
+    Raises:
+        InputError: nothing can be written there.
+    """
+    option, root = "--trainer.default_root_dir", Path()
     for given, after in zip(arguments, [*arguments, ""][1:], strict=True):
         if given == option:
-            return Path(after)
-        if given.startswith(f"{option}="):
-            return Path(given.partition("=")[2])
-    return Path()
+            root = Path(after)
+        elif given.startswith(f"{option}="):
+            root = Path(given.partition("=")[2])
+    check_writable(root, option, folder=True)
+    return root
 
 
 def print_cells(sweep: Sweep) -> None:

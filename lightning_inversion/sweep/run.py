@@ -30,7 +30,7 @@ from lightning_inversion.cli.lightning import InversionCLI
 from lightning_inversion.cli.resume import deciding, differences, read_settings
 from lightning_inversion.cli.trainer import quiet_lightning
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import check_of, claimed, readable_time
+from lightning_inversion.files import check_of, claimed, readable_time, write_whole
 from lightning_inversion.module import InputInversion
 from lightning_inversion.results import FILE, FITTED, PREDICTED, ResultRow, read_rows
 from lightning_inversion.sweep.grid import SEED, Cell, check_count
@@ -104,7 +104,7 @@ class Sweep:
                     "give this one another --name, or remove the folder."
                 )
             return
-        _write_whole(self.path / SWEEP_FILE, {"cells": [asdict(cell) for cell in self.cells]})
+        _write_json(self.path / SWEEP_FILE, {"cells": [asdict(cell) for cell in self.cells]})
 
     def folder(self, cell: Cell) -> Path:
         """The folder of a cell's run."""
@@ -128,12 +128,9 @@ class Sweep:
         return [cell for cell in self.cells if self.status(cell).state != "done"]
 
 
-def _write_whole(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all, as other processes may read it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(value, ensure_ascii=False, indent=1))
 
 
 # -- before the first cell runs --------------------------------------------------------------
@@ -268,7 +265,7 @@ def _take_up(sweep: Sweep, specs: Sequence[TransformerSpec], report: Callable[[]
             except Exception as error:  # one cell's failure is not the others'
                 message = f"{type(error).__name__}: {error}"
             status = Status(state, time.monotonic() - began, message)
-            _write_whole(sweep.folder(cell) / CELL_FILE, asdict(status))
+            _write_json(sweep.folder(cell) / CELL_FILE, asdict(status))
         report()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_inversion.errors import InputError
-from lightning_inversion.files import check_of
+from lightning_inversion.files import check_of, write_whole
 from lightning_inversion.transformer.truncated import TruncatedTransformer
 from lightning_inversion.untrusted import read_file, read_json
 from lightning_inversion.verification.calibration import CLEARANCE, Calibration
@@ -22,6 +22,12 @@ from lightning_inversion.verification.verifier import Verifier
 
 FORMAT = 4
 """Version of the certificate's file."""
+
+_SAME = (
+    "layers", "features", "final_norm", "mlp", "norms", "residuals", "positions", "causal",
+    "repeat_first",
+)  # fmt: skip
+"""What a model computes beside its weights, in its description."""
 
 Rows = Literal["all", "last"]
 """Which hidden states of a prompt a policy reads."""
@@ -166,7 +172,7 @@ class Certificate:
             own = transformer.description.get(key)
             if key == "weights_sha256" and own != value:
                 raise InputError("The certificate was written for a model of other weights.")
-            if key in ("layers", "features", "final_norm") and own != value:
+            if key in _SAME and own != value:
                 raise InputError(
                     f"The certificate was written for {key} {value}, and the model has {own}."
                 )
@@ -271,8 +277,8 @@ class Certificate:
             raise InputError(f"This is no certificate: {error}.") from error
 
     def write(self, path: Path) -> None:
-        """Write the certificate's JSON."""
-        path.write_text(self.to_json() + "\n", encoding="utf-8")
+        """Write the certificate's JSON, whole or not at all."""
+        write_whole(path, self.to_json() + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Certificate:

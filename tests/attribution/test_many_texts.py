@@ -89,6 +89,39 @@ def test_pages_of_a_file_of_texts(tiny_folder: Path, tmp_path: Path, attributed:
     assert (pages / "text-1.html").read_text() != first
 
 
+def test_a_text_that_cannot_be_run_costs_no_other(
+    tiny_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    texts = tmp_path / "texts.jsonl"
+    prompts = ["A bus", "", "\ud83d", "The sky"]
+    texts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    words = ("--prompts", texts, "--model", tiny_folder, "--method", "gradient")
+    assert run(*words, "--out", tmp_path / "pages") == 0
+    assert "prompt 2 is empty; give it a text. The others are run." in caplog.messages
+    rows = (tmp_path / "pages" / "rows.jsonl").read_text()
+    assert [
+        (row["index"], row["text"], row.get("error", "")[:8])
+        for row in map(json.loads, rows.splitlines())
+    ] == [(0, "A bus", ""), (1, "", "is empty"), (2, "?", "has half"), (3, "The sky", "")]
+    pages = {path.name for path in (tmp_path / "pages").glob("*.html")}
+    assert pages == {"index.html", "text-1.html", "text-2.html"}
+    assert run(*words, "--out", tmp_path / "pages") == 0  # again, and nothing is missing
+    assert (tmp_path / "pages" / "rows.jsonl").read_text() == rows
+    capsys.readouterr()
+    assert run(*words, "--json", "-") == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [("error" in row, "scores" in row) for row in printed] == [
+        (False, True), (True, False), (True, False), (False, True),
+    ]  # fmt: skip
+
+    texts.write_text('{"prompt": ""}\n{"prompt": ""}\n')
+    with pytest.raises(InputError, match=r"--prompts .*, prompt 1 is empty; give it a text"):
+        run(*words, "--json", "-")
+
+
 def test_a_row_is_the_whole_result(llama, tokenizer) -> None:
     results = attribute(llama, tokenizer, TEXTS[:2], Choices(every_token=True))
     for result in results:

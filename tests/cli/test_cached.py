@@ -59,6 +59,7 @@ def test_it_lists_and_clears(
     (first, *_) = (one for one in measured_files() if one.path.name.startswith("Moments"))
     first.path.write_bytes(b"damaged")
     (cache / "measured" / "\x1b[31m-x.safetensors").symlink_to(tmp_path)
+    (cache / "measured" / "Moments-x.safetensors.part-7").write_bytes(b"of a run that was killed")
     capsys.readouterr()
     assert run(["cache"]) == 0
     shown = capsys.readouterr().out
@@ -75,6 +76,11 @@ def test_it_lists_and_clears(
     assert (cache / "a-model-v1").exists()
     assert run(["cache", "clear", "--models", "true"]) == 0
     assert not (cache / "a-model-v1").exists()
+    capsys.readouterr()
+    assert run(["cache"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "measured: 0.0 of 4000 MB", "models and other folders: 0.0 MB", str(cache),
+    ]  # fmt: skip
 
 
 def test_a_word_that_is_no_action(capsys: pytest.CaptureFixture[str]) -> None:

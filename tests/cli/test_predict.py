@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 from lightning_inversion import read_certificates, verify
 from lightning_inversion.__main__ import main as run
 from lightning_inversion.cache import ENVIRONMENT
+from lightning_inversion.callbacks import result_writer
 from lightning_inversion.errors import InputError
+from lightning_inversion.results import append_rows
 
 pytestmark = pytest.mark.usefixtures("shared_parsers")
 
@@ -82,6 +84,25 @@ def test_certificates_of_a_run_are_checked_again(predicted: Path, tiny_folder: P
         read_certificates(predicted)
 
 
+def test_certificates_of_a_slice_are_checked_again(tiny_folder: Path, tmp_path: Path) -> None:
+    assert run(predict(tiny_folder, tmp_path, "--model.transformer.features=4:20")) == 0
+    certificates = read_certificates(tmp_path / "lightning_logs" / "version_0")
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    for certificate in certificates.values():
+        ids = torch.tensor([certificate.ids])
+        states = model(ids, output_hidden_states=True).hidden_states[2][..., 4:20]
+        assert verify(certificate, model, states).holds
+        assert not verify(certificate, model, states + 0.1).holds
+
+
+def test_certificates_of_a_changed_model_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    assert run(predict(tiny_folder, tmp_path, "--model.transformer.mlp=false")) == 0
+    certificate = read_certificates(tmp_path / "lightning_logs" / "version_0")[0]
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    with pytest.raises(InputError, match="was written for mlp False, and the model has True"):
+        verify(certificate, model, torch.ones(len(certificate.ids), 32))
+
+
 def test_a_stopped_run_is_resumed(predicted: Path, tiny_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(predicted, tmp_path, dirs_exist_ok=True)
     arguments = predict(tiny_folder, tmp_path, "--data.batch_size=1")
@@ -93,6 +114,36 @@ def test_a_stopped_run_is_resumed(predicted: Path, tiny_folder: Path, tmp_path: 
     assert [row["recovered_ids"] for row in again] == [row["recovered_ids"] for row in whole]
     assert again[0]["token_seconds"] == whole[0]["token_seconds"]  # not run again
     assert not (tmp_path / "lightning_logs" / "version_1").exists()
+
+
+def test_certificates_of_an_interrupted_run_are_those_of_its_rows(
+    predicted: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    rows: list[Any] = []
+
+    def append(path: Path, more: list[Any]) -> None:
+        if rows:
+            raise KeyboardInterrupt
+        rows.extend(more)
+        append_rows(path, more)
+        assert list(read_certificates(path.parent)) == [more[0].index]  # as if it were killed now
+
+    monkeypatch.setattr(result_writer, "append_rows", append)
+    arguments = predict(tiny_folder, tmp_path, "--data.batch_size=1")
+    assert run(arguments) == 1
+    messages = capsys.readouterr().err
+    assert "1 of 3 prompts, about " in messages
+    assert "1 of 3 prompts are finished" in messages
+    folder = tmp_path / "lightning_logs" / "version_0"
+    assert list(read_certificates(folder)) == [rows[0].index]
+    monkeypatch.undo()
+    assert run([*arguments, "--ckpt_path=last"]) == 0
+    assert "3 of 3 prompts, about" not in capsys.readouterr().err  # nothing is left
+    whole = read_certificates(predicted / "lightning_logs" / "version_0")
+    assert [one.ids for one in read_certificates(folder).values()] == [
+        one.ids for one in whole.values()
+    ]
 
 
 @pytest.mark.integration  # calibrates for itself

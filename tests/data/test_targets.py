@@ -139,8 +139,18 @@ MINIMAL = {"transformer": {"model": "m", "depth": 2}}
         ({**MINIMAL, "prompts": ["a"]}, {}, "only one of prompts and ids"),
         ({**MINIMAL, "versions": None}, {}, "has versions null; leave it out"),
         ({**MINIMAL, "format": 2}, {}, "has format 2, and 1 is read"),
-        ({**MINIMAL, "storage": {"noise": 1e400}}, {}, "has storage.noise inf"),
-        ({**MINIMAL, "storage": {"noise": 1e30}}, {}, "has storage.noise 1e\\+30"),
+        (
+            {**MINIMAL, "storage": {"noise": 1e400}},
+            {},
+            "its manifest's storage.noise must be .*, and is inf",
+        ),
+        (
+            {**MINIMAL, "storage": {"noise": 1e30}},
+            {},
+            "storage.noise must be between 0 and 1e\\+15, and is 1e\\+30",
+        ),
+        ({**MINIMAL, "storage": {"largest": 0.0}}, {}, "storage.largest is a share"),
+        ({**MINIMAL, "storage": {"scale": 0.0}}, {}, "storage.scale is a factor other than 0"),
         ({**MINIMAL, "storage": {"dtype": "int8"}}, {}, 'has storage {"dtype": "int8"}; write'),
         ({**MINIMAL, "storage": {"kind": 1}}, {}, "has storage .*kind.*; write"),
         ({"transformer": {"model": "m", "depth": True}}, {}, "has transformer.depth True"),
@@ -242,6 +252,25 @@ def test_cheap_mismatches_come_before_the_model(
     )
     assert run([*fit(tiny_folder, tmp_path, f"--data.targets={captured}"), *more]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_prompt_that_cannot_be_captured_costs_no_other(
+    tiny_folder: Path, captured: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "some.safetensors"
+    prompts.write_text(f"\n{PROMPTS[0]}\n\n{PROMPTS[1]}\n")
+    words = [
+        "capture", f"--prompts={prompts}", f"--out={out}", f"--model={tiny_folder}", "--depth=2",
+    ]  # fmt: skip
+    assert run([*words, "--keep_prompts=true"]) == 0
+    assert "prompt 3 is empty; give it a text. The others are captured." in caplog.messages
+    found, whole = Captured.read(out), Captured.read(captured)
+    assert found.prompts == PROMPTS
+    assert all(map(torch.equal, found.targets, whole.targets))
+    prompts.write_text("\n" + "a b " * 1000)
+    assert run([*words, "--overwrite=true"]) == 2
+    assert f"--prompts {str(prompts)!r}, prompt 1 is empty" in caplog.messages[-1]
+    assert Captured.read(out).prompts == PROMPTS
 
 
 @pytest.mark.integration  # two captures and two runs

@@ -144,13 +144,26 @@ def test_the_plan_in_the_package_can_be_run() -> None:
         ({}, ["--processes=0"], "--processes must be at least 1"),
         (
             {},
+            ["--trainer.default_root_dir=/proc/x"],
+            "--trainer.default_root_dir '/proc/x' cannot be written",
+        ),
+        (
+            {},
             ["--model.recovery.budgte=3"],
             "unknown option --model.recovery.budgte; see lightning-inversion fit --model",
         ),
         ({}, ["--prompts=nowhere.txt"], "--prompts 'nowhere.txt' does not exist"),
         ({}, ["--config=nowhere.yaml"], "--config 'nowhere.yaml' does not exist"),
-        ({"channels": {"a": {"noise": -1.0}}}, ["--depth=1"], "channel 'a' has noise -1.0"),
-        ({"channels": {"a": {"largest": 3.0}}}, ["--depth=1"], "channel 'a' has largest 3.0"),
+        (
+            {"channels": {"a": {"noise": -1.0}}},
+            ["--depth=1"],
+            "channel 'a': noise must be between 0 and 1e+15, and is -1",
+        ),
+        (
+            {"channels": {"a": {"largest": 3.0}}},
+            ["--depth=1"],
+            "channel 'a': largest is a share of the features",
+        ),
         ({"predict": {"options": {"model.recovery.budget": "x"}}}, [], "--model.recovery.budget"),
         ({"channels": {"a": {"store": "int8"}}}, [], "is no plan of an audit"),
         *(

@@ -297,6 +297,10 @@ def test_a_cell_without_a_row_has_failed(options: list[str], capsys, no_report: 
             )
         ),
         (["--seeds=2", "--results.file=rows.jsonl"], "unknown option --results.file"),
+        (
+            ["--seeds=2", "--trainer.default_root_dir=/proc/x"],
+            "--trainer.default_root_dir '/proc/x' cannot be written",
+        ),
         (["--join=nowhere"], "--join 'nowhere' does not exist"),
         (["--join=."], "holds no sweep.json"),
     ],
