@@ -29,6 +29,7 @@ GAIN_CHANGES = {
     "embedding of the other size": "blocks or embedding of the other size",
     "blocks exchanged": "blocks exchanged",
 }  # fmt: skip
+_OTHER_RATE = "another learning rate"
 _STYLE = FigureStyle(width=3.6, height=3.3)
 _MARGIN = 0.04
 
@@ -197,6 +198,7 @@ def gain_figure(cells: pd.DataFrame, rows: pd.DataFrame) -> RenderedFigure:
     changed = rows["intervention"].isin([*GAIN_CHANGES][1:]) & rows["model"].isin(ends["model"])
     points = pd.concat([ends, rows[changed]], ignore_index=True)
     points["change"] = points["intervention"].map(GAIN_CHANGES)
+    points.loc[points["rate"] != 1, "change"] = _OTHER_RATE
     points["model"] = points["share"].map({0.0: "untrained", 1.0: "trained"})
     canvas, grid = _grid(2, 2)
     for axes, column, name in zip(
@@ -205,8 +207,8 @@ def gain_figure(cells: pd.DataFrame, rows: pd.DataFrame) -> RenderedFigure:
     ):  # fmt: skip
         sns.scatterplot(
             points, x="block_gain", y=column, hue="change", style="model", ax=axes, s=28,
-            palette=["#0173b2", "#cc78bc", "#029e73", "#de8f05"], alpha=0.8,
-            hue_order=dict.fromkeys(GAIN_CHANGES.values()),
+            palette=["#0173b2", "#cc78bc", "#029e73", "#de8f05", "#d55e00"], alpha=0.8,
+            hue_order=dict.fromkeys([*GAIN_CHANGES.values(), _OTHER_RATE]),
         )  # fmt: skip
         axes.set(xscale="log", title=name)
         axes.set_xlabel(f"what the block adds / embedding (n = {len(points)})")
@@ -214,6 +216,22 @@ def gain_figure(cells: pd.DataFrame, rows: pd.DataFrame) -> RenderedFigure:
         plain_ticks(axes.xaxis)
     _legend_below(canvas, 3)
     return rendered("ladder-gain", "Tokens right by what a block adds", canvas)
+
+
+def rate_figure(cells: pd.DataFrame) -> RenderedFigure:
+    """Tokens right of trained models against the learning rate of their training, by width."""
+    own = cells[(cells["blocks"] == 2) & (cells["vocabulary"] == 1024) & (cells["share"] == 1)]
+    panels = [(f"{name}, trained", own[own["shape"] == shape])
+              for shape, name in SHAPES.items() if (own["shape"] == shape).any()]  # fmt: skip
+    canvas, grid = _grid(len(panels), len(panels))
+    for axes, (title, points) in zip(grid, panels, strict=True):
+        _lines(axes, points, "learning_rate", "tuned", "width")
+        axes.set(xscale="log", title=title, xlabel=f"learning rate ({_n(points)})")
+        axes.set_xticks(sorted(points["learning_rate"].unique()))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        axes.legend(title="width", loc="lower left")
+    return rendered("ladder-rates", "Tokens right by the learning rate of the training", canvas)
 
 
 READINGS = {
@@ -273,6 +291,6 @@ def draw(
     with rc_context(_STYLE.settings):
         return [
             training_figure(own), width_figure(own), mechanism_figure(own),
-            intervention_figure(rows[rows["model"].isin(whole)]), gain_figure(own, rows),
-            room_figure(cells, rows), channel_figure(channel),
+            intervention_figure(rows[rows["model"].isin(whole)]), gain_figure(cells, rows),
+            rate_figure(cells), room_figure(cells, rows), channel_figure(channel),
         ]  # fmt: skip

@@ -187,19 +187,20 @@ def room_table(cells: pd.DataFrame) -> str:
 
 
 def rate_table(cells: pd.DataFrame) -> str:
-    """Trained models of GPT-2's shape by learning rate and width."""
+    """Models of two blocks trained at several learning rates, and what was read before."""
+    ends = cells[(cells["blocks"] == 2) & (cells["vocabulary"] == 1024)]
+    before = ends[ends["share"] == 0].groupby(["shape", "width"])["tuned"].agg(list)
     lines = [
-        [f"{learning_rate:g}" + ("" if rate != 1 else " (the plan's)"), str(width),
+        [SHAPES[shape], str(width), f"{learning_rate:g}" + ("" if rate != 1 else " (the plan's)"),
          str(rows["seed"].nunique()), between(rows["loss"], 0.0, math.inf),
-         *(f"{rows[name].mean():.{digits}f}" for name, digits in
-           (("block_gain", 1), ("tuned_direction", 2), ("tuned_nearest_direction", 2),
-            ("tuned_room", 1))),
-         between(rows["tuned"]), between(rows["tuned_nearest"])]
-        for (learning_rate, width, rate), rows in _by_rate(cells).groupby(
-            ["learning_rate", "width", "rate"])
+         f"{rows['block_gain'].mean():.1f}", f"{rows['tuned_nearest_direction'].mean():.2f}",
+         f"{rows['tuned_room'].mean():.1f}", between(pd.Series(before[shape, width])),
+         *(between(rows[name]) for name in ("tuned", "tuned_nearest"))]
+        for (shape, width, learning_rate, rate), rows in _by_rate(cells).groupby(
+            ["shape", "width", "learning_rate", "rate"])
     ]  # fmt: skip
-    columns = ["learning rate", "width", "seeds", "loss", "gain", "input to true token",
-               "true to nearest wrong", "room", "tuned", "tuned, nearest"]  # fmt: skip
+    columns = ["shape", "width", "learning rate", "seeds", "loss", "gain", "true to nearest wrong",
+               "room", "before the training: tuned", "tuned", "tuned, nearest"]  # fmt: skip
     return as_markdown(columns, lines)
 
 
@@ -220,9 +221,9 @@ def rate_ranks_table(cells: pd.DataFrame) -> str:
 
 
 def _by_rate(cells: pd.DataFrame) -> pd.DataFrame:
-    """The trained models whose learning rate was varied."""
-    shape = (cells["shape"] == "gpt2") & (cells["blocks"] == 2) & (cells["vocabulary"] == 1024)
-    return cells[shape & (cells["share"] == 1)]
+    """The trained models of those widths and shapes whose learning rate was varied."""
+    own = cells[(cells["blocks"] == 2) & (cells["vocabulary"] == 1024) & (cells["share"] == 1)]
+    return own[own.groupby(["shape", "width"])["rate"].transform("nunique") > 1]
 
 
 def channel_table(rows: pd.DataFrame) -> str:
@@ -275,7 +276,7 @@ def tables_of(folder: Path) -> dict[str, str]:
         "rate ranks": rate_ranks_table(every),
         "interventions": intervention_table(rows, effects(rows)),
         "interventions by width": by_width_table(rows), "sizes": size_table(cells, rows),
-        "gain": gain_table(cells, rows),
+        "gain": gain_table(every, rows),
         "channel": channel_table(channel), "survival": survival_table(survival),
     }  # fmt: skip
 

@@ -124,12 +124,12 @@ def test_rates_have_a_table_and_no_place_in_the_others(folder: Path) -> None:
             slow = row(6 + seed, seed, 1.0, 0.7, rate=0.5, learning_rate=0.003)
             file.write(json.dumps({**slow, "model": f"{slow['model']}-r0.5"}) + "\n")
     lines = rate_table(frame_of(folder / "cells.jsonl")).splitlines()[2:]
-    assert [line.split(" | ")[0] for line in lines] == ["| 0.003", "| 0.006 (the plan's)"]
-    assert "0.70 [0.70, 0.70]" in lines[0]
+    assert [line.split(" | ")[2] for line in lines] == ["0.003", "0.006 (the plan's)"]
+    assert "0.91 [0.89, 0.93] | 0.70 [0.70, 0.70]" in lines[0]
     tables = tables_of(folder)
     assert tables["rate ranks"].splitlines()[0] == "| suspect | all rates (6) | the plan's (3) |"
     assert "| learning rate | -0.93 |" in tables["rate ranks"]  # the slower ones are read better
-    assert "0.70" not in tables["training"] + tables["width"] + tables["gain"]
+    assert "0.70" not in tables["training"] + tables["width"] + tables["sizes"]
     assert sum(int(line.split(" | ")[1].split()[0])
                for line in tables["room bins"].splitlines()[2:]) == 6 + 6 + 3  # fmt: skip
 
@@ -163,7 +163,8 @@ def test_the_page_and_its_figures_are_written(folder: Path) -> None:
     written = write(folder, page)
     assert [path.name for path in written] == [
         "LADDER.md", "ladder-training.png", "ladder-width.png", "ladder-mechanism.png",
-        "ladder-interventions.png", "ladder-gain.png", "ladder-room.png",
+        "ladder-interventions.png", "ladder-gain.png", "ladder-rates.png",
+        "ladder-room.png",
         "ladder-channel.png",
     ]  # fmt: skip
     assert all(path.stat().st_size > 100 for path in written)
