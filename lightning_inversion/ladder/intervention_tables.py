@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 import pandas as pd
+from scipy import stats
 
 from lightning_inversion.ladder.intervals import between, changed
 from lightning_inversion.ladder.interventions import INTERVENTIONS
@@ -116,6 +117,27 @@ def room_bins_table(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
         "tuned_room", (-math.inf, 1.0, 2.0, 3.0, 4.0, 6.0, math.inf), readers,
     )  # fmt: skip
     return as_markdown(["room", "models and interventions (trained)", *readers.values()], lines)
+
+
+def room_ranks_table(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """Rank correlations: of room and tokens right, and of what blocks add and the direction."""
+    trained, untrained = cells[cells["share"] == 1], cells[cells["share"] == 0]
+    groups = {
+        "models and interventions": pd.concat([cells, _made_here(cells, rows)]),
+        "untrained models": untrained,
+        "trained models, the plan's rates": trained[trained["rate"] == 1],
+        "trained models, all rates": trained,
+    }
+    pairs = (("tuned_room", "tuned_by_direction"), ("tuned_room", "tuned"),
+             ("block_gain", "tuned_direction"))  # fmt: skip
+    lines = [
+        [name, str(len(own)),
+         *(f"{stats.spearmanr(own[one], own[other]).statistic:+.2f}" for one, other in pairs)]
+        for name, own in groups.items()
+    ]  # fmt: skip
+    columns = ["models", "n", "room, nearest direction", "room, tuned",
+               "gain, cosine of input and true token"]  # fmt: skip
+    return as_markdown(columns, lines)
 
 
 def _made_here(cells: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:

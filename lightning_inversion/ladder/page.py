@@ -18,6 +18,7 @@ from lightning_inversion.ladder.intervention_tables import (
     gain_table,
     intervention_table,
     room_bins_table,
+    room_ranks_table,
     size_table,
 )
 from lightning_inversion.replication.tables import fill
@@ -269,16 +270,23 @@ def tables_of(folder: Path) -> dict[str, str]:
     every, rows, channel, survival = _frames(folder)
     cells = every[every["rate"] == 1]
     return {
-        "training": training_table(cells), "readers": readers_table(cells),
-        "width": width_table(cells), "slopes": slope_table(cells),
-        "suspects": suspects_table(cells), "room": room_table(cells),
-        "room bins": room_bins_table(every, rows), "rates": rate_table(every),
+        "training": training_table(cells),
+        "readers": readers_table(cells),
+        "width": width_table(cells),
+        "slopes": slope_table(cells),
+        "suspects": suspects_table(cells),
+        "room": room_table(cells),
+        "room bins": room_bins_table(every, rows),
+        "room ranks": room_ranks_table(every, rows),
+        "rates": rate_table(every),
         "rate ranks": rate_ranks_table(every),
         "interventions": intervention_table(rows, effects(rows)),
-        "interventions by width": by_width_table(rows), "sizes": size_table(cells, rows),
+        "interventions by width": by_width_table(rows),
+        "sizes": size_table(cells, rows),
         "gain": gain_table(every, rows),
-        "channel": channel_table(channel), "survival": survival_table(survival),
-    }  # fmt: skip
+        "channel": channel_table(channel),
+        "survival": survival_table(survival),
+    }
 
 
 def _frames(folder: Path) -> list[pd.DataFrame]:

@@ -13,6 +13,7 @@ from lightning_inversion.ladder.intervention_tables import (
     gain_table,
     intervention_table,
     room_bins_table,
+    room_ranks_table,
     size_table,
 )
 from lightning_inversion.ladder.page import (
@@ -118,6 +119,14 @@ def test_what_is_read_is_told_by_the_room(folder: Path) -> None:
     assert all(line[1] == "0 (0)" for line in lines[1:3] + lines[4:])
 
 
+def test_what_goes_with_the_room_is_ranked(folder: Path) -> None:
+    cells, rows = (frame_of(folder / f"{name}.jsonl") for name in ("cells", "interventions"))
+    cells["tuned_direction"] = -cells["block_gain"]
+    lines = [line.split(" | ") for line in room_ranks_table(cells, rows).splitlines()[2:]]
+    assert [line[1] for line in lines] == ["12", "3", "3", "3"]
+    assert lines[1][2:] == ["+1.00", "+1.00", "-1.00 |"]
+
+
 def test_rates_have_a_table_and_no_place_in_the_others(folder: Path) -> None:
     with (folder / "cells.jsonl").open("a", encoding="utf-8") as file:
         for seed in range(3):
@@ -148,6 +157,7 @@ def test_the_page_and_its_figures_are_written(folder: Path) -> None:
         "suspects",
         "room",
         "room bins",
+        "room ranks",
         "rates",
         "rate ranks",
         "interventions",
