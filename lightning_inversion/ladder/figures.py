@@ -88,7 +88,7 @@ def training_figure(cells: pd.DataFrame) -> RenderedFigure:
         if hue == "reader":
             axes.legend(loc="lower left")
         else:
-            axes.legend(title=hue, loc="upper right")
+            axes.legend(title=hue, loc="upper right", bbox_to_anchor=(0.85, 1.0))
         axes.set(title=title, xlabel=f"% of the training ({_n(points)})")
     return rendered("ladder-training", "Tokens right along the training", canvas)
 
