@@ -148,6 +148,8 @@ class ResultRow:
     final_norm: bool | None = _setting()
     centred: bool | None = _setting()
     """True where the features lost their mean over the features."""
+    storage: str | None = _setting()
+    """What happened to the features after the model: noise, rounding; None for nothing."""
     output: str | None = _setting()
     """keys_values, keys or values where these are the features; None for hidden states."""
     mlp: bool | None = _setting()

@@ -129,6 +129,18 @@ def test_a_channel_that_cannot_be_is_refused(told: dict[str, Any], message: str)
         recover(model, None, torch.ones(3, 32), depth=2, policy=POLICY, **told)
 
 
+def test_what_capture_and_verify_cannot_take_is_refused() -> None:
+    model, tokenizer = shared_tiny_model("llama"), tiny_tokenizer()
+    with pytest.raises(InputError, match=r"^store: 'int8' is unknown; choose from float32"):
+        capture(model, tokenizer, PROMPTS, depth=2, store="int8")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^Prompt 2 is a int; give a text"):
+        capture(model, tokenizer, ["a", 3], depth=2)  # type: ignore[list-item]
+    rows = capture(model, tokenizer, PROMPTS[:1], depth=2)
+    found = recover(model, tokenizer, rows, depth=2, policy=POLICY)
+    with pytest.raises(InputError, match=r"certificate is a Recovered; give the \.certificate"):
+        verify(found[0], model, rows)  # type: ignore[arg-type]
+
+
 def test_a_prefix_longer_than_a_prompt_is_refused() -> None:
     with pytest.raises(InputError, match="known prefix has 4 tokens"):
         recover(

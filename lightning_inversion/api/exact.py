@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ from lightning_inversion.verification.certificate import Certificate, Certificat
 from lightning_inversion.verification.measurements import Measurements
 from lightning_inversion.verification.noise import NoiseName
 
+Stored = Literal["float32", "bfloat16", "float16"]
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -53,7 +55,7 @@ def capture(
     depth: int,
     final_norm: bool = False,
     special_tokens: bool = False,
-    store: Literal["float32", "bfloat16", "float16"] = "float32",
+    store: Stored = "float32",
     noise: float = 0.0,
     noise_kind: NoiseName = "gaussian",
     largest: float = 1.0,
@@ -78,11 +80,13 @@ def capture(
         tokens_per_batch: tokens of one forward, with their padding.
 
     Raises:
-        InputError: a prompt does not fit the model, there is no tokenizer, or noise or largest
-            cannot be.
+        InputError: a prompt does not fit the model, there is no tokenizer, or store, noise or
+            largest cannot be.
     """
     storage = Storage(store, noise, noise_kind, largest=largest)
     storage.check("")
+    if store not in get_args(Stored):
+        raise InputError(f"store: {store!r} is unknown; choose from {', '.join(get_args(Stored))}.")
     model, tokenizer = in_memory(model, tokenizer)
     if tokenizer is None:
         raise InputError("capture needs the tokenizer of the model, and it is None.")
@@ -245,6 +249,10 @@ def verify(
         InputError: the model or the hidden states are not those of the certificate, or they are of
             several prompts.
     """
+    if not isinstance(certificate, Certificate):
+        raise InputError(
+            f"certificate is a {type(certificate).__name__}; give the .certificate of a prompt."
+        )
     model, _ = in_memory(model, None)
     description, storage = certificate.transformer, Storage(**certificate.storage)
     output = description.get("output", "hidden_states")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, overload
 
@@ -99,7 +99,7 @@ def attribute(
 
     Raises:
         InputError: a text or the list is empty, a text is too long, an option does not name a
-            token, or options contradict.
+            token, options contradict, or an argument is of another kind.
 
     Example::
 
@@ -107,6 +107,7 @@ def attribute(
         result.print()
         Path("page.html").write_text(result.to_html(), encoding="utf-8")
     """
+    _check_arguments(model, tokenizer, text)
     if not isinstance(text, str):
         if not text:
             raise InputError("text is an empty list; give one or several texts.")
@@ -149,6 +150,19 @@ def attribute(
         notes=tuple(work.notes),
         display=display,
     )
+
+
+def _check_arguments(model: Any, tokenizer: Any, text: Any) -> None:
+    if not hasattr(whole_model(model), "config"):
+        raise InputError(
+            f"model is a {type(model).__name__}; give a causal language model of transformers."
+        )
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise InputError(
+            f"tokenizer is a {type(tokenizer).__name__}; give a tokenizer of transformers."
+        )
+    if not isinstance(text, Iterable):
+        raise InputError(f"text is a {type(text).__name__}; give a text, or a list of texts.")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, config: PretrainedConfig) -> list[int]:

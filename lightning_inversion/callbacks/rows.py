@@ -34,7 +34,7 @@ _NOT_FINITE = (
 
 def settings_of_fit(module: InputInversion, top_k: int) -> dict[str, Any]:
     """The settings and versions that made a row of a fit."""
-    return {**module.frozen.description, **options_of_fit(module, top_k), **_versions()}
+    return {**_of_target(module), **options_of_fit(module, top_k), **_versions()}
 
 
 def options_of_fit(module: InputInversion, top_k: int) -> dict[str, Any]:
@@ -54,12 +54,18 @@ def options_of_fit(module: InputInversion, top_k: int) -> dict[str, Any]:
 
 def settings_of_predict(module: InputInversion) -> dict[str, Any]:
     """The settings and versions that made a row of ``predict``."""
-    return {**module.frozen.description, **options_of_predict(module), **_versions()}
+    return {**_of_target(module), **options_of_predict(module), **_versions()}
 
 
 def options_of_predict(module: InputInversion) -> dict[str, Any]:
     """The settings of ``predict`` beside those of the model."""
     return {"command": "predict", "policy": module.recovery.name, "seed": module.seed}
+
+
+def _of_target(module: InputInversion) -> dict[str, Any]:
+    """What the features are of, and what happened to them since."""
+    stored = module.channel.summary if isinstance(module.channel, Storage) else None
+    return {**module.frozen.description, "storage": stored}
 
 
 def _versions() -> dict[str, str]:

@@ -66,6 +66,17 @@ class Storage:
         if not 0 < abs(self.scale) < float("inf"):
             raise InputError(f"{option}scale is a factor other than 0, and is {self.scale}.")
 
+    @property
+    def summary(self) -> str | None:
+        """What happens to the features, in a few words, but for the centring; None for nothing."""
+        parts = {
+            f"largest {self.largest:g}": self.largest < 1,
+            f"{self.noise_kind} noise {self.noise:g}": self.noise > 0,
+            f"times {self.scale:g}": self.scale != 1,
+            self.dtype: self.dtype != "float32",
+        }
+        return ", ".join(part for part, happens in parts.items() if happens) or None
+
     def __call__(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Features ``[..., F]`` read back from the file in the model's units, in their own type."""
         kept = keep_largest(features, self.largest)

@@ -141,6 +141,8 @@ def tokenize(
     Raises:
         InputError: why it cannot be run and the way out, without a subject: "is empty; ...".
     """
+    if not isinstance(prompt, str):  # a caller's: files hold texts alone
+        raise InputError(f"is a {type(prompt).__name__}; give a text.")
     if not prompt:
         raise InputError("is empty; give it a text.")
     if not is_text(prompt):

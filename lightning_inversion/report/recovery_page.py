@@ -136,7 +136,9 @@ def _facts(prompt: Prompt) -> list[tuple[str, str]]:
     model, storage = prompt["transformer"], prompt["storage"]
     stored = storage["dtype"]
     if storage["noise"]:
-        stored += f", noise with std {storage['noise']:g}"
+        stored += f", {storage['noise_kind']} noise with std {storage['noise']:g}"
+    if storage["largest"] < 1:
+        stored += f", the largest {storage['largest']:g} of each position's features"
     if storage["centred"]:
         stored += ", centred"
     if storage["scale"] != 1:

@@ -203,6 +203,22 @@ def test_no_text_is_refused(llama: PreTrainedModel, tokenizer: PreTrainedTokeniz
         attribute(llama, tokenizer, [])
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": "gpt2"}, "model is a str; give a causal language model of transformers"),
+        ({"tokenizer": None}, "tokenizer is a NoneType; give a tokenizer of transformers"),
+        ({"text": 3}, "text is a int; give a text, or a list of texts"),
+        ({"text": ["a", 3]}, "text is a int; give a text"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, given: dict, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        attribute(**{"model": llama, "tokenizer": tokenizer, "text": SENTENCE, **given})
+
+
 def test_scores_that_are_not_finite_are_noted(llama: PreTrainedModel, tokenizer) -> None:
     broken = copy.deepcopy(llama)
     with torch.no_grad():

@@ -13,6 +13,14 @@ def drawn(storage: Storage) -> torch.Tensor:
     return storage(FEATURES, torch.Generator().manual_seed(0))
 
 
+def test_in_a_few_words() -> None:
+    assert Storage().summary is None
+    assert Storage("bfloat16").summary == "bfloat16"
+    assert Storage("float16", 0.5, "laplace", scale=2.0, largest=0.25).summary == (
+        "largest 0.25, laplace noise 0.5, times 2, float16"
+    )
+
+
 def test_the_largest_of_each_position_are_kept() -> None:
     expected = torch.tensor([[3.0, 0.0, 0.0, -4.0], [0.5, 0.0, 6.0, 0.0]])
     assert torch.equal(drawn(Storage(largest=0.5)), expected)

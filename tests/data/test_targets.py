@@ -284,6 +284,7 @@ def test_a_fit_verifies_what_a_coarse_capture_lets_it(
         assert ("then verified 0.000" in capsys.readouterr().err) is not verified
         for row in rows_of(tmp_path, version=number):
             assert row["verified"] is verified
+            assert row["storage"] == f"gaussian noise {float(noise):g}, float16"
             assert row["token_verified"] == [verified] * len(row["recovered_ids"])
         path.unlink()
 

@@ -162,12 +162,18 @@ def test_a_recovery_shows_each_state() -> None:
         "text": "".join(f" {state}" for state in states), "given": [], "given_text": "",
         "tokens": tokens, "version": "1",
         "transformer": {"model": "a/<b>", "layers": [8], "final_norm": True},
-        "storage": {"dtype": "float16", "noise": 0.5, "centred": True, "scale": 2.0},
+        "storage": {
+            "dtype": "float16", "noise": 0.5, "noise_kind": "laplace", "largest": 0.25,
+            "centred": True, "scale": 2.0,
+        },
     }  # fmt: skip
     page = recovery_page([prompt])
     assert "1 of 5 tokens are verified" in page
     for mark in "vcoeu":
         assert page.count(f'class="tok {mark}"') == 3  # legend, text, table
     assert "read, 75%" in page
-    assert "depth 8 after the final norm; float16, noise with std 0.5, centred, times 2" in page
+    assert (
+        "depth 8 after the final norm; float16, laplace noise with std 0.5, the largest 0.25 of "
+        "each position&#39;s features, centred, times 2"
+    ) in page
     assert "<b>" not in page
