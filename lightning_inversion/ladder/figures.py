@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib import rc_context
 
+from lightning_inversion.ladder.frames import SHAPES, made_here, of_every_width
 from lightning_inversion.ladder.intervals import t_interval
 from lightning_inversion.report.canvas import FigureStyle, RenderedFigure, plain_ticks, rendered
 
@@ -22,7 +23,6 @@ READERS = {
     "theory_right": "Fano bound",
 }
 """Columns of rows, and the names of their readers; the recipe has its tuned rate."""
-SHAPES = {"gpt2": "GPT-2", "llama": "Llama"}
 GAIN_CHANGES = {
     "none": "as it is", "blocks times 0.35": "blocks times 0.35",
     "blocks of the other size": "blocks or embedding of the other size",
@@ -68,7 +68,7 @@ def _legend_below(canvas: Any, columns: int) -> None:
 
 def training_figure(cells: pd.DataFrame) -> RenderedFigure:
     """Tokens right along the training, for each shape and width; what probe and recovery read."""
-    cells = cells[(cells["vocabulary"] == 1024) & (cells["blocks"] == 2)]
+    cells = of_every_width(cells)
     shares_of = cells.groupby("model")["share"].transform("nunique")
     cells = cells[shares_of == cells["share"].nunique()]  # no line over what lies between the ends
     shares = sorted(cells["share"].unique())
@@ -195,8 +195,9 @@ def channel_figure(rows: pd.DataFrame) -> RenderedFigure:
 def gain_figure(cells: pd.DataFrame, rows: pd.DataFrame) -> RenderedFigure:
     """Tokens right against the block's gain, of every model and with its blocks changed."""
     ends = cells[cells["share"].isin([0.0, 1.0])].assign(intervention="none")
-    changed = rows["intervention"].isin([*GAIN_CHANGES][1:]) & rows["model"].isin(ends["model"])
-    points = pd.concat([ends, rows[changed]], ignore_index=True)
+    rows = made_here(ends, rows)
+    changed = rows[rows["intervention"].isin(GAIN_CHANGES)]
+    points = pd.concat([ends, changed], ignore_index=True)
     points["change"] = points["intervention"].map(GAIN_CHANGES)
     points.loc[points["rate"] != 1, "change"] = _OTHER_RATE
     points["model"] = points["share"].map({0.0: "untrained", 1.0: "trained"})
@@ -220,7 +221,7 @@ def gain_figure(cells: pd.DataFrame, rows: pd.DataFrame) -> RenderedFigure:
 
 def rate_figure(cells: pd.DataFrame) -> RenderedFigure:
     """Tokens right of trained models against the learning rate of their training, by width."""
-    own = cells[(cells["blocks"] == 2) & (cells["vocabulary"] == 1024) & (cells["share"] == 1)]
+    own = of_every_width(cells[cells["share"] == 1])
     panels = [(f"{name}, trained", own[own["shape"] == shape])
               for shape, name in SHAPES.items() if (own["shape"] == shape).any()]  # fmt: skip
     canvas, grid = _grid(len(panels), len(panels))
@@ -244,13 +245,11 @@ READINGS = {
 
 def room_figure(cells: pd.DataFrame, rows: pd.DataFrame) -> RenderedFigure:
     """Tokens right against the room beside a token, of all rows; and GPT-2's by width."""
-    rows = rows[(rows["intervention"] != "none") & rows["model"].isin(cells["model"])]
-    points = pd.concat([cells, rows], ignore_index=True)
+    points = pd.concat([cells, made_here(cells, rows)], ignore_index=True)
     points["model"] = points["share"].gt(0).map({False: "untrained", True: "trained"})
     points["width"] = points["width"].astype(str)
     points["room"] = points["tuned_room"].clip(0.1)
-    own = cells[(cells["shape"] == "gpt2") & (cells["blocks"] == 2) & (cells["vocabulary"] == 1024)]
-    own = own[own["rate"] == 1]
+    own = of_every_width(cells[(cells["shape"] == "gpt2") & (cells["rate"] == 1)])
     long = own.melt(["share", "width", "seed"], [*READINGS])
     long["reading"] = long["variable"].map(READINGS)
     canvas, (scatter, *by_width) = _grid(3, 3)

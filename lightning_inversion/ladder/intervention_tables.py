@@ -9,6 +9,7 @@ from itertools import pairwise
 import pandas as pd
 from scipy import stats
 
+from lightning_inversion.ladder.frames import made_here, of_every_width
 from lightning_inversion.ladder.intervals import between, changed
 from lightning_inversion.ladder.interventions import INTERVENTIONS
 from lightning_inversion.report.tables import as_markdown
@@ -60,7 +61,7 @@ def intervention_table(rows: pd.DataFrame, shares: pd.DataFrame) -> str:
 
 def by_width_table(rows: pd.DataFrame) -> str:
     """GPT-2's shape by width: tokens right with each intervention, and the change of a seed."""
-    rows = rows[(rows["shape"] == "gpt2") & (rows["blocks"] == 2) & (rows["vocabulary"] == 1024)]
+    rows = of_every_width(rows[rows["shape"] == "gpt2"])
     seeds = rows.groupby("intervention")["model"].nunique()
     names = [one.name for one in INTERVENTIONS if seeds.get(one.name) == seeds.max()]
     lines = []
@@ -100,7 +101,7 @@ def gain_table(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
     readers = {"printed": "printed: mean [least, most]", "tuned": "tuned",
                "tuned_nearest": "tuned, nearest"}  # fmt: skip
     lines = _by_bins(
-        pd.concat([cells, _made_here(cells, rows[rows["intervention"].isin(models)])]),
+        pd.concat([cells, made_here(cells, rows[rows["intervention"].isin(models)])]),
         "block_gain", (0.0, 1.0, 3.0, 10.0, math.inf), readers,
     )  # fmt: skip
     return as_markdown(
@@ -113,7 +114,7 @@ def room_bins_table(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
     readers = {"tuned_by_direction": "nearest direction: mean [least, most]",
                "tuned_random_error": "random error", "tuned": "tuned"}  # fmt: skip
     lines = _by_bins(
-        pd.concat([cells, _made_here(cells, rows)]),
+        pd.concat([cells, made_here(cells, rows)]),
         "tuned_room", (-math.inf, 1.0, 2.0, 3.0, 4.0, 6.0, math.inf), readers,
     )  # fmt: skip
     return as_markdown(["room", "models and interventions (trained)", *readers.values()], lines)
@@ -123,7 +124,7 @@ def room_ranks_table(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
     """Rank correlations: of room and tokens right, and of what blocks add and the direction."""
     trained, untrained = cells[cells["share"] == 1], cells[cells["share"] == 0]
     groups = {
-        "models and interventions": pd.concat([cells, _made_here(cells, rows)]),
+        "models and interventions": pd.concat([cells, made_here(cells, rows)]),
         "untrained models": untrained,
         "trained models, the plan's rates": trained[trained["rate"] == 1],
         "trained models, all rates": trained,
@@ -138,11 +139,6 @@ def room_ranks_table(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
     columns = ["models", "n", "room, nearest direction", "room, tuned",
                "gain, cosine of input and true token"]  # fmt: skip
     return as_markdown(columns, lines)
-
-
-def _made_here(cells: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Interventions on the ladder's models; without one a model has its row among the cells."""
-    return rows[rows["model"].isin(cells["model"]) & (rows["intervention"] != "none")]
 
 
 def _by_bins(

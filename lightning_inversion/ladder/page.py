@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lightning_inversion.files import read_records
-from lightning_inversion.ladder.figures import READERS, SHAPES, draw
+from lightning_inversion.ladder.figures import READERS, draw
+from lightning_inversion.ladder.frames import SHAPES, frame_of, of_every_width
 from lightning_inversion.ladder.intervals import between, t_interval
 from lightning_inversion.ladder.intervention_tables import (
     by_width_table,
@@ -46,22 +46,6 @@ SLOPES = {
     "tuned_far_apart": "the same, tokens far apart only",
     "tuned_in_64": "the same, in 64 dimensions",
 }
-
-
-def frame_of(path: Path) -> pd.DataFrame:
-    """Kept rows as a table; with ``family``, the model but for its seed."""
-    frame = pd.DataFrame(read_records(path))
-    if len(frame):
-        frame["rate"] = frame["rate"].fillna(1.0) if "rate" in frame else 1.0
-        frame["family"] = [
-            f"{SHAPES[row.shape]} {row.width}, {row.blocks} blocks, V {row.vocabulary}"
-            if row.model.startswith(row.shape)
-            else row.model
-            for row in frame.itertuples()
-        ]
-    if "printed_step" in frame and "nearest_wrong" in frame:
-        frame["steps_to_nearest"] = frame["nearest_wrong"] / frame["tuned_step"]
-    return frame
 
 
 def training_table(cells: pd.DataFrame) -> str:
@@ -102,7 +86,7 @@ def readers_table(cells: pd.DataFrame) -> str:
 
 
 def width_table(cells: pd.DataFrame) -> str:
-    """By width, GPT-2's shape with 1,024 tokens and two blocks, before and after training."""
+    """By width, shape and vocabulary, models of two blocks before and after training."""
     own = cells[(cells["blocks"] == 2) & cells["share"].isin([0.0, 1.0])]
     lines = [
         [f"{SHAPES[shape]}, V {vocabulary}, {100 * share:g}%", str(width),
@@ -120,7 +104,7 @@ def width_table(cells: pd.DataFrame) -> str:
 
 def slope_table(cells: pd.DataFrame) -> str:
     """Tokens right for each doubling of three widths or more, by least squares."""
-    own = cells[(cells["blocks"] == 2) & (cells["vocabulary"] == 1024)]
+    own = of_every_width(cells)
     lines = []
     for (shape, share), rows in own[own["share"].isin([0.0, 1.0])].groupby(["shape", "share"]):
         if rows["width"].nunique() < 3:
@@ -189,8 +173,8 @@ def room_table(cells: pd.DataFrame) -> str:
 
 def rate_table(cells: pd.DataFrame) -> str:
     """Models of two blocks trained at several learning rates, and what was read before."""
-    ends = cells[(cells["blocks"] == 2) & (cells["vocabulary"] == 1024)]
-    before = ends[ends["share"] == 0].groupby(["shape", "width"])["tuned"].agg(list)
+    own = of_every_width(cells)
+    before = own[own["share"] == 0].groupby(["shape", "width"])["tuned"].agg(list)
     lines = [
         [SHAPES[shape], str(width), f"{learning_rate:g}" + ("" if rate != 1 else " (the plan's)"),
          str(rows["seed"].nunique()), between(rows["loss"], 0.0, math.inf),
@@ -223,7 +207,7 @@ def rate_ranks_table(cells: pd.DataFrame) -> str:
 
 def _by_rate(cells: pd.DataFrame) -> pd.DataFrame:
     """The trained models of those widths and shapes whose learning rate was varied."""
-    own = cells[(cells["blocks"] == 2) & (cells["vocabulary"] == 1024) & (cells["share"] == 1)]
+    own = of_every_width(cells[cells["share"] == 1])
     return own[own.groupby(["shape", "width"])["rate"].transform("nunique") > 1]
 
 

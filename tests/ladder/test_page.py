@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lightning_inversion.ladder.frames import frame_of
 from lightning_inversion.ladder.intervals import t_interval
 from lightning_inversion.ladder.intervention_tables import (
     by_width_table,
@@ -18,7 +19,6 @@ from lightning_inversion.ladder.intervention_tables import (
 )
 from lightning_inversion.ladder.page import (
     channel_table,
-    frame_of,
     rate_table,
     room_table,
     tables_of,
@@ -174,8 +174,7 @@ def test_the_page_and_its_figures_are_written(folder: Path) -> None:
     assert [path.name for path in written] == [
         "LADDER.md", "ladder-training.png", "ladder-width.png", "ladder-mechanism.png",
         "ladder-interventions.png", "ladder-gain.png", "ladder-rates.png",
-        "ladder-room.png",
-        "ladder-channel.png",
+        "ladder-room.png", "ladder-channel.png",
     ]  # fmt: skip
     assert all(path.stat().st_size > 100 for path in written)
     assert "GPT-2 64, 2 blocks, V 1024" in page.read_text()

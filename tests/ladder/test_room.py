@@ -31,10 +31,10 @@ def test_room_tells_how_often_a_random_error_is_read_right(
     matrix[0, 0], matrix[1, 0], matrix[1, 1] = 1, 3 * near, 3 * math.sqrt(1 - near**2)
     ids = torch.zeros(PROMPTS, LENGTH, dtype=torch.long)
     values = at_angle(matrix[ids], cosine, generator)
-    room = room_of(values, ids, matrix)
-    torch.testing.assert_close(room, room.mean().expand_as(room), rtol=1e-3, atol=1e-3)
-    expected = 0.5 * (1 + math.erf(float(room.mean()) / math.sqrt(2)))
+    room = float(room_of(torch.tensor(cosine), torch.tensor(near), width))
+    expected = 0.5 * (1 + math.erf(room / math.sqrt(2)))
     numbers = room_numbers(values, ids, matrix)
+    assert numbers["room"] == pytest.approx(room, rel=1e-3, abs=1e-3)
     assert 0.6 < expected < 0.98
     assert numbers["by_direction"] == pytest.approx(expected, abs=0.03)
     assert numbers["random_error"] == pytest.approx(expected, abs=0.03)
